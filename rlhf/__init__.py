@@ -1,0 +1,16 @@
+"""RLHF experiments: supervised fine-tuning, reward modelling and LoRA-PPO, composed by Hydra."""
+
+import os
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def root() -> Path:
+    """The folder that holds `conf`, `experiments` and `sweeps`: the checkout, or the data inside an installed wheel."""
+    checkout = Path(__file__).parent.parent
+    return checkout if (checkout / "conf" / "config.yaml").exists() else Path(__file__).parent / "_root"
+
+
+# Hydra resolves its search path before any of our code runs in a job, so the root travels in the environment.
+os.environ["RLHF_ROOT"] = str(root())

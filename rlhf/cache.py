@@ -1,0 +1,75 @@
+"""Stages that other stages need, built once and shared: `<outputs>/cache/<stage>-<digest of all that determines it>`."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rlhf.tracking import read_summary
+
+log = logging.getLogger(__name__)
+PACKAGE = Path(__file__).parent
+WAIT_MESSAGE_SECONDS = 30
+
+
+def digest(determinants: dict[str, Any], modules: tuple[str, ...]) -> str:
+    """Twelve hex digits of the configuration, the local files it names, and the source code of the modules used."""
+    code = hashlib.sha256()
+    for module in modules:
+        path = PACKAGE / module
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            code.update(file.read_bytes())
+    content = {"config": determinants, "files": sorted(_files_in(determinants)), "code": code.hexdigest()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _files_in(node: Any, root: str = ".") -> Iterator[tuple[str, int, int]]:
+    """(path, size, time of change) of every local file that a configuration names; folders count their files."""
+    if isinstance(node, dict):
+        root = str(node.get("root") or root)
+        for value in node.values():
+            yield from _files_in(value, root)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _files_in(value, root)
+    elif isinstance(node, str) and 0 < len(node) < 1024:
+        path = Path(root, node.partition("[")[0]).expanduser()
+        for file in sorted(path.iterdir()) if path.is_dir() and node not in (root, ".") else [path]:
+            if file.is_file():
+                stat = file.stat()
+                yield str(file), stat.st_size, stat.st_mtime_ns
+
+
+def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, built if it is not there: in a temporary place, under a file lock, renamed when complete.
+
+    A builder that dies leaves its lock to the next one (the system releases it) and nothing that could be mistaken for
+    a result.
+    """
+    if read_summary(folder) is not None:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f"{folder.name}.lock")
+    while True:
+        try:
+            lock.acquire(timeout=WAIT_MESSAGE_SECONDS)
+            break
+        except Timeout:
+            log.info("waiting for another process to build %s", folder.name)
+    try:
+        if read_summary(folder) is None:
+            work = folder.parent / f".{folder.name}.building"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            build(work)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(work, folder)
+    finally:
+        lock.release()
+    return folder

@@ -1,0 +1,177 @@
+"""The `rlhf` command: compose, check, run, summarise.
+
+Exit codes: 0 done, 2 a configuration, data set or model that cannot be used (one sentence says why), 1 anything else.
+"""
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
+
+log = logging.getLogger(__name__)
+ROWS = {
+    "eval/win_rate": ("win rate against the reference (%)", 100),
+    "eval/win_rate_se": ("  its standard error", 100),
+    "eval/reward": ("learned reward", 1),
+    "eval/gold_utility": ("gold utility", 1),
+    "eval/true_kl": ("true KL from SFT (nats per token)", 1),
+    "eval/response_tokens": ("response length (tokens)", 1),
+    "eval/factual_precision": ("factual precision (%)", 100),
+    "eval/facts_per_response": ("facts per response", 1),
+}
+
+
+@hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
+def app(config: DictConfig) -> float | None:
+    """One job: returns the final win rate, which is what a sweeper optimises."""
+    try:
+        return job(config)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or HydraConfig.get().mode != RunMode.RUN:
+            raise
+        # leaving at once keeps Hydra from adding its own account; a sweep goes on to its next job instead
+        print(f"rlhf: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def job(config: DictConfig) -> float | None:
+    """Check, run, summarise one composed configuration."""
+    # imported here so that completion, --help and composition errors do not wait for torch
+    from rlhf.config import check, instantiate, settings_of
+    from rlhf.pipeline import Run, describe
+    from rlhf.tracking import read_summary
+
+    _quieten()
+    settings = settings_of(config)
+    source = instantiate(config.data, "data")
+    check(config, settings, source)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    run = Run(config, settings, source, folder)
+    if config.dry_run:
+        print(OmegaConf.to_yaml(describe(run)))
+        return None
+    summary = read_summary(folder)
+    if summary is not None and config.resume != "never":
+        log.info("%s is finished already; resume=never would start over", folder)
+    else:
+        if config.resume == "never":
+            _start_over(folder)
+        summary = run.run()
+    show(summary, folder)
+    return summary["metrics"].get("eval/win_rate")
+
+
+def show(summary: dict[str, Any], folder: Path) -> None:
+    """The last word on the terminal."""
+    console = Console()
+    metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
+    table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
+    table.add_column("")
+    if summary["stage"] == "ppo":
+        table.add_column("SFT", justify="right")
+        table.add_column("PPO", justify="right")
+        for key, (label, scale) in ROWS.items():
+            if key in metrics:
+                table.add_row(label, *(f"{row[key] * scale:.2f}" if key in row else "" for row in (before, metrics)))
+    else:
+        table.add_column(summary["stage"], justify="right")
+        for key, value in metrics.items():
+            table.add_row(key, f"{value:.4f}")
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point of `rlhf` and `python -m rlhf`."""
+    # Hydra would print its own, longer account of an error and exit with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"rlhf: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for an error that is the user's to mend, None for one that is ours."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_composition(str(error), str(error.__cause__ or ""))
+    from rlhf.data.records import DataError
+    from rlhf.models.loading import ModelError
+    from rlhf.settings import ConfigError
+
+    return str(error) if isinstance(error, ConfigError | DataError | ModelError) else None
+
+
+def _explain_composition(message: str, cause: str) -> str:
+    missing = re.search(r"Could not find '([^']+)/([^']+)'", message)
+    if missing:
+        group, option = missing.groups()
+        options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
+        return f"{group}={option}: there is no such option; allowed: {', '.join(options) or 'nothing'}"
+    override = re.search(r"Could not override '([^']+)'", message)
+    if override:
+        key = override[1]
+        if f"No match in the defaults list" in message:  # noqa: F541
+            return f"{key}: there is no such config group{_suggest(key, _keys(''))}"
+        parent = key.rpartition(".")[0]
+        return f"{key}: there is no such key{_suggest(key.rpartition('.')[2], _keys(parent))}"
+    lines = [line.strip() for line in (message + "\n" + cause).splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines[:3]))
+
+
+def _keys(parent: str) -> list[str]:
+    """The keys of a node of the default configuration."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
+        node = OmegaConf.select(hydra.compose("config"), parent) if parent else hydra.compose("config")
+    return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
+
+
+def _suggest(key: str, allowed: list[str]) -> str:
+    if not allowed:
+        return ""
+    close = difflib.get_close_matches(key, allowed, n=1)
+    return (f"; did you mean {close[0]}?" if close else "") + f" allowed: {', '.join(allowed)}".replace(" ", "; ", 1)[
+        0 if not close else 1 :
+    ]
+
+
+def _start_over(folder: Path) -> None:
+    import shutil
+
+    for name in ("summary.json", "metrics.jsonl", "metrics.csv", "samples.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _quieten() -> None:
+    """Silence what is noise here: the warnings that Lightning gives to loops of the common kind."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*trainer.fit.*weights_only.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

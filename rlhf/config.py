@@ -1,0 +1,133 @@
+"""From a composed configuration to checked settings: what cannot run fails here, before any model is loaded."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf.data.records import DataError, DataSource
+from rlhf.settings import ConfigError, Settings, check_values
+
+def settings_of(config: DictConfig) -> Settings:
+    """The typed settings of a composed configuration.
+
+    Raises:
+        ConfigError: a key that does not exist, a value of the wrong type or outside what is allowed.
+    """
+    schema = OmegaConf.structured(Settings)
+    try:
+        chosen = OmegaConf.to_container(config, resolve=True)
+        merged = OmegaConf.merge(schema, {str(key): chosen[key] for key in schema})  # type: ignore[index, call-overload]
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_sentence(error, schema)) from error
+    assert isinstance(settings, Settings)
+    check_values(settings)
+    return settings
+
+
+def _sentence(error: OmegaConfBaseException, schema: DictConfig) -> str:
+    key = error.full_key or ""
+    message = str(error).partition("\n")[0]
+    if "not in" in message:
+        parent = OmegaConf.select(schema, key.rpartition(".")[0])
+        return f"{key}: there is no such key; allowed: {', '.join(sorted(parent))}"
+    return f"{key}: {message}"
+
+
+def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+    """`hydra.utils.instantiate` whose failures name the key.
+
+    Raises:
+        ConfigError: the target cannot be imported, or does not take these keys.
+    """
+    try:
+        return hydra.utils.instantiate(config, *args, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, DataError | ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{key}: {str(error).partition(chr(10))[0]}") from error
+
+
+def target_class(config: DictConfig, key: str) -> Any:
+    """The class or function that a group's `_target_` names, without making one."""
+    try:
+        return hydra.utils.get_object(config._target_)
+    except (HydraException, ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}._target_={config._target_} cannot be imported ({error})") from error
+
+
+def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
+    """Contradictions between groups.
+
+    Raises:
+        ConfigError: one sentence that names the key, the value and what is allowed.
+        DataError: a file of the data set is missing.
+    """
+    _check_ppo(settings)
+    quantized = is_quantized(settings)
+    for key, lora in (("lora", settings.lora), ("lora@reward.lora", settings.reward.lora)):
+        if quantized and lora.r == 0 and config.stage.name in ("ppo", key.partition("@")[2].partition(".")[0]):
+            raise ConfigError(f"{key}=none trains the base itself, which quantization forbids; choose an adapter such as lora=r8")
+    if settings.sft.lora.r == 0 and quantized and config.stage.name == "sft":
+        raise ConfigError("lora@sft.lora=none trains the base itself: use lora@sft.lora=r8 or quantization=none")
+    for key in ("scorer", "judge"):
+        _check_needs(config, key, source)
+    if config.resume not in ("auto", "must", "never"):
+        raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
+    if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: trainer=cpu or trainer=auto")
+    if settings.model.dtype == "float16":
+        raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
+    _check_model(settings)
+    if hasattr(source, "check"):
+        source.check()
+
+
+def _check_ppo(settings: Settings) -> None:
+    ppo = settings.ppo
+    if ppo.rollout_batch_size % ppo.minibatch_size:
+        raise ConfigError(
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
+            "allowed: a divisor of it"
+        )
+    if ppo.warmup_steps >= ppo.steps:
+        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    try:
+        hydra.utils.get_method(settings.divergence.function)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(f"divergence.function={settings.divergence.function} cannot be imported") from error
+
+
+def _check_needs(config: DictConfig, key: str, source: DataSource) -> None:
+    target = target_class(config[key], key)
+    choice = HydraConfig.get().runtime.choices.get(key, "") if HydraConfig.initialized() else config[key]._target_
+    if getattr(target, "needs_utility", False) and not hasattr(source, "utility"):
+        raise ConfigError(
+            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; choose another {key}"
+        )
+    if getattr(target, "needs_reward_model", False) and "preference" not in source.splits:
+        raise ConfigError(f"{key}={choice} needs a reward model, but the data set has no preference split to train one on")
+
+
+def _check_model(settings: Settings) -> None:
+    name = settings.model.name_or_path
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"model.name_or_path={name}: there is no such folder")
+        if settings.model.gguf_file and not (folder / settings.model.gguf_file).is_file():
+            raise ConfigError(f"model.gguf_file={settings.model.gguf_file}: there is no such file in {name}")
+    if settings.model.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
+
+
+def is_quantized(settings: Settings) -> bool:
+    """Whether the frozen base is held in int8 or nf4."""
+    return any(value for key, value in (settings.quantization or {}).items() if key.startswith("load_in_"))

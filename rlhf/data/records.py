@@ -1,0 +1,73 @@
+"""The record contract between data sets and stages: three kinds of row, six splits."""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
+
+from datasets import Dataset
+
+Split = Literal["sft", "sft_validation", "preference", "preference_validation", "prompts", "eval"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class DataError(Exception):
+    """Bad or missing data, explained in one sentence that names the file or the split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What supervised fine-tuning imitates: `response` is to follow `prompt` and to end there."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the reward model learns from: an annotator preferred `chosen` to `rejected`."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What PPO and the evaluation answer.
+
+    `prompt` is the templated text that a model reads; `instruction` the bare request that a judge reads;
+    `reference_output` the answer to beat (evaluation only).
+    """
+
+    prompt: str
+    reference_output: str = ""
+    instruction: str = ""
+
+
+RECORDS: dict[Split, type] = {
+    "sft": Demonstration,
+    "sft_validation": Demonstration,
+    "preference": Comparison,
+    "preference_validation": Comparison,
+    "prompts": Prompt,
+    "eval": Prompt,
+}
+
+
+def columns(split: Split) -> list[str]:
+    """The columns of `split`: the field names of its record."""
+    return [field.name for field in fields(RECORDS[split])]
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """What a class named by `data._target_` offers."""
+
+    splits: ClassVar[tuple[Split, ...]]
+
+    def load(self, split: Split) -> Dataset:
+        """Rows of `split`, with exactly the columns of its record (all strings, none missing).
+
+        Raises:
+            DataError: the split does not exist, cannot be read or ends up empty.
+        """
+        ...

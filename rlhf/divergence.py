@@ -1,0 +1,102 @@
+"""How far the policy is from the reference policy: one pure function per estimator.
+
+With δ = log π_θ(y) − log π_ref(y), both at the sampling temperature, an estimator gives a penalty per token that PPO
+subtracts from the reward as β · d (Sun, Gupta & Iyyer 2023, section 3). The sampled ones see the log-probabilities of
+the sampled token only; the exact ones sum over the whole vocabulary. Their config options say which they are
+(`input: logprobs | logits | none`), so that a new divergence is one function here and one YAML in `conf/divergence`.
+
+Positions that are padding carry whatever the inputs carry: mask the result.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# e^10 = 22,026: beyond it one token would outweigh every other reward of a rollout batch, and at 88 float32 overflows.
+MAX_EXPONENT = 10.0
+
+
+def kl(logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
+    """k1 = δ: unbiased for KL(π_θ ‖ π_ref) under samples of π_θ, of high variance, negative for some tokens (nats)."""
+    return logprobs - ref_logprobs
+
+
+def clamped_kl(
+    logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """max(0, δ): AlpacaFarm's default. Biased upwards: it forgets the tokens that became less likely (nats)."""
+    return (logprobs - ref_logprobs).clamp(min=0)
+
+
+def bregman(
+    logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """k3 = e^(−δ) − 1 + δ: unbiased for KL(π_θ ‖ π_ref), never negative, of low variance near δ = 0 (Schulman 2020).
+
+    The exponent is bounded at 10 (a value of 22,015), so that one very unlikely token cannot drown a batch; below
+    δ = −10 the estimator is therefore biased downwards.
+    """
+    delta = logprobs - ref_logprobs
+    return torch.expm1((-delta).clamp(max=MAX_EXPONENT)) + delta.clamp(min=-MAX_EXPONENT)
+
+
+def squared_error(
+    logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """k2 = δ² / 2: biased, never negative, symmetric in δ (Schulman 2020)."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def jensen_shannon(
+    logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """½ max(0, log π_θ − log m) + ½ max(0, log π_ref − log m), m = (π_θ + π_ref) / 2: the paper's estimator.
+
+    Symmetric in δ and bounded by ½ ln 2, so that no single token dominates. It is the published code's formula, not an
+    unbiased estimate of the Jensen–Shannon divergence: see `exact_jensen_shannon` for that.
+    """
+    mixture = torch.logaddexp(logprobs, ref_logprobs) - math.log(2)
+    return ((logprobs - mixture).clamp(min=0) + (ref_logprobs - mixture).clamp(min=0)) / 2
+
+
+def none(
+    logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """0: no penalty. Training then needs no reference pass (`input: none`)."""
+    return torch.zeros_like(logprobs)
+
+
+def negative_kl(
+    logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """−δ: rewards leaving the reference, the paper's probe for over-optimisation (figure 3)."""
+    return ref_logprobs - logprobs
+
+
+def exact_kl(
+    logits: Float[Tensor, "batch time vocabulary"], ref_logits: Float[Tensor, "batch time vocabulary"]
+) -> Float[Tensor, "batch time"]:
+    """KL(π_θ ‖ π_ref) of the next-token distributions, in nats: the expectation that k1 and k3 estimate.
+
+    Takes logits already divided by the sampling temperature. Callers hand over chunks of tokens, never a whole batch.
+    """
+    logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return _expected(logprobs, logprobs - ref_logprobs)
+
+
+def exact_jensen_shannon(
+    logits: Float[Tensor, "batch time vocabulary"], ref_logits: Float[Tensor, "batch time vocabulary"]
+) -> Float[Tensor, "batch time"]:
+    """½ KL(π_θ ‖ m) + ½ KL(π_ref ‖ m), m = (π_θ + π_ref) / 2, in nats: symmetric, within [0, ln 2]."""
+    logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    mixture = torch.logaddexp(logprobs, ref_logprobs) - math.log(2)
+    return (_expected(logprobs, logprobs - mixture) + _expected(ref_logprobs, ref_logprobs - mixture)) / 2
+
+
+def _expected(
+    logprobs: Float[Tensor, "*batch vocabulary"], values: Float[Tensor, "*batch vocabulary"]
+) -> Float[Tensor, "*batch"]:
+    """Σ p · value over the vocabulary, where 0 · anything is 0 (a token ruled out has log-probability −inf)."""
+    return torch.where(logprobs > -torch.inf, logprobs.exp() * values, 0.0).sum(-1)

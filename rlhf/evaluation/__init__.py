@@ -1,0 +1,1 @@
+"""What is measured of answers: win rate against references, gold utility, facts."""

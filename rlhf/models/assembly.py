@@ -1,0 +1,135 @@
+"""Which role is what, for each stage: puts trunks, adapters and heads together."""
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf.models.export import ADAPTER, load_adapter, saved_head
+from rlhf.models.loading import DTYPES, load_causal_lm
+from rlhf.models.roles import Role, Roles
+from rlhf.settings import LoraSettings, Settings
+
+log = logging.getLogger(__name__)
+
+
+def lora_config(lora: LoraSettings) -> LoraConfig:
+    """peft's configuration of a LoRA."""
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
+    )
+
+
+def sft_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, quantization: dict | None) -> Roles:
+    """`policy` alone: an adapter on the pretrained base, or (lora@sft.lora=none) the base itself in float32."""
+    full = settings.sft.lora.r == 0
+    base = load_causal_lm(
+        settings.model,
+        tokenizer,
+        quantization=None if full else quantization,
+        dtype=torch.float32 if full else None,
+    )
+    roles = Roles(base, DTYPES[settings.model.dtype])
+    roles.table["policy"] = Role("base", None if full else "policy")
+    if not full:
+        roles.add_adapter("base", "policy", lora_config(settings.sft.lora))
+    roles.train_only("policy")
+    return roles
+
+
+def reward_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, sft: Path, quantization: dict | None) -> Roles:
+    """`reward` on the SFT model: an adapter, or (lora@reward.lora=none) the whole model, with a scalar head."""
+    full = settings.reward.lora.r == 0
+    base = load_causal_lm(
+        settings.model, tokenizer, sft, None if full else quantization, torch.float32 if full else None
+    )
+    roles = Roles(base, DTYPES[settings.model.dtype])
+    roles.table["reward"] = Role("base", None if full else "reward")
+    if not full:
+        roles.add_adapter("base", "reward", lora_config(settings.reward.lora))
+    roles.add_head("reward", zero=False)
+    roles.train_only("reward")
+    return roles
+
+
+def ppo_roles(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    sft: Path,
+    reward: Path | None,
+    quantization: dict | None,
+) -> Roles:
+    """`policy`, `value`, `reference` and, if a reward model is given, `reward`, sharing what can be shared.
+
+    The value function starts as the reward model with a head of zeros. As an adapter it has at least the reward
+    adapter's rank: the reward's matrices fill its first ranks, the others add nothing until trained.
+    """
+    base = load_causal_lm(settings.model, tokenizer, sft, quantization)
+    roles = Roles(base, DTYPES[settings.model.dtype])
+    reward_config = _add_reward(roles, reward) if reward is not None else None
+    full = settings.lora.r == 0
+    if full:
+        roles.add_trunk("policy", roles.copy_trunk("reference"))
+        roles.table["policy"] = Role("policy", None)
+    else:
+        roles.add_adapter("base", "policy", lora_config(settings.lora))
+        roles.table["policy"] = Role("base", "policy")
+    if settings.ppo.value == "trunk_head":
+        roles.table["value"] = roles.table["policy"]
+    elif full or settings.ppo.value == "full":
+        roles.add_trunk("value", roles.copy_trunk("reward" if reward else "reference"))
+        roles.table["value"] = Role("value", None)
+    else:
+        _add_value_adapter(roles, settings.lora, reward_config)
+    roles.add_head("value", zero=True)
+    roles.train_only("policy", "value")
+    if settings.model.gradient_checkpointing:
+        for trunk in roles.trunks.values():
+            trunk.gradient_checkpointing_enable({"use_reentrant": False})
+    bytes_held = sum(p.numel() * p.element_size() for p in roles.parameters())
+    trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
+    log.info(
+        "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
+        len(roles.trunks), ", ".join(roles.trunks), bytes_held / 2**20, f"{trained:,}",
+    )  # fmt: skip
+    return roles
+
+
+def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
+    config = None
+    if (folder / ADAPTER).exists():
+        config = load_adapter(roles, "base", "reward", folder)
+        roles.table["reward"] = Role("base", "reward")
+    else:
+        dtype = next(roles.trunk("reference").parameters()).dtype
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
+        roles.add_trunk("reward", model.eval())
+        roles.table["reward"] = Role("reward", None)
+    head = roles.add_head("reward", zero=False)
+    with torch.no_grad():
+        head.weight.copy_(saved_head(folder))
+    return config
+
+
+def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | None) -> None:
+    trunk = roles.table["reward"].trunk if "reward" in roles.table else "base"
+    if reward is None:
+        roles.add_adapter(trunk, "value", lora_config(lora))
+        roles.table["value"] = Role(trunk, "value")
+        return
+    rank = max(lora.r, reward.r)
+    scale = lora.alpha / lora.r
+    config = LoraConfig(
+        r=rank, lora_alpha=scale * rank, lora_dropout=lora.dropout, target_modules=sorted(reward.target_modules or [])
+    )
+    roles.add_adapter(trunk, "value", config)
+    roles.table["value"] = Role(trunk, "value")
+    source = roles.adapter_parameters(trunk, "reward")
+    with torch.no_grad():
+        for key, parameter in roles.adapter_parameters(trunk, "value").items():
+            if "lora_A" in key:
+                parameter[: reward.r] = source[key]
+            else:
+                parameter[:, : reward.r] = source[key] * (reward.lora_alpha / reward.r / scale)

@@ -1,0 +1,83 @@
+"""What a stage leaves in `model/`: folders that plain transformers and peft load, without this project."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.models.roles import Roles
+
+ADAPTER, ADAPTER_CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+PREFIX = "base_model.model."
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A full model with its tokenizer: `AutoModelForCausalLM.from_pretrained(folder)`."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_adapter(
+    roles: Roles, role: str, config: LoraConfig, base: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """The role's adapter (and head) as a PEFT folder on the model at `base`.
+
+    A causal role loads with `AutoPeftModelForCausalLM`; a role with a head with
+    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder)`, the head
+    being its `score`.
+    """
+    trunk, adapter = roles.table[role]
+    if adapter is None:
+        raise ValueError(f"role {role} has no adapter to save")
+    tensors = {PREFIX + key: value for key, value in roles.adapter_parameters(trunk, adapter).items()}
+    has_head = role in roles.heads
+    if has_head:
+        tensors[PREFIX + "score.weight"] = roles.heads[role].weight  # type: ignore[assignment, index]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / ADAPTER)
+    settings = {
+        **{key: value for key, value in config.to_dict().items() if not isinstance(value, set)},
+        "target_modules": sorted(config.target_modules or []),
+        "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
+        "modules_to_save": ["score"] if has_head else None,
+        "base_model_name_or_path": str(base.resolve()),
+        "inference_mode": True,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, default=str))
+    tokenizer.save_pretrained(folder)
+
+
+def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfig:
+    """Add the adapter saved in `folder` to a trunk under `name`; its config is returned.
+
+    Raises:
+        ValueError: the adapter was made for a model of another shape.
+    """
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = False
+    roles.add_adapter(trunk, name, config)
+    stored = adapter_tensors(folder)
+    parameters = roles.adapter_parameters(trunk, name)
+    if stored.keys() != parameters.keys():
+        raise ValueError(f"{folder}: the adapter does not fit the model: {sorted(stored.keys() ^ parameters.keys())[:3]}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(stored[key])
+    return config
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The LoRA matrices saved in `folder`, by their path in the trunk."""
+    tensors = load_file(folder / ADAPTER)
+    return {key.removeprefix(PREFIX): value for key, value in tensors.items() if ".lora_" in key}
+
+
+def saved_head(folder: Path) -> Tensor:
+    """The scalar head [1, hidden] saved in `folder` (beside an adapter, or beside a full model)."""
+    if (folder / ADAPTER).exists():
+        return load_file(folder / ADAPTER)[PREFIX + "score.weight"]
+    return load_file(folder / HEAD)["score.weight"]

@@ -1,0 +1,63 @@
+"""What is read off hidden states: scalars, and log-probabilities without a [batch, time, vocabulary] copy."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Tokens whose float32 logits are held at once: 64 MiB at a vocabulary of 32,000.
+CHUNK_ELEMENTS = 2**24
+
+
+class ScalarHead(nn.Linear):
+    """A value or a reward per hidden state, in float32: weight [1, hidden], no bias (as Hugging Face's `score`)."""
+
+    def __init__(self, hidden: int, zero: bool):
+        super().__init__(hidden, 1, bias=False)
+        # 1/√(d+1) keeps first rewards of unit size (Stiennon et al. 2020); a value head starts at "nothing to expect".
+        nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
+
+    def forward(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape"]:
+        """One float32 number per hidden state, whatever autocast says."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float()).squeeze(-1)
+
+
+class TokenStats(NamedTuple):
+    """Per token, in float32: log-probability of the target and entropy of the distribution, both in nats."""
+
+    logprobs: Float[Tensor, "tokens"]
+    entropy: Float[Tensor, "tokens"]
+
+
+def chunk_size(vocabulary: int) -> int:
+    """How many tokens' logits may be held at once."""
+    return max(CHUNK_ELEMENTS // vocabulary, 1)
+
+
+def token_stats(
+    hidden: Float[Tensor, "tokens hidden"], output: nn.Module, targets: Int[Tensor, "tokens"], temperature: float = 1.0
+) -> TokenStats:
+    """Log-probability of each target under softmax(output(hidden) / temperature), and the entropy (without gradient).
+
+    The float32 logits exist a chunk at a time; under autograd each chunk is computed again in the backward pass.
+    """
+    size = chunk_size(output.weight.shape[0])  # type: ignore[union-attr, index]
+    if len(hidden) <= size:
+        return TokenStats(*_chunk_stats(hidden, output, targets, temperature))
+    parts = []
+    for h, y in zip(hidden.split(size), targets.split(size), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk_stats, h, output, y, temperature, use_reentrant=False))
+        else:
+            parts.append(_chunk_stats(h, output, y, temperature))
+    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _chunk_stats(hidden: Tensor, output: nn.Module, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs = (output(hidden).float() / temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy

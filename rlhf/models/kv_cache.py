@@ -1,0 +1,68 @@
+"""A preallocated key/value cache whose rows can be dropped: what the native engine decodes with."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _BufferLayer(CacheLayerMixin):
+    """One layer's keys and values [batch, heads, capacity, width], allocated once and written in place."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.filled = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the first states' batch, heads, width and dtype."""
+        batch, heads, _, width = key_states.shape
+        self.keys = key_states.new_empty(batch, heads, self.capacity, width)
+        self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Append the new states and return a view of all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.filled + key_states.shape[-2]
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that a query of this length attends to, offset of the first)."""
+        length = query_length if isinstance(query_length, int) else len(query_length)
+        return self.filled + length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.filled
+
+    def get_max_length(self) -> int:
+        """Tokens that fit."""
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+
+class BufferCache(Cache):
+    """A cache of `layers` buffers for `capacity` tokens a row."""
+
+    def __init__(self, layers: int, capacity: int):
+        super().__init__(layers=[_BufferLayer(capacity) for _ in range(layers)])
+
+    @torch.no_grad()
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these: what is finished costs nothing more."""
+        for layer in self.layers:
+            layer.keep(rows)

@@ -1,0 +1,151 @@
+"""Tokenizers and causal language models: from the Hub, a folder, a GGUF file, or fresh from a configuration."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.data.records import DataSource
+from rlhf.settings import ModelSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BPE_VOCABULARY = 4096
+_DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+
+
+class ModelError(Exception):
+    """A model or tokenizer that cannot be used as configured, explained in one sentence."""
+
+
+def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer; for a model made from a configuration the data set's, or a BPE trained on it.
+
+    A pad token distinct from EOS is chosen among the tokens that exist (no row is added to the embedding, so none can
+    receive probability untrained); our own batches never look at it, but exported models and other programs do.
+
+    Raises:
+        ModelError: there is no EOS token, without which no response could end.
+    """
+    if model.name_or_path is not None:
+        name = model.tokenizer or model.name_or_path
+        gguf = {} if model.tokenizer or model.gguf_file is None else {"gguf_file": model.gguf_file}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **gguf)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.name_or_path={name}: no tokenizer could be loaded ({_first_line(error)})") from error
+    elif source is None:
+        raise ModelError("model.name_or_path is null, and there is no data set to take a tokenizer from")
+    elif hasattr(source, "tokenizer"):
+        tokenizer = source.tokenizer()
+    else:
+        tokenizer = train_tokenizer(text for row in source.load("sft") for text in row.values())
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {model.name_or_path} has no EOS token, so that no response could end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = _spare_token(tokenizer)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = BPE_VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on `texts`, for small models made from scratch on data that brings no tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def load_causal_lm(
+    model: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path | None = None,
+    quantization: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The causal language model at `path` (default: what the configuration names), in the configured dtype.
+
+    `quantization` are the keywords of `BitsAndBytesConfig`. Dropout inside the base is switched off: rollouts and
+    updates must see the same policy.
+
+    Raises:
+        ModelError: nothing can be loaded there, or its vocabulary is smaller than the tokenizer's.
+    """
+    dtype = dtype or DTYPES[model.dtype]
+    where = path or model.name_or_path
+    if where is None:
+        config = AutoConfig.for_model(
+            **(model.config or {}),
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attention)
+    else:
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
+        if model.gguf_file is not None and path is None:
+            options["gguf_file"] = model.gguf_file
+        if model.attention is not None:
+            options["attn_implementation"] = model.attention
+        if quantization:
+            options["quantization_config"] = BitsAndBytesConfig(**quantization)
+            options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(where, **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{where}: no causal language model could be loaded ({_first_line(error)})") from error
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise ModelError(f"{where}: the model has {rows} embeddings, fewer than the tokenizer's {len(tokenizer)} tokens")
+    if model.gguf_file is not None:
+        _forget_gguf(lm)
+    _switch_off_dropout(lm)
+    lm.config.use_cache = True
+    return lm.eval()
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token that is not EOS and that no text needs: unk, bos, another special token, or the first of the vocabulary."""
+    candidates = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens]
+    candidates += tokenizer.convert_ids_to_tokens([0, 1])
+    return next(token for token in candidates if token is not None and token != tokenizer.eos_token)
+
+
+def _switch_off_dropout(lm: PreTrainedModel) -> None:
+    for key in _DROPOUT_KEYS:
+        if isinstance(getattr(lm.config, key, None), float):
+            setattr(lm.config, key, 0.0)
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _forget_gguf(lm: PreTrainedModel) -> None:
+    """The weights are dequantised, but transformers goes on marking them and then refuses `save_pretrained`."""
+    lm.hf_quantizer = None
+    for mark in ("is_quantized", "quantization_method"):
+        lm.__dict__.pop(mark, None)
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,196 @@
+"""Policy, value, reward and reference on one frozen base, each an adapter (or, in full tuning, a model of its own).
+
+A *trunk* is a loaded language model; a *role* names the trunk it runs on and the adapter it switches on there:
+
+    LoRA policy, LoRA reward model   policy, value and reward are adapters on `base`, the reference is `base` without
+    LoRA policy, full reward model   value is an adapter on the frozen reward trunk, as in Sun, Gupta & Iyyer 2023
+    full policy (lora=none)          policy and value are trainable trunks; reward and reference stay on `base`
+
+The switch is ours because peft's own (`set_adapter`, leaving `disable_adapter`) sets requires_grad=False on every other
+adapter, so that a reference pass would silently freeze the value function. Ours touches nothing but which adapter runs.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.models.heads import ScalarHead, TokenStats, token_stats
+from rlhf.models.sequences import Sequences
+
+
+class Role(NamedTuple):
+    """Which trunk a role runs on and the adapter it switches on there (None: the trunk as it is)."""
+
+    trunk: str
+    adapter: str | None
+
+
+class Roles(nn.Module):
+    """The trunks, the heads and the table that says which role is what.
+
+    `compute_dtype` is that of the matrix products (autocast when it is not float32); adapters and heads stay float32.
+    """
+
+    def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.trunks = nn.ModuleDict({"base": base})
+        self.heads = nn.ModuleDict()
+        self.table = {"reference": Role("base", None)}
+        self.compute_dtype = compute_dtype
+        self._layers: dict[str, list[LoraLayer]] = {"base": []}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.trunk("reference").device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.trunk("reference").config.hidden_size
+
+    def trunk(self, role: str) -> PreTrainedModel:
+        """The language model that `role` runs on."""
+        return self.trunks[self.table[role].trunk]  # type: ignore[return-value]
+
+    def output(self, role: str) -> nn.Module:
+        """The language-model head of the role's trunk."""
+        return self.trunk(role).get_output_embeddings()
+
+    def add_trunk(self, name: str, model: PreTrainedModel) -> None:
+        """Take in another model; a role that shall run on it is entered in `table`."""
+        self.trunks[name] = model.to(self.device)
+        self._layers[name] = []
+
+    def add_adapter(self, trunk: str, name: str, config: LoraConfig) -> None:
+        """Inject a fresh LoRA (a no-op until trained, B = 0), in float32.
+
+        Raises:
+            ValueError: no module of the trunk matches `config.target_modules` (peft's message names them).
+        """
+        inject_adapter_in_model(config, self.trunks[trunk], adapter_name=name)
+        for parameter in self.adapter_parameters(trunk, name).values():
+            parameter.data = parameter.data.float()
+        self._layers[trunk] = [module for module in self.trunks[trunk].modules() if isinstance(module, LoraLayer)]
+
+    def adapter_parameters(self, trunk: str, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their path in the trunk, without the adapter's name in it."""
+        marker = f".{name}."
+        return {
+            key.replace(marker, "."): value
+            for key, value in self.trunks[trunk].named_parameters()
+            if marker in key and ".lora_" in key
+        }
+
+    def train_only(self, *roles: str) -> None:
+        """Exactly these roles' adapters (whole trunks where a role has none) and heads require a gradient."""
+        self.requires_grad_(False)
+        for role in roles:
+            trunk, adapter = self.table[role]
+            owner = self.trunks[trunk].parameters() if adapter is None else self.adapter_parameters(trunk, adapter).values()
+            for parameter in owner:
+                parameter.requires_grad_(True)
+            if role in self.heads:
+                self.heads[role].requires_grad_(True)
+
+    def add_head(self, role: str, zero: bool) -> ScalarHead:
+        """A scalar head on the role's hidden states, trainable."""
+        self.heads[role] = ScalarHead(self.trunk(role).config.hidden_size, zero).to(self.device)
+        return self.heads[role]  # type: ignore[return-value]
+
+    def copy_trunk(self, role: str) -> PreTrainedModel:
+        """A deep copy of the role's trunk with its adapter merged in and no LoRA layers left, in float32."""
+        trunk, adapter = self.table[role]
+        model = copy.deepcopy(self.trunks[trunk])
+        for path, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer):
+                linear = module.get_base_layer()
+                if adapter in module.lora_A:
+                    linear.weight.data = linear.weight.data.float() + module.get_delta_weight(adapter)
+                parent = model.get_submodule(path.rpartition(".")[0])
+                setattr(parent, path.rpartition(".")[2], linear)
+        for mark in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(mark, None)
+        return model.float()  # type: ignore[return-value]
+
+    @contextmanager
+    def acting(self, role: str) -> Iterator[PreTrainedModel]:
+        """The role's trunk with its adapter, and no other, switched on: costs microseconds, touches no requires_grad."""
+        trunk, adapter = self.table[role]
+        layers = self._layers[trunk]
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+        _switch(layers, adapter)
+        try:
+            yield self.trunks[trunk]  # type: ignore[misc]
+        finally:
+            for layer, (active, disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    @contextmanager
+    def merged(self, role: str) -> Iterator[PreTrainedModel]:
+        """The role's trunk with its adapter added into copies of just the adapted matrices, for decoding.
+
+        Each weight tensor is put back afterwards, not computed back, so that nothing drifts. Quantised matrices cannot
+        take an addition: there the adapter stays an adapter.
+        """
+        trunk, adapter = self.table[role]
+        layers = [layer for layer in self._layers[trunk] if adapter in layer.lora_A]
+        if any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
+            with self.acting(role) as model:
+                yield model
+            return
+        pristine = [layer.get_base_layer().weight.data for layer in layers]
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers[trunk]]
+        try:
+            with torch.no_grad():
+                for layer, weight in zip(layers, pristine, strict=True):
+                    layer.get_base_layer().weight.data = weight + layer.get_delta_weight(adapter).to(weight)
+            _switch(self._layers[trunk], None)
+            yield self.trunks[trunk]  # type: ignore[misc]
+        finally:
+            for layer, weight in zip(layers, pristine, strict=True):
+                layer.get_base_layer().weight.data = weight
+            for layer, (active, disabled) in zip(self._layers[trunk], before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def hidden(self, role: str, batch: Sequences) -> Float[Tensor, "batch time hidden"]:
+        """Last hidden states (after the final norm) of every position.
+
+        No attention mask is needed or given: see `rlhf.models.sequences`.
+        """
+        with self.acting(role) as model, self.autocast():
+            return model.base_model(
+                input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False
+            ).last_hidden_state
+
+    def scalars(self, role: str, batch: Sequences) -> Float[Tensor, "batch"]:
+        """The role's head at each row's last token: a reward model's score, uncentred."""
+        hidden = self.hidden(role, batch)
+        last: Int[Tensor, " batch"] = batch.lengths - 1
+        return self.heads[role](hidden[torch.arange(len(batch), device=last.device), last])
+
+    def token_stats(
+        self, role: str, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, "tokens"], temperature: float = 1.0
+    ) -> TokenStats:
+        """`rlhf.models.heads.token_stats` with the role's language-model head."""
+        with self.autocast():
+            return token_stats(hidden, self.output(role), targets, temperature)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in `compute_dtype`."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+
+def _switch(layers: list[LoraLayer], adapter: str | None) -> None:
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        layer._active_adapter = [] if adapter is None else [adapter]

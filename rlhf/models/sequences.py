@@ -1,0 +1,162 @@
+"""A batch of token sequences, each a prompt and a response, padded on the right only.
+
+Under causal attention a token never sees what stands to its right, so right padding needs no attention mask and changes
+nothing. What is padding is known from lengths, never from a token's id: a tokenizer whose pad token is its EOS is safe.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+
+@dataclass
+class Sequences:
+    """`ids` holds prompt then response then padding; lengths are in tokens (`lengths` counts prompt and response).
+
+    `position_ids` is only there when several sequences are packed in a row (see `pack`): they restart at each sequence.
+    `targets` marks the tokens to be predicted: the response, unless a packer or a loss on the whole text says otherwise.
+    """
+
+    ids: Int[Tensor, "batch time"]
+    prompt_lengths: Int[Tensor, "batch"]
+    lengths: Int[Tensor, "batch"]
+    targets: Bool[Tensor, "batch time"]
+    position_ids: Int[Tensor, "batch time"] | None = None
+
+    @classmethod
+    def from_lists(
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], whole_text: bool = False
+    ) -> "Sequences":
+        """Pad lists of ids to the longest; `whole_text` makes the prompt (but its first token) a target as well."""
+        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+        lengths = prompt_lengths + torch.tensor([len(response) for response in responses])
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, prompt, response in zip(ids, prompts, responses, strict=True):
+            text = [*prompt, *response]
+            row[: len(text)] = torch.tensor(text)
+        return cls(ids, prompt_lengths, lengths, spans(prompt_lengths * (not whole_text), lengths, ids.shape[1]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> "Sequences":
+        """The same batch on `device`."""
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Sequences(
+            self.ids.to(device),
+            self.prompt_lengths.to(device),
+            self.lengths.to(device),
+            self.targets.to(device),
+            positions,
+        )
+
+    def rows(self, index: Int[Tensor, "rows"]) -> "Sequences":
+        """Some rows, cut to the longest of them."""
+        time = int(self.lengths[index].max())
+        positions = None if self.position_ids is None else self.position_ids[index, :time]
+        return Sequences(
+            self.ids[index, :time],
+            self.prompt_lengths[index],
+            self.lengths[index],
+            self.targets[index, :time],
+            positions,
+        )
+
+    @property
+    def predicting(self) -> Bool[Tensor, "batch time"]:
+        """The positions whose hidden state predicts a target: one to the left of each."""
+        shifted = torch.zeros_like(self.targets)
+        shifted[:, :-1] = self.targets[:, 1:]
+        return shifted
+
+    @property
+    def target_ids(self) -> Int[Tensor, "tokens"]:
+        """The targets of all rows, one after the other: aligned with `hidden[predicting]`."""
+        return self.ids[self.targets_predicted]
+
+    @property
+    def targets_predicted(self) -> Bool[Tensor, "batch time"]:
+        """`targets` without a row's first token, which nothing predicts."""
+        mask = self.targets.clone()
+        mask[:, 0] = False
+        return mask
+
+    @property
+    def response_mask(self) -> Bool[Tensor, "batch response"]:
+        """Marks each row's response tokens in a tensor that starts at the first of them."""
+        lengths = self.lengths - self.prompt_lengths
+        return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def spans(starts: Int[Tensor, "batch"], ends: Int[Tensor, "batch"], time: int) -> Bool[Tensor, "batch {time}"]:
+    """True from each row's start up to its end."""
+    position = torch.arange(time, device=starts.device)
+    return (position >= starts[:, None]) & (position < ends[:, None])
+
+
+def unflatten(flat: Float[Tensor, "tokens"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
+    """Lay values of all response tokens, one after the other, out by row; 0 where the mask is false."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Rows grouped by similar length, so that a group padded to its longest row has at most `budget` tokens.
+
+    A row longer than the budget is a group of its own. The order of the groups depends on the lengths alone.
+    """
+    group: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if group and (len(group) + 1) * lengths[group[0]] > budget:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def pack(batch: Sequences, width: int) -> Sequences:
+    """Several sequences in a row of at most `width` tokens, isolated by position ids that restart (first fit, decreasing).
+
+    The models tell the sequences apart by the restarts alone; that needs `attention_mask=None` and no cache, which is how
+    `Roles.hidden` calls them. A packed row counts as one long response in `lengths`.
+    """
+    lengths: list[int] = batch.lengths.tolist()
+    width = max(width, *lengths)
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        place = next((i for i, left in enumerate(room) if left >= lengths[row]), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            room.append(width)
+        bins[place].append(row)
+        room[place] -= lengths[row]
+    used = torch.tensor([width - left for left in room])
+    time = int(used.max())
+    ids = torch.zeros(len(bins), time, dtype=torch.long)
+    positions = torch.zeros(len(bins), time, dtype=torch.long)
+    targets = torch.zeros(len(bins), time, dtype=torch.bool)
+    for packed, rows in enumerate(bins):
+        at = 0
+        for row in rows:
+            span = slice(at, at + lengths[row])
+            ids[packed, span] = batch.ids[row, : lengths[row]]
+            positions[packed, span] = torch.arange(lengths[row])
+            targets[packed, span] = batch.targets[row, : lengths[row]]
+            targets[packed, at] = False
+            at += lengths[row]
+        # padding goes on counting: a position that repeated 0 would start a "sequence" per padding token
+        positions[packed, at:] = torch.arange(time - at)
+    return Sequences(ids, torch.zeros_like(used), used, targets, positions)
+
+
+def concatenate(parts: Sequence[Shaped[Tensor, "_ ..."]], order: Sequence[int]) -> Tensor:
+    """Undo a grouping: parts[k] holds the rows `order[...]` in turn; the result has them in their first order."""
+    joined = torch.cat(list(parts))
+    result = torch.empty_like(joined)
+    result[torch.as_tensor(order, device=joined.device)] = joined
+    return result

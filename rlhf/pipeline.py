@@ -1,0 +1,273 @@
+"""Puts a run together: data, models, stage, trainer, evaluation. The only place that knows all of them."""
+
+import logging
+import math
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf import cache, tracking
+from rlhf.checkpoints import StepCheckpoints
+from rlhf.config import instantiate, is_quantized
+from rlhf.data.records import RECORDS, DataError, DataSource, Split
+from rlhf.evaluation.evaluate import Evaluation
+from rlhf.models.assembly import lora_config, ppo_roles, reward_roles, sft_roles
+from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
+from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
+from rlhf.models.roles import Roles
+from rlhf.rollout import encode, make_engine
+from rlhf.scorers import Context
+from rlhf.settings import ConfigError, Settings
+from rlhf.stages.base import SeededBatches, Stage, loader
+from rlhf.stages.ppo import PPO
+from rlhf.stages.reward import RewardModeling
+from rlhf.stages.sft import SupervisedFineTuning
+
+log = logging.getLogger(__name__)
+SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
+REWARD_CODE = (*SFT_CODE, "stages/reward.py")
+
+
+class Run:
+    """One composed configuration on its way to results; `folder` is where Hydra put it."""
+
+    def __init__(self, config: DictConfig, settings: Settings, source: DataSource, folder: Path):
+        self.config, self.settings, self.source, self.folder = config, settings, source, folder
+        self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        self.quantization = settings.quantization if is_quantized(settings) else None
+        torch.set_float32_matmul_precision("high")
+
+    # -- what is cached ----------------------------------------------------------------------------------------------
+
+    @property
+    def sft_folder(self) -> Path:
+        """Where the SFT model of this configuration is, or will be."""
+        return self._cached("sft", {}, SFT_CODE)
+
+    @property
+    def reward_folder(self) -> Path:
+        """Where the reward model of this configuration is, or will be."""
+        return self._cached("reward", {"sft_model": self.sft_folder.name}, REWARD_CODE)
+
+    def _cached(self, stage: str, upstream: dict[str, Any], code: tuple[str, ...]) -> Path:
+        keys = ("model", "data", "quantization", stage)
+        name = cache.digest({**{key: self.plain[key] for key in keys}, **upstream}, code)
+        return Path(self.plain["outputs"], "cache", f"{stage}-{name}").resolve()
+
+    def needed(self) -> list[Path]:
+        """The cached folders that this run needs, in the order in which they are built."""
+        stage = self.config.stage.name
+        folders = [self.sft_folder]
+        judged = stage in ("ppo", "evaluate")
+        if stage == "reward" or (judged and self.needs_reward_model):
+            folders.append(self.reward_folder)
+        return folders
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether the scorer or the judge reads a reward model."""
+        targets = [hydra.utils.get_class(self.config[key]._target_) for key in ("scorer", "judge")]
+        return any(target.needs_reward_model for target in targets)
+
+    # -- the stages --------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Build what is missing, then the stage itself; returns the summary."""
+        for folder, build in zip(self.needed(), (self._build_sft, self._build_reward), strict=False):
+            cache.ensure(folder, build)
+        stage = self.config.stage.name
+        if stage in ("sft", "reward"):
+            shutil.copytree(self.needed()[-1], self.folder, dirs_exist_ok=True)
+            return tracking.read_summary(self.folder) or {}
+        return self._ppo(train=stage == "ppo")
+
+    def _build_sft(self, folder: Path) -> None:
+        started, settings = time.time(), self.settings.sft
+        log.info("training the SFT model (%s)", self.sft_folder.name)
+        lightning.seed_everything(settings.seed, verbose=False)
+        tokenizer = load_tokenizer(self.settings.model, self.source)
+        roles = sft_roles(self.settings, tokenizer, self.quantization)
+        train, held_out = self._split("sft", "sft_validation", settings.validation_size)
+        steps = math.ceil(settings.epochs * len(train) / settings.batch_size)
+        stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
+        metrics = self._fit(stage, stage.encode(train), stage.encode(held_out), settings.batch_size, folder)
+        dtype = DTYPES[self.settings.model.dtype]
+        if self.quantization and settings.lora.r:
+            # merge into the full-precision weights, not into the rounded ones
+            save_adapter(roles, "policy", lora_config(settings.lora), folder, tokenizer, folder / "adapter")
+            roles = Roles(load_causal_lm(self.settings.model, tokenizer))
+            load_adapter(roles, "base", "policy", folder / "adapter")
+            roles.table["policy"] = stage.roles.table["policy"]
+        save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / "model")
+        tracking.write_summary(folder, metrics, self.plain, started, stage="sft", rows={"sft": len(train)})
+
+    def _build_reward(self, folder: Path) -> None:
+        started, settings = time.time(), self.settings.reward
+        log.info("training the reward model (%s)", self.reward_folder.name)
+        lightning.seed_everything(settings.seed, verbose=False)
+        base = self.sft_folder / "model"
+        tokenizer = load_tokenizer(self.settings.model, self.source)
+        roles = reward_roles(self.settings, tokenizer, base, self.quantization)
+        train, held_out = self._split("preference", "preference_validation", settings.validation_size)
+        steps = math.ceil(settings.epochs * len(train) / settings.batch_size)
+        stage = RewardModeling(settings, roles, tokenizer, steps)
+        metrics = self._fit(stage, stage.encode(train), stage.encode(held_out), settings.batch_size, folder)
+        demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
+        metrics["reward/baseline"] = stage.baseline(demonstrations)
+        if settings.lora.r:
+            save_adapter(roles, "reward", lora_config(settings.lora), base, tokenizer, folder / "model")
+        else:
+            self._save_full_reward(roles, tokenizer, folder / "model")
+        tracking.write_summary(folder, metrics, self.plain, started, stage="reward", rows={"preference": len(train)})
+
+    def _save_full_reward(self, roles: Roles, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        model = AutoModelForSequenceClassification.from_pretrained(self.sft_folder / "model", num_labels=1)
+        model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
+        model.score.weight.data = roles.heads["reward"].weight.data.to(model.dtype)
+        save_model(model, tokenizer, folder)
+        from safetensors.torch import save_file
+
+        save_file({"score.weight": roles.heads["reward"].weight.data.cpu()}, folder / HEAD)
+
+    def _ppo(self, train: bool) -> dict[str, Any]:
+        started, settings = time.time(), self.settings
+        lightning.seed_everything(settings.seed, verbose=False)
+        tokenizer = load_tokenizer(settings.model, self.source)
+        reward = self.reward_folder if self.needs_reward_model else None
+        baseline = tracking.read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
+        quantization = self.quantization
+        roles = ppo_roles(settings, tokenizer, self.sft_folder / "model", reward and reward / "model", quantization)
+        roles.to(_device(self.config))
+        context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens)
+        stage = PPO(
+            settings,
+            roles,
+            tokenizer,
+            make_engine(settings.generation, tokenizer, roles),
+            instantiate(self.config.scorer, "scorer", context),
+            hydra.utils.get_method(settings.divergence.function),
+            instantiate(self.config.kl, "kl"),
+            Evaluation(self.source, instantiate(self.config.judge, "judge", context)),
+            self.folder / "samples.jsonl",
+        )
+        held_out = records(self.source.load("eval"), "eval")[: settings.evaluation.prompts]
+        evaluation = DataLoader(held_out, batch_size=settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type, var-annotated]
+        if train:
+            prompts = self._prompts(tokenizer)
+            first = self._train_ppo(stage, prompts, evaluation)
+        else:
+            first = self._evaluate(stage, evaluation)
+        if train and settings.lora.r:
+            base = self.sft_folder / "model"
+            save_adapter(roles, "policy", lora_config(settings.lora), base, tokenizer, self.folder / "model")
+        elif train:
+            save_model(roles.trunk("policy").to(DTYPES[settings.model.dtype]), tokenizer, self.folder / "model")
+        return tracking.write_summary(
+            self.folder, stage.last_evaluation, self.plain, started, stage=self.config.stage.name, sft_metrics=first
+        )
+
+    def _train_ppo(self, stage: PPO, prompts: list[str], evaluation: DataLoader) -> dict[str, float]:
+        settings, ppo = self.settings, self.settings.ppo
+        checkpoints = StepCheckpoints(self.folder / "checkpoints", ppo.checkpoint_every)
+        last = checkpoints.latest() if self.config.resume != "never" else None
+        if last is None and self.config.resume == "must":
+            raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
+        start = checkpoints.step_of(last) if last else 0
+        trainer = self._trainer(
+            self.folder,
+            callbacks=[checkpoints],
+            max_epochs=1,
+            limit_train_batches=ppo.steps - start,
+            val_check_interval=ppo.eval_every,
+            check_val_every_n_epoch=None,
+        )
+        if start == 0:
+            (self.folder / "samples.jsonl").unlink(missing_ok=True)
+            trainer.validate(stage, evaluation, verbose=False)
+        else:
+            log.info("continuing from step %d", start)
+        batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
+        first = dict(stage.last_evaluation)
+        trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
+        if ppo.steps % ppo.eval_every:
+            trainer.validate(stage, evaluation, verbose=False)
+        return first
+
+    def _evaluate(self, stage: PPO, evaluation: DataLoader) -> dict[str, float]:
+        self._trainer(self.folder).validate(stage, evaluation, verbose=False)
+        return dict(stage.last_evaluation)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _fit(self, stage: Stage, train: list, held_out: list, batch_size: int, folder: Path) -> dict[str, float]:
+        """Train a supervised stage from its first step to its last, measured before and after."""
+        trainer = self._trainer(folder, max_steps=stage.total_steps, limit_val_batches=1.0)
+        batches = SeededBatches(len(train), batch_size, stage.settings.seed, stage.total_steps)  # type: ignore[attr-defined]
+        validation = DataLoader(held_out, batch_size=batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
+        before = dict(trainer.validate(stage, validation, verbose=False)[0])
+        if stage.total_steps:
+            trainer.fit(stage, loader(train, stage.collate, batches))  # type: ignore[arg-type]
+        stage.roles.eval()  # type: ignore[union-attr, operator]
+        after = dict(trainer.validate(stage, validation, verbose=False)[0])
+        return {**after, **{f"{key}_before": value for key, value in before.items()}}
+
+    def _trainer(self, folder: Path, **options: Any) -> lightning.Trainer:
+        quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+        loggers = [tracking.JsonLines(folder)]
+        if folder == self.folder:
+            loggers.append(instantiate(self.config.logger, "logger"))
+        options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": loggers, **options}
+        return instantiate(self.config.trainer, "trainer", **options)
+
+    def _split(self, split: Split, held_out: Split, size: int) -> tuple[list, list]:
+        """Training and held-out rows: the data set's own validation split, or the end of the training split."""
+        rows = self.source.load(split)
+        if held_out in self.source.splits:
+            other = self.source.load(held_out)
+            return records(rows, split), records(other.select(range(min(size, len(other)))), held_out)
+        if len(rows) <= size:
+            raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
+        everything = records(rows.shuffle(seed=0), split)
+        return everything[:-size], everything[-size:]
+
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        limit = self.settings.model.max_prompt_tokens
+        prompts: list[str] = self.source.load("prompts")["prompt"]
+        kept = [p for p, ids in zip(prompts, encode(tokenizer, prompts), strict=True) if len(ids) <= limit]
+        if len(kept) < len(prompts):
+            log.warning("%d of %d prompts are longer than model.max_prompt_tokens=%d and left out",
+                        len(prompts) - len(kept), len(prompts), limit)  # fmt: skip
+        if len(kept) == 0:
+            raise DataError(f"no prompt has at most model.max_prompt_tokens={limit} tokens")
+        return kept
+
+
+def records(rows: Dataset, split: Split) -> list:
+    """The rows as records of their split."""
+    return [RECORDS[split](**row) for row in rows]
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What a run would do (`dry_run=true`)."""
+    return {
+        "folder": str(run.folder),
+        "stage": run.config.stage.name,
+        "cached": {path.name: tracking.read_summary(path) is not None for path in run.needed()},
+        "done": tracking.read_summary(run.folder) is not None,
+        "settings": asdict(run.settings),
+    }
+
+
+def _device(config: DictConfig) -> str:
+    wanted = config.trainer.get("accelerator", "auto")
+    return "cuda" if torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda") else "cpu"

@@ -1,0 +1,152 @@
+"""The mathematics of PPO as pure functions of [batch, time] tensors.
+
+`mask` marks the sampled response tokens (true) against padding (false). Every mean is over the mask; a mean over
+nothing is an error, because a NaN would only surface later.
+
+Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Stiennon et al. 2020 and Sun, Gupta & Iyyer 2023 (the
+shaping of the reward).
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Mean of `x` over the mask.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    count = mask.sum()
+    if count == 0:
+        raise ValueError("a masked mean over no tokens: the batch holds no response token")
+    return torch.where(mask, x, 0.0).sum() / count
+
+
+def whiten(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], keep_mean: bool = False) -> Float[Tensor, "*shape"]:
+    """Scale to unit variance over the mask, and to mean 0 unless `keep_mean`; 0 off the mask.
+
+    The variance is the population's. `keep_mean=True` is what the published code applies to rewards.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    mean = masked_mean(x, mask)
+    centred = torch.where(mask, x - mean, 0.0)
+    whitened = centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
+    return torch.where(mask, whitened + mean, 0.0) if keep_mean else whitened
+
+
+def shape_rewards(
+    scores: Float[Tensor, "batch"], penalty: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], coef: float
+) -> Float[Tensor, "batch time"]:
+    """Reward per token: −β · d everywhere, plus the score on the last sampled token (the EOS when one was sampled).
+
+    Raises:
+        ValueError: a row has no response token, so that its score would have nowhere to go.
+    """
+    lengths = mask.sum(1)
+    if bool((lengths == 0).any()):
+        raise ValueError("a rollout without any response token cannot be given its score")
+    rewards = torch.where(mask, -coef * penalty, 0.0)
+    return rewards.scatter_add(1, (lengths - 1)[:, None], scores[:, None].to(rewards))
+
+
+def gae(
+    rewards: Float[Tensor, "batch time"],
+    values: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16): (advantages, returns), 0 off the mask.
+
+    values[:, t] is the value of the state in which token t was chosen. The mask must be one run of true values a row
+    from the first position on; the value after the last token is 0 (the episode ends there).
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * following - values
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        running = torch.where(mask[:, t], deltas[:, t] + gamma * lam * running, 0.0)
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "batch time"],
+    old_logprobs: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    clip_range: float,
+) -> Float[Tensor, ""]:
+    """Clipped surrogate (Schulman et al. 2017, equation 7), negated: mean over the mask of max(−A r, −A clip(r))."""
+    return masked_mean(policy_losses(logprobs, old_logprobs, advantages, clip_range), mask)
+
+
+def policy_losses(
+    logprobs: Float[Tensor, "*shape"],
+    old_logprobs: Float[Tensor, "*shape"],
+    advantages: Float[Tensor, "*shape"],
+    clip_range: float,
+) -> Float[Tensor, "*shape"]:
+    """The terms of `policy_loss` before the mean, for gradients accumulated over micro-batches."""
+    ratio = (logprobs - old_logprobs).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def value_loss(
+    values: Float[Tensor, "batch time"],
+    old_values: Float[Tensor, "batch time"],
+    returns: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    clip_range: float,
+) -> Float[Tensor, ""]:
+    """½ mean over the mask of max((V − R)², (clip(V, V_old ± clip_range) − R)²)."""
+    return masked_mean(value_losses(values, old_values, returns, clip_range), mask)
+
+
+def value_losses(
+    values: Float[Tensor, "*shape"],
+    old_values: Float[Tensor, "*shape"],
+    returns: Float[Tensor, "*shape"],
+    clip_range: float,
+) -> Float[Tensor, "*shape"]:
+    """The terms of `value_loss` before the mean, for gradients accumulated over micro-batches."""
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+def explained_variance(
+    values: Float[Tensor, "batch time"], returns: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, ""]:
+    """1 − Var(R − V) / Var(R) over the mask: 1 is a perfect value function, 0 as good as a constant, below 0 worse."""
+    residuals, targets = (returns - values)[mask], returns[mask]
+    return 1 - residuals.var(correction=0) / targets.var(correction=0).clamp(min=1e-8)
+
+
+class FixedKL:
+    """A penalty coefficient that stays (`kl=fixed`)."""
+
+    def __init__(self, coef: float):
+        self.coef = coef
+
+    def update(self, kl: float) -> None:
+        """Do nothing: the coefficient is fixed."""
+
+
+class AdaptiveKL:
+    """Ziegler et al. 2019, section 2.2: the coefficient follows the measured KL (`kl=adaptive`).
+
+    coef ← coef · (1 + k_beta · clip(KL / target − 1, ±0.2)), with KL summed over a response (nats).
+    """
+
+    def __init__(self, coef: float, target: float, k_beta: float):
+        self.coef, self.target, self.k_beta = coef, target, k_beta
+
+    def update(self, kl: float) -> None:
+        """Take in the mean KL per response of a rollout batch (k1, in nats)."""
+        self.coef *= 1 + self.k_beta * min(max(kl / self.target - 1, -0.2), 0.2)

@@ -1,0 +1,21 @@
+"""What the YAML files may compute. Imported before Hydra composes, so it must not import torch."""
+
+import hashlib
+import re
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+LONGEST_FOLDER = 180
+
+
+def folder_name(overrides: str) -> str:
+    """A run's folder from its overrides: readable, without characters that shells or file systems mind."""
+    name = re.sub(r"[^\w.+-]+", "-", overrides).strip("-.") or "default"
+    if len(name) > LONGEST_FOLDER:
+        name = f"{name[:LONGEST_FOLDER]}-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}"
+    return name
+
+
+OmegaConf.register_new_resolver("rlhf.folder", folder_name, replace=True)
+OmegaConf.register_new_resolver("rlhf.run_dir", lambda: HydraConfig.get().runtime.output_dir, replace=True)

@@ -1,0 +1,255 @@
+"""The rollout batch and the engines that sample it.
+
+Sampling is plain: softmax of the logits over the temperature, no top-k, top-p or minimum length, because log-probs of
+another distribution than the sampled one would bias every divergence. An EOS counts as a response token when it was
+sampled, and is never appended.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.models.kv_cache import BufferCache
+from rlhf.models.roles import Roles
+from rlhf.models.sequences import Sequences
+from rlhf.settings import GenerationSettings
+
+# How often the native engine looks which rows are done: each look waits for the device.
+CHECK_EVERY = 4
+
+
+@dataclass
+class Generated:
+    """Sampled ids [batch, time] after the prompts, each row valid up to its length (EOS included), with log-probs."""
+
+    ids: Int[Tensor, "batch time"]
+    lengths: Int[Tensor, "batch"]
+    logprobs: Float[Tensor, "batch time"] | None
+
+
+@dataclass
+class Rollouts:
+    """Prompts answered by the policy.
+
+    `logprobs` are those the tokens were sampled with, [batch, response], or None when the engine does not tell them.
+    """
+
+    sequences: Sequences
+    logprobs: Float[Tensor, "batch response"] | None
+    ended: Bool[Tensor, "batch"]
+    prompts: list[str]
+    responses: list[str]
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch response"]:
+        """The response tokens."""
+        return self.sequences.response_mask
+
+
+class Engine(Protocol):
+    """Samples continuations of `prompts` (lists of ids) from a role's distribution.
+
+    `temperature` 0 is greedy. Rows end at EOS (kept) or at `max_new_tokens`. The same generator state gives the same
+    ids. `logprobs` are under the sampling temperature (float32, nats).
+    """
+
+    def generate(
+        self,
+        roles: Roles,
+        role: str,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Generated: ...  # noqa: D102
+
+
+def rollout(
+    engine: Engine,
+    roles: Roles,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    generator: torch.Generator,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+) -> Rollouts:
+    """Answer `prompts`: encoded once, sampled in batches of similar prompt length, in their own order again.
+
+    Sampled ids are kept as they are: the texts are decoded for judges and scorers, and never encoded again.
+    """
+    temperature = settings.temperature if temperature is None else temperature
+    limit = max_new_tokens or settings.max_new_tokens
+    encoded = encode(tokenizer, prompts)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    responses: list[list[int]] = [[] for _ in encoded]
+    logprobs = torch.zeros(len(encoded), limit)
+    captured = True
+    for start in range(0, len(order), settings.batch_size):
+        rows = order[start : start + settings.batch_size]
+        part = engine.generate(roles, role, [encoded[i] for i in rows], limit, temperature, generator)
+        for i, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
+            responses[i] = ids[:length]
+        captured = captured and part.logprobs is not None
+        if part.logprobs is not None:
+            logprobs[torch.tensor(rows), : part.logprobs.shape[1]] = part.logprobs.cpu()
+    sequences = Sequences.from_lists(encoded, responses).to(roles.device)
+    mask = sequences.response_mask
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses], device=roles.device)
+    kept = logprobs[:, : mask.shape[1]].to(roles.device).masked_fill(~mask, 0.0) if captured else None
+    return Rollouts(sequences, kept, ended, list(prompts), texts)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompt ids, with the tokenizer's own special tokens in front and no EOS behind."""
+    eos = tokenizer.eos_token_id
+    rows = tokenizer(list(prompts))["input_ids"]
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in rows]
+
+
+class NativeEngine:
+    """Our own decoding loop, on any causal model of transformers.
+
+    Prompts are padded on the right and their padding is masked out of the cache, the adapter is merged into copies of
+    the adapted matrices, keys and values lie in one buffer, and rows that are done are dropped from the batch. Each row
+    draws its own numbers, so what it says does not depend on which other rows are still there.
+    """
+
+    def __init__(self, eos_token_id: int, capture_logprobs: bool = True):
+        self.eos, self.capture = eos_token_id, capture_logprobs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        roles: Roles,
+        role: str,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Generated:
+        """See `Engine`."""
+        device = roles.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width, batch = int(lengths.max()), len(prompts)
+        padded = torch.zeros(batch, width, dtype=torch.long)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        padded, lengths = padded.to(device), lengths.to(device)
+        draws = torch.rand(batch, max_new_tokens, generator=generator, device=generator.device).to(device)
+
+        out = torch.full((batch, max_new_tokens), self.eos, device=device)
+        logprobs = torch.zeros(batch, max_new_tokens, device=device)
+        ends = torch.full((batch,), max_new_tokens, device=device)
+        alive = torch.arange(batch, device=device)
+        done = torch.zeros(batch, dtype=torch.bool, device=device)
+        with roles.merged(role) as model, roles.autocast():
+            cache = BufferCache(model.config.num_hidden_layers, width + max_new_tokens)
+            visible = torch.ones(batch, 1, 1, width + max_new_tokens, dtype=torch.bool, device=device)
+            visible[:, 0, 0, :width] = torch.arange(width, device=device) < lengths[:, None]
+            hidden = model.base_model(input_ids=padded, past_key_values=cache, use_cache=True).last_hidden_state
+            last = hidden[torch.arange(batch, device=device), lengths - 1]
+            for step in range(max_new_tokens):
+                logits = model.get_output_embeddings()(last).float()
+                token, logprob = _choose(logits, temperature, draws[alive, step], self.capture)
+                out[alive, step] = token
+                logprobs[alive, step] = logprob
+                newly = (token == self.eos) & ~done
+                ends[alive] = torch.where(newly, step + 1, ends[alive])
+                done |= newly
+                if step + 1 == max_new_tokens:
+                    break
+                if step % CHECK_EVERY == CHECK_EVERY - 1:
+                    left = (~done).nonzero().squeeze(1)
+                    if len(left) == 0:
+                        break
+                    if len(left) <= 0.9 * len(alive):
+                        cache.keep(left)
+                        alive, token, done, visible = alive[left], token[left], done[left], visible[left]
+                last = model.base_model(
+                    input_ids=token[:, None],
+                    attention_mask=visible[..., : width + step + 1],
+                    position_ids=(lengths[alive] + step)[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state[:, -1]
+        return Generated(out, ends, logprobs if self.capture else None)
+
+
+def _choose(
+    logits: Float[Tensor, "rows vocabulary"], temperature: float, draws: Float[Tensor, "rows"], capture: bool
+) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
+    """A token per row by inverting the cumulative distribution at `draws` in [0, 1), and its log-probability."""
+    if temperature == 0:
+        token = logits.argmax(-1)
+        scaled = logits
+    else:
+        scaled = logits / temperature
+        cumulative = scaled.softmax(-1).cumsum(-1)
+        threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    if not capture:
+        return token, torch.zeros_like(draws)
+    return token, scaled.gather(-1, token[:, None]).squeeze(1) - scaled.logsumexp(-1)
+
+
+class TransformersEngine:
+    """Hugging Face `generate`: the reference that the native engine is tested against. Tells no log-probs."""
+
+    def __init__(self, eos_token_id: int, pad_token_id: int):
+        self.eos, self.pad = eos_token_id, pad_token_id
+
+    @torch.no_grad()
+    def generate(
+        self,
+        roles: Roles,
+        role: str,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Generated:
+        """See `Engine`."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad)
+        seen = torch.zeros(len(prompts), width, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            seen[i, width - len(prompt) :] = 1
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        devices = [roles.device] if roles.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), roles.acting(role) as model, roles.autocast():
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+            output = model.generate(
+                ids.to(roles.device),
+                attention_mask=seen.to(roles.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.pad,
+                eos_token_id=self.eos,
+                **sampling,
+            )[:, width:]
+        ended = output == self.eos
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, output.shape[1])
+        return Generated(output, lengths, None)
+
+
+def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, roles: Roles) -> Engine:
+    """The configured engine.
+
+    Log-probs are captured as sampled where that is exact: in float32. In lower precision the same row in another batch
+    shape has other log-probs, so they are scored again at the shapes of the update.
+    """
+    if settings.engine == "transformers":
+        return TransformersEngine(tokenizer.eos_token_id, tokenizer.pad_token_id)
+    automatic = roles.compute_dtype == torch.float32 and next(roles.parameters()).dtype == torch.float32
+    capture = automatic if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"
+    return NativeEngine(tokenizer.eos_token_id, capture)

@@ -1,0 +1,32 @@
+"""The learned reward, on the sampled ids themselves."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.models.sequences import Sequences, concatenate, length_buckets
+from rlhf.rollout import Rollouts
+from rlhf.scorers import Context
+
+
+class RewardModelScorer:
+    """The role `reward`, centred on demonstrations. Reads the last sampled token (the EOS when one was sampled)."""
+
+    needs_reward_model: ClassVar[bool] = True
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
+        """Scores of rollouts."""
+        return self.score(rollouts.sequences)
+
+    @torch.no_grad()
+    def score(self, batch: Sequences) -> Float[Tensor, "batch"]:
+        """Scores of token sequences, in the order of the rows."""
+        groups = list(length_buckets(batch.lengths.tolist(), self.context.microbatch_tokens))
+        rows = (torch.tensor(group, device=batch.ids.device) for group in groups)
+        scores = [self.context.roles.scalars("reward", batch.rows(index)) for index in rows]
+        return concatenate(scores, [row for group in groups for row in group]) - self.context.reward_baseline

@@ -1,0 +1,48 @@
+"""Scores of decoded texts: the embedded world's gold utility, or any function of yours."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.rollout import Rollouts
+from rlhf.scorers import Context
+
+
+class GoldScorer:
+    """The data set's own `utility(prompt, response)`: PPO on the truth, without a reward model."""
+
+    needs_reward_model: ClassVar[bool] = False
+    needs_utility: ClassVar[bool] = True
+
+    def __init__(self, context: Context):
+        self.utility: Callable[[str, str], float] = context.source.utility  # type: ignore[attr-defined]
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
+        """Utilities of rollouts."""
+        pairs = zip(rollouts.prompts, rollouts.responses, strict=True)
+        return torch.tensor([self.utility(*pair) for pair in pairs], device=rollouts.sequences.ids.device)
+
+
+class FunctionScorer:
+    """`scorer=function scorer.function=my.module.score`: called with (prompts, responses), returns a number each."""
+
+    needs_reward_model: ClassVar[bool] = False
+
+    def __init__(self, context: Context, function: Callable[[Sequence[str], Sequence[str]], Sequence[float]]):
+        self.function = function
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
+        """The function's scores.
+
+        Raises:
+            ValueError: it returned another number of scores than it was given responses.
+        """
+        scores = torch.as_tensor(self.function(rollouts.prompts, rollouts.responses), dtype=torch.float32)
+        if scores.shape != (len(rollouts.responses),):
+            raise ValueError(
+                f"scorer.function returned shape {tuple(scores.shape)} for {len(rollouts.responses)} responses"
+            )
+        return scores.to(rollouts.sequences.ids.device)

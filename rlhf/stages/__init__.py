@@ -1,0 +1,1 @@
+"""The three stages as LightningModules: supervised fine-tuning, reward modelling, PPO."""

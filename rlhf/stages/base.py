@@ -1,0 +1,167 @@
+"""What the stages share: seeded batches, token-budgeted accumulation, AdamW with a schedule, metrics by step."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import BatchSampler, DataLoader
+
+from rlhf.models.sequences import Sequences, length_buckets
+from rlhf.settings import OptimizerSettings
+
+
+class SeededBatches(BatchSampler):
+    """Batches of row numbers, a pure function of (seed, step): so a run continues anywhere without replaying.
+
+    Each epoch is a fresh permutation; a batch may straddle two epochs, so that every batch has `batch_size` rows.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, start: int = 0):
+        self.rows, self.batch_size, self.seed, self.steps, self.start = rows, batch_size, seed, steps, start
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.steps):
+            yield self.batch(step)
+
+    def batch(self, step: int) -> list[int]:
+        """The rows of one step."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._permutation(place // self.rows)[place % self.rows] for place in places]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if getattr(self, "_cached", (None,))[0] != epoch:
+            self._cached = (epoch, torch.randperm(self.rows, generator=generator(self.seed, "order", epoch)).tolist())
+        return self._cached[1]
+
+
+def generator(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Generator:
+    """An independent random stream for (seed, purpose, step): nothing depends on what was drawn before it."""
+    return torch.Generator(device).manual_seed(mixed_seed(seed, purpose, step))
+
+
+def mixed_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """63 bits that differ for any two (seed, purpose, step), the same in every process."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def loader(rows: Sequence[Any], collate: Callable[[list[Any]], Any], batches: SeededBatches) -> DataLoader:
+    """The rows in the order of `batches`."""
+    return DataLoader(rows, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
+
+
+class Step(NamedTuple):
+    """What an optimiser step reports: gradient norm before clipping, and the sums that the losses returned."""
+
+    grad_norm: Tensor
+    sums: dict[str, Tensor]
+
+
+class Stage(lightning.LightningModule):
+    """Manual optimisation: micro-batches by token budget, normalised by the whole minibatch, one clip, one step."""
+
+    def __init__(self, settings: OptimizerSettings, total_steps: int):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.settings, self.total_steps = settings, total_steps
+        self.timings: dict[str, float] = {}
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        """AdamW over what trains; the schedule counts `total_steps` and never trains a step at rate 0."""
+        decayed = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            decayed,
+            lr=self.settings.lr,
+            eps=self.settings.adam_eps,
+            weight_decay=self.settings.weight_decay,
+            fused=all(p.device.type in ("cuda", "cpu") for p in decayed),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, self.rate)}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Token batches move to the device; texts have nowhere to go."""
+        return batch.to(device) if isinstance(batch, Sequences) else batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains: the frozen base can be loaded again."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def rate(self, step: int) -> float:
+        """Share of the full learning rate at `step`: linear warm-up to 1, then the schedule down to 0 at the end."""
+        warmup = self.settings.warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min((step - warmup) / max(self.total_steps - warmup, 1), 1.0)
+        return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[
+            self.settings.schedule
+        ]
+
+    def microbatches(self, batch: Sequences) -> list[Tensor]:
+        """Row indices of `batch` grouped by length, each group at most `microbatch_tokens` when padded."""
+        groups = length_buckets(batch.lengths.tolist(), self.settings.microbatch_tokens)
+        return [torch.tensor(group, device=batch.ids.device) for group in groups]
+
+    def accumulate(
+        self, parts: Sequence[Any], loss: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]], count: Tensor | int
+    ) -> Step:
+        """One optimiser step: `loss` gives each part's *sum*, divided here by the count over all parts.
+
+        Averaging per part instead would weigh tokens of short parts more (and is what breaks accumulation elsewhere).
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            total, extra = loss(part)
+            self.manual_backward(total / count)
+            for key, value in {"loss": total, **extra}.items():
+                sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return Step(norm, sums)
+
+    def advance_schedule(self) -> None:
+        """Move the learning rate on by one step."""
+        self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+
+    @property
+    def current_lr(self) -> float:
+        """The learning rate of the coming step."""
+        return self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+
+    def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
+        """Send metrics to every logger under `step`, and to Lightning (callbacks, progress bar); one wait for the device."""
+        values = {key: float(value) for key, value in metrics.items()}
+        for logger in self.loggers:
+            logger.log_metrics(values, step)
+        self.log_dict({k: v for k, v in values.items() if k not in bar}, logger=False, batch_size=1)
+        self.log_dict({k: v for k, v in values.items() if k in bar}, logger=False, prog_bar=True, batch_size=1)
+        return values
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of a phase to `time/<phase>` (seconds, the device waited for)."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.timings[f"time/{phase}"] = self.timings.get(f"time/{phase}", 0.0) + time.perf_counter() - started
+
+    def take_timings(self) -> dict[str, float]:
+        """The phases since the last call, in seconds."""
+        timings, self.timings = self.timings, {}
+        return timings

@@ -1,0 +1,276 @@
+"""PPO on a shared base, as in Sun, Gupta & Iyyer 2023: rollouts, penalised rewards, clipped updates."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import ppo
+from rlhf.data.records import Prompt
+from rlhf.divergence import bregman, exact_kl
+from rlhf.models.roles import Roles
+from rlhf.models.sequences import Sequences
+from rlhf.rollout import Engine, Rollouts, rollout
+from rlhf.settings import Settings
+from rlhf.stages.base import Stage, generator, mixed_seed
+from rlhf.stages.experience import (
+    Divergence,
+    Experience,
+    by_rows,
+    logprobs_of,
+    replayed_dropout,
+    score_exact,
+    score_logprobs,
+    score_values,
+)
+
+Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
+
+
+class PPO(Stage):
+    """One training step is one rollout batch, `epochs` passes over it in minibatches, each one optimiser step.
+
+    Rows are dealt into minibatches and micro-batches once per rollout batch; epochs visit the minibatches in a fresh
+    order. `scorer` gives a number per rollout, `evaluator` the metrics and a record per evaluated response. Everything
+    random is drawn from (seed, purpose, step), so a run continues from any step as if it had never stopped.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        roles: Roles,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
+        scorer: Callable[[Rollouts], Float[Tensor, " batch"]],
+        divergence: Divergence,
+        kl: ppo.FixedKL | ppo.AdaptiveKL,
+        evaluator: Evaluator,
+        samples: Path,
+    ):
+        super().__init__(settings.ppo, settings.ppo.steps)
+        self.all, self.ppo = settings, settings.ppo
+        self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
+        self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
+        self.samples = samples
+        self.ppo_step = 0
+        self.dropout = settings.lora.r > 0 and settings.lora.dropout > 0
+        self.shared_trunk = roles.table["value"] == roles.table["policy"]
+        self.last_evaluation: dict[str, float] = {}
+
+    def training_step(self, batch: list[str], index: int) -> None:
+        """Roll out, score, update, report."""
+        started = time.perf_counter()
+        step = self.ppo_step + 1
+        self.roles.eval()
+        with self.timed("generate"):
+            rollouts = rollout(
+                self.engine, self.roles, "policy", self.tokenizer, batch, self.all.generation, self.stream("rollout", step)
+            )
+        minibatches = self.deal(rollouts.sequences, step)
+        with self.timed("score"):
+            scores = self.scorer(rollouts) - self.ppo.missing_eos_penalty * ~rollouts.ended
+            experience = self.assess(rollouts, scores, minibatches, step)
+        self.roles.train()
+        with self.timed("update"):
+            metrics = self.update(experience, minibatches, step)
+        self.ppo_step = step
+        metrics |= self.describe(experience, rollouts, scores)
+        metrics["ppo/rollouts_per_second"] = len(batch) / (time.perf_counter() - started)
+        if "ppo/k1" in metrics:
+            self.kl.update(metrics["ppo/k1"] * metrics["ppo/response_tokens"])
+        self.emit(metrics | self.take_timings(), step, bar=["ppo/reward", "ppo/response_tokens"])
+
+    def stream(self, purpose: str, step: int) -> torch.Generator:
+        """The random stream of a purpose at a step, on the device."""
+        return generator(self.all.seed, purpose, step, str(self.roles.device))
+
+    def deal(self, batch: Sequences, step: int) -> list[list[list[int]]]:
+        """Rows dealt at random into minibatches, and those into micro-batches of similar length."""
+        order = torch.randperm(len(batch), generator=generator(self.all.seed, "deal", step))
+        minibatches = []
+        for rows in order.split(self.ppo.minibatch_size):
+            rows = rows.to(batch.ids.device)
+            groups = self.microbatches(batch.rows(rows))
+            minibatches.append([rows[group].tolist() for group in groups])
+        return minibatches
+
+    @torch.no_grad()
+    def assess(
+        self, rollouts: Rollouts, scores: Float[Tensor, "batch"], minibatches: list[list[list[int]]], step: int
+    ) -> Experience:
+        """Old log-probs and values, reference log-probs where needed, penalty, rewards, advantages."""
+        batch, mask, budget = rollouts.sequences, rollouts.mask, self.ppo.microbatch_tokens
+        temperature = self.all.generation.temperature
+        old_values = score_values(self.roles, batch, budget)
+        old_logprobs = rollouts.logprobs
+        if old_logprobs is None or self.dropout:
+            old_logprobs = self.old_logprobs(batch, minibatches, step)
+        needed = self.all.divergence.input != "none"
+        ref_logprobs = None
+        if needed or step % self.ppo.yardstick_every == 0:
+            ref_logprobs = score_logprobs(self.roles, "reference", batch, budget, temperature)
+        if self.all.divergence.input == "logits":
+            penalty = score_exact(self.roles, batch, budget, temperature, self.divergence)
+        elif needed:
+            penalty = torch.where(mask, self.divergence(old_logprobs, ref_logprobs), 0.0)  # type: ignore[arg-type]
+        else:
+            penalty = torch.zeros_like(old_logprobs)
+        rewards = ppo.shape_rewards(scores, penalty, mask, self.kl.coef)
+        shaped = ppo.whiten(rewards, mask, keep_mean=True) if self.ppo.whiten_rewards else rewards
+        advantages, returns = ppo.gae(shaped, old_values, mask, self.ppo.gamma, self.ppo.lam)
+        if self.ppo.whiten_advantages:
+            advantages = ppo.whiten(advantages, mask)
+        return Experience(batch, mask, old_logprobs, old_values, rewards, penalty, advantages, returns, ref_logprobs)
+
+    def old_logprobs(self, batch: Sequences, minibatches: list[list[list[int]]], step: int) -> Tensor:
+        """Score the sampled tokens at the very shapes and dropout masks of the update."""
+        groups = [group for minibatch in minibatches for group in minibatch]
+        self.roles.train(self.dropout)
+
+        def passes(number: int, part: Sequences) -> Tensor:
+            with self.masks_of(step, number):
+                return logprobs_of(self.roles, "policy", part, self.all.generation.temperature)
+
+        result = by_rows(batch, groups, passes)
+        self.roles.eval()
+        return result
+
+    def masks_of(self, step: int, number: int) -> Any:
+        """The dropout masks of one micro-batch of a rollout batch (a context)."""
+        return replayed_dropout(mixed_seed(self.all.seed, f"dropout {number}", step), self.dropout, self.roles.device)
+
+    def update(self, experience: Experience, minibatches: list[list[list[int]]], step: int) -> dict[str, Any]:
+        """All epochs over a rollout batch."""
+        device = experience.mask.device
+        parts, number = [], 0
+        for minibatch in minibatches:
+            parts.append([(number + i, torch.tensor(rows, device=device)) for i, rows in enumerate(minibatch)])
+            number += len(minibatch)
+        order = generator(self.all.seed, "epochs", step)
+        lr, norms, totals, tokens = self.current_lr, [], {}, 0
+        first_ratio: Tensor | None = None
+        for _ in range(self.ppo.epochs):
+            for i in torch.randperm(len(parts), generator=order).tolist():
+                count = experience.mask[torch.cat([rows for _, rows in parts[i]])].sum()
+                result = self.accumulate(parts[i], lambda part: self.losses(experience, *part, step), count)
+                first_ratio = result.sums["ratio"] / count if first_ratio is None else first_ratio
+                norms.append(result.grad_norm)
+                tokens = tokens + count
+                for key, value in result.sums.items():
+                    totals[key] = totals.get(key, 0) + value
+        self.advance_schedule()
+        means = {f"ppo/{key}": value / tokens for key, value in totals.items() if key != "loss"}
+        return means | {"ppo/first_ratio": first_ratio, "ppo/grad_norm": torch.stack(norms).mean(), "ppo/lr": lr}
+
+    def losses(self, experience: Experience, number: int, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss of one micro-batch, and sums to report."""
+        part = experience.sequences.rows(rows)
+        mask = part.response_mask
+
+        def flat(x: Tensor) -> Tensor:
+            return x[rows, : mask.shape[1]][mask]
+
+        with self.masks_of(step, number):
+            hidden = self.roles.hidden("policy", part)[part.predicting]
+            stats = self.roles.token_stats("policy", hidden, part.target_ids, self.all.generation.temperature)
+            if not self.shared_trunk:
+                hidden = self.roles.hidden("value", part)[part.predicting]
+            values = self.roles.heads["value"](hidden)
+        old_logprobs, advantages = flat(experience.old_logprobs), flat(experience.advantages)
+        policy_loss = ppo.policy_losses(stats.logprobs, old_logprobs, advantages, self.ppo.clip_range).sum()
+        value_loss = ppo.value_losses(
+            values, flat(experience.old_values), flat(experience.returns), self.ppo.value_clip_range
+        ).sum()
+        with torch.no_grad():
+            ratio = (stats.logprobs - old_logprobs).exp()
+            sums = {
+                "policy_loss": policy_loss,
+                "value_loss": value_loss,
+                "entropy": stats.entropy.sum(),
+                "ratio": ratio.sum(),
+                "clip_fraction": ((ratio - 1).abs() > self.ppo.clip_range).sum(),
+            }
+        return policy_loss + self.ppo.value_coef * value_loss, sums
+
+    def describe(self, experience: Experience, rollouts: Rollouts, scores: Tensor) -> dict[str, Any]:
+        """The metrics of a rollout batch: every mean over the response tokens or over the responses."""
+        mask = experience.mask
+        lengths = mask.sum(1).float()
+        metrics = {
+            "ppo/reward": scores.mean(),
+            "ppo/shaped_reward": experience.rewards.sum(1).mean(),
+            "ppo/penalty": ppo.masked_mean(experience.penalty, mask),
+            "ppo/kl_coef": self.kl.coef,
+            "ppo/explained_variance": ppo.explained_variance(experience.old_values, experience.returns, mask),
+            "ppo/response_tokens": lengths.mean(),
+            "ppo/missing_eos": 1 - rollouts.ended.float().mean(),
+        }
+        if experience.ref_logprobs is not None:
+            metrics["ppo/k1"] = ppo.masked_mean(experience.old_logprobs - experience.ref_logprobs, mask)
+            metrics["ppo/k3"] = ppo.masked_mean(bregman(experience.old_logprobs, experience.ref_logprobs), mask)
+        return metrics
+
+    # -- evaluation, in Lightning's validation loop ------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a measurement of the policy as it is now."""
+        self.roles.eval()
+        self._started = time.perf_counter()
+        self._prompts: list[Prompt] = []
+        self._responses: list[str] = []
+        self._rewards: list[Tensor] = []
+        self._lengths: list[Tensor] = []
+        self._kl: list[Tensor] = []
+
+    def validation_step(self, batch: list[Prompt], index: int) -> None:
+        """Answer a batch of evaluation prompts; measure the true KL on tokens sampled at the training temperature."""
+        config, texts = self.all.evaluation, [row.prompt for row in batch]
+        answers = rollout(
+            self.engine, self.roles, "policy", self.tokenizer, texts, self.all.generation,
+            self.stream("evaluation", index), config.temperature, config.max_new_tokens,
+        )  # fmt: skip
+        left = config.kl_prompts - len(self._prompts)
+        if left > 0:
+            sampled = rollout(
+                self.engine, self.roles, "policy", self.tokenizer, texts[:left], self.all.generation,
+                self.stream("true KL", index),
+            )  # fmt: skip
+            temperature = self.all.generation.temperature
+            kl = score_exact(self.roles, sampled.sequences, self.ppo.microbatch_tokens, temperature, exact_kl)
+            self._kl.append(kl[sampled.mask])
+        self._prompts += batch
+        self._responses += answers.responses
+        self._rewards.append(self.scorer(answers))
+        self._lengths.append(answers.mask.sum(1))
+
+    def on_validation_epoch_end(self) -> None:
+        """Judge all answers, log `eval/*`, append the samples."""
+        metrics, records = self.evaluator(self._prompts, self._responses)
+        rewards = torch.cat(self._rewards)
+        metrics |= {
+            "eval/reward": float(rewards.mean()),
+            "eval/response_tokens": float(torch.cat(self._lengths).float().mean()),
+            "eval/true_kl": float(torch.cat(self._kl).mean()),
+            "time/evaluate": time.perf_counter() - self._started,
+        }
+        self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
+        with self.samples.open("a") as file:
+            for record, reward in list(zip(records, rewards.tolist(), strict=True))[: self.all.evaluation.samples]:
+                file.write(json.dumps({"step": self.ppo_step, **record, "reward": reward}, ensure_ascii=False) + "\n")
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What Lightning does not know of."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ppo"] = {"step": self.ppo_step, "kl_coef": self.kl.coef}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue where the checkpoint was made."""
+        self.ppo_step, self.kl.coef = checkpoint["ppo"]["step"], checkpoint["ppo"]["kl_coef"]

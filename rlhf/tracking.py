@@ -1,0 +1,122 @@
+"""What a run writes about itself: metrics by step, a summary, and which machine and code made it."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from rlhf import __version__, root
+
+PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "hydra-core", "bitsandbytes")
+
+
+class JsonLines(Logger):
+    """`metrics.jsonl`: a JSON object per logged step, with `step` and wall-clock `time` (seconds since 1970)."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.path = folder / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        """Lightning asks for one."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for one."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The configuration stands in summary.json and .hydra already."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wandb_logger(**options: Any) -> WandbLogger:
+    """A W&B logger; without a key in the environment or in netrc it writes offline, to be synced later."""
+    from hydra.core.hydra_config import HydraConfig
+    from wandb.sdk.lib import wbauth  # noqa: F401  (imported lazily: wandb takes a second)
+
+    folder = HydraConfig.get().runtime.output_dir
+    return WandbLogger(save_dir=folder, offline=not _has_wandb_key(), **options)
+
+
+def _has_wandb_key() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+def write_summary(folder: Path, metrics: Mapping[str, Any], config: Any, started: float, **extra: Any) -> dict[str, Any]:
+    """`summary.json`: written last and at once, so that its presence means the run is complete."""
+    summary = {
+        "metrics": dict(metrics),
+        **extra,
+        "wall_seconds": round(time.time() - started, 2),
+        "peak_memory_bytes": peak_memory(),
+        "versions": {"rlhf": __version__, "python": platform.python_version(), **_versions()},
+        "git_commit": git_commit(),
+        "config": config,
+    }
+    temporary = folder / ".summary.json"
+    temporary.write_text(json.dumps(summary, indent=2, default=str))
+    os.replace(temporary, folder / "summary.json")
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """A run's summary, or None while it is not complete."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def peak_memory() -> int:
+    """Peak memory of this process in bytes: the GPU's allocations where there is one, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout (with `+` when it is changed), None outside one."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=root(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
