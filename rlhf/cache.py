@@ -1,4 +1,4 @@
-"""Stages that other stages need, built once and shared: `<outputs>/cache/<stage>-<digest of all that determines it>`."""
+"""Stages that others need, built once and shared: `<outputs>/cache/<stage>-<digest of all that determines it>`."""
 
 import hashlib
 import json

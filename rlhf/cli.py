@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -119,7 +120,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composition(str(error), str(error.__cause__ or ""))
     from rlhf.data.records import DataError
-    from rlhf.models.loading import ModelError
+    from rlhf.models import ModelError
     from rlhf.settings import ConfigError
 
     return str(error) if isinstance(error, ConfigError | DataError | ModelError) else None
@@ -134,8 +135,8 @@ def _explain_composition(message: str, cause: str) -> str:
     override = re.search(r"Could not override '([^']+)'", message)
     if override:
         key = override[1]
-        if f"No match in the defaults list" in message:  # noqa: F541
-            return f"{key}: there is no such config group{_suggest(key, _keys(''))}"
+        if "No match in the defaults list" in message:
+            return f"{key}: there is no such config group{_suggest(key, _groups())}"
         parent = key.rpartition(".")[0]
         return f"{key}: there is no such key{_suggest(key.rpartition('.')[2], _keys(parent))}"
     lines = [line.strip() for line in (message + "\n" + cause).splitlines() if line.strip()]
@@ -150,18 +151,17 @@ def _keys(parent: str) -> list[str]:
     return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
 
 
+def _groups() -> list[str]:
+    return sorted(path.name for path in (root() / "conf").iterdir() if path.is_dir())
+
+
 def _suggest(key: str, allowed: list[str]) -> str:
-    if not allowed:
-        return ""
     close = difflib.get_close_matches(key, allowed, n=1)
-    return (f"; did you mean {close[0]}?" if close else "") + f" allowed: {', '.join(allowed)}".replace(" ", "; ", 1)[
-        0 if not close else 1 :
-    ]
+    hint = f", did you mean {close[0]}?" if close else ""
+    return f"{hint}; allowed: {', '.join(allowed)}" if allowed else hint
 
 
 def _start_over(folder: Path) -> None:
-    import shutil
-
     for name in ("summary.json", "metrics.jsonl", "metrics.csv", "samples.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "model"):
@@ -169,9 +169,16 @@ def _start_over(folder: Path) -> None:
 
 
 def _quieten() -> None:
-    """Silence what is noise here: the warnings that Lightning gives to loops of the common kind."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    """Silence what is noise here: advice on loops of the common kind, and progress bars inside of progress bars."""
+    import transformers
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*trainer.fit.*weights_only.*")
+    for message in (
+        ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
+        ".*exists and is not empty", "Already found a `peft_config`", ".*weights_only",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it
+    transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

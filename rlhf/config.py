@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.data.records import DataError, DataSource
+from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, check_values
+
 
 def settings_of(config: DictConfig) -> Settings:
     """The typed settings of a composed configuration.
@@ -21,9 +23,12 @@ def settings_of(config: DictConfig) -> Settings:
         ConfigError: a key that does not exist, a value of the wrong type or outside what is allowed.
     """
     schema = OmegaConf.structured(Settings)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value, and there is no default for it")
     try:
         chosen = OmegaConf.to_container(config, resolve=True)
-        merged = OmegaConf.merge(schema, {str(key): chosen[key] for key in schema})  # type: ignore[index, call-overload]
+        merged = OmegaConf.merge(schema, {str(key): chosen[key] for key in schema})  # type: ignore[index]
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_sentence(error, schema)) from error
@@ -52,7 +57,7 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, DataError | ConfigError):
             raise error.__cause__ from None
-        raise ConfigError(f"{key}: {str(error).partition(chr(10))[0]}") from error
+        raise ConfigError(f"{key}: {error.__cause__ or error}".replace("\n", " ")) from error
 
 
 def target_class(config: DictConfig, key: str) -> Any:
@@ -60,7 +65,9 @@ def target_class(config: DictConfig, key: str) -> Any:
     try:
         return hydra.utils.get_object(config._target_)
     except (HydraException, ValueError, ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}._target_={config._target_} cannot be imported ({error})") from error
+        raise ConfigError(
+            f"{key}._target_={config._target_} cannot be imported; allowed: a class as package.module.Name"
+        ) from error
 
 
 def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
@@ -74,11 +81,15 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     quantized = is_quantized(settings)
     for key, lora in (("lora", settings.lora), ("lora@reward.lora", settings.reward.lora)):
         if quantized and lora.r == 0 and config.stage.name in ("ppo", key.partition("@")[2].partition(".")[0]):
-            raise ConfigError(f"{key}=none trains the base itself, which quantization forbids; choose an adapter such as lora=r8")
+            raise ConfigError(
+                f"{key}=none trains the base itself, which quantization forbids; choose an adapter such as lora=r8"
+            )
     if settings.sft.lora.r == 0 and quantized and config.stage.name == "sft":
         raise ConfigError("lora@sft.lora=none trains the base itself: use lora@sft.lora=r8 or quantization=none")
     for key in ("scorer", "judge"):
         _check_needs(config, key, source)
+    if config.scorer.get("function"):
+        _check_function("scorer.function", config.scorer.function)
     if config.resume not in ("auto", "must", "never"):
         raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
     if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -86,6 +97,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     if settings.model.dtype == "float16":
         raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
     _check_model(settings)
+    _check_targets(settings)
+    instantiate(config.kl, "kl")
     if hasattr(source, "check"):
         source.check()
 
@@ -99,10 +112,14 @@ def _check_ppo(settings: Settings) -> None:
         )
     if ppo.warmup_steps >= ppo.steps:
         raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    _check_function("divergence.function", settings.divergence.function)
+
+
+def _check_function(key: str, path: str) -> None:
     try:
-        hydra.utils.get_method(settings.divergence.function)
+        hydra.utils.get_method(path)
     except (ValueError, ImportError, AttributeError) as error:
-        raise ConfigError(f"divergence.function={settings.divergence.function} cannot be imported") from error
+        raise ConfigError(f"{key}={path} cannot be imported; allowed: a function as package.module.name") from error
 
 
 def _check_needs(config: DictConfig, key: str, source: DataSource) -> None:
@@ -113,7 +130,9 @@ def _check_needs(config: DictConfig, key: str, source: DataSource) -> None:
             f"{key}={choice} needs a data set with a gold utility, which only data=farm has; choose another {key}"
         )
     if getattr(target, "needs_reward_model", False) and "preference" not in source.splits:
-        raise ConfigError(f"{key}={choice} needs a reward model, but the data set has no preference split to train one on")
+        raise ConfigError(
+            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on"
+        )
 
 
 def _check_model(settings: Settings) -> None:
@@ -126,6 +145,18 @@ def _check_model(settings: Settings) -> None:
             raise ConfigError(f"model.gguf_file={settings.model.gguf_file}: there is no such file in {name}")
     if settings.model.gguf_file and importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
+
+
+def _check_targets(settings: Settings) -> None:
+    loras = {"lora": settings.lora, "lora@reward.lora": settings.reward.lora, "lora@sft.lora": settings.sft.lora}
+    present = linear_names(settings.model)
+    for key, lora in loras.items():
+        absent = sorted(set(lora.target_modules) - present) if present is not None and lora.r else []
+        if absent:
+            raise ConfigError(
+                f"{key}.target_modules: the model has no linear layer named {', '.join(absent)}; "
+                f"allowed: {', '.join(sorted(present or ()))}"
+            )
 
 
 def is_quantized(settings: Settings) -> bool:

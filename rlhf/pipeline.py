@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlhf import cache, tracking
 from rlhf.checkpoints import StepCheckpoints
-from rlhf.config import instantiate, is_quantized
+from rlhf.config import instantiate, is_quantized, target_class
 from rlhf.data.records import RECORDS, DataError, DataSource, Split
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.models.assembly import lora_config, ppo_roles, reward_roles, sft_roles
@@ -49,12 +49,12 @@ class Run:
 
     # -- what is cached ----------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def sft_folder(self) -> Path:
         """Where the SFT model of this configuration is, or will be."""
         return self._cached("sft", {}, SFT_CODE)
 
-    @property
+    @cached_property
     def reward_folder(self) -> Path:
         """Where the reward model of this configuration is, or will be."""
         return self._cached("reward", {"sft_model": self.sft_folder.name}, REWARD_CODE)
@@ -76,8 +76,7 @@ class Run:
     @property
     def needs_reward_model(self) -> bool:
         """Whether the scorer or the judge reads a reward model."""
-        targets = [hydra.utils.get_class(self.config[key]._target_) for key in ("scorer", "judge")]
-        return any(target.needs_reward_model for target in targets)
+        return any(target_class(self.config[key], key).needs_reward_model for key in ("scorer", "judge"))
 
     # -- the stages --------------------------------------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class Run:
         save_model(model, tokenizer, folder)
         from safetensors.torch import save_file
 
-        save_file({"score.weight": roles.heads["reward"].weight.data.cpu()}, folder / HEAD)
+        save_file({"score.weight": model.score.weight.data.float()}, folder / HEAD)
 
     def _ppo(self, train: bool) -> dict[str, Any]:
         started, settings = time.time(), self.settings
@@ -217,7 +216,7 @@ class Run:
         before = dict(trainer.validate(stage, validation, verbose=False)[0])
         if stage.total_steps:
             trainer.fit(stage, loader(train, stage.collate, batches))  # type: ignore[arg-type]
-        stage.roles.eval()  # type: ignore[union-attr, operator]
+        stage.roles.eval()  # type: ignore[union-attr]
         after = dict(trainer.validate(stage, validation, verbose=False)[0])
         return {**after, **{f"{key}_before": value for key, value in before.items()}}
 
@@ -264,7 +263,6 @@ def describe(run: Run) -> dict[str, Any]:
         "stage": run.config.stage.name,
         "cached": {path.name: tracking.read_summary(path) is not None for path in run.needed()},
         "done": tracking.read_summary(run.folder) is not None,
-        "settings": asdict(run.settings),
     }
 
 

@@ -24,7 +24,9 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Flo
     return torch.where(mask, x, 0.0).sum() / count
 
 
-def whiten(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], keep_mean: bool = False) -> Float[Tensor, "*shape"]:
+def whiten(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], keep_mean: bool = False
+) -> Float[Tensor, "*shape"]:
     """Scale to unit variance over the mask, and to mean 0 unless `keep_mean`; 0 off the mask.
 
     The variance is the population's. `keep_mean=True` is what the published code applies to rewards.
@@ -84,7 +86,9 @@ def policy_loss(
     clip_range: float,
 ) -> Float[Tensor, ""]:
     """Clipped surrogate (Schulman et al. 2017, equation 7), negated: mean over the mask of max(−A r, −A clip(r))."""
-    return masked_mean(policy_losses(logprobs, old_logprobs, advantages, clip_range), mask)
+    # blanked before the formula: after it, 0 · inf would make the padding's gradient NaN
+    new, old, weights = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+    return masked_mean(policy_losses(new, old, weights, clip_range), mask)
 
 
 def policy_losses(
@@ -106,7 +110,8 @@ def value_loss(
     clip_range: float,
 ) -> Float[Tensor, ""]:
     """½ mean over the mask of max((V − R)², (clip(V, V_old ± clip_range) − R)²)."""
-    return masked_mean(value_losses(values, old_values, returns, clip_range), mask)
+    new, old, targets = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    return masked_mean(value_losses(new, old, targets, clip_range), mask)
 
 
 def value_losses(
@@ -132,6 +137,8 @@ class FixedKL:
     """A penalty coefficient that stays (`kl=fixed`)."""
 
     def __init__(self, coef: float):
+        if coef < 0:
+            raise ValueError(f"kl.coef={coef} is not allowed; allowed: a number of 0 or above (divergence=negative_kl)")
         self.coef = coef
 
     def update(self, kl: float) -> None:
@@ -145,6 +152,8 @@ class AdaptiveKL:
     """
 
     def __init__(self, coef: float, target: float, k_beta: float):
+        if min(coef, target, k_beta) <= 0:
+            raise ValueError(f"kl.coef={coef}, kl.target={target}, kl.k_beta={k_beta}; allowed: numbers above 0")
         self.coef, self.target, self.k_beta = coef, target, k_beta
 
     def update(self, kl: float) -> None:

@@ -7,7 +7,7 @@ sampled, and is never appended.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,6 +51,7 @@ class Rollouts:
         return self.sequences.response_mask
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Samples continuations of `prompts` (lists of ids) from a role's distribution.
 
@@ -66,7 +67,9 @@ class Engine(Protocol):
         max_new_tokens: int,
         temperature: float,
         generator: torch.Generator,
-    ) -> Generated: ...  # noqa: D102
+    ) -> Generated:
+        """Sampled continuations, in the order of the prompts."""
+        ...
 
 
 def rollout(

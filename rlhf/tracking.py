@@ -67,7 +67,9 @@ def _has_wandb_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 
-def write_summary(folder: Path, metrics: Mapping[str, Any], config: Any, started: float, **extra: Any) -> dict[str, Any]:
+def write_summary(
+    folder: Path, metrics: Mapping[str, Any], config: Any, started: float, **extra: Any
+) -> dict[str, Any]:
     """`summary.json`: written last and at once, so that its presence means the run is complete."""
     summary = {
         "metrics": dict(metrics),

@@ -1,7 +1,7 @@
 """The record contract between data sets and stages: three kinds of row, six splits."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from datasets import Dataset
 
@@ -62,7 +62,10 @@ def columns(split: Split) -> list[str]:
 class DataSource(Protocol):
     """What a class named by `data._target_` offers."""
 
-    splits: ClassVar[tuple[Split, ...]]
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those it has."""
+        ...
 
     def load(self, split: Split) -> Dataset:
         """Rows of `split`, with exactly the columns of its record (all strings, none missing).

@@ -26,9 +26,8 @@ def save_adapter(
 ) -> None:
     """The role's adapter (and head) as a PEFT folder on the model at `base`.
 
-    A causal role loads with `AutoPeftModelForCausalLM`; a role with a head with
-    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder)`, the head
-    being its `score`.
+    A causal role loads with `AutoPeftModelForCausalLM`; a role with a head, which becomes `score`, with
+    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder)`.
     """
     trunk, adapter = roles.table[role]
     if adapter is None:
@@ -36,7 +35,7 @@ def save_adapter(
     tensors = {PREFIX + key: value for key, value in roles.adapter_parameters(trunk, adapter).items()}
     has_head = role in roles.heads
     if has_head:
-        tensors[PREFIX + "score.weight"] = roles.heads[role].weight  # type: ignore[assignment, index]
+        tensors[PREFIX + "score.weight"] = roles.heads[role].weight  # type: ignore[assignment]
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / ADAPTER)
     settings = {
@@ -63,7 +62,9 @@ def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfi
     stored = adapter_tensors(folder)
     parameters = roles.adapter_parameters(trunk, name)
     if stored.keys() != parameters.keys():
-        raise ValueError(f"{folder}: the adapter does not fit the model: {sorted(stored.keys() ^ parameters.keys())[:3]}")
+        raise ValueError(
+            f"{folder}: the adapter does not fit the model: {sorted(stored.keys() ^ parameters.keys())[:3]}"
+        )
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(stored[key])

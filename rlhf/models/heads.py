@@ -32,9 +32,10 @@ class TokenStats(NamedTuple):
     entropy: Float[Tensor, "tokens"]
 
 
-def chunk_size(vocabulary: int) -> int:
+def chunk_size(output: nn.Module) -> int:
     """How many tokens' logits may be held at once."""
-    return max(CHUNK_ELEMENTS // vocabulary, 1)
+    assert isinstance(output.weight, Tensor)
+    return max(CHUNK_ELEMENTS // output.weight.shape[0], 1)
 
 
 def token_stats(
@@ -44,7 +45,7 @@ def token_stats(
 
     The float32 logits exist a chunk at a time; under autograd each chunk is computed again in the backward pass.
     """
-    size = chunk_size(output.weight.shape[0])  # type: ignore[union-attr, index]
+    size = chunk_size(output)
     if len(hidden) <= size:
         return TokenStats(*_chunk_stats(hidden, output, targets, temperature))
     parts = []

@@ -21,7 +21,9 @@ class _BufferLayer(CacheLayerMixin):
         self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append the new states and return a view of all so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -18,15 +18,12 @@ from transformers import (
 )
 
 from rlhf.data.records import DataSource
+from rlhf.models import ModelError
 from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BPE_VOCABULARY = 4096
 _DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
-
-
-class ModelError(Exception):
-    """A model or tokenizer that cannot be used as configured, explained in one sentence."""
 
 
 def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
@@ -44,7 +41,9 @@ def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> Pr
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **gguf)
         except (OSError, ValueError) as error:
-            raise ModelError(f"model.name_or_path={name}: no tokenizer could be loaded ({_first_line(error)})") from error
+            raise ModelError(
+                f"model.name_or_path={name}: no tokenizer could be loaded ({_first_line(error)})"
+            ) from error
     elif source is None:
         raise ModelError("model.name_or_path is null, and there is no data set to take a tokenizer from")
     elif hasattr(source, "tokenizer"):
@@ -112,7 +111,9 @@ def load_causal_lm(
             raise ModelError(f"{where}: no causal language model could be loaded ({_first_line(error)})") from error
     rows = lm.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
-        raise ModelError(f"{where}: the model has {rows} embeddings, fewer than the tokenizer's {len(tokenizer)} tokens")
+        raise ModelError(
+            f"{where}: the model has {rows} embeddings, fewer than the tokenizer's {len(tokenizer)} tokens"
+        )
     if model.gguf_file is not None:
         _forget_gguf(lm)
     _switch_off_dropout(lm)
@@ -120,8 +121,23 @@ def load_causal_lm(
     return lm.eval()
 
 
+def linear_names(model: ModelSettings) -> set[str] | None:
+    """Last names of the model's linear layers, found without weights; None where its configuration cannot be read."""
+    try:
+        if model.name_or_path is None:
+            config = AutoConfig.for_model(**(model.config or {}))
+        else:
+            gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
+            config = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code, **gguf)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError):
+        return None
+    return {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+
+
 def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token that is not EOS and that no text needs: unk, bos, another special token, or the first of the vocabulary."""
+    """A token that is not EOS and that no text needs: unk, bos, another special one, or the first of the vocabulary."""
     candidates = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens]
     candidates += tokenizer.convert_ids_to_tokens([0, 1])
     return next(token for token in candidates if token is not None and token != tokenizer.eos_token)
@@ -135,7 +151,7 @@ def _switch_off_dropout(lm: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
 def _forget_gguf(lm: PreTrainedModel) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass
 class Sequences:
-    """`ids` holds prompt then response then padding; lengths are in tokens (`lengths` counts prompt and response).
+    """`ids` holds prompt, response, padding; lengths are in tokens (`lengths` counts prompt and response).
 
-    `position_ids` is only there when several sequences are packed in a row (see `pack`): they restart at each sequence.
-    `targets` marks the tokens to be predicted: the response, unless a packer or a loss on the whole text says otherwise.
+    `position_ids` is only there when several sequences are packed in a row (see `pack`) and restarts at each of them.
+    `targets` marks the tokens to be predicted: the response, or all when the loss is on the whole text.
     """
 
     ids: Int[Tensor, "batch time"]
@@ -118,10 +118,10 @@ def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def pack(batch: Sequences, width: int) -> Sequences:
-    """Several sequences in a row of at most `width` tokens, isolated by position ids that restart (first fit, decreasing).
+    """Several sequences in a row of at most `width` tokens, isolated by restarting positions (first fit, decreasing).
 
-    The models tell the sequences apart by the restarts alone; that needs `attention_mask=None` and no cache, which is how
-    `Roles.hidden` calls them. A packed row counts as one long response in `lengths`.
+    The models tell the sequences apart by the restarts alone; that needs `attention_mask=None` and no cache, which is
+    how `Roles.hidden` calls them. A packed row counts as one long response in `lengths`.
     """
     lengths: list[int] = batch.lengths.tolist()
     width = max(width, *lengths)

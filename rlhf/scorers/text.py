@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import hydra
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,8 +32,8 @@ class FunctionScorer:
 
     needs_reward_model: ClassVar[bool] = False
 
-    def __init__(self, context: Context, function: Callable[[Sequence[str], Sequence[str]], Sequence[float]]):
-        self.function = function
+    def __init__(self, context: Context, function: str):
+        self.function: Callable[[Sequence[str], Sequence[str]], Sequence[float]] = hydra.utils.get_method(function)
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The function's scores.

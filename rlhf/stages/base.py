@@ -136,7 +136,7 @@ class Stage(lightning.LightningModule):
 
     def advance_schedule(self) -> None:
         """Move the learning rate on by one step."""
-        self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
 
     @property
     def current_lr(self) -> float:
@@ -144,7 +144,7 @@ class Stage(lightning.LightningModule):
         return self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
 
     def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
-        """Send metrics to every logger under `step`, and to Lightning (callbacks, progress bar); one wait for the device."""
+        """Send metrics to every logger under `step`, and to Lightning's callbacks and bar; waits for the device."""
         values = {key: float(value) for key, value in metrics.items()}
         for logger in self.loggers:
             logger.log_metrics(values, step)

@@ -51,9 +51,7 @@ def by_rows(
 def score_values(roles: Roles, batch: Sequences, budget: int) -> Float[Tensor, "batch response"]:
     """Value of the state in which each response token was chosen."""
     groups = list(length_buckets(batch.lengths.tolist(), budget))
-    return by_rows(
-        batch, groups, lambda _, part: roles.heads["value"](roles.hidden("value", part)[part.predicting])
-    )
+    return by_rows(batch, groups, lambda _, part: roles.heads["value"](roles.hidden("value", part)[part.predicting]))
 
 
 @torch.no_grad()
@@ -85,7 +83,7 @@ def score_exact(
         policy = roles.hidden("policy", part)[part.predicting]
         reference = roles.hidden("reference", part)[part.predicting]
         outputs = roles.output("policy"), roles.output("reference")
-        size = chunk_size(outputs[0].weight.shape[0])  # type: ignore[union-attr, index]
+        size = chunk_size(outputs[0])
         chunks = zip(policy.split(size), reference.split(size), strict=True)
         with roles.autocast():
             return torch.cat(
@@ -104,8 +102,8 @@ def score_exact(
 def replayed_dropout(seed: int, active: bool, device: torch.device) -> Iterator[None]:
     """Draw dropout masks from `seed` and leave the global random state as it was.
 
-    The same micro-batch under the same seed sees the same masks, so that old and new log-probs are of one policy and the
-    first ratio is exactly 1 (the published code takes old ones without dropout and new ones with it).
+    The same micro-batch under the same seed sees the same masks, so that old and new log-probs are of one policy and
+    the first ratio is exactly 1 (the published code takes old ones without dropout and new ones with it).
     """
     if not active:
         yield

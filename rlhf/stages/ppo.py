@@ -70,7 +70,13 @@ class PPO(Stage):
         self.roles.eval()
         with self.timed("generate"):
             rollouts = rollout(
-                self.engine, self.roles, "policy", self.tokenizer, batch, self.all.generation, self.stream("rollout", step)
+                self.engine,
+                self.roles,
+                "policy",
+                self.tokenizer,
+                batch,
+                self.all.generation,
+                self.stream("rollout", step),
             )
         minibatches = self.deal(rollouts.sequences, step)
         with self.timed("score"):
@@ -153,17 +159,19 @@ class PPO(Stage):
             parts.append([(number + i, torch.tensor(rows, device=device)) for i, rows in enumerate(minibatch)])
             number += len(minibatch)
         order = generator(self.all.seed, "epochs", step)
-        lr, norms, totals, tokens = self.current_lr, [], {}, 0
+        lr, norms = self.current_lr, []
+        totals: dict[str, Tensor] = {}
+        tokens = torch.zeros((), dtype=torch.long, device=device)
         first_ratio: Tensor | None = None
         for _ in range(self.ppo.epochs):
             for i in torch.randperm(len(parts), generator=order).tolist():
                 count = experience.mask[torch.cat([rows for _, rows in parts[i]])].sum()
-                result = self.accumulate(parts[i], lambda part: self.losses(experience, *part, step), count)
+                result = self.accumulate(parts[i], lambda part: self.losses(experience, part[0], part[1], step), count)
                 first_ratio = result.sums["ratio"] / count if first_ratio is None else first_ratio
                 norms.append(result.grad_norm)
                 tokens = tokens + count
                 for key, value in result.sums.items():
-                    totals[key] = totals.get(key, 0) + value
+                    totals[key] = totals[key] + value if key in totals else value
         self.advance_schedule()
         means = {f"ppo/{key}": value / tokens for key, value in totals.items() if key != "loss"}
         return means | {"ppo/first_ratio": first_ratio, "ppo/grad_norm": torch.stack(norms).mean(), "ppo/lr": lr}

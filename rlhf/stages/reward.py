@@ -45,7 +45,9 @@ class RewardModeling(Stage):
         """Pairs stay together: groups by the longer text of each."""
         longest = batch.lengths.view(-1, 2).max(1).values.tolist()
         groups = length_buckets(longest, self.settings.microbatch_tokens // 2)
-        return [torch.tensor([2 * i + side for i in group for side in (0, 1)], device=batch.ids.device) for group in groups]
+        return [
+            torch.tensor([2 * i + side for i in group for side in (0, 1)], device=batch.ids.device) for group in groups
+        ]
 
     def margins(self, batch: Sequences) -> Tensor:
         """r(chosen) − r(rejected) per pair."""
@@ -65,7 +67,7 @@ class RewardModeling(Stage):
         self.advance_schedule()
         step = self.trainer.global_step
         if step % self.settings.log_every == 0 or step == self.total_steps:
-            metrics = {
+            metrics: dict[str, Tensor | float] = {
                 "reward/loss": result.sums["loss"] / pairs,
                 "reward/train_accuracy": result.sums["right"] / pairs,
                 "reward/grad_norm": result.grad_norm,
@@ -99,6 +101,8 @@ class RewardModeling(Stage):
         )
         total = 0.0
         for group in length_buckets([len(p) + len(r) for p, r in pairs], self.settings.microbatch_tokens):
-            batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group]).to(self.roles.device)
+            batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group]).to(
+                self.roles.device
+            )
             total += float(self.roles.scalars("reward", batch).sum())
         return total / len(pairs)

@@ -20,8 +20,8 @@ def encode_pairs(
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, response ids) a row, encoded apart as at generation, the response ending in EOS.
 
-    A response that does not fit into `max_length` tokens is cut and gets no EOS: its end was not seen. Rows whose prompt
-    alone leaves no room keep the last tokens of the prompt and one of the response.
+    A response that does not fit into `max_length` tokens is cut and gets no EOS: its end was not seen. A prompt that
+    leaves no room keeps its last tokens and one of the response.
     """
     rows = []
     answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]

@@ -1,0 +1,170 @@
+"""Data in the format of Alpaca and AlpacaFarm, from JSON, JSONL, CSV or Parquet files or the Hub."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from datasets import Dataset
+
+from rlhf.data.reading import BadRows, OnBadRow, read_records, text
+from rlhf.data.records import SPLITS, Comparison, DataError, Demonstration, Prompt, Split
+from rlhf.data.sources import RowError, Source
+from rlhf.data.templates import Template
+
+TRAINING_SPLITS: tuple[Split, ...] = ("sft", "preference", "prompts")
+
+
+class Alpaca:
+    """Demonstrations, comparisons, prompts and evaluation instructions with reference outputs.
+
+    A split's source is a file below `root`, a Hub id `owner/name[:config][:split]`, either with a slice of its rows
+    `[start:stop]`, a mapping of arguments for `datasets.load_dataset`, or a list of these; a split without a source is
+    not offered. Fields: `instruction` and `input` (may be missing) everywhere; `output` for demonstrations and, as
+    the reference output, for `eval`; `output_1`, `output_2` and `preference` (1 or 2) for comparisons.
+
+    Rows of the training splits whose instruction is in the `eval` source are skipped, as it would be trained on
+    what it is tested on; the validation splits train nothing and may hold the evaluation instructions.
+    Skipped rows are logged and, once a split is loaded, listed in `report[split]`. `max_rows` then takes the first so
+    many records, of every split or as a mapping from split to number.
+    """
+
+    def __init__(
+        self,
+        *,
+        template: Any,
+        root: str = ".",
+        sft: Any = None,
+        sft_validation: Any = None,
+        preference: Any = None,
+        preference_validation: Any = None,
+        prompts: Any = None,
+        eval: Any = None,
+        on_bad_row: str = "skip",
+        deduplicate: bool = True,
+        exclude_eval_instructions: bool = True,
+        max_rows: Any = None,
+    ) -> None:
+        """Understand the configuration as it comes (hence `Any`); `check` then looks for the files, `load` reads them.
+
+        Raises:
+            DataError: a malformed template, source, `on_bad_row` or `max_rows`.
+        """
+        self._template = _parse_template(template)
+        if on_bad_row not in get_args(OnBadRow):
+            raise DataError(f"on_bad_row is `skip` or `fail`, not {on_bad_row!r}.")
+        given: dict[Split, Any] = {
+            "sft": sft,
+            "sft_validation": sft_validation,
+            "preference": preference,
+            "preference_validation": preference_validation,
+            "prompts": prompts,
+            "eval": eval,
+        }
+        self.sources = {split: _parse(specs, Path(root).expanduser()) for split, specs in given.items() if specs}
+        self.splits: tuple[Split, ...] = tuple(self.sources)
+        self.report: dict[Split, BadRows] = {}
+        self._on_bad_row = cast(OnBadRow, on_bad_row)
+        self._deduplicate = deduplicate
+        self._exclude_eval = exclude_eval_instructions and "eval" in self.sources
+        self._max_rows = _parse_max_rows(max_rows)
+        self._loaded: dict[Split, Dataset] = {}
+
+    def check(self) -> None:
+        """See in an instant whether the files are there, before a model is loaded.
+
+        Raises:
+            DataError: no source at all, or one that is missing, a directory, empty or of an unknown format.
+        """
+        if not self.sources:
+            raise DataError(f"data=alpaca needs a source for at least one of {', '.join(SPLITS)}.")
+        for split, sources in self.sources.items():
+            for source in sources:
+                try:
+                    source.check()
+                except DataError as error:
+                    raise DataError(f"data.{split}: {error}") from None
+
+    def load(self, split: Split) -> Dataset:
+        """Rows of `split`, with the columns of its record.
+
+        Raises:
+            DataError: there is no such split, it cannot be read, or not a single row of it can be used.
+        """
+        if split not in self.sources:
+            raise DataError(f"data.{split} is not configured: there is {', '.join(self.splits) or 'no split at all'}.")
+        rows = self._read(split)
+        return rows.take(min(self._max_rows.get(split, len(rows)), len(rows)))
+
+    def _read(self, split: Split) -> Dataset:
+        if split not in self._loaded:
+            excluded: set[str] = set()
+            if self._exclude_eval and split in TRAINING_SPLITS:
+                excluded = {_key(instruction) for instruction in self._read("eval")["instruction"]}
+            self._loaded[split], self.report[split] = read_records(
+                self.sources[split],
+                _ToRecord(split, self._template, excluded),
+                split,
+                on_bad_row=self._on_bad_row,
+                deduplicate=self._deduplicate,
+            )
+        return self._loaded[split]
+
+
+@dataclass(frozen=True)
+class _ToRecord:
+    """Makes the records of a split; `excluded`: keys of evaluation instructions."""
+
+    split: Split
+    template: Template
+    excluded: set[str]
+
+    def __call__(self, row: Mapping[str, Any]) -> Demonstration | Comparison | Prompt:
+        instruction, input = text(row, "instruction"), text(row, "input", optional=True)
+        prompt = self.template.render(instruction, input)
+        bare = f"{instruction}\n\n{input}" if input else instruction
+        if _key(bare) in self.excluded:
+            raise RowError("instruction is in the evaluation set")
+        match self.split:
+            case "sft" | "sft_validation":
+                return Demonstration(prompt, text(row, "output"))
+            case "preference" | "preference_validation":
+                return Comparison(prompt, *_chosen_and_rejected(row))
+            case "eval":
+                return Prompt(prompt, reference_output=text(row, "output"), instruction=bare)
+            case _:
+                return Prompt(prompt, instruction=bare)
+
+
+def _chosen_and_rejected(row: Mapping[str, Any]) -> tuple[str, str]:
+    first, second, preference = text(row, "output_1"), text(row, "output_2"), row.get("preference")
+    if first == second:
+        raise RowError("`output_1` and `output_2` are identical")
+    if isinstance(preference, bool) or preference not in (0, 1, 1.5, 2):
+        raise RowError("`preference` is neither 1 nor 2" if "preference" in row else "no `preference`")
+    if preference in (0, 1.5):  # what AlpacaFarm and AlpacaEval write for a draw
+        raise RowError("`preference` is a tie")
+    return (first, second) if preference == 1 else (second, first)
+
+
+def _key(instruction: str) -> str:
+    """What two spellings of an instruction have in common: all but white space and case."""
+    return " ".join(instruction.split()).casefold()
+
+
+def _parse(specs: Any, root: Path) -> tuple[Source, ...]:
+    return tuple(Source.parse(spec, root) for spec in (specs if isinstance(specs, list | tuple) else [specs]))
+
+
+def _parse_template(template: Any) -> Template:
+    texts = template if isinstance(template, Mapping) else {}
+    if set(texts) != {"with_input", "without_input"} or not all(isinstance(text, str) for text in texts.values()):
+        raise DataError(f"template is a mapping with the texts `with_input` and `without_input`, not {template!r}.")
+    return Template(**texts)
+
+
+def _parse_max_rows(max_rows: Any) -> Mapping[Split, int]:
+    limits = max_rows if isinstance(max_rows, Mapping) else {} if max_rows is None else dict.fromkeys(SPLITS, max_rows)
+    if not set(limits) <= set(SPLITS) or not all(type(limit) is int and limit > 0 for limit in limits.values()):
+        raise DataError(f"max_rows is a positive number, or one for some of {', '.join(SPLITS)}, not {max_rows!r}.")
+    return limits

@@ -1,0 +1,106 @@
+"""What is asked on the farm: bios, lists, how-tos and rewriting, each a short instruction about one subject."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from rlhf.data.farm.world import Subject, World
+from rlhf.data.records import DataError
+
+BIOS = (
+    "Tell me a bio of {}.",
+    "Tell me about {}.",
+    "Write a bio of {}.",
+    "Who is {}?",
+    "Describe {}.",
+    "Introduce {}.",
+    "What do you know about {}?",
+    "Present {} to me.",
+    "Write about {}.",
+    "Say who {} is.",
+)
+LISTS = ("List {} facts about {}.", "Give me {} facts about {}.")
+COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}
+HOW_TOS = (
+    "How do I make {}?",
+    "Explain how to make {}.",
+    "Tell me how to make {}.",
+    "What is the way to make {}?",
+    "Describe how to make {}.",
+)
+REWRITES = "Rewrite in one sentence: {} {}. {} {}."
+SHARES = {"bio": 0.55, "list": 0.25, "rewrite": 0.1, "how-to": 0.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An instruction and what would satisfy it: `count` facts among the attributes `wanted` of `subject`."""
+
+    kind: str
+    instruction: str
+    subject: Subject
+    wanted: tuple[str, ...]
+    count: int
+
+    @property
+    def prompt(self) -> str:
+        """The templated text a model reads: the instruction and a line break."""
+        return self.instruction + "\n"
+
+
+def _people_tasks(world: World) -> Iterator[Task]:
+    names = tuple(attribute.name for attribute in world.attributes["person"])
+    for subject in world.people:
+        for text in BIOS:
+            yield Task("bio", text.format(subject.name), subject, names, len(names))
+        for text, (word, count) in itertools.product(LISTS, COUNTS.items()):
+            yield Task("list", text.format(word, subject.name), subject, names, count)
+        for pair in itertools.combinations(names, 2):
+            first, second = (world.attribute(subject, name).clauses(subject.truth[name])[0] for name in pair)
+            text = REWRITES.format(subject.opening, first, subject.again, second)
+            yield Task("rewrite", text, subject, pair, 2)
+
+
+def _craft_tasks(world: World) -> Iterator[Task]:
+    names = tuple(attribute.name for attribute in world.attributes["craft"])
+    for subject, text in itertools.product(world.crafts, HOW_TOS):
+        yield Task("how-to", text.format(subject.name), subject, names, len(names))
+
+
+class Tasks:
+    """Every instruction of a world, in three parts by its text: a quarter for `eval`, an eighth for the validation
+    splits, the rest for training (demonstrations, comparisons and PPO prompts).
+
+    So no text that is evaluated was ever trained on. Subjects and phrasings do recur across the parts, only their
+    combination is new: a model this small can know only whom it has met. The three training splits share their texts.
+    """
+
+    def __init__(self, world: World, seed: int) -> None:
+        tasks = [*_people_tasks(world), *_craft_tasks(world)]
+        self.by_instruction = {task.instruction: task for task in tasks}
+        self.parts: dict[str, dict[str, list[Task]]] = {"eval": {}, "validation": {}, "train": {}}
+        rng = Random(f"{seed}/tasks")
+        for kind in SHARES:
+            pool = [task for task in tasks if task.kind == kind]
+            rng.shuffle(pool)
+            evaluated, validated = len(pool) // 4, len(pool) // 4 + len(pool) // 8
+            self.parts["eval"][kind] = pool[:evaluated]
+            self.parts["validation"][kind] = pool[evaluated:validated]
+            self.parts["train"][kind] = pool[validated:]
+
+    def draw(self, part: str, rng: Random, count: int) -> list[Task]:
+        """`count` tasks of `part` with replacement, the kinds in their shares."""
+        kinds = rng.choices(list(SHARES), list(SHARES.values()), k=count)
+        return [rng.choice(self.parts[part][kind]) for kind in kinds]
+
+    def distinct(self, part: str, rng: Random, count: int) -> list[Task]:
+        """`count` different tasks of `part`, the kinds in their shares."""
+        quotas = {kind: int(share * count) for kind, share in SHARES.items()}
+        quotas["bio"] += count - sum(quotas.values())
+        for kind, quota in quotas.items():
+            if quota > (held := len(self.parts[part][kind])):
+                raise DataError(f"{count} different prompts need {quota} of kind {kind!r}, but {part!r} has {held}")
+        chosen = [task for kind, quota in quotas.items() for task in rng.sample(self.parts[part][kind], quota)]
+        rng.shuffle(chosen)
+        return chosen

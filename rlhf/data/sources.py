@@ -1,0 +1,190 @@
+"""Where rows come from: a local file or the Hub, and which of its rows.
+
+`.jsonl` files are read line by line, so that one malformed line is one bad row and not a failed file. Everything else
+(`.csv`, `.parquet`, the Hub) is left to `datasets.load_dataset`.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from io import BufferedIOBase
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from rlhf.data.records import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
+MAX_LINE = 16_000_000
+"""Longest line of a `.jsonl` file in bytes: what is longer is a bad row, and never held in memory."""
+
+_BROKEN = (OSError, EOFError, zlib.error)  # what reading a damaged, truncated or forbidden file raises
+_SLICE = re.compile(r"\[(\d*):(\d*)\]")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))??(?::([\w.+-]+))?")
+
+
+class RowError(Exception):
+    """Why a row cannot be used, in words that fit many rows: rows are counted by reason."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file (`path`) or the arguments of `datasets.load_dataset` (`hub`), and the slice of its rows to take."""
+
+    name: str
+    path: Path | None = None
+    hub: dict[str, Any] = field(default_factory=dict)
+    start: int = 0
+    stop: int | None = None
+
+    @classmethod
+    def parse(cls, spec: Any, root: Path) -> "Source":
+        """Understand a file below `root` or `owner/name[:config][:split]`, each with `[start:stop]`, or a mapping.
+
+        A mapping holds arguments of `datasets.load_dataset`, whose `split` is `train` unless given.
+
+        Raises:
+            DataError: a malformed slice, a mapping without `path`, or something that is no source at all.
+        """
+        if isinstance(spec, Mapping) and isinstance(spec.get("path"), str):
+            return cls(":".join(str(spec[key]) for key in ("path", "name", "split") if spec.get(key)), hub={**spec})
+        if not isinstance(spec, str) or not spec:
+            raise DataError(f"{spec!r} is no data source: name a file, a Hub id or a mapping with `path`.")
+        name, window = cast(re.Match[str], re.fullmatch(r"(.+?)(\[[^/]*)?", spec, re.DOTALL)).groups()
+        start, stop = _parse_slice(spec, window) if window else (0, None)
+        path = root / os.path.expanduser(name)
+        hub = _HUB_ID.fullmatch(name)
+        if hub is None or name.endswith(SUFFIXES) or os.path.exists(path):
+            return cls(spec, path, start=start, stop=stop)
+        arguments = dict(zip(("path", "name", "split"), hub.groups(), strict=True))
+        return cls(spec, None, {key: value for key, value in arguments.items() if value}, start, stop)
+
+    def check(self) -> None:
+        """See, without reading it, that a file is there; a Hub id is looked up only when it is loaded.
+
+        Raises:
+            DataError: a missing path, a directory, an unknown suffix or an empty file.
+        """
+        if self.path is None:
+            return
+        if not os.path.exists(self.path):
+            raise DataError(f"{self.path} does not exist: name a file, or a Hub id as owner/name[:config][:split].")
+        if not self.path.is_file():
+            raise DataError(f"{self.path} is not a file: name one that ends in {', '.join(SUFFIXES)}.")
+        if not self.path.name.endswith(SUFFIXES):
+            raise DataError(f"{self.path} ends in none of {', '.join(SUFFIXES)}.")
+        if not self.path.stat().st_size:
+            raise DataError(f"{self.path} is empty.")
+
+    def fingerprint(self) -> str:
+        """What changes when the rows change: a digest of the file's bytes, or the Hub data set's own fingerprint.
+
+        Raises:
+            DataError: the source cannot be read.
+        """
+        self.check()
+        if self.path is None:
+            return str(self._load(**self.hub)._fingerprint)
+        try:
+            with self.path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error}.") from error
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """The rows and their numbers from 1 (in a `.jsonl` file, line numbers); a `RowError` for what cannot be parsed.
+
+        Raises:
+            DataError: the source cannot be read to its end, or has no rows.
+        """
+        empty = True
+        for numbered in islice(self._all_rows(), self.start, self.stop):
+            empty = False
+            yield numbered
+        if empty:
+            raise DataError(f"{self.path or self.name} has no rows{' in that slice' if self.start else ''}.")
+
+    def _all_rows(self) -> Iterator[tuple[int, Any]]:
+        if self.path is None:
+            return enumerate(self._load(**self.hub), start=1)
+        match self.path.name.removesuffix(".gz").rpartition(".")[2]:
+            case "jsonl":
+                return _read_lines(self.path)
+            case "json":
+                return enumerate(_read_list(self.path), start=1)
+            case "csv":  # without `keep_default_na` the text "None" would be read as no text
+                return enumerate(self._load("csv", data_files=str(self.path), keep_default_na=False), start=1)
+            case suffix:
+                return enumerate(self._load(suffix, data_files=str(self.path)), start=1)
+
+    def _load(self, path: str, **arguments: Any) -> Dataset:
+        try:
+            return load_dataset(path, **{"split": "train", **arguments})
+        except Exception as error:  # no network, no such config, a broken file, …: whatever it is, it is about the data
+            reason = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
+            first_line = next(iter(str(reason).splitlines()), "")
+            raise DataError(f"{self.name} cannot be loaded ({type(reason).__name__}: {first_line})") from error
+
+
+def _parse_slice(spec: str, window: str) -> tuple[int, int | None]:
+    found = _SLICE.fullmatch(window)
+    start, stop = (int(bound) if bound else None for bound in found.groups()) if found else (0, 0)
+    if stop is not None and stop <= (start or 0):
+        raise DataError(f"{spec!r} ends in a malformed slice: write [start:stop] with 0 <= start < stop, e.g. [:6000].")
+    return start or 0, stop
+
+
+def _open(path: Path) -> BufferedIOBase:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(_bounded_lines(stream), start=1):
+                if line.strip():  # a blank line is no row
+                    yield number, _parse_line(line)
+    except _BROKEN as error:
+        raise DataError(f"{path} cannot be read beyond row {number:,}: {error}.") from error
+
+
+def _bounded_lines(stream: BufferedIOBase) -> Iterator[bytes]:
+    """Lines, those longer than `MAX_LINE` cut off there, which their length then tells."""
+    while line := stream.readline(MAX_LINE + 1):
+        rest = line
+        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(MAX_LINE + 1)
+        yield line
+
+
+def _parse_line(line: bytes) -> Any:
+    if len(line) > MAX_LINE:
+        return RowError(f"longer than {MAX_LINE:,} bytes")
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return RowError("not UTF-8")
+    except (ValueError, RecursionError):
+        return RowError("malformed JSON")
+
+
+def _read_list(path: Path) -> list[Any]:
+    try:
+        with _open(path) as stream:
+            rows = json.loads(stream.read().decode("utf-8-sig"))
+    except _BROKEN as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error} (one row a line is called .jsonl).") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds no list of rows (one row a line is called .jsonl).")
+    return rows

@@ -1,0 +1,235 @@
+"""Rows into records: every row read is kept or reported, whatever is wrong with it or with its file."""
+
+import gzip
+import json
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.data.reading import MAX_TEXT, read_records, text
+from rlhf.data.records import DataError, Demonstration
+from rlhf.data.sources import MAX_LINE, Source
+
+GOOD = {"q": "Who?", "a": "Me."}
+
+
+def to_record(row: Mapping[str, Any]) -> Demonstration:
+    return Demonstration(text(row, "q"), text(row, "a"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def read(root: Path, *specs: Any, **options: Any):
+    return read_records(tuple(Source.parse(spec, root) for spec in specs), to_record, "sft", **options)
+
+
+def line(row: object) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def numbered(count: int) -> list[dict[str, str]]:
+    return [{"q": f"question {number}", "a": f"answer {number}"} for number in range(1, count + 1)]
+
+
+BAD_LINES = {
+    "malformed": (b'{"q": "Who?", "a"\n', "malformed JSON"),
+    "nested too deeply": (b"[" * 100_000 + b"\n", "malformed JSON"),
+    "endless number": (b"1" * 10_000 + b"\n", "malformed JSON"),
+    "wrong encoding": ('{"q": "Qui?", "a": "Déjà"}\n'.encode("latin-1"), "not UTF-8"),
+    "not an object": (line(["Who?", "Me."]), "not a JSON object"),
+    "null row": (line(None), "not a JSON object"),
+    "missing": (line({"q": "Who?"}), "no `a`"),
+    "null": (line({**GOOD, "a": None}), "no `a`"),
+    "empty": (line({**GOOD, "a": ""}), "empty `a`"),
+    "blank": (line({**GOOD, "a": " \n\t"}), "empty `a`"),
+    "chat list": (line({**GOOD, "a": [{"role": "user", "content": "Hi"}]}), "`a` is of type list, not text"),
+    "number": (line({**GOOD, "q": 7}), "`q` is of type int, not text"),
+    "lone surrogate": (b'{"q": "Who?", "a": "\\ud83d"}\n', "`a` holds half a character (a lone surrogate)"),
+    "gigantic text": (line({**GOOD, "a": "x" * (MAX_TEXT + 1)}), "`a` is longer than 1,000,000 characters"),
+    "gigantic line": (line({**GOOD, "more": "x" * 2 * MAX_LINE}), "longer than 16,000,000 bytes"),
+    "duplicate": (line({"q": " question 1", "a": "answer 1\n"}), "duplicate of an earlier row"),
+}
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_bad_line_is_skipped_counted_and_located(tmp_path, caplog, bad, reason):
+    first, second, third = (line(row) for row in numbered(3))
+    (tmp_path / "rows.jsonl").write_bytes(first + second + b"\n" + bad + third)  # a blank line is no row
+    with caplog.at_level(logging.WARNING):
+        rows, report = read(tmp_path, "rows.jsonl")
+    assert rows.to_list() == [{"prompt": f"question {number}", "response": f"answer {number}"} for number in (1, 2, 3)]
+    assert report.read == {"rows.jsonl": 4}
+    assert report.skipped == {("rows.jsonl", reason): [4]}
+    assert (report.counts, report.kept) == ({reason: 1}, 3)
+    assert caplog.messages == [f"sft: rows.jsonl: 1 of 4 rows skipped: {reason} (row 4)"]
+    with pytest.raises(DataError, match=r"^sft: rows.jsonl, row 4: .*on_bad_row") as failure:
+        read(tmp_path, "rows.jsonl", on_bad_row="fail")
+    assert reason in str(failure.value)
+
+
+def write_truncated_gzip(path: Path) -> None:
+    whole = gzip.compress(b"".join(line({**row, "salt": random.Random(1).random()}) for row in numbered(5000)))
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def write_corrupted_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 64)  # a good header, then no deflate stream
+
+
+BAD_FILES = {
+    "truncated gzip": ("x.jsonl.gz", write_truncated_gzip, r"x\.jsonl\.gz cannot be read beyond row [1-9][\d,]+: "),
+    "corrupted gzip": ("x.jsonl.gz", write_corrupted_gzip, r"x\.jsonl\.gz cannot be read beyond row "),
+    "truncated gzipped list": ("x.json.gz", write_truncated_gzip, r"x\.json\.gz cannot be read: Compressed file ended"),
+    "no gzip": ("x.jsonl.gz", lambda p: p.write_bytes(line(GOOD)), r"cannot be read beyond row 0: Not a gzipped file"),
+    "empty": ("x.jsonl", lambda p: p.touch(), r"x\.jsonl is empty\."),
+    "empty gzip": ("x.jsonl.gz", lambda p: p.write_bytes(gzip.compress(b"")), r"x\.jsonl\.gz has no rows\."),
+    "blank": ("x.jsonl", lambda p: p.write_bytes(b"\n\n"), r"x\.jsonl has no rows\."),
+    "empty list": ("x.json", lambda p: p.write_bytes(b"[]"), r"x\.json has no rows\."),
+    "directory": ("x.jsonl", lambda p: p.mkdir(), r"x\.jsonl is not a file: name one that ends in \.jsonl, "),
+    "missing": ("x.jsonl", lambda p: None, r"x\.jsonl does not exist: name a file, or a Hub id"),
+    "other suffix": ("x.xlsx", lambda p: p.write_bytes(b"PK"), r"x\.xlsx ends in none of \.jsonl, "),
+    "lines called json": ("x.json", lambda p: p.write_bytes(line(GOOD) * 2), r"x\.json is not valid JSON: Extra"),
+    "no list": ("x.json", lambda p: p.write_bytes(line(GOOD)), r"x\.json holds no list of rows"),
+    "list in Latin-1": ("x.json", lambda p: p.write_bytes('["é"]'.encode("latin-1")), r"not valid JSON: 'utf-8'"),
+    "list in UTF-16": ("x.json", lambda p: p.write_bytes('["é"]'.encode("utf-16")), r"not valid JSON: 'utf-8'"),
+    "lines in UTF-16": ("x.jsonl", lambda p: p.write_text(json.dumps(GOOD), "utf-16"), "x.jsonl can be used"),
+    "list called jsonl": ("x.jsonl", lambda p: p.write_bytes(line([GOOD])), r"can be used \(1 × not a JSON object\)\."),
+    "broken parquet": ("x.parquet", lambda p: p.write_bytes(b"PAR1"), r"x\.parquet cannot be loaded \(\w+: "),
+    "ragged CSV": ("x.csv", lambda p: p.write_text("q,a\n1,2\n1,2,3,4\n"), r"x\.csv cannot be loaded \(ParserError: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "write", "sentence"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_bad_file_is_fatal_in_one_sentence(tmp_path, name, write, sentence):
+    write(tmp_path / name)
+    with pytest.raises(DataError, match=sentence) as failure:
+        read(tmp_path, name)
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("write", ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, write):
+    path, good = tmp_path / f"rows.{write}", [*numbered(2), {"q": "NA", "a": "Zoë, “None”"}]
+    as_bytes = {"jsonl": b"\xef\xbb\xbf" + b"".join(map(line, good)), "json": json.dumps(good).encode()}
+    if write in ("csv", "parquet"):
+        getattr(datasets.Dataset.from_list(good), f"to_{write}")(path)
+    else:
+        content = as_bytes[write.removesuffix(".gz")]
+        path.write_bytes(gzip.compress(content) if write.endswith("gz") else content)
+    rows, report = read(tmp_path, path.name)
+    assert rows.to_list() == [{"prompt": row["q"], "response": row["a"]} for row in good]
+    assert (report.read, report.skipped) == ({path.name: 3}, {})
+
+
+def test_hub_id_and_mapping_go_to_load_dataset(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # `load_dataset` takes a folder of this name for the Hub's
+    for split, count in (("train", 4), ("test", 2)):
+        (tmp_path / "owner" / "name" / f"{split}.jsonl").write_bytes(b"".join(map(line, numbered(count))))
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    for spec, kept in (("owner/name", 4), ("owner/name:test", 2), ("owner/name:default:train[1:]", 3),
+                       ({"path": "owner/name", "split": "test"}, 2)):  # fmt: skip
+        assert len(read(elsewhere, spec)[0]) == kept
+    for spec in ("owner/name:nosuch", "owner/name:nosuch:train", {"path": "owner/name", "nosuch": 1}):
+        with pytest.raises(DataError, match=r"^owner/name.* cannot be loaded \("):
+            read(elsewhere, spec)
+
+
+WINDOWS = {"[:2]": [1, 2], "[2:]": [3, 4, 5], "[1:3]": [2, 3], "[3:9]": [4, 5], "[:]": [1, 2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize(("window", "numbers"), WINDOWS.items())
+def test_slice_takes_these_rows(tmp_path, window, numbers):
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(map(line, numbered(5))))
+    rows, report = read(tmp_path, f"rows.jsonl{window}")
+    assert rows["response"] == [f"answer {number}" for number in numbers]
+    assert report.read == {f"rows.jsonl{window}": len(numbers)}
+
+
+def test_slice_behind_the_end_is_fatal(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(line(GOOD))
+    with pytest.raises(DataError, match=r"rows\.jsonl has no rows in that slice\."):
+        read(tmp_path, "rows.jsonl[1:]")
+
+
+def test_report_is_the_same_from_the_cache(tmp_path, cache, caplog):
+    (tmp_path / "rows.jsonl").write_bytes(line(GOOD) + b"{\n" + line({**GOOD, "a": ""}))
+    first = read(tmp_path, "rows.jsonl")
+    cached = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+    messages = list(caplog.messages)
+    caplog.clear()
+    second = read(tmp_path, "rows.jsonl")
+    assert len(messages) == 2
+    assert caplog.messages == messages
+    assert second[1] == first[1]
+    assert second[0].to_list() == first[0].to_list()
+    assert second[0]._fingerprint == first[0]._fingerprint
+    assert cached == {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}  # nothing was made anew
+
+
+def test_changed_file_is_read_again_even_if_size_and_time_are_the_same(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line(GOOD))
+    before, stat = read(tmp_path, path.name)[0], path.stat()
+    path.write_bytes(line({**GOOD, "a": "You"}))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    after = read(tmp_path, path.name)[0]
+    assert (before["response"], after["response"]) == (["Me."], ["You"])
+
+
+def test_duplicates_are_kept_on_request_and_found_across_files(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(line(GOOD))
+    assert len(read(tmp_path, "a.jsonl", "b.jsonl", deduplicate=False)[0]) == 2
+    rows, report = read(tmp_path, "a.jsonl", "b.jsonl")
+    assert (len(rows), report.read) == (1, {"a.jsonl": 1, "b.jsonl": 1})
+    assert report.skipped == {("b.jsonl", "duplicate of an earlier row"): [1]}
+
+
+def test_long_lists_of_rows_are_abridged(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(line(GOOD) + b"{\n" * 1200)
+    report = read(tmp_path, "rows.jsonl")[1]
+    assert report.lines() == ["rows.jsonl: 1,200 of 1,201 rows skipped: malformed JSON (rows 2, 3, 4, …)"]
+
+
+any_value = st.none() | st.integers() | st.sampled_from(["", " ", "x", "y", "\ud800"]) | st.just([])
+any_line = st.one_of(
+    st.dictionaries(st.sampled_from("qab"), any_value).map(line),
+    st.binary(max_size=6).map(lambda some: some.replace(b"\n", b"") + b"\n"),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lines=st.lists(any_line, max_size=12))
+def test_rows_read_are_rows_kept_and_rows_skipped(lines):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rows.jsonl").write_bytes(line(GOOD) + b"".join(lines))
+        rows, report = read(Path(folder), "rows.jsonl", deduplicate=False)
+    good = [number for number, some in enumerate(lines, start=2) if is_good(some)]
+    skipped = sorted(number for numbers in report.skipped.values() for number in numbers)
+    blank = [number for number, some in enumerate(lines, start=2) if not some.strip()]
+    assert len(rows) == report.kept == 1 + len(good)
+    assert sorted([*good, *skipped, *blank]) == list(range(2, len(lines) + 2))
+    assert report.read == {"rows.jsonl": 1 + len(lines) - len(blank)}
+
+
+def is_good(some: bytes) -> bool:
+    try:
+        row = json.loads(some.decode())
+    except ValueError:
+        return False
+    return isinstance(row, dict) and all(row.get(name) in ("x", "y") for name in "qa")
