@@ -176,9 +176,11 @@ class NativeEngine:
                     if len(left) <= 0.9 * len(alive):
                         cache.keep(left)
                         alive, token, done, visible = alive[left], token[left], done[left], visible[left]
+                mask = visible[..., : width + step + 1]
                 last = model.base_model(
                     input_ids=token[:, None],
-                    attention_mask=visible[..., : width + step + 1],
+                    # only sdpa takes the boolean mask as it is (eager attention would add it to the scores)
+                    attention_mask=mask if model.config._attn_implementation == "sdpa" else mask[:, 0, 0],
                     position_ids=(lengths[alive] + step)[:, None],
                     past_key_values=cache,
                     use_cache=True,

@@ -1,14 +1,15 @@
-"""Tiny random models, roles and a word-level tokenizer; every shape annotation of the package is checked at run time."""
+"""Tiny models, roles and a word-level tokenizer; every shape annotation of the package is checked at run time."""
+# ruff: noqa: E402
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "offline")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("rlhf", "beartype.beartype")
+install_import_hook("rlhf", "typechecker.checked")
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf.models.export import save_adapter, save_model
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 
@@ -81,7 +83,9 @@ def tiny_roles(kind: str = "llama", dropout: float = 0.0, **options: object) -> 
     return roles.eval()
 
 
-def random_texts(rows: int, seed: int, prompt: tuple[int, int] = (1, 9), response: tuple[int, int] = (1, 12)) -> Sequences:
+def random_texts(
+    rows: int, seed: int, prompt: tuple[int, int] = (1, 9), response: tuple[int, int] = (1, 12)
+) -> Sequences:
     """Ragged random sequences of ordinary words."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -125,11 +129,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return word_tokenizer
 
 
-@pytest.fixture
-def perturb() -> Callable[..., None]:
-    return randomise
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """An SFT model and a reward adapter as earlier stages leave them, and a policy adapter to start from."""
+    folder, roles, tokenizer = tmp_path_factory.mktemp("models"), tiny_roles(), word_tokenizer()
+    save_model(roles.copy_trunk("reference"), tokenizer, folder / "sft")
+    for role in ("reward", "policy"):
+        save_adapter(roles, role, tiny_lora(), folder / "sft", tokenizer, folder / role)
+    policy = roles.adapter_parameters("base", "policy")
+    return SimpleNamespace(sft=folder / "sft", reward=folder / "reward", policy=policy, tokenizer=tokenizer)

@@ -29,7 +29,7 @@ def batches(draw: st.DrawFn, tensors: int = 2) -> tuple[list[Tensor], Tensor]:
     return [torch.randn(rows, time, generator=generator) for _ in range(tensors)], mask_of(lengths, time)
 
 
-# -- masked means and whitening ------------------------------------------------------------------------------------------
+# -- masked means and whitening --------------------------------------------------------------------------------------
 
 
 def test_masked_mean_by_hand() -> None:
@@ -63,7 +63,7 @@ def test_whiten_properties(batch: tuple[list[Tensor], Tensor]) -> None:
         assert (white[~mask] == 0).all()
 
 
-# -- rewards -------------------------------------------------------------------------------------------------------------
+# -- rewards ---------------------------------------------------------------------------------------------------------
 
 
 def test_shape_rewards_by_hand() -> None:
@@ -86,7 +86,7 @@ def test_shape_rewards_conserves_the_sum(batch: tuple[list[Tensor], Tensor], coe
     torch.testing.assert_close(total, scores - coef * (penalty * mask).sum(1), rtol=1e-4, atol=1e-5)
 
 
-# -- advantages ----------------------------------------------------------------------------------------------------------
+# -- advantages ------------------------------------------------------------------------------------------------------
 
 
 def test_gae_by_hand() -> None:
@@ -120,7 +120,7 @@ def test_without_discount_returns_are_the_reward_to_go(batch: tuple[list[Tensor]
     torch.testing.assert_close(ppo.gae(rewards, values, mask, 1.0, 1.0)[1], expected, rtol=1e-4, atol=1e-5)
 
 
-# -- losses --------------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_explained_variance_by_hand() -> None:
     assert float(ppo.explained_variance(row(3.0, 2.0, 1.0, 0.0), returns, mask)) == pytest.approx(-3)
 
 
-# -- padding -------------------------------------------------------------------------------------------------------------
+# -- padding ---------------------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor | tuple[Tensor, ...]]]] = {
     "masked_mean": (1, lambda x, mask: ppo.masked_mean(x, mask)),
@@ -213,7 +213,7 @@ def test_padding_has_no_effect(name: str, garbage: float) -> None:
     assert (got_gradient[:, ~mask] == 0).all()
 
 
-# -- the coefficient -----------------------------------------------------------------------------------------------------
+# -- the coefficient -------------------------------------------------------------------------------------------------
 
 
 def test_adaptive_kl_by_hand() -> None:

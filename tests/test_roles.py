@@ -1,16 +1,13 @@
-"""Roles on a shared base against plain peft models, and what a stage exports against plain loading code."""
+"""Roles on a shared base against plain peft models: outputs, switching, merging."""
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from rlhf.models.export import load_adapter, save_adapter, save_model, saved_head
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 
@@ -66,7 +63,9 @@ def test_roles_equal_plain_peft(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reference_is_the_base_bit_for_bit(make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str) -> None:
+def test_reference_is_the_base_bit_for_bit(
+    make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str
+) -> None:
     roles, batch = make_roles(kind), make_texts(4, seed=0)
     with torch.no_grad():
         expected = make_model(kind)(input_ids=batch.ids, use_cache=False).logits
@@ -85,7 +84,7 @@ def test_scalars_read_the_last_token(make_roles: Callable, make_texts: Callable)
             assert float(scores[i]) == pytest.approx(float(expected), abs=1e-4)
 
 
-# -- switching -----------------------------------------------------------------------------------------------------------
+# -- switching -------------------------------------------------------------------------------------------------------
 
 
 def state(roles: Roles) -> list[tuple[object, bool]]:
@@ -119,7 +118,9 @@ def test_a_reference_pass_freezes_nobody(make_roles: Callable, make_texts: Calla
         roles.hidden("reference", batch)
     roles.heads["value"](roles.hidden("value", batch)).sum().backward()
     for name in ("policy", "value"):
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in roles.adapter_parameters("base", name).values())
+        assert all(
+            p.grad is not None and p.grad.abs().max() > 0 for p in roles.adapter_parameters("base", name).values()
+        )
     trained = {id(p) for name in ("policy", "value") for p in roles.adapter_parameters("base", name).values()}
     trained.add(id(roles.heads["value"].weight))
     assert all(p.grad is None for p in roles.parameters() if id(p) not in trained)
@@ -137,7 +138,7 @@ def test_a_switch_costs_little(make_roles: Callable) -> None:
     assert best < 2e-3
 
 
-# -- merging -------------------------------------------------------------------------------------------------------------
+# -- merging ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,61 +176,7 @@ def test_merging_drifts_by_nothing(make_roles: Callable, dtype: torch.dtype) -> 
     assert storage == {name: p.data_ptr() for name, p in roles.named_parameters()}
 
 
-# -- export --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_exported_policy_loads_with_plain_peft(
-    make_roles: Callable, make_lora: Callable, make_texts: Callable, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
-) -> None:
-    roles, batch = make_roles(kind), make_texts(4, seed=0)
-    save_model(roles.copy_trunk("reference"), tokenizer, tmp_path / "base")
-    save_adapter(roles, "policy", make_lora(kind), tmp_path / "base", tokenizer, tmp_path / "adapter")
-    expected = logits_of(roles, "policy", batch)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    for model in (
-        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
-        PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload(),
-    ):
-        with torch.no_grad():
-            torch.testing.assert_close(model.eval()(input_ids=batch.ids).logits, expected, rtol=1e-4, atol=1e-5)
-    reloaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "adapter")
-    assert reloaded("w3 w9")["input_ids"] == [3, 9]
-
-
-@pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_exported_reward_loads_with_plain_peft(
-    make_roles: Callable, make_lora: Callable, make_texts: Callable, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
-) -> None:
-    roles, batch = make_roles(kind), make_texts(4, seed=0)
-    save_model(roles.copy_trunk("reference"), tokenizer, tmp_path / "base")
-    save_adapter(roles, "reward", make_lora(kind), tmp_path / "base", tokenizer, tmp_path / "adapter")
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
-    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    inside = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
-    with torch.no_grad():
-        got = model(input_ids=batch.ids.where(inside, 0), attention_mask=inside.long()).logits.squeeze(-1)
-        torch.testing.assert_close(got, roles.scalars("reward", batch), rtol=1e-4, atol=1e-5)
-    assert torch.equal(saved_head(tmp_path / "adapter"), roles.heads["reward"].weight)
-
-
-def test_adapter_round_trip(
-    make_model: Callable, make_roles: Callable, make_lora: Callable, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    roles = make_roles()
-    save_adapter(roles, "policy", make_lora(), tmp_path, tokenizer, tmp_path / "adapter")
-    other = Roles(make_model())
-    config = load_adapter(other, "base", "again", tmp_path / "adapter")
-    assert (config.r, config.lora_alpha) == (4, 8)
-    saved, loaded = roles.adapter_parameters("base", "policy"), other.adapter_parameters("base", "again")
-    assert saved.keys() == loaded.keys()
-    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
-    with pytest.raises(ValueError, match="does not fit"):
-        load_adapter(Roles(make_model(layers=3)), "base", "x", tmp_path / "adapter")
-    with pytest.raises(ValueError, match="arget modules"):
-        load_adapter(Roles(make_model("neox")), "base", "x", tmp_path / "adapter")
-    with pytest.raises(ValueError, match="no adapter"):
-        save_adapter(roles, "reference", make_lora(), tmp_path, tokenizer, tmp_path / "none")
+# -- new adapters -----------------------------------------------------------------------------------------------------
 
 
 def test_no_matching_module_is_an_error(make_model: Callable, make_lora: Callable) -> None:

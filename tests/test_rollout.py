@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from rlhf import rollout as module
@@ -35,20 +35,20 @@ def rows_of(generated: Generated) -> list[list[int]]:
     return [ids[:n] for ids, n in zip(generated.ids.tolist(), generated.lengths.tolist(), strict=True)]
 
 
-def forced(roles: Roles, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
-    """Log-probs of a response, by a plain forward pass of the merged model on that row alone."""
+def forced(model: nn.Module, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
+    """Log-probs of a response, by a plain forward pass of a plain model on that row alone."""
     with torch.no_grad():
-        logits = roles.copy_trunk("policy")(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
     table = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
     return table[torch.arange(len(response)), torch.tensor(response)]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["llama", "neox"])
 def roles(request: pytest.FixtureRequest, make_roles: Callable) -> Roles:
     return make_roles(request.param)
 
 
-# -- the same tokens as Hugging Face -------------------------------------------------------------------------------------
+# -- the same tokens as Hugging Face ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -67,7 +67,9 @@ def test_greedy_equals_generate(make_roles: Callable, kind: str, attention: str)
     assert rows_of(sample(TransformersEngine(EOS, PAD), roles, PROMPTS[:6], temperature=0.0)) == expected
     assert native.logprobs is not None
     for i, row in enumerate(expected):
-        torch.testing.assert_close(native.logprobs[i, : len(row)], forced(roles, PROMPTS[i], row, 1.0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            native.logprobs[i, : len(row)], forced(model, PROMPTS[i], row, 1.0), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -75,10 +77,10 @@ def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: flo
     generated = sample(NativeEngine(EOS), roles, temperature=temperature)
     rows = rows_of(generated)
     batch = Sequences.from_lists(PROMPTS, rows)
-    scored = score_logprobs(roles, "policy", batch, 64, temperature)
+    scored, model = score_logprobs(roles, "policy", batch, 64, temperature), roles.copy_trunk("policy")
     assert generated.logprobs is not None
     for i, row in enumerate(rows):
-        expected = forced(roles, PROMPTS[i], row, temperature)
+        expected = forced(model, PROMPTS[i], row, temperature)
         torch.testing.assert_close(generated.logprobs[i, : len(row)], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scored[i, : len(row)], expected, rtol=1e-4, atol=1e-4)
         assert (scored[i, len(row) :] == 0).all()
@@ -107,19 +109,31 @@ def test_transformers_engine_samples_as_generate_does(roles: Roles) -> None:
     got = rows_of(sample(TransformersEngine(EOS, PAD), roles, prompts, temperature=0.7))
     ids = torch.tensor(prompts)
     torch.manual_seed(int(torch.randint(2**62, (), generator=seeded())))
-    out = roles.copy_trunk("policy").generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT, do_sample=True, temperature=0.7, top_k=0, top_p=1.0
-    )[:, 3:].tolist()
+    out = (
+        roles.copy_trunk("policy")
+        .generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=LIMIT,
+            do_sample=True,
+            temperature=0.7,
+            top_k=0,
+            top_p=1.0,
+        )[:, 3:]
+        .tolist()
+    )
     assert got == [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
 
 
-# -- what must not matter ------------------------------------------------------------------------------------------------
+# -- what must not matter --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 4, 1000])
+@pytest.mark.parametrize("every", [1, 1000])
 def test_dropping_rows_changes_no_token(roles: Roles, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     whole = sample(NativeEngine(EOS), roles, max_new_tokens=40)
-    assert len({n for n in whole.lengths.tolist() if n < 40}) > 3  # rows end at different times, so that some are dropped
+    assert (
+        len({n for n in whole.lengths.tolist() if n < 40}) > 3
+    )  # rows end at different times, so that some are dropped
     monkeypatch.setattr(module, "CHECK_EVERY", every)
     other = sample(NativeEngine(EOS), roles, max_new_tokens=40)
     assert rows_of(other) == rows_of(whole)
@@ -157,10 +171,10 @@ def test_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
         logits = roles.copy_trunk(role)(input_ids=torch.tensor([[5, 9, 7]])).logits[0, -1]
     expected = (logits / 1.3).softmax(-1) * rows
     counts = torch.bincount(got, minlength=50).float()
-    usual = expected >= 5
-    observed = torch.cat([counts[usual], counts[~usual].sum()[None]])
-    wanted = torch.cat([expected[usual], expected[~usual].sum()[None]])
-    statistic, freedom = float(((observed - wanted) ** 2 / wanted).sum()), len(wanted) - 1
+    bins = torch.cumsum(expected >= 5, 0) * (expected >= 5)  # the rare tokens share bin 0
+    observed, wanted = (torch.zeros(51).index_add(0, bins, x) for x in (counts, expected))
+    kept = wanted > 0
+    statistic, freedom = float(((observed - wanted)[kept] ** 2 / wanted[kept]).sum()), int(kept.sum()) - 1
     assert freedom > 5
     assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p ≈ 0.001 one-sided, and the seed is fixed
 
@@ -179,7 +193,7 @@ def test_choose_inverts_the_distribution(draw: float, seed: int, temperature: fl
     assert low - 2e-6 <= draw <= float(edges[token]) + 2e-6
 
 
-# -- whole rollouts ------------------------------------------------------------------------------------------------------
+# -- whole rollouts --------------------------------------------------------------------------------------------------
 
 
 def texts(rows: int) -> list[str]:
@@ -196,7 +210,7 @@ def test_rollout_keeps_order_ids_and_eos(make_roles: Callable, make_tokenizer: C
     assert result.prompts == prompts
     batch = result.sequences
     assert 0 < int(result.ended.sum()) < 13
-    scored = score_logprobs(roles, "policy", batch, 64, 1.0)
+    scored, model = score_logprobs(roles, "policy", batch, 64, 1.0), roles.copy_trunk("policy")
     assert (result.logprobs is None) == (engine == "transformers")
     for i, (text, p, n) in enumerate(zip(prompts, batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)):
         assert batch.ids[i, :p].tolist() == tokenizer(text)["input_ids"]
@@ -206,7 +220,7 @@ def test_rollout_keeps_order_ids_and_eos(make_roles: Callable, make_tokenizer: C
         assert bool(result.ended[i]) or len(response) == 24
         assert result.responses[i] == tokenizer.decode(response, skip_special_tokens=True)
         assert result.mask[i].sum() == len(response)
-        expected = forced(roles, batch.ids[i, :p].tolist(), response, 1.0)
+        expected = forced(model, batch.ids[i, :p].tolist(), response, 1.0)
         torch.testing.assert_close(scored[i, : n - p], expected, rtol=1e-4, atol=1e-4)
         if result.logprobs is not None:
             torch.testing.assert_close(result.logprobs[i, : n - p], expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """Batches, packing and heads: what is predicted where, and that padding, packing and chunking change nothing."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def build(rows: list[tuple[list[int], list[int]]], whole_text: bool = False) -> 
     return Sequences.from_lists([p for p, _ in rows], [r for _, r in rows], whole_text)
 
 
-# -- alignment -----------------------------------------------------------------------------------------------------------
+# -- alignment -------------------------------------------------------------------------------------------------------
 
 
 @given(lists, st.booleans())
@@ -80,7 +81,7 @@ def test_length_buckets_cover_each_row_once_within_the_budget(lengths: list[int]
     for group in groups:
         assert group
         assert len(group) == 1 or len(group) * max(lengths[row] for row in group) <= budget
-    for before, after in zip(groups, groups[1:], strict=False):  # greedy: the next row would not have fitted
+    for before, after in pairwise(groups):  # greedy: the next row would not have fitted
         assert (len(before) + 1) * lengths[before[0]] > budget
         assert lengths[before[-1]] >= lengths[after[0]]
 
@@ -91,7 +92,7 @@ def test_concatenate_undoes_a_grouping() -> None:
     assert torch.equal(concatenate([x[[3, 0]], x[[4, 2, 1]]], order), x)
 
 
-# -- padding and packing change no log-prob ------------------------------------------------------------------------------
+# -- padding and packing change no log-prob --------------------------------------------------------------------------
 
 
 def logprobs_alone(model: nn.Module, batch: Sequences) -> dict[tuple[int, ...], list[float]]:
@@ -113,7 +114,9 @@ def logprobs_of(roles: object, batch: Sequences) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
-def test_padding_and_company_change_no_logprob(make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str) -> None:
+def test_padding_and_company_change_no_logprob(
+    make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str
+) -> None:
     roles, batch = make_roles(kind), make_texts(9, seed=1)
     alone = [x for row in logprobs_alone(make_model(kind), batch).values() for x in row]
     torch.testing.assert_close(logprobs_of(roles, batch), torch.tensor(alone), rtol=1e-5, atol=1e-5)
@@ -158,14 +161,14 @@ def test_pack_keeps_every_token_once(rows: list[tuple[list[int], list[int]]], wi
     assert int(packed.lengths.max()) <= max(width, int(batch.lengths.max()))
 
 
-# -- heads ---------------------------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-@pytest.mark.parametrize("elements", [2**24, 50, 7 * 50, 10])  # one chunk, a token a chunk, 7 with a rest, less than one
-def test_token_stats_is_a_plain_log_softmax(
-    monkeypatch: pytest.MonkeyPatch, temperature: float, elements: int
-) -> None:
+@pytest.mark.parametrize(
+    "elements", [2**24, 50, 7 * 50, 10]
+)  # one chunk, a token a chunk, 7 with a rest, less than one
+def test_token_stats_is_a_plain_log_softmax(monkeypatch: pytest.MonkeyPatch, temperature: float, elements: int) -> None:
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", elements)
     torch.manual_seed(0)
     output, targets = nn.Linear(16, 50), torch.randint(50, (23,))

@@ -87,7 +87,7 @@ class Stage(lightning.LightningModule):
             weight_decay=self.settings.weight_decay,
             fused=all(p.device.type in ("cuda", "cpu") for p in decayed),
         )
-        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, self.rate)}
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: self.rate(step))}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Token batches move to the device; texts have nowhere to go."""

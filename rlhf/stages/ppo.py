@@ -89,7 +89,7 @@ class PPO(Stage):
         metrics |= self.describe(experience, rollouts, scores)
         metrics["ppo/rollouts_per_second"] = len(batch) / (time.perf_counter() - started)
         if "ppo/k1" in metrics:
-            self.kl.update(metrics["ppo/k1"] * metrics["ppo/response_tokens"])
+            self.kl.update(float(metrics["ppo/k1"] * metrics["ppo/response_tokens"]))
         self.emit(metrics | self.take_timings(), step, bar=["ppo/reward", "ppo/response_tokens"])
 
     def stream(self, purpose: str, step: int) -> torch.Generator:

@@ -26,7 +26,7 @@ class Writer:
     miscounts: float = 0.0
 
 
-CROWD = Writer(sizes=(0.18, 0.4, 0.3, 0.12), wrong=0.1, off_topic=0.05, slips=0.1, joins=0.3)
+CROWD = Writer(sizes=(0.18, 0.4, 0.3, 0.12), wrong=0.1, off_topic=0.05, slips=0.08, joins=0.3)
 DILIGENT = Writer(sizes=(0, 0, 1, 1, 1, 1), wrong=0.12, off_topic=0.03, slips=0.05)
 DAVINCI = Writer(sizes=(0, 0, 1, 2, 2, 1), wrong=0.08, joins=0.4, miscounts=0.5)
 ORACLE = Writer(sizes=(0, 0, 0, 0, 0, 0, 0, 1), joins=1.0)
@@ -84,11 +84,18 @@ def cut(world: World, task: Task, text: str, rng: Random) -> str:
     return join(tokens[: rng.randrange(1, max(2, len(tokens) - 1))])
 
 
+def double(world: World, task: Task, text: str, rng: Random) -> str:
+    """Write one word twice, the commonest typing error."""
+    tokens = split(text)
+    place = rng.randrange(len(tokens))
+    return join([*tokens[:place], tokens[place], *tokens[place:]])
+
+
 def stutter(world: World, task: Task, text: str, rng: Random) -> str:
     """Write one word several times."""
     tokens = split(text)
     place = rng.randrange(len(tokens))
-    return join(tokens[:place] + [tokens[place]] * rng.choice((2, 2, 3, 6, 12)) + tokens[place + 1 :])
+    return join(tokens[:place] + [tokens[place]] * rng.choice((2, 3, 6, 12)) + tokens[place + 1 :])
 
 
 def scramble(world: World, task: Task, text: str, rng: Random) -> str:
@@ -155,10 +162,10 @@ def empty(world: World, task: Task, text: str, rng: Random) -> str:
     return rng.choice((".", task.subject.again, task.subject.opening, f"{task.subject.again}."))
 
 
-SLIPS: tuple[Edit, ...] = (cut, cut, drop, stutter)
+SLIPS: tuple[Edit, ...] = (cut, double, drop)
 EDITS: dict[Edit, float] = {
-    extend: 8, cut: 4, misstate: 2, repeat: 2, substitute: 2, loop: 2, confuse: 1, ramble: 1, drop: 1, stutter: 1,
-    scramble: 1, empty: 0.5,
+    extend: 8, cut: 4, misstate: 2, repeat: 2, substitute: 2, loop: 2, confuse: 1, ramble: 1, drop: 1, double: 1,
+    stutter: 1, scramble: 1, empty: 0.5,
 }  # fmt: skip
 
 

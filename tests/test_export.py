@@ -1,0 +1,83 @@
+"""What a stage leaves behind, loaded by plain transformers and peft."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from rlhf.models.export import load_adapter, save_adapter, save_model, saved_head
+from rlhf.models.roles import Roles
+from rlhf.models.sequences import Sequences
+
+
+def logits_of(roles: Roles, role: str, batch: Sequences) -> Tensor:
+    with torch.no_grad():
+        return roles.output(role)(roles.hidden(role, batch))
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
+def test_exported_policy_loads_with_plain_peft(
+    make_roles: Callable,
+    make_lora: Callable,
+    make_texts: Callable,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    roles, batch = make_roles(kind), make_texts(4, seed=0)
+    save_model(roles.copy_trunk("reference"), tokenizer, tmp_path / "base")
+    save_adapter(roles, "policy", make_lora(kind), tmp_path / "base", tokenizer, tmp_path / "adapter")
+    expected = logits_of(roles, "policy", batch)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for model in (
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload(),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(input_ids=batch.ids).logits, expected, rtol=1e-4, atol=1e-5)
+    reloaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "adapter")
+    assert reloaded("w3 w9")["input_ids"] == [3, 9]
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_exported_reward_loads_with_plain_peft(
+    make_roles: Callable,
+    make_lora: Callable,
+    make_texts: Callable,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    roles, batch = make_roles(kind), make_texts(4, seed=0)
+    save_model(roles.copy_trunk("reference"), tokenizer, tmp_path / "base")
+    save_adapter(roles, "reward", make_lora(kind), tmp_path / "base", tokenizer, tmp_path / "adapter")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    inside = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+    with torch.no_grad():
+        got = model(input_ids=batch.ids.where(inside, 0), attention_mask=inside.long()).logits.squeeze(-1)
+        torch.testing.assert_close(got, roles.scalars("reward", batch), rtol=1e-4, atol=1e-5)
+    assert torch.equal(saved_head(tmp_path / "adapter"), roles.heads["reward"].weight)
+
+
+def test_adapter_round_trip(
+    make_model: Callable, make_roles: Callable, make_lora: Callable, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    roles = make_roles()
+    save_adapter(roles, "policy", make_lora(), tmp_path, tokenizer, tmp_path / "adapter")
+    other = Roles(make_model())
+    config = load_adapter(other, "base", "again", tmp_path / "adapter")
+    assert (config.r, config.lora_alpha) == (4, 8)
+    saved, loaded = roles.adapter_parameters("base", "policy"), other.adapter_parameters("base", "again")
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapter(Roles(make_model(layers=3)), "base", "x", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="arget modules"):
+        load_adapter(Roles(make_model("neox")), "base", "x", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no adapter"):
+        save_adapter(roles, "reference", make_lora(), tmp_path, tokenizer, tmp_path / "none")
