@@ -213,12 +213,13 @@ class Run:
         trainer = self._trainer(folder, max_steps=stage.total_steps, limit_val_batches=1.0)
         batches = SeededBatches(len(train), batch_size, stage.settings.seed, stage.total_steps)  # type: ignore[attr-defined]
         validation = DataLoader(held_out, batch_size=batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
-        before = dict(trainer.validate(stage, validation, verbose=False)[0])
+        trainer.validate(stage, validation, verbose=False)
+        before = dict(stage.latest)
         if stage.total_steps:
             trainer.fit(stage, loader(train, stage.collate, batches))  # type: ignore[arg-type]
         stage.roles.eval()  # type: ignore[union-attr]
-        after = dict(trainer.validate(stage, validation, verbose=False)[0])
-        return {**after, **{f"{key}_before": value for key, value in before.items()}}
+        trainer.validate(stage, validation, verbose=False)
+        return {**stage.latest, **{f"{key}_before": value for key, value in before.items()}}
 
     def _trainer(self, folder: Path, **options: Any) -> lightning.Trainer:
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "enable_checkpointing": False}

@@ -17,5 +17,10 @@ def folder_name(overrides: str) -> str:
     return name
 
 
+def run_dir() -> str:
+    """Where Hydra put the run; the current folder for a configuration composed without a run."""
+    return HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "."
+
+
 OmegaConf.register_new_resolver("rlhf.folder", folder_name, replace=True)
-OmegaConf.register_new_resolver("rlhf.run_dir", lambda: HydraConfig.get().runtime.output_dir, replace=True)
+OmegaConf.register_new_resolver("rlhf.run_dir", run_dir, replace=True)

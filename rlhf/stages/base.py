@@ -76,6 +76,7 @@ class Stage(lightning.LightningModule):
         self.strict_loading = False
         self.settings, self.total_steps = settings, total_steps
         self.timings: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """AdamW over what trains; the schedule counts `total_steps` and never trains a step at rate 0."""
@@ -146,6 +147,7 @@ class Stage(lightning.LightningModule):
     def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
         """Send metrics to every logger under `step`, and to Lightning's callbacks and bar; waits for the device."""
         values = {key: float(value) for key, value in metrics.items()}
+        self.latest |= values
         for logger in self.loggers:
             logger.log_metrics(values, step)
         self.log_dict({k: v for k, v in values.items() if k not in bar}, logger=False, batch_size=1)

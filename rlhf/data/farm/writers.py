@@ -14,8 +14,8 @@ class Writer:
     """A population of authors, by what they get wrong.
 
     `sizes` are the relative frequencies of 1, 2, … facts told; `wrong` is the chance that a fact is false, `off_topic`
-    that the text is about somebody else, `slips` that it has a typing error, `joins` that two facts share a sentence,
-    `miscounts` that a fact more or fewer is told than the instruction asks for.
+    that another question altogether is answered, `slips` that there is a typing error, `joins` that two facts share a
+    sentence, `miscounts` that a fact more or fewer is told than the instruction asks for.
     """
 
     sizes: tuple[int | float, ...]
@@ -53,10 +53,10 @@ def _phrase(world: World, subject: Subject, facts: Sequence[Fact], joins: float,
 
 def write(world: World, task: Task, writer: Writer, rng: Random) -> str:
     """An answer to `task` as `writer` gives it."""
-    subject = rng.choice(world.others(task.subject)) if rng.random() < writer.off_topic else task.subject
+    subject = rng.choice(world.strangers(task.subject)) if rng.random() < writer.off_topic else task.subject
     size = rng.choices(range(1, len(writer.sizes) + 1), writer.sizes)[0]
     limit = task.count + rng.choice((-1, 1)) if rng.random() < writer.miscounts else task.count
-    asked = rng.sample(task.wanted, len(task.wanted))
+    asked = [name for name in rng.sample(task.wanted, len(task.wanted)) if name in subject.truth]
     extra = [name for name in subject.truth if name not in asked]
     names = (asked + rng.sample(extra, len(extra)))[: max(1, min(size, limit))]
     facts = [
@@ -127,8 +127,9 @@ def loop(world: World, task: Task, text: str, rng: Random) -> str:
 
 def ramble(world: World, task: Task, text: str, rng: Random) -> str:
     """Go on about others, sometimes without end."""
-    stray = Writer((1.0, 1.0), off_topic=1.0)
-    return " ".join([text, *(write(world, task, stray, rng) for _ in range(rng.choice((1, 1, 2, 8))))])
+    others = rng.choices(world.others(task.subject), k=rng.choice((1, 1, 2, 8)))
+    facts = [(other, [Fact(name, other.truth[name]) for name in rng.sample(list(other.truth), 2)]) for other in others]
+    return " ".join([text, *(_phrase(world, other, told, 0.5, rng) for other, told in facts)])
 
 
 def confuse(world: World, task: Task, text: str, rng: Random) -> str:
@@ -162,9 +163,9 @@ def empty(world: World, task: Task, text: str, rng: Random) -> str:
     return rng.choice((".", task.subject.again, task.subject.opening, f"{task.subject.again}."))
 
 
-SLIPS: tuple[Edit, ...] = (cut, double, drop)
+SLIPS: tuple[Edit, ...] = (cut, cut, double, drop)
 EDITS: dict[Edit, float] = {
-    extend: 8, cut: 4, misstate: 2, repeat: 2, substitute: 2, loop: 2, confuse: 1, ramble: 1, drop: 1, double: 1,
+    extend: 8, cut: 4, misstate: 2, repeat: 2, substitute: 2, loop: 2, confuse: 2, ramble: 1, drop: 1, double: 1,
     stutter: 1, scramble: 1, empty: 0.5,
 }  # fmt: skip
 
