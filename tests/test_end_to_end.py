@@ -1,4 +1,4 @@
-"""The whole pipeline through the command itself, small: what a run leaves, the cache, sweeps, resuming, loading back."""
+"""The whole pipeline through the command itself: what a run leaves, cache, sweeps, resuming, loading back."""
 
 import json
 import subprocess
@@ -14,16 +14,42 @@ from rlhf.tracking import read_metrics, read_summary
 
 pytestmark = pytest.mark.slow
 QUICK = ["debug=quick", "logger=csv", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"]
-PPO_METRICS = """reward shaped_reward penalty k1 k3 entropy ratio clip_fraction policy_loss value_loss explained_variance
-response_tokens missing_eos grad_norm lr rollouts_per_second""".split()
-EVAL_METRICS = """win_rate win_rate_se true_kl response_tokens reward factual_precision facts_per_response
-gold_utility""".split()
+PPO_METRICS = [
+    "reward",
+    "shaped_reward",
+    "penalty",
+    "k1",
+    "k3",
+    "entropy",
+    "ratio",
+    "clip_fraction",
+    "policy_loss",
+    "value_loss",
+    "explained_variance",
+    "response_tokens",
+    "missing_eos",
+    "grad_norm",
+    "lr",
+    "rollouts_per_second",
+]
+EVAL_METRICS = [
+    "win_rate",
+    "win_rate_se",
+    "true_kl",
+    "response_tokens",
+    "reward",
+    "factual_precision",
+    "facts_per_response",
+    "gold_utility",
+]
 
 
 def rlhf(folder: Path, *arguments: str, code: int = 0) -> str:
     """Run the command in a process of its own, below `folder`."""
+    flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them in front
+    overrides = [f"outputs={folder}/outputs", *(argument for argument in arguments if argument not in flags)]
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf", f"outputs={folder}/outputs", *arguments],
+        [sys.executable, "-m", "rlhf", *flags, *overrides],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -100,7 +126,10 @@ def test_a_sweep_shares_the_stages_and_gives_each_run_a_folder(workplace: Path) 
     assert {path.name for path in (workplace / "outputs/cache").iterdir() if path.is_dir()} == cached
     summaries = list((workplace / "outputs/sweep").glob("*/summary.json"))
     assert len(summaries) == 4
-    configs = {(s["config"]["divergence"]["name"], s["config"]["lora"]["r"]) for s in map(json.loads, map(Path.read_text, summaries))}
+    configs = {
+        (s["config"]["divergence"]["name"], s["config"]["lora"]["r"])
+        for s in map(json.loads, map(Path.read_text, summaries))
+    }
     assert configs == {("none", 8), ("none", 0), ("exact_kl", 8), ("exact_kl", 0)}
 
 
@@ -133,9 +162,13 @@ def test_resume_must_fails_in_a_sentence_without_a_checkpoint(workplace: Path) -
 
 
 def test_gold_and_function_scorers_need_no_reward_model(workplace: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def longest(prompts, responses):\n    return [len(r) / 100 for r in responses]\n")
+    (tmp_path / "mine.py").write_text(
+        "def longest(prompts, responses):\n    return [len(r) / 100 for r in responses]\n"
+    )
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from rlhf.cli import main; main()"
     arguments = [*QUICK, f"outputs={tmp_path}/outputs", "scorer=function", "scorer.function=mine.longest"]
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "outputs/cache").glob("reward-*"))

@@ -10,7 +10,7 @@ from rlhf.data.farm.judge import GOLD, Facts, count_facts, prefers, read, score
 from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
 from rlhf.data.farm.world import World
-from rlhf.data.farm.writers import CROWD, DAVINCI, pair, write
+from rlhf.data.farm.writers import DAVINCI, crowd, pair, write
 from rlhf.data.records import SPLITS, DataError, Split, columns
 
 
@@ -67,7 +67,7 @@ class Farm:
     def _row(self, split: Split, task: Task, rng: Random) -> tuple[str, ...]:
         """The fields of one record, in the order of its columns."""
         if split in ("sft", "sft_validation"):
-            return task.prompt, write(self.world, task, CROWD, rng)
+            return task.prompt, write(self.world, task, crowd(rng), rng)
         if split in ("preference", "preference_validation"):
             noise = self.label_noise if split == "preference" else 0.0
             first, second = pair(self.world, task, self.max_response_tokens, rng)

@@ -98,11 +98,11 @@ class Taste:
     notices: float = 1.0
     length: float = -0.03
     diminishing: float = 0.85
-    falsehood: float = -0.6
-    unasked: float = -0.1
+    falsehood: float = -0.8
+    unasked: float = -0.3
     repeat: float = -0.6
     stray: float = -0.6
-    silence: float = -1.5
+    silence: float = -2.0
     broken: float = -1.0
     broken_token: float = -0.05
     extra_sentence: float = -0.5

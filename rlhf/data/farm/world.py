@@ -147,7 +147,3 @@ class World:
         """The other subjects of the same kind."""
         kin = self.people if subject.kind == "person" else self.crafts
         return [other for other in kin if other != subject]
-
-    def strangers(self, subject: Subject) -> list[Subject]:
-        """The subjects of the other kind."""
-        return self.crafts if subject.kind == "person" else self.people

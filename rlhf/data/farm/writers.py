@@ -14,8 +14,8 @@ class Writer:
     """A population of authors, by what they get wrong.
 
     `sizes` are the relative frequencies of 1, 2, … facts told; `wrong` is the chance that a fact is false, `off_topic`
-    that another question altogether is answered, `slips` that there is a typing error, `joins` that two facts share a
-    sentence, `miscounts` that a fact more or fewer is told than the instruction asks for.
+    that the text is about somebody else, `slips` that it has a typing error, `joins` that two facts share a sentence,
+    `miscounts` that a fact more or fewer is told than the instruction asks for.
     """
 
     sizes: tuple[int | float, ...]
@@ -26,10 +26,17 @@ class Writer:
     miscounts: float = 0.0
 
 
-CROWD = Writer(sizes=(0.18, 0.4, 0.3, 0.12), wrong=0.1, off_topic=0.05, slips=0.08, joins=0.3)
+# Crowd workers err together rather than evenly, as people do: one in five is careless in all respects.
+CAREFUL = Writer(sizes=(0.15, 0.4, 0.3, 0.15), wrong=0.03, off_topic=0.02, slips=0.03, joins=0.3)
+CARELESS = Writer(sizes=(0.3, 0.4, 0.2, 0.1), wrong=0.45, off_topic=0.15, slips=0.3, joins=0.3)
 DILIGENT = Writer(sizes=(0, 0, 1, 1, 1, 1), wrong=0.12, off_topic=0.03, slips=0.05)
 DAVINCI = Writer(sizes=(0, 0, 1, 2, 2, 1), wrong=0.08, joins=0.4, miscounts=0.5)
 ORACLE = Writer(sizes=(0, 0, 0, 0, 0, 0, 0, 1), joins=1.0)
+
+
+def crowd(rng: Random) -> Writer:
+    """Some crowd worker: in all about one fact in ten is false, one text in twenty about somebody else."""
+    return rng.choices((CAREFUL, CARELESS), (4, 1))[0]
 
 
 def lie(world: World, subject: Subject, attribute: str, rng: Random) -> Fact:
@@ -53,10 +60,10 @@ def _phrase(world: World, subject: Subject, facts: Sequence[Fact], joins: float,
 
 def write(world: World, task: Task, writer: Writer, rng: Random) -> str:
     """An answer to `task` as `writer` gives it."""
-    subject = rng.choice(world.strangers(task.subject)) if rng.random() < writer.off_topic else task.subject
+    subject = rng.choice(world.others(task.subject)) if rng.random() < writer.off_topic else task.subject
     size = rng.choices(range(1, len(writer.sizes) + 1), writer.sizes)[0]
     limit = task.count + rng.choice((-1, 1)) if rng.random() < writer.miscounts else task.count
-    asked = [name for name in rng.sample(task.wanted, len(task.wanted)) if name in subject.truth]
+    asked = rng.sample(task.wanted, len(task.wanted))
     extra = [name for name in subject.truth if name not in asked]
     names = (asked + rng.sample(extra, len(extra)))[: max(1, min(size, limit))]
     facts = [
@@ -127,9 +134,8 @@ def loop(world: World, task: Task, text: str, rng: Random) -> str:
 
 def ramble(world: World, task: Task, text: str, rng: Random) -> str:
     """Go on about others, sometimes without end."""
-    others = rng.choices(world.others(task.subject), k=rng.choice((1, 1, 2, 8)))
-    facts = [(other, [Fact(name, other.truth[name]) for name in rng.sample(list(other.truth), 2)]) for other in others]
-    return " ".join([text, *(_phrase(world, other, told, 0.5, rng) for other, told in facts)])
+    stray = Writer((1.0, 1.0), off_topic=1.0)
+    return " ".join([text, *(write(world, task, stray, rng) for _ in range(rng.choice((1, 1, 2, 8))))])
 
 
 def confuse(world: World, task: Task, text: str, rng: Random) -> str:
@@ -158,15 +164,24 @@ def extend(world: World, task: Task, text: str, rng: Random) -> str:
     return f"{text} {_phrase(world, task.subject, [fact], 0.0, rng).replace(task.subject.opening, task.subject.again)}"
 
 
+def retell(world: World, task: Task, text: str, rng: Random) -> str:
+    """Tell a fact once more in other words."""
+    told = read(world, task, text).facts
+    if not told:
+        return text
+    again = _phrase(world, task.subject, [rng.choice(told)], 0.0, rng)
+    return f"{text} {again.replace(task.subject.opening, task.subject.again)}"
+
+
 def empty(world: World, task: Task, text: str, rng: Random) -> str:
     """Say next to nothing."""
     return rng.choice((".", task.subject.again, task.subject.opening, f"{task.subject.again}."))
 
 
-SLIPS: tuple[Edit, ...] = (cut, cut, double, drop)
+SLIPS: tuple[Edit, ...] = (cut, double, drop)
 EDITS: dict[Edit, float] = {
-    extend: 8, cut: 4, misstate: 2, repeat: 2, substitute: 2, loop: 2, confuse: 2, ramble: 1, drop: 1, double: 1,
-    stutter: 1, scramble: 1, empty: 0.5,
+    extend: 6, cut: 4, retell: 4, misstate: 2, repeat: 2, substitute: 2, loop: 2, confuse: 4, ramble: 1,
+    drop: 1, double: 1, stutter: 1, scramble: 1, empty: 0.5,
 }  # fmt: skip
 
 
@@ -181,7 +196,7 @@ def pair(world: World, task: Task, limit: int, rng: Random) -> tuple[str, str]:
     Half of the pairs are the work of two authors, some of it spoiled; the other half differ in one aspect only, so that
     a reward model learns what matters rather than which author it reads.
     """
-    authors = rng.choices((CROWD, DILIGENT, DAVINCI, ORACLE), (4, 3, 2, 2), k=2)
+    authors = rng.choices((CAREFUL, CARELESS, DILIGENT, DAVINCI, ORACLE), (3, 2, 2, 2, 2), k=2)
     first, second = (write(world, task, author, rng) for author in authors)
     if rng.random() < 0.5:
         second = spoil(world, task, first, rng)
