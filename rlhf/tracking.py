@@ -55,16 +55,15 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 def wandb_logger(**options: Any) -> WandbLogger:
     """A W&B logger; without a key in the environment or in netrc it writes offline, to be synced later."""
     from hydra.core.hydra_config import HydraConfig
-    from wandb.sdk.lib import wbauth  # noqa: F401  (imported lazily: wandb takes a second)
 
     folder = HydraConfig.get().runtime.output_dir
     return WandbLogger(save_dir=folder, offline=not _has_wandb_key(), **options)
 
 
 def _has_wandb_key() -> bool:
-    import wandb
+    from requests.utils import get_netrc_auth
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth("https://api.wandb.ai"))
 
 
 def write_summary(

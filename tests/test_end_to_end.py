@@ -172,3 +172,12 @@ def test_gold_and_function_scorers_need_no_reward_model(workplace: Path, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "outputs/cache").glob("reward-*"))
+
+
+def test_two_jobs_at_once_and_wandb_offline_without_a_key(workplace: Path) -> None:
+    flags = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2", "logger=wandb", "name=pair"]
+    rlhf(workplace, *flags, *QUICK[:1], *QUICK[2:])
+    runs = [path.parent for path in (workplace / "outputs/pair").glob("*/summary.json")]
+    assert len(runs) == 2
+    for run in runs:
+        assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
