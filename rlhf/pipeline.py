@@ -136,7 +136,8 @@ class Run:
         save_model(model, tokenizer, folder)
         from safetensors.torch import save_file
 
-        save_file({"score.weight": model.score.weight.data.float()}, folder / HEAD)
+        # the float32 head, not its copy in the model's dtype
+        save_file({"score.weight": roles.heads["reward"].state_dict()["weight"].cpu()}, folder / HEAD)
 
     def _ppo(self, train: bool) -> dict[str, Any]:
         started, settings = time.time(), self.settings
