@@ -212,9 +212,10 @@ def test_annotators_mostly_agree_with_the_gold_utility_and_do_not_just_like_leng
 def test_demonstrations_are_middling():
     rows = ROWS["sft"]
     stated, true = map(sum, zip(*(FARM.facts(row["prompt"], row["response"]) for row in rows), strict=True))
-    assert 0.86 < true / stated < 0.93
-    assert 1 < stated / len(rows) < 3
-    assert 12 < statistics.mean(len(TOKENIZER.encode(row["response"])) for row in rows) < 15
+    assert 0.88 < true / stated < 0.95
+    lengths = [FARM.facts(row["prompt"], row["response"]).stated for row in rows]
+    assert statistics.median(lengths) == 2
+    assert 0.04 < statistics.mean(length >= 5 for length in lengths) < 0.2  # some write at length
 
 
 def test_win_rates_leave_room_to_improve():
@@ -223,7 +224,7 @@ def test_win_rates_leave_room_to_improve():
         (FARM.utility(row["prompt"], row["response"]), FARM.utility(row["prompt"], FARM.reference(row["prompt"])))
         for row in rows
     ]
-    assert 0.12 < statistics.mean((ours > theirs) + (ours == theirs) / 2 for ours, theirs in utilities) < 0.32
+    assert 0.12 < statistics.mean((ours > theirs) + (ours == theirs) / 2 for ours, theirs in utilities) < 0.36
     assert win_rate(CAREFUL) < win_rate(ORACLE)
     assert win_rate(ORACLE) > 0.87
 

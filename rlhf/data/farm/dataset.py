@@ -32,7 +32,7 @@ class Farm:
         seed: int = 0,
         people: int = 48,
         demonstrations: int = 16000,
-        comparisons: int = 12000,
+        comparisons: int = 8000,
         prompts: int = 2000,
         eval_prompts: int = 200,
         label_noise: float = 0.25,

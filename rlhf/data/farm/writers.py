@@ -26,17 +26,18 @@ class Writer:
     miscounts: float = 0.0
 
 
-# Crowd workers err together rather than evenly, as people do: one in five is careless in all respects.
-CAREFUL = Writer(sizes=(0.15, 0.4, 0.3, 0.15), wrong=0.03, off_topic=0.02, slips=0.03, joins=0.3)
+# Crowd workers err together rather than evenly, as people do: one in six is careless in all respects, one in six writes
+# at length. So the commonest answer is short, but longer ones are within reach of a small step away from it.
+CAREFUL = Writer(sizes=(0.2, 0.5, 0.2, 0.1), wrong=0.03, off_topic=0.02, slips=0.03, joins=0.3)
 CARELESS = Writer(sizes=(0.3, 0.4, 0.2, 0.1), wrong=0.45, off_topic=0.15, slips=0.3, joins=0.3)
-DILIGENT = Writer(sizes=(0, 0, 1, 1, 1, 1), wrong=0.12, off_topic=0.03, slips=0.05)
+THOROUGH = Writer(sizes=(0, 0, 0, 1, 1, 1, 1, 1), wrong=0.03, off_topic=0.02, slips=0.03, joins=0.3)
 DAVINCI = Writer(sizes=(0, 0, 1, 2, 2, 1), wrong=0.08, joins=0.4, miscounts=0.5)
 ORACLE = Writer(sizes=(0, 0, 0, 0, 0, 0, 0, 1), joins=1.0)
 
 
 def crowd(rng: Random) -> Writer:
     """Some crowd worker: in all about one fact in ten is false, one text in twenty about somebody else."""
-    return rng.choices((CAREFUL, CARELESS), (4, 1))[0]
+    return rng.choices((CAREFUL, CARELESS, THOROUGH), (4, 1, 1))[0]
 
 
 def lie(world: World, subject: Subject, attribute: str, rng: Random) -> Fact:
@@ -193,15 +194,15 @@ def spoil(world: World, task: Task, text: str, rng: Random) -> str:
 def pair(world: World, task: Task, limit: int, rng: Random) -> tuple[str, str]:
     """Two answers to compare, of at most `limit` tokens, in random order.
 
-    Half of the pairs are the work of two authors, some of it spoiled; the other half differ in one aspect only, so that
-    a reward model learns what matters rather than which author it reads.
+    Most pairs are the work of two authors, some of it spoiled; three in ten differ in one aspect only, so that a reward
+    model learns what matters rather than which author it reads.
     """
-    authors = rng.choices((CAREFUL, CARELESS, DILIGENT, DAVINCI, ORACLE), (3, 2, 2, 2, 2), k=2)
+    authors = rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1), k=2)
     first, second = (write(world, task, author, rng) for author in authors)
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         second = spoil(world, task, first, rng)
     else:
-        first, second = (spoil(world, task, text, rng) if rng.random() < 0.3 else text for text in (first, second))
+        first, second = (spoil(world, task, text, rng) if rng.random() < 0.2 else text for text in (first, second))
     texts = [join(split(text)[:limit]) for text in (first, second)]
     rng.shuffle(texts)
     return (texts[0], texts[1]) if texts[0] != texts[1] else pair(world, task, limit, rng)
