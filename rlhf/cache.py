@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlhf.files import write_json
 from rlhf.tracking import read_summary
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,36 @@ def _files_in(node: Any, root: str = ".") -> Iterator[tuple[str, int, int]]:
             if file.is_file():
                 stat = file.stat()
                 yield str(file), stat.st_size, stat.st_mtime_ns
+
+
+def register_run(outputs: Path, identity: str, folder: Path) -> None:
+    """Remember where the run of this identity is."""
+    pointer = outputs / "cache" / "runs" / f"{identity}.json"
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    write_json(pointer, {"folder": os.path.relpath(folder, pointer.parent)})
+
+
+def find_run(outputs: Path, identity: str) -> Path | None:
+    """The folder of a finished run of this identity, wherever it was made, unless it was deleted or made anew."""
+    pointer = outputs / "cache" / "runs" / f"{identity}.json"
+    if not pointer.exists():
+        return None
+    folder = (pointer.parent / json.loads(pointer.read_text())["folder"]).resolve()
+    summary = read_summary(folder) if folder.is_dir() else None
+    return folder if summary is not None and summary.get("identity") == identity else None
+
+
+def take_over(found: Path, folder: Path) -> dict[str, Any]:
+    """Make `folder` the same finished run as `found`, by copies of what is small and a link to the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "outcomes.jsonl", "samples.jsonl"):
+        if (found / name).exists():
+            shutil.copy2(found / name, folder / name)
+    if (found / "model").exists() and not (folder / "model").exists():
+        (folder / "model").symlink_to(os.path.relpath(found / "model", folder), target_is_directory=True)
+    summary = {**(read_summary(found) or {}), "same_as": os.path.relpath(found, folder)}
+    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def ensure(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
+from rlhf.files import read_json, write_json
+from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, jobs_of, naming, parallel_jobs, states
 
 log = logging.getLogger(__name__)
 ROWS = {
@@ -40,42 +43,76 @@ ROWS = {
 @hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
 def app(config: DictConfig) -> float | None:
     """One job: returns the final win rate, which is what a sweeper optimises."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    (folder / FAILED).unlink(missing_ok=True)
     try:
-        return job(config)
+        return job(config, folder, sweeping)
     except Exception as error:
         sentence = explain(error)
-        if sentence is None or HydraConfig.get().mode != RunMode.RUN:
+        if sweeping and not config.dry_run:
+            # the reason stays with the run, and the sweep goes on to the next
+            reason = sentence or f"{type(error).__name__}: {error}".partition("\n")[0]
+            write_json(folder / FAILED, {"error": reason, "traceback": traceback.format_exc()})
+            log.error("FAILED %s: %s", folder.name, reason)
+            return None
+        if sentence is None or sweeping:
             raise
-        # leaving at once keeps Hydra from adding its own account; a sweep goes on to its next job instead
+        # leaving at once keeps Hydra from adding its own account
         print(f"rlhf: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def job(config: DictConfig) -> float | None:
+def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
     """Check, run, summarise one composed configuration."""
     # imported here so that completion, --help and composition errors do not wait for torch
+    from rlhf import cache
     from rlhf.config import check, instantiate, settings_of
     from rlhf.pipeline import Run, describe
-    from rlhf.tracking import read_summary
 
     _quieten()
+    if sweeping:
+        _share_cores(parallel_jobs(HydraConfig.get().launcher))
     settings = settings_of(config)
     source = instantiate(config.data, "data")
     check(config, settings, source)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    run = Run(config, settings, source, folder)
+    how = HydraConfig.get().job.config.override_dirname
+    overrides = naming(HydraConfig.get().overrides.task, how.exclude_keys)
+    run = Run(config, settings, source, folder, overrides)
     if config.dry_run:
-        print(OmegaConf.to_yaml(describe(run)))
+        _list(describe(run), overrides) if sweeping else print(OmegaConf.to_yaml(describe(run)))
         return None
-    summary = read_summary(folder)
-    if summary is not None and config.resume != "never":
+    found = run.finished() if config.resume != "never" else None
+    if found == folder:
         log.info("%s is finished already; resume=never would start over", folder)
+        summary = read_json(folder / SUMMARY)
+    elif found is not None:
+        log.info("%s is the same run as %s and taken over from it", folder.name, found)
+        summary = cache.take_over(found, folder)
     else:
-        if config.resume == "never":
-            _start_over(folder)
+        _prepare(folder, run.identity, config.resume)
         summary = run.run()
-    show(summary, folder)
+    if sweeping:
+        plan = folder.parent / PLAN
+        log.info("%s: %s", folder.name, counts(states(folder.parent), jobs_of(plan)) if plan.exists() else "done")
+    else:
+        show(summary, folder)
     return summary["metrics"].get("eval/win_rate")
+
+
+def _share_cores(jobs: int) -> None:
+    """Give each of `jobs` jobs its share of the cores: two threads on one core are slower than one."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def _list(description: dict[str, Any], overrides: list[str]) -> None:
+    step = description["step"]
+    state = "done   " if description["done"] else f"step {step:<3}" if step else "missing"
+    same = f"  (= {description['same_as']})" if description["same_as"] else ""
+    print(f"{state}  {' '.join(overrides)}{same}")
 
 
 def show(summary: dict[str, Any], folder: Path) -> None:
@@ -101,6 +138,8 @@ def main() -> None:
     """Entry point of `rlhf` and `python -m rlhf`."""
     # Hydra would print its own, longer account of an error and exit with 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if "dry_run=true" in sys.argv and {"-m", "--multirun"} & set(sys.argv):
+        sys.argv += ["hydra/launcher=basic"]  # a listing in order, from one process
     try:
         app()
     except KeyboardInterrupt:
@@ -161,8 +200,23 @@ def _suggest(key: str, allowed: list[str]) -> str:
     return f"{hint}; allowed: {', '.join(allowed)}" if allowed else hint
 
 
+def _prepare(folder: Path, identity: str, resume: str) -> None:
+    """Keep what an unfinished run of this identity left, unless it is not wanted; clear away any other run's."""
+    note = folder / "identity.json"
+    other = note.exists() and read_json(note) != identity
+    if other and resume == "must":
+        from rlhf.settings import ConfigError
+
+        raise ConfigError(f"resume=must, but {folder} holds a run of another configuration; allowed: resume=auto")
+    if other:
+        log.warning("%s holds a run of another configuration or other data: starting over", folder)
+    if other or resume == "never":
+        _start_over(folder)
+    write_json(note, identity)
+
+
 def _start_over(folder: Path) -> None:
-    for name in ("summary.json", "metrics.jsonl", "metrics.csv", "samples.jsonl"):
+    for name in (SUMMARY, "metrics.jsonl", "metrics.csv", "samples.jsonl", "outcomes.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -86,6 +86,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             )
     if settings.sft.lora.r == 0 and quantized and config.stage.name == "sft":
         raise ConfigError("lora@sft.lora=none trains the base itself: use lora@sft.lora=r8 or quantization=none")
+    if quantized and settings.ppo.value == "full" and config.stage.name == "ppo":
+        raise ConfigError("ppo.value=full trains a model of its own, which quantization forbids; allowed: adapter")
     for key in ("scorer", "judge"):
         _check_needs(config, key, source)
     if config.scorer.get("function"):
@@ -108,6 +110,11 @@ def _check_ppo(settings: Settings) -> None:
     if ppo.rollout_batch_size % ppo.minibatch_size:
         raise ConfigError(
             f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
+            "allowed: a divisor of it"
+        )
+    if ppo.accumulation == "as_published" and ppo.minibatch_size % ppo.published_rows:
+        raise ConfigError(
+            f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
             "allowed: a divisor of it"
         )
     if ppo.warmup_steps >= ppo.steps:

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,17 @@ from rlhf.stages.sft import SupervisedFineTuning
 log = logging.getLogger(__name__)
 SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
 REWARD_CODE = (*SFT_CODE, "stages/reward.py")
+NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm")
 
 
 class Run:
     """One composed configuration on its way to results; `folder` is where Hydra put it."""
 
-    def __init__(self, config: DictConfig, settings: Settings, source: DataSource, folder: Path):
+    def __init__(
+        self, config: DictConfig, settings: Settings, source: DataSource, folder: Path, overrides: Sequence[str] = ()
+    ):
         self.config, self.settings, self.source, self.folder = config, settings, source, folder
+        self.overrides = list(overrides)
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         self.quantization = settings.quantization if is_quantized(settings) else None
         torch.set_float32_matmul_precision("high")
@@ -62,7 +67,28 @@ class Run:
     def _cached(self, stage: str, upstream: dict[str, Any], code: tuple[str, ...]) -> Path:
         keys = ("model", "data", "quantization", stage)
         name = cache.digest({**{key: self.plain[key] for key in keys}, **upstream}, code)
-        return Path(self.plain["outputs"], "cache", f"{stage}-{name}").resolve()
+        return Path(self.plain["output_dir"], "cache", f"{stage}-{name}").resolve()
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the configuration and the models it starts from: two runs of one identity are the same run.
+
+        PPO's own code is left out, so that a mended line does not throw away a week of runs; reports tell commits apart.
+        """
+        chosen = {key: value for key, value in self.plain.items() if key not in NOT_IDENTITY}
+        return cache.digest({**chosen, "needed": [path.name for path in self.needed()]}, ())
+
+    @property
+    def outputs(self) -> Path:
+        """Where all runs and the cache are."""
+        return Path(self.plain["output_dir"])
+
+    def finished(self) -> Path | None:
+        """The folder of this very run, finished here or under another name."""
+        summary = tracking.read_summary(self.folder)
+        if summary is not None and summary.get("identity") == self.identity:
+            return self.folder
+        return cache.find_run(self.outputs, self.identity)
 
     def needed(self) -> list[Path]:
         """The cached folders that this run needs, in the order in which they are built."""
@@ -88,7 +114,9 @@ class Run:
         if stage in ("sft", "reward"):
             shutil.copytree(self.needed()[-1], self.folder, dirs_exist_ok=True)
             return tracking.read_summary(self.folder) or {}
-        return self._ppo(train=stage == "ppo")
+        summary = self._ppo(train=stage == "ppo")
+        cache.register_run(self.outputs, self.identity, self.folder)
+        return summary
 
     def _build_sft(self, folder: Path) -> None:
         started, settings = time.time(), self.settings.sft
@@ -173,7 +201,14 @@ class Run:
         elif train:
             save_model(roles.trunk("policy").to(DTYPES[settings.model.dtype]), tokenizer, self.folder / "model")
         return tracking.write_summary(
-            self.folder, stage.last_evaluation, self.plain, started, stage=self.config.stage.name, sft_metrics=first
+            self.folder,
+            stage.last_evaluation,
+            self.plain,
+            started,
+            stage=self.config.stage.name,
+            sft_metrics=first,
+            overrides=self.overrides,
+            identity=self.identity,
         )
 
     def _train_ppo(self, stage: PPO, prompts: list[str], evaluation: DataLoader) -> dict[str, float]:
@@ -192,7 +227,8 @@ class Run:
             check_val_every_n_epoch=None,
         )
         if start == 0:
-            (self.folder / "samples.jsonl").unlink(missing_ok=True)
+            for name in ("samples.jsonl", "outcomes.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
             trainer.validate(stage, evaluation, verbose=False)
         else:
             log.info("continuing from step %d", start)
@@ -260,11 +296,15 @@ def records(rows: Dataset, split: Split) -> list:
 
 def describe(run: Run) -> dict[str, Any]:
     """What a run would do (`dry_run=true`)."""
+    found = run.finished()
+    checkpoint = StepCheckpoints(run.folder / "checkpoints", 1).latest()
     return {
         "folder": str(run.folder),
         "stage": run.config.stage.name,
         "cached": {path.name: tracking.read_summary(path) is not None for path in run.needed()},
-        "done": tracking.read_summary(run.folder) is not None,
+        "done": found is not None,
+        "same_as": str(found) if found not in (None, run.folder) else None,
+        "step": StepCheckpoints.step_of(checkpoint) if checkpoint else 0,
     }
 
 

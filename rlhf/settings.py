@@ -107,6 +107,7 @@ class RewardSettings(OptimizerSettings):
 class PPOSettings(OptimizerSettings):
     """`conf/ppo`: proximal policy optimisation; steps are rollout batches."""
 
+    lr_full: float = positive()
     steps: int = positive()
     rollout_batch_size: int = positive()
     minibatch_size: int = positive()
@@ -119,6 +120,8 @@ class PPOSettings(OptimizerSettings):
     whiten_rewards: bool = True
     whiten_advantages: bool = True
     missing_eos_penalty: float = at_least_zero(0.0)
+    accumulation: str = choice("exact", "as_published")
+    published_rows: int = positive(16)
     value: str = choice("adapter", "trunk_head", "full")
     eval_every: int = positive()
     yardstick_every: int = positive(10)

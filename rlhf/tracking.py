@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from rlhf import __version__, root
+from rlhf.files import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "hydra-core", "bitsandbytes")
 
@@ -79,9 +80,7 @@ def write_summary(
         "git_commit": git_commit(),
         "config": config,
     }
-    temporary = folder / ".summary.json"
-    temporary.write_text(json.dumps(summary, indent=2, default=str))
-    os.replace(temporary, folder / "summary.json")
+    write_json(folder / "summary.json", summary)
     return summary
 
 

@@ -52,8 +52,8 @@ def count_low_words(prompts: Sequence[str], responses: Sequence[str]) -> list[fl
 
 def ppo_settings(divergence: str = "kl", kind: str = "logprobs", lora: LoraSettings = LORA, **options: Any) -> Settings:
     config = {
-        "steps": 2, "rollout_batch_size": 12, "minibatch_size": 6, "epochs": 2, "lr": 1e-2, "warmup_steps": 1,
-        "eval_every": 100, "checkpoint_every": 100, "microbatch_tokens": 60, "adam_eps": 1e-5,
+        "steps": 2, "rollout_batch_size": 12, "minibatch_size": 6, "epochs": 2, "lr": 1e-2, "lr_full": 1e-2,
+        "warmup_steps": 1, "eval_every": 100, "checkpoint_every": 100, "microbatch_tokens": 60, "adam_eps": 1e-5,
     }  # fmt: skip
     return Settings(
         seed=3,
@@ -79,7 +79,7 @@ def make_ppo(
     return PPO(
         settings, roles, tokenizer, make_engine(settings.generation, tokenizer, roles),
         FunctionScorer(Context(NoSource(), tokenizer, roles), f"{__name__}.count_low_words"),
-        getattr(divergence, settings.divergence.name), kl or ppo.FixedKL(0.05), lambda *_: ({}, []), samples,
+        getattr(divergence, settings.divergence.name), kl or ppo.FixedKL(0.05), lambda prompts, responses: ({}, [{} for _ in responses]), samples,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
-ORDER = ["settings", "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints",
+ORDER = ["files", "resolvers", "sweep", "settings", "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints",
          "config", "tracking", "cache", "pipeline", "cli"]  # fmt: skip
 
 

@@ -60,7 +60,8 @@ BAD = [
     ("ppo.lr=-1", "ppo.lr=-1", "above 0"),
     ("ppo.gamma=1.5", "ppo.gamma=1.5", "from 0 to 1"),
     ("ppo.minibatch_size=7", "ppo.minibatch_size=7", "divisor"),
-    ("ppo.warmup_steps=60", "ppo.warmup_steps=60", "below ppo.steps=60"),
+    ("ppo.warmup_steps=60", "ppo.warmup_steps=60", "below ppo.steps=40"),
+    ("ppo=as_published ppo.published_rows=48", "ppo.published_rows=48", "divisor"),
     ("ppo.value=foo", "ppo.value=foo", "trunk_head"),
     ("lora=none quantization=int8", "lora=none", "quantization"),
     ("quantization=nf4 lora@reward.lora=none stage=reward", "lora@reward.lora=none", "quantization"),
@@ -134,3 +135,52 @@ def test_shell_completion_offers_groups_and_options() -> None:
             check=True,
         )
         assert offered in done.stdout
+
+
+def test_a_folder_of_outputs_in_the_checkout_hides_no_key() -> None:
+    """Folders beside conf/ are config groups to Hydra: no key may bear the name of one that a run makes."""
+    keys = set(OmegaConf.load(CONF / "config.yaml"))
+    assert not keys & {"outputs", "multirun", "wandb", "tests", "rlhf", "benchmarks", "build", "dist"}
+
+
+# Sun, Gupta & Iyyer 2023 and its published code; SFT and reward model as in AlpacaFarm
+PUBLISHED = {
+    "lora": {"r": 8, "alpha": 64, "dropout": 0.1, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "ppo": {
+        "rollout_batch_size": 256, "minibatch_size": 128, "epochs": 2, "lr": 1e-5, "warmup_steps": 5, "schedule": "linear",
+        "adam_eps": 1e-5, "weight_decay": 0.0, "max_grad_norm": 1.0, "gamma": 1.0, "lam": 0.95, "clip_range": 0.2,
+        "value_clip_range": 0.2, "value_coef": 0.1, "whiten_rewards": True, "whiten_advantages": True, "steps": 100,
+        "value": "adapter",
+    },
+    "kl": {"coef": 0.02},
+    "generation": {"temperature": 1.0, "max_new_tokens": 300},
+    "model": {"max_prompt_tokens": 192, "name_or_path": "huggyllama/llama-7b"},
+    "evaluation": {"temperature": 0.0, "max_new_tokens": 512, "prompts": 805},
+    "sft": {"lr": 2e-5, "epochs": 3, "batch_size": 128, "schedule": "cosine", "max_length": 512},
+    "reward": {"lr": 3e-6, "epochs": 1, "batch_size": 16, "validation_size": 500},
+}  # fmt: skip
+PAPER = ["experiments=table1", "recipe=paper", "model=llama_7b", "data=alpaca_farm", "judge=reward_model"]
+
+
+@pytest.mark.parametrize("arm", sorted(path.stem for path in (CONF / "arm").glob("*.yaml")))
+def test_the_study_composes_with_the_published_hyper_parameters(arm: str) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = compose("config", [*PAPER, f"arm={arm}"])
+    settings_of(config)
+    for group, values in PUBLISHED.items():
+        for key, value in values.items():
+            if group == "lora" and (arm.startswith("full") or (arm == "lora_dropout" and key == "dropout")):
+                continue
+            assert config[group][key] == value, f"{group}.{key}"
+    assert config.lora.r == (0 if arm.startswith("full") else 8)
+    assert config.divergence.name == (arm.partition("_")[2] if arm != "lora_dropout" else "none")
+    assert config.sft.warmup_steps == round(0.03 * 3 * 10_000 / 128)
+    assert config.reward.warmup_steps == round(0.03 * 9_500 / 16)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (root() / "experiments").glob("*.yaml")))
+def test_every_experiment_composes(name: str) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = compose("config", [f"experiments={name}"])
+    settings_of(config)
+    assert config.name == name

@@ -1,6 +1,7 @@
 """The whole pipeline through the command itself: what a run leaves, cache, sweeps, resuming, loading back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ EVAL_METRICS = [
 def rlhf(folder: Path, *arguments: str, code: int = 0) -> str:
     """Run the command in a process of its own, below `folder`."""
     flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them in front
-    overrides = [f"outputs={folder}/outputs", *(argument for argument in arguments if argument not in flags)]
+    overrides = [f"output_dir={folder}/outputs", *(argument for argument in arguments if argument not in flags)]
     done = subprocess.run(
         [sys.executable, "-m", "rlhf", *flags, *overrides],
         cwd=folder,
@@ -138,10 +139,11 @@ def test_an_interrupted_run_continues_to_the_same_bits(workplace: Path) -> None:
     rlhf(workplace, *arguments)
     straight = next((workplace / "outputs/straight").glob("*"))
     # what a kill after step 2 leaves: no summary, no model, the checkpoint of step 2
-    rlhf(workplace, *arguments[:-1], "name=broken")
+    rlhf(workplace, *arguments[:-1], "name=broken", "resume=never")  # or it would be taken over from `straight`
     broken = next((workplace / "outputs/broken").glob("*"))
     for name in ("summary.json", "model/adapter_model.safetensors", "checkpoints/step-000003.ckpt"):
         (broken / name).unlink()
+    shutil.rmtree(workplace / "outputs/cache/runs")
     assert "continuing from step 2" in rlhf(workplace, *arguments[:-1], "name=broken")
     for name in ("model/adapter_model.safetensors",):
         assert (broken / name).read_bytes() == (straight / name).read_bytes()
@@ -166,7 +168,7 @@ def test_gold_and_function_scorers_need_no_reward_model(workplace: Path, tmp_pat
         "def longest(prompts, responses):\n    return [len(r) / 100 for r in responses]\n"
     )
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from rlhf.cli import main; main()"
-    arguments = [*QUICK, f"outputs={tmp_path}/outputs", "scorer=function", "scorer.function=mine.longest"]
+    arguments = [*QUICK, f"output_dir={tmp_path}/outputs", "scorer=function", "scorer.function=mine.longest"]
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), *arguments], capture_output=True, text=True, check=False
     )

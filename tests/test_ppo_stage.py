@@ -17,6 +17,7 @@ from rlhf.checkpoints import StepCheckpoints
 from rlhf.models import heads
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter
+from rlhf.models.sequences import Sequences
 from rlhf.settings import LoraSettings
 from rlhf.stages.ppo import PPO
 
@@ -185,3 +186,30 @@ def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout:
     assert states[0]["param_groups"] == states[1]["param_groups"]
     for key, state in states[0]["state"].items():
         assert all(torch.equal(value, states[1]["state"][key][name]) for name, value in state.items())
+
+
+def test_as_published_takes_more_and_smaller_steps(folders: SimpleNamespace, tmp_path: Path) -> None:
+    """The published fault, in small: 12 rollouts in minibatches of 6, of which it makes 3 steps of 2 rows each."""
+    counts, first = {}, {}
+    for accumulation in ("exact", "as_published"):
+        settings = ppo_settings(accumulation=accumulation, published_rows=2, steps=1)
+        stage = make_ppo(settings, folders, tmp_path / accumulation)
+        with gradients() as steps:
+            train(stage, tmp_path / accumulation)
+        counts[accumulation], first[accumulation] = len(steps), steps[0]
+    assert counts == {"exact": 2 * 2, "as_published": 2 * 2 * 3}
+    assert any(
+        a is not None and not torch.allclose(a, b) for a, b in zip(first["exact"], first["as_published"], strict=True)
+    )
+
+
+def test_the_published_shape_means_32_steps_where_4_were_meant(folders: SimpleNamespace, tmp_path: Path) -> None:
+    shape = {"rollout_batch_size": 256, "minibatch_size": 128, "published_rows": 16}
+    steps = {}
+    for accumulation in ("exact", "as_published"):
+        stage = make_ppo(ppo_settings(accumulation=accumulation, **shape), folders, tmp_path / "samples")
+        dealt = stage.deal(Sequences.from_lists([[5]] * 256, [[5, 5, 5]] * 256), step=1)
+        taken = [part for minibatch in dealt for part in stage.optimizer_steps(minibatch)]
+        steps[accumulation] = len(taken) * stage.ppo.epochs
+        assert all(len(part) == 8 and len(part[0]) == 16 for part in taken) or accumulation == "exact"
+    assert steps == {"exact": 4, "as_published": 32}

@@ -44,6 +44,8 @@ class Evaluation:
             stated, true = sum(f.stated for f in facts), sum(f.true for f in facts)
             metrics["eval/facts_per_response"] = stated / len(facts)
             metrics["eval/factual_precision"] = true / stated if stated else 0.0
+            _add(records, "stated", [f.stated for f in facts])
+            _add(records, "true", [f.true for f in facts])
         return metrics, records
 
 

@@ -1,5 +1,6 @@
 """Tokenizers and causal language models: from the Hub, a folder, a GGUF file, or fresh from a configuration."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ def load_causal_lm(
         )
     if model.gguf_file is not None:
         _forget_gguf(lm)
+    if quantization:
+        _keep_nf4_differentiable(lm)
     _switch_off_dropout(lm)
     lm.config.use_cache = True
     return lm.eval()
@@ -152,6 +155,17 @@ def _switch_off_dropout(lm: PreTrainedModel) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def _keep_nf4_differentiable(lm: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first eval forward on a CPU.
+
+    The repacked weights run a kernel without autograd: training after a rollout would silently have other gradients.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 on a CPU logs a line per call
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _forget_gguf(lm: PreTrainedModel) -> None:

@@ -115,21 +115,28 @@ class Stage(lightning.LightningModule):
         return [torch.tensor(group, device=batch.ids.device) for group in groups]
 
     def accumulate(
-        self, parts: Sequence[Any], loss: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]], count: Tensor | int
+        self,
+        parts: Sequence[Any],
+        loss: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]],
+        count: Tensor | int,
+        clip_each: bool = False,
     ) -> Step:
         """One optimiser step: `loss` gives each part's *sum*, divided here by the count over all parts.
 
         Averaging per part instead would weigh tokens of short parts more (and is what breaks accumulation elsewhere).
+        `clip_each` clips after every part too, which is only there to reproduce a published fault.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         sums: dict[str, Tensor] = {}
         for part in parts:
             total, extra = loss(part)
             self.manual_backward(total / count)
+            if clip_each:
+                nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
             for key, value in {"loss": total, **extra}.items():
                 sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """PPO on a shared base, as in Sun, Gupta & Iyyer 2023: rollouts, penalised rewards, clipped updates."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -53,7 +54,8 @@ class PPO(Stage):
         evaluator: Evaluator,
         samples: Path,
     ):
-        super().__init__(settings.ppo, settings.ppo.steps)
+        lr = settings.ppo.lr if settings.lora.r else settings.ppo.lr_full
+        super().__init__(dataclasses.replace(settings.ppo, lr=lr), settings.ppo.steps)
         self.all, self.ppo = settings, settings.ppo
         self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
@@ -102,9 +104,22 @@ class PPO(Stage):
         minibatches = []
         for rows in order.split(self.ppo.minibatch_size):
             rows = rows.to(batch.ids.device)
-            groups = self.microbatches(batch.rows(rows))
-            minibatches.append([rows[group].tolist() for group in groups])
+            if self.ppo.accumulation == "as_published":
+                minibatches.append([part.tolist() for part in rows.split(self.ppo.published_rows)])
+            else:
+                groups = self.microbatches(batch.rows(rows))
+                minibatches.append([rows[group].tolist() for group in groups])
         return minibatches
+
+    def optimizer_steps(self, parts: list[Any]) -> list[list[Any]]:
+        """What goes into each optimiser step of a minibatch: all of it, together.
+
+        The published code (alpaca_farm_lora at 4843f6b) instead takes a step per 16 rows, back-propagated as many times
+        as there are such parts in a minibatch, with a clip after each; `ppo=as_published` does so too.
+        """
+        if self.ppo.accumulation == "exact":
+            return [parts]
+        return [[part] * (self.ppo.minibatch_size // self.ppo.published_rows) for part in parts]
 
     @torch.no_grad()
     def assess(
@@ -164,9 +179,15 @@ class PPO(Stage):
         tokens = torch.zeros((), dtype=torch.long, device=device)
         first_ratio: Tensor | None = None
         for _ in range(self.ppo.epochs):
-            for i in torch.randperm(len(parts), generator=order).tolist():
-                count = experience.mask[torch.cat([rows for _, rows in parts[i]])].sum()
-                result = self.accumulate(parts[i], lambda part: self.losses(experience, part[0], part[1], step), count)
+            minibatches_seen = torch.randperm(len(parts), generator=order).tolist()
+            for taken in (taken for i in minibatches_seen for taken in self.optimizer_steps(parts[i])):
+                count = experience.mask[torch.cat([rows for _, rows in taken])].sum()
+                result = self.accumulate(
+                    taken,
+                    lambda part: self.losses(experience, part[0], part[1], step),
+                    count,
+                    clip_each=self.ppo.accumulation == "as_published",
+                )
                 first_ratio = result.sums["ratio"] / count if first_ratio is None else first_ratio
                 norms.append(result.grad_norm)
                 tokens = tokens + count
@@ -268,9 +289,14 @@ class PPO(Stage):
             "time/evaluate": time.perf_counter() - self._started,
         }
         self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
+        for record, reward, length in zip(records, rewards.tolist(), torch.cat(self._lengths).tolist(), strict=True):
+            record |= {"reward": reward, "tokens": length}
         with self.samples.open("a") as file:
-            for record, reward in list(zip(records, rewards.tolist(), strict=True))[: self.all.evaluation.samples]:
-                file.write(json.dumps({"step": self.ppo_step, **record, "reward": reward}, ensure_ascii=False) + "\n")
+            for record in records[: self.all.evaluation.samples]:
+                file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")
+        numbers = {key: [row[key] for row in records] for key, x in records[0].items() if not isinstance(x, str)}
+        with self.samples.with_name("outcomes.jsonl").open("a") as file:
+            file.write(json.dumps({"step": self.ppo_step, **numbers}) + "\n")
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
