@@ -80,8 +80,8 @@ def take_over(found: Path, folder: Path) -> dict[str, Any]:
 def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, built if it is not there: in a temporary place, under a file lock, renamed when complete.
 
-    A builder that dies leaves its lock to the next one (the system releases it) and nothing that could be mistaken for
-    a result.
+    A builder that dies leaves its lock to the next one (the system releases it), which continues from the last
+    checkpoint, and nothing that could be mistaken for a result.
     """
     if read_summary(folder) is not None:
         return folder
@@ -96,8 +96,7 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
     try:
         if read_summary(folder) is None:
             work = folder.parent / f".{folder.name}.building"
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
+            work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
             build(work)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(work, folder)

@@ -1,5 +1,7 @@
-"""Checkpoints at PPO-step boundaries: written aside, synced, renamed; the last few are kept."""
+"""Checkpoints at step boundaries: written aside, synced, renamed, with a checksum; the last few are kept."""
 
+import hashlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -8,11 +10,13 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from rlhf.stages.ppo import PPO
+from rlhf.stages.base import Stage
+
+log = logging.getLogger(__name__)
 
 
 class StepCheckpoints(Callback):
-    """Saves `step-000020.ckpt` every `every` PPO steps and at the end, keeps the newest `keep`.
+    """Saves `step-000020.ckpt` every `every` steps and at the end, keeps the newest `keep`.
 
     A checkpoint holds what trains, the optimiser, the schedule and the counters. Random states are not needed: all
     randomness is a function of (seed, purpose, step).
@@ -23,31 +27,63 @@ class StepCheckpoints(Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
         """Save at a step boundary."""
-        assert isinstance(module, PPO)
-        if module.ppo_step % self.every == 0 or module.ppo_step == module.total_steps:
-            self.save(trainer, module.ppo_step)
+        assert isinstance(module, Stage)
+        if module.steps_done % self.every == 0 or module.steps_done == module.total_steps:
+            self.save(trainer, module)
 
-    def save(self, trainer: lightning.Trainer, step: int) -> None:
-        """Write `step`'s checkpoint so that it is there whole or not at all."""
+    def save(self, trainer: lightning.Trainer, module: Stage) -> int:
+        """Write the checkpoint of the step just done, there whole or not at all; returns the step."""
+        step = module.steps_done
+        path = self.folder / f"step-{step:06d}.ckpt"
+        if path.exists():
+            return step
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / ".writing.ckpt"
         trainer.save_checkpoint(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / f"step-{step:06d}.ckpt")
+        # the checksum first: a checkpoint without one never has its final name
+        _sync(temporary)
+        note = _checksum_file(path)
+        note.write_text(_checksum(temporary))
+        _sync(note)
+        os.replace(temporary, path)
         for old in self._all()[: -self.keep]:
-            old.unlink()
+            self._remove(old)
+        return step
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, if any."""
-        return next(reversed(self._all()), None)
+        """The newest sound checkpoint, if any; damaged ones are named and removed."""
+        for path in reversed(self._all()):
+            note = _checksum_file(path)
+            if note.exists() and note.read_text() == _checksum(path):
+                return path
+            log.warning("%s is damaged (its checksum differs): using the one before it", path)
+            self._remove(path)
+        return None
 
     @staticmethod
     def step_of(path: Path) -> int:
-        """The PPO step a checkpoint was made after."""
+        """The step a checkpoint was made after."""
         match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
         assert match is not None
         return int(match[1])
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.ckpt"))
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        _checksum_file(path).unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

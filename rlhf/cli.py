@@ -1,6 +1,7 @@
 """The `rlhf` command: compose, check, run, summarise.
 
-Exit codes: 0 done, 2 a configuration, data set or model that cannot be used (one sentence says why), 1 anything else.
+Exit codes: 0 done, 2 a configuration, data set or model that cannot be used (one sentence says why), 75 stopped by a
+signal after saving (the same command continues), 130 interrupted at once, 1 anything else.
 """
 
 import difflib
@@ -25,9 +26,11 @@ from rich.table import Table
 
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.files import read_json, write_json
+from rlhf.settings import ConfigError, Interrupted
 from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, jobs_of, naming, parallel_jobs, states
 
 log = logging.getLogger(__name__)
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 ROWS = {
     "eval/win_rate": ("win rate against the reference (%)", 100),
     "eval/win_rate_se": ("  its standard error", 100),
@@ -46,9 +49,13 @@ def app(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     sweeping = hydra_config.mode == RunMode.MULTIRUN
-    (folder / FAILED).unlink(missing_ok=True)
+    if not config.dry_run:
+        (folder / FAILED).unlink(missing_ok=True)
     try:
         return job(config, folder, sweeping)
+    except Interrupted as asked:
+        print(f"rlhf: {asked}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         sentence = explain(error)
         if sweeping and not config.dry_run:
@@ -79,7 +86,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
     check(config, settings, source)
     how = HydraConfig.get().job.config.override_dirname
     overrides = naming(HydraConfig.get().overrides.task, how.exclude_keys)
-    run = Run(config, settings, source, folder, overrides)
+    run = Run(config, settings, source, folder, overrides, progress=not sweeping)
     if config.dry_run:
         _list(describe(run), overrides) if sweeping else print(OmegaConf.to_yaml(describe(run)))
         return None
@@ -160,7 +167,6 @@ def explain(error: BaseException) -> str | None:
         return _explain_composition(str(error), str(error.__cause__ or ""))
     from rlhf.data.records import DataError
     from rlhf.models import ModelError
-    from rlhf.settings import ConfigError
 
     return str(error) if isinstance(error, ConfigError | DataError | ModelError) else None
 
@@ -205,8 +211,6 @@ def _prepare(folder: Path, identity: str, resume: str) -> None:
     note = folder / "identity.json"
     other = note.exists() and read_json(note) != identity
     if other and resume == "must":
-        from rlhf.settings import ConfigError
-
         raise ConfigError(f"resume=must, but {folder} holds a run of another configuration; allowed: resume=auto")
     if other:
         log.warning("%s holds a run of another configuration or other data: starting over", folder)

@@ -22,6 +22,8 @@ from rlhf.checkpoints import StepCheckpoints
 from rlhf.config import instantiate, is_quantized, target_class
 from rlhf.data.records import RECORDS, DataError, DataSource, Split
 from rlhf.evaluation.evaluate import Evaluation
+from rlhf.files import read_json, write_json
+from rlhf.interruption import Interruption
 from rlhf.models.assembly import lora_config, ppo_roles, reward_roles, sft_roles
 from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
@@ -44,10 +46,16 @@ class Run:
     """One composed configuration on its way to results; `folder` is where Hydra put it."""
 
     def __init__(
-        self, config: DictConfig, settings: Settings, source: DataSource, folder: Path, overrides: Sequence[str] = ()
+        self,
+        config: DictConfig,
+        settings: Settings,
+        source: DataSource,
+        folder: Path,
+        overrides: Sequence[str] = (),
+        progress: bool = True,
     ):
         self.config, self.settings, self.source, self.folder = config, settings, source, folder
-        self.overrides = list(overrides)
+        self.overrides, self.progress = list(overrides), progress
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         self.quantization = settings.quantization if is_quantized(settings) else None
         torch.set_float32_matmul_precision("high")
@@ -73,7 +81,7 @@ class Run:
     def identity(self) -> str:
         """A digest of the configuration and the models it starts from: two runs of one identity are the same run.
 
-        PPO's own code is left out, so that a mended line does not throw away a week of runs; reports tell commits apart.
+        PPO's own code is left out, so that a mended line does not throw away a week of runs; reports name commits.
         """
         chosen = {key: value for key, value in self.plain.items() if key not in NOT_IDENTITY}
         return cache.digest({**chosen, "needed": [path.name for path in self.needed()]}, ())
@@ -214,30 +222,37 @@ class Run:
     def _train_ppo(self, stage: PPO, prompts: list[str], evaluation: DataLoader) -> dict[str, float]:
         settings, ppo = self.settings, self.settings.ppo
         checkpoints = StepCheckpoints(self.folder / "checkpoints", ppo.checkpoint_every)
-        last = checkpoints.latest() if self.config.resume != "never" else None
+        last = checkpoints.latest()
         if last is None and self.config.resume == "must":
             raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
         start = checkpoints.step_of(last) if last else 0
         trainer = self._trainer(
             self.folder,
-            callbacks=[checkpoints],
+            callbacks=[checkpoints, Interruption(checkpoints)],
             max_epochs=1,
             limit_train_batches=ppo.steps - start,
             val_check_interval=ppo.eval_every,
             check_val_every_n_epoch=None,
         )
-        if start == 0:
-            for name in ("samples.jsonl", "outcomes.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
-            trainer.validate(stage, evaluation, verbose=False)
-        else:
+        stage.ppo_step = start
+        due = start % ppo.eval_every == 0 or start == ppo.steps
+        evaluated = tracking.evaluated_at(self.folder, start)
+        tracking.forget_after(self.folder, start if last else -1, bool(evaluated))
+        if last:
             log.info("continuing from step %d", start)
-        batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
-        first = dict(stage.last_evaluation)
-        trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
-        if ppo.steps % ppo.eval_every:
+            stage.last_evaluation = evaluated
+            if due and not evaluated:
+                stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
+        if (due and not evaluated) or not last:
             trainer.validate(stage, evaluation, verbose=False)
-        return first
+        if start < ppo.steps:
+            batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
+            trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
+            if ppo.steps % ppo.eval_every:
+                trainer.validate(stage, evaluation, verbose=False)
+        elif last:
+            stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
+        return tracking.evaluated_at(self.folder, 0)
 
     def _evaluate(self, stage: PPO, evaluation: DataLoader) -> dict[str, float]:
         self._trainer(self.folder).validate(stage, evaluation, verbose=False)
@@ -246,23 +261,39 @@ class Run:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _fit(self, stage: Stage, train: list, held_out: list, batch_size: int, folder: Path) -> dict[str, float]:
-        """Train a supervised stage from its first step to its last, measured before and after."""
-        trainer = self._trainer(folder, max_steps=stage.total_steps, limit_val_batches=1.0)
-        batches = SeededBatches(len(train), batch_size, stage.settings.seed, stage.total_steps)  # type: ignore[attr-defined]
+        """Train a supervised stage from its first step or its last checkpoint to its end; measured before and after."""
+        settings = stage.settings
+        checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
+        last = checkpoints.latest()
+        start = checkpoints.step_of(last) if last else 0
+        left = stage.total_steps - start
+        trainer = self._trainer(
+            folder, max_epochs=1, limit_train_batches=left, callbacks=[checkpoints, Interruption(checkpoints)]
+        )
         validation = DataLoader(held_out, batch_size=batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
-        trainer.validate(stage, validation, verbose=False)
-        before = dict(stage.latest)
-        if stage.total_steps:
-            trainer.fit(stage, loader(train, stage.collate, batches))  # type: ignore[arg-type]
+        before = folder / "before.json"
+        if last is None:
+            tracking.forget_after(folder, -1, evaluated=False)
+            trainer.validate(stage, validation, verbose=False)
+            write_json(before, stage.latest)
+        else:
+            log.info("continuing from step %d", start)
+            tracking.forget_after(folder, start, evaluated=True)
+            stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
+        if left:
+            batches = SeededBatches(len(train), batch_size, settings.seed, stage.total_steps, start)  # type: ignore[attr-defined]
+            trainer.fit(stage, loader(train, stage.collate, batches), ckpt_path=last, weights_only=True)  # type: ignore[arg-type]
         stage.roles.eval()  # type: ignore[union-attr]
         trainer.validate(stage, validation, verbose=False)
-        return {**stage.latest, **{f"{key}_before": value for key, value in before.items()}}
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        return {**stage.latest, **{f"{key}_before": value for key, value in read_json(before).items()}}
 
     def _trainer(self, folder: Path, **options: Any) -> lightning.Trainer:
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "enable_checkpointing": False}
         loggers = [tracking.JsonLines(folder)]
         if folder == self.folder:
             loggers.append(instantiate(self.config.logger, "logger"))
+        quiet["enable_progress_bar"] = self.progress
         options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": loggers, **options}
         return instantiate(self.config.trainer, "trainer", **options)
 

@@ -15,6 +15,10 @@ class ConfigError(Exception):
     """A configuration that cannot run, explained in one sentence: key, value, what is allowed."""
 
 
+class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
+    """A run that was asked to stop and has saved its state."""
+
+
 def positive(default: Any = omegaconf.MISSING) -> Any:
     """A number above 0."""
     return field(default=default, metadata={"check": lambda x: x > 0, "allowed": "a number above 0"})
@@ -74,6 +78,7 @@ class OptimizerSettings:
     max_grad_norm: float = positive(1.0)
     microbatch_tokens: int = positive(4096)
     log_every: int = positive(10)
+    checkpoint_every: int = positive(50)
 
 
 @dataclass
@@ -125,7 +130,6 @@ class PPOSettings(OptimizerSettings):
     value: str = choice("adapter", "trunk_head", "full")
     eval_every: int = positive()
     yardstick_every: int = positive(10)
-    checkpoint_every: int = positive()
 
 
 @dataclass

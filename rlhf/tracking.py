@@ -53,6 +53,37 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def forget_after(folder: Path, step: int, evaluated: bool) -> None:
+    """Drop from a run's line files what a resumed run will write again: all after `step`, and half a last line.
+
+    `evaluated` says that the evaluation at `step` is complete and stays.
+    """
+    for name in ("metrics.jsonl", "outcomes.jsonl", "samples.jsonl"):
+        path = folder / name
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if _stays(json.loads(line), step, evaluated)]
+            temporary = path.with_name(f".{name}")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+
+
+def _stays(line: dict[str, Any], step: int, evaluated: bool) -> bool:
+    is_evaluation = "time/evaluate" in line or "response" in line or "tokens" in line
+    return line["step"] < step or (line["step"] == step and (evaluated or not is_evaluation))
+
+
+def evaluated_at(folder: Path, step: int) -> dict[str, float]:
+    """The metrics of the evaluation at `step`, {} if it was not finished."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found: dict[str, float] = {}
+    for line in lines:
+        if f'"step": {step},' in line and '"time/evaluate"' in line and line.endswith("}"):
+            found = json.loads(line)
+    return {key: value for key, value in found.items() if key not in ("step", "time")}
+
+
 def wandb_logger(**options: Any) -> WandbLogger:
     """A W&B logger; without a key in the environment or in netrc it writes offline, to be synced later."""
     from hydra.core.hydra_config import HydraConfig

@@ -10,9 +10,9 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from datasets import Dataset, Features, NamedSplit, Value
 from datasets.exceptions import DatasetGenerationError
@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 
 OnBadRow = Literal["skip", "fail"]
 ToRecord = Callable[[Mapping[str, Any]], Any]
+REASON = "_reason"
+"""The column that says why a row cannot be used: empty for the others."""
+BATCH = 200
+"""Rows that are in memory when they are written, and when they are read again."""
 MAX_TEXT = 1_000_000
 """Longest text of a row in characters: a longer one is a broken file and would exhaust a tokenizer's memory."""
 
@@ -97,12 +101,15 @@ class _Job:
 def read_records(
     sources: tuple[Source, ...],
     to_record: ToRecord,
-    split: Split,
+    split: str,
     *,
     on_bad_row: OnBadRow = "skip",
     deduplicate: bool = True,
+    record: type | None = None,
 ) -> tuple[Dataset, BadRows]:
     """Read `split` from `sources` and log what is skipped.
+
+    With a `record` (a dataclass of strings) `split` is only a name: the data set divides these rows into splits itself.
 
     `to_record` makes a row's record or raises `RowError`. Its pickle is part of the cache key: a frozenset in it, whose
     order differs between processes, would defeat the cache.
@@ -111,17 +118,11 @@ def read_records(
         DataError: a source cannot be read, the split has not a single good row or, if `on_bad_row` is `fail`, any bad
             one (duplicates included).
     """
-    stamps = (*(source.fingerprint() for source in sources), _code_digest(to_record))
-    job = _Job(sources, to_record, tuple(columns(split)), deduplicate, stamps)
-    features = {name: Value("string") for name in (*job.columns, "_file", "_reason")} | {"_row": Value("int64")}
-    try:
-        verdicts = Dataset.from_generator(
-            _judge, features=Features(features), gen_kwargs={"job": job}, split=NamedSplit(split)
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
+    stamps = (*(source.fingerprint() for source in sources), code_digest(to_record.__module__))
+    names = [field.name for field in fields(record)] if record else columns(cast(Split, split))
+    job = _Job(sources, to_record, tuple(names), deduplicate, stamps)
+    features = {name: Value("string") for name in (*job.columns, "_file", REASON)} | {"_row": Value("int64")}
+    verdicts = generated(_judge, job, Features(features), split)
     report, kept = _report(verdicts)
     if on_bad_row == "fail" and report.skipped:
         (file, reason), rows = next(iter(report.skipped.items()))
@@ -134,11 +135,27 @@ def read_records(
     return verdicts.select(kept).select_columns(list(job.columns)), report
 
 
-def _code_digest(to_record: ToRecord) -> str:
-    """Of this package and of the module of `to_record`: a new version must not be given an old one's verdicts."""
+def generated(generator: Callable[[Any], Iterator[dict[str, Any]]], job: Any, features: Features, name: str) -> Dataset:
+    """The rows that `generator(job=job)` yields, written to the cache of `datasets`, or found there under `job`.
+
+    Raises:
+        DataError: the generator did.
+    """
+    try:
+        return Dataset.from_generator(
+            generator, features=features, gen_kwargs={"job": job}, split=NamedSplit(name), writer_batch_size=BATCH
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
+
+
+def code_digest(module: str = __name__) -> str:
+    """Of this package and of `module`: a new version must not be given an old one's verdicts."""
     files = {
         *Path(__file__).parent.glob("*.py"),
-        Path(getattr(sys.modules[to_record.__module__], "__file__", None) or __file__),
+        Path(getattr(sys.modules[module], "__file__", None) or __file__),
     }
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
@@ -153,7 +170,7 @@ def _judge(job: _Job) -> Iterator[dict[str, Any]]:
                 record, reason = _to_columns(row, job.to_record, seen), ""
             except RowError as bad:
                 record, reason = nothing, str(bad)
-            yield {**record, "_file": source.name, "_row": number, "_reason": reason}
+            yield {**record, "_file": source.name, "_row": number, REASON: reason}
 
 
 def _to_columns(row: Any, to_record: ToRecord, seen: set[bytes] | None) -> dict[str, str]:
@@ -172,12 +189,10 @@ def _to_columns(row: Any, to_record: ToRecord, seen: set[bytes] | None) -> dict[
 
 def _report(verdicts: Dataset) -> tuple[BadRows, list[int]]:
     """The report, and the indices of the rows to keep."""
-    columns = verdicts.select_columns(["_file", "_row", "_reason"])[:]
+    columns = verdicts.select_columns(["_file", "_row", REASON])[:]
     skipped: dict[tuple[str, str], list[int]] = {}
     kept = []
-    for index, (file, row, reason) in enumerate(
-        zip(columns["_file"], columns["_row"], columns["_reason"], strict=True)
-    ):
+    for index, (file, row, reason) in enumerate(zip(columns["_file"], columns["_row"], columns[REASON], strict=True)):
         if reason:
             skipped.setdefault((file, reason), []).append(row)
         else:

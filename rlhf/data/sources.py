@@ -26,8 +26,11 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 MAX_LINE = 16_000_000
 """Longest line of a `.jsonl` file in bytes: what is longer is a bad row, and never held in memory."""
 
-_BROKEN = (OSError, EOFError, zlib.error)  # what reading a damaged, truncated or forbidden file raises
+BROKEN = (OSError, EOFError, zlib.error)
+"""What reading a damaged, truncated or forbidden file raises."""
+
 _SLICE = re.compile(r"\[(\d*):(\d*)\]")
+_HUB_FILE = re.compile(r"(?:.*/)?hf:/{1,2}(datasets/.+)")  # `Path` folds the two slashes of a URL into one
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))??(?::([\w.+-]+))?")
 
 
@@ -49,7 +52,8 @@ class Source:
     def parse(cls, spec: Any, root: Path) -> "Source":
         """Understand a file below `root` or `owner/name[:config][:split]`, each with `[start:stop]`, or a mapping.
 
-        A mapping holds arguments of `datasets.load_dataset`, whose `split` is `train` unless given.
+        A file may be in a Hub repository (`hf://datasets/owner/name/file.json`), and `root` may be one. A mapping
+        holds arguments of `datasets.load_dataset`, whose `split` is `train` unless given.
 
         Raises:
             DataError: a malformed slice, a mapping without `path`, or something that is no source at all.
@@ -61,6 +65,11 @@ class Source:
         name, window = cast(re.Match[str], re.fullmatch(r"(.+?)(\[[^/]*)?", spec, re.DOTALL)).groups()
         start, stop = _parse_slice(spec, window) if window else (0, None)
         path = root / os.path.expanduser(name)
+        hub_file = _HUB_FILE.fullmatch(str(path))
+        if hub_file and name.endswith(SUFFIXES):
+            url = f"hf://{hub_file[1]}"
+            builder = name.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
+            return cls(f"{url}{window or ''}", hub={"path": builder, "data_files": url}, start=start, stop=stop)
         hub = _HUB_ID.fullmatch(name)
         if hub is None or name.endswith(SUFFIXES) or os.path.exists(path):
             return cls(spec, path, start=start, stop=stop)
@@ -142,18 +151,19 @@ def _parse_slice(spec: str, window: str) -> tuple[int, int | None]:
     return start or 0, stop
 
 
-def _open(path: Path) -> BufferedIOBase:
+def open_file(path: Path) -> BufferedIOBase:
+    """Its bytes, unpacked if the name ends in .gz."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
-        with _open(path) as stream:
+        with open_file(path) as stream:
             for number, line in enumerate(_bounded_lines(stream), start=1):
                 if line.strip():  # a blank line is no row
                     yield number, _parse_line(line)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(f"{path} cannot be read beyond row {number:,}: {error}.") from error
 
 
@@ -179,9 +189,9 @@ def _parse_line(line: bytes) -> Any:
 
 def _read_list(path: Path) -> list[Any]:
     try:
-        with _open(path) as stream:
+        with open_file(path) as stream:
             rows = json.loads(stream.read().decode("utf-8-sig"))
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error} (one row a line is called .jsonl).") from error

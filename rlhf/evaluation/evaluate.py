@@ -30,8 +30,8 @@ class Evaluation:
             for row, response in zip(prompts, responses, strict=True)
         ]
         metrics: dict[str, float] = {}
-        if all(row.reference_output for row in prompts):
-            outcomes = self.judge(prompts, responses)
+        outcomes = self.judge(prompts, responses) if all(row.reference_output for row in prompts) else []
+        if outcomes:
             metrics |= {"eval/win_rate": statistics.fmean(outcomes), "eval/win_rate_se": standard_error(outcomes)}
             _add(records, "win", outcomes)
         pairs = [(row.prompt, response) for row, response in zip(prompts, responses, strict=True)]

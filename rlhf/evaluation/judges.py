@@ -60,3 +60,16 @@ class RewardModelJudge:
         batch = Sequences.from_lists(encode(tokenizer, [row.prompt for row in prompts]), ended)
         with torch.no_grad():
             return self.scorer.score(batch.to(self.context.roles.device)).tolist()
+
+
+class NoJudge:
+    """For data on which a comparison means nothing, such as reviews continued at random: no win rate is reported."""
+
+    needs_reward_model: ClassVar[bool] = False
+
+    def __init__(self, context: Context):
+        pass
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """No outcomes."""
+        return []

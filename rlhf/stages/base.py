@@ -99,6 +99,10 @@ class Stage(lightning.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
+    def load_trained(self, checkpoint: dict[str, Any]) -> None:
+        """Take the weights of a checkpoint outside of training, as for an evaluation that was still due."""
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
+
     def rate(self, step: int) -> float:
         """Share of the full learning rate at `step`: linear warm-up to 1, then the schedule down to 0 at the end."""
         warmup = self.settings.warmup_steps
@@ -141,6 +145,11 @@ class Stage(lightning.LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return Step(norm, sums)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps finished so far: of a supervised stage optimiser steps, of PPO rollout batches."""
+        return self.trainer.global_step
 
     def advance_schedule(self) -> None:
         """Move the learning rate on by one step."""

@@ -65,6 +65,11 @@ class PPO(Stage):
         self.shared_trunk = roles.table["value"] == roles.table["policy"]
         self.last_evaluation: dict[str, float] = {}
 
+    @property
+    def steps_done(self) -> int:
+        """Rollout batches finished so far."""
+        return self.ppo_step
+
     def training_step(self, batch: list[str], index: int) -> None:
         """Roll out, score, update, report."""
         started = time.perf_counter()

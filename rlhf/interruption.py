@@ -1,0 +1,59 @@
+"""Leaving when asked to: SIGTERM, SIGINT and SIGUSR1 finish the step, save, and exit with 75 ("try again later")."""
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from rlhf.checkpoints import StepCheckpoints
+from rlhf.settings import Interrupted
+
+log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interruption(Callback):
+    """Notes a signal, and acts on it at the next step boundary; a second SIGINT leaves at once.
+
+    Nothing is saved inside of the handler: a signal may arrive in the middle of an update.
+    """
+
+    def __init__(self, checkpoints: StepCheckpoints):
+        self.checkpoints = checkpoints
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, *args: Any) -> None:
+        """Take over from Lightning's handlers, which stop without saving."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        log.warning("%s: finishing the step, then saving and leaving", self.received.name)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
+        """Save and leave if so asked."""
+        self._leave(trainer, module)
+
+    def on_validation_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
+        """An evaluation is not waited for: it is made again after resuming."""
+        self._leave(trainer, module)
+
+    def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
+        if self.received is None:
+            return
+        step = self.checkpoints.save(trainer, module)
+        raise Interrupted(f"stopped by {self.received.name} after step {step}; the same command continues")
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        """Give the signals back, however training ended."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,88 @@
+"""What a reader of the report should be warned of."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rlhf.report.measures import measure
+from rlhf.report.runs import Row, Sweep
+from rlhf.report.words import count, quoted
+
+CUT_OFF = 0.2
+SHOWN = 5
+
+
+def warnings(sweep: Sweep) -> list[str]:
+    """Sentences, the worst first."""
+    return [*_absent(sweep), *_numbers(sweep), *_seeds(sweep), *_origin(sweep)]
+
+
+def _absent(sweep: Sweep) -> Iterator[str]:
+    for run in sweep.runs:
+        if run.state == "failed":
+            yield f"{run.name} failed: {run.reason}"
+    for state, words in (("unfinished", "not finished"), ("missing", "missing: not begun")):
+        names = [run.name for run in sweep.runs if run.state == state]
+        if names:
+            yield f"{count(len(names), 'run')} {words} ({_some(names)})."
+    if sweep.doubled:
+        names = [str(run.folder) for run in sweep.doubled]
+        yield f"Another run has the same row and seed, so that these are left out: {_some(names)}."
+    if (name := sweep.layout.get("baseline")) and not any(row.is_called(name) for row in sweep.rows):
+        yield f"The baseline {name} has no finished run: another row stands in for it."
+
+
+def _numbers(sweep: Sweep) -> Iterator[str]:
+    for run in sweep.finished:
+        bad = {
+            key: None
+            for values in (run.summary["metrics"], *run.metrics.values())
+            for key, value in values.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        }
+        if bad:
+            yield f"{run.name} has values that are no numbers in {', '.join(bad)}."
+        steps = [step for step, values in run.metrics.items() if "ppo/missing_eos" in values]
+        cut_off = run.metrics[max(steps)]["ppo/missing_eos"] if steps else 0.0
+        if cut_off > CUT_OFF:
+            yield (
+                f"{run.name} ended with {100 * cut_off:.0f} % of its sampled responses cut off before their end:"
+                " lengths and win rates are those of truncated texts (generation.max_new_tokens)."
+            )
+
+
+def _seeds(sweep: Sweep) -> Iterator[str]:
+    single = [row.label for row in sweep.trained if len(row.runs) == 1]
+    if single:
+        yield f"One seed only, so nothing is known of the spread over seeds: {quoted(single)}."
+    counts = {len(row.runs) for row in sweep.trained}
+    if len(counts) > 1 and counts != {1}:
+        yield f"The rows have different numbers of seeds ({min(counts)} to {max(counts)})."
+    for metric in ("eval/win_rate", "eval/response_tokens"):
+        starts = [value for run in sweep.finished for value in Row("", (run,), step=0).values(metric)]
+        if starts and max(starts) - min(starts) > 1e-6:
+            yield (
+                f"The runs do not begin at the same SFT model ({measure(metric).name} at step 0 differs): the row SFT"
+                " shows that of the first run."
+            )
+            return
+
+
+def _origin(sweep: Sweep) -> Iterator[str]:
+    commits = sorted({str(run.summary.get("git_commit")) for run in sweep.finished})
+    if len(commits) > 1:
+        yield f"The runs were made by different commits ({', '.join(commits)})."
+    dirty = [commit for commit in commits if commit.endswith("+")]
+    if dirty:
+        yield f"The checkout had uncommitted changes ({', '.join(dirty)}): these numbers belong to no commit."
+    versions: dict[str, set[str]] = {}
+    for run in sweep.finished:
+        for package, version in (run.summary.get("versions") or {}).items():
+            versions.setdefault(package, set()).add(str(version))
+    for package, found in versions.items():
+        if len(found) > 1:
+            yield f"The runs used different versions of {package} ({', '.join(sorted(found))})."
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names; the page's table of runs has them all."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

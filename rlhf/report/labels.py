@@ -1,0 +1,141 @@
+"""Labels beside the ends of lines, where they cover neither each other nor, if it can be helped, the lines."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from rlhf.report.statistics import Array
+from rlhf.report.style import Look
+
+SIZE = 8.5
+NEAR = 8.0  # from a point to its label, in points; one further off gets a leader
+HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+
+
+@dataclass(frozen=True)
+class End:
+    """A label to be put beside the end of a line."""
+
+    x: float
+    y: float
+    text: str
+    look: Look
+
+
+def make_room(figure: Figure, ends: Sequence[Sequence[End]]) -> None:
+    """Panels as wide as they can be with the labels (one list per panel) still inside the figure."""
+    figure.tight_layout()
+    figure.subplots_adjust(top=0.89)
+    width, panels = figure.bbox.width, figure.axes
+    cell, left = width / len(panels), panels[0].bbox.x0
+    room = panels[0].bbox.width if len(panels) == 1 else cell - left - 8
+    for axes, labels in zip(panels, ends, strict=True):
+        for end in labels:
+            needed = _extent(axes, end.text)[0] + 20 * figure.dpi / 72
+            reach = axes.transAxes.inverted().transform(axes.transData.transform((end.x, end.y)))[0]
+            room = min(room, (cell - left - needed) / max(reach, 0.05))
+    right = left + cell * (len(panels) - 1) + room
+    figure.subplots_adjust(left=left / width, right=right / width, wspace=(cell - room) / room)
+
+
+def label_column(axes: Axes, ends: Sequence[End]) -> None:
+    """Labels in a column to the right of lines that end at the same x, in the order of the lines, moved apart."""
+    if not ends:
+        return
+    places = [float(axes.transData.transform((end.x, end.y))[1]) for end in ends]
+    height = 1.05 * _extent(axes, "X")[1]
+    moved = _apart(places, height, min(axes.bbox.y0, *places), max(axes.bbox.y1, *places))
+    shifts = [float(target - place) * 72 / axes.figure.dpi for place, target in zip(places, moved, strict=True)]
+    right = NEAR + 6 if any(abs(shift) > 1 for shift in shifts) else NEAR
+    for end, shift in zip(ends, shifts, strict=True):
+        _write(axes, end, right, shift, "left", leader=abs(shift) > 4)
+
+
+def label_points(axes: Axes, ends: Sequence[End]) -> None:
+    """Labels around points that lie anywhere: of many places each takes the one that covers least."""
+    lines, taken = _sampled(axes), list[Bbox]()
+    scale = axes.figure.dpi / 72
+    around = [
+        (radius * math.cos(angle), radius * math.sin(angle))
+        for radius in (NEAR, 18, 30, 44, 60)
+        for angle in np.linspace(0, 2 * math.pi, 16, endpoint=False)
+    ]
+    # the rightmost first: they have the fewest places to go
+    for end in sorted(ends, key=lambda end: -end.x):
+        x, y = axes.transData.transform((end.x, end.y))
+        width, height = _extent(axes, end.text)
+
+        def cost(offset: tuple[float, float], x: float = x, y: float = y, w: float = width, h: float = height) -> float:
+            box = _box(x + scale * offset[0], y + scale * offset[1], w, h, _side(offset[0]))
+            covered = ((lines > box.min) & (lines < box.max)).all(axis=1).sum()
+            outside = not (axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 + h and axes.bbox.x0 < box.x0)
+            outside = outside or box.x1 > axes.figure.bbox.x1
+            far = 0.3 * math.hypot(*offset) - 0.1 * offset[0]
+            return float(covered + 200 * box.count_overlaps(taken) + 1000 * outside + far)
+
+        right, up = min(around, key=cost)
+        taken.append(_box(x + scale * right, y + scale * up, width, height, _side(right)))
+        _write(axes, end, right, up, _side(right), leader=math.hypot(right, up) > NEAR + 1)
+
+
+def _write(axes: Axes, end: End, right: float, up: float, side: str, leader: bool) -> None:
+    where: Any = {"xy": (end.x, end.y), "xytext": (right, up), "textcoords": "offset points", "annotation_clip": False}
+    if leader:
+        line = {"arrowstyle": "-", "color": end.look.color, "lw": 0.8, "alpha": 0.7, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate("", **where, arrowprops=line, zorder=4)
+    axes.annotate(
+        end.text, **where, ha=side, va="center", fontsize=SIZE, color=end.look.ink, path_effects=HALO, zorder=5
+    )
+
+
+def _side(right: float) -> str:
+    return "center" if abs(right) < 3 else ("left" if right > 0 else "right")
+
+
+def _box(x: float, y: float, width: float, height: float, side: str) -> Bbox:
+    left = x - width * {"left": 0.0, "center": 0.5, "right": 1.0}[side]
+    return Bbox.from_bounds(left, y - height / 2, width, height)
+
+
+def _extent(axes: Axes, text: str) -> tuple[float, float]:
+    """Width and height of a text in pixels."""
+    probe = axes.text(0, 0, text, fontsize=SIZE, transform=axes.transAxes)
+    box = probe.get_window_extent()
+    probe.remove()
+    return box.width, box.height
+
+
+def _sampled(axes: Axes) -> Array:
+    """Pixels along all lines, a few apart, [points, 2]."""
+    found = [np.zeros((0, 2))]
+    for line in axes.lines:
+        corners = axes.transData.transform(np.column_stack([line.get_xdata(), line.get_ydata()]).astype(float))
+        found.append(corners)
+        if line.get_linestyle() != "None":
+            found += [np.linspace(a, b, max(2, int(np.hypot(*(b - a)) / 4))) for a, b in pairwise(corners)]
+    return np.concatenate(found)
+
+
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights near the wanted ones, in their order, at least a gap apart and within the ends where there is room."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    places = [wanted[i] for i in order]
+    for _ in range(500):
+        before = list(places)
+        for i in range(len(places) - 1):
+            lack = gap - (places[i + 1] - places[i])
+            if lack > 1e-6:
+                places[i] -= lack / 2
+                places[i + 1] += lack / 2
+        places = [float(min(max(place, low), high)) for place in places]
+        if places == before:
+            break
+    return [places[order.index(i)] for i in range(len(wanted))]

@@ -1,0 +1,167 @@
+"""The two tables: what every row reached, and which rows can be told apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf.report.measures import COLUMNS, measure
+from rlhf.report.runs import Row, Sweep
+from rlhf.report.statistics import Difference, Need, difference, holm, judge_error, seed_error, seeds_needed
+from rlhf.report.tables import NOTHING, Cell, Number, Table
+from rlhf.report.tables import Interval as Ends
+
+WIN = "eval/win_rate"
+MOST = 1000  # more runs or a hundred times more instructions than this nobody makes: printed as "more than"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row against another in one metric; `stands` after Holm's correction for all comparisons of its family."""
+
+    row: Row
+    other: Row
+    metric: str
+    difference: Difference
+    need: Need | None
+    stands: bool
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether a trained row has a single run, so that nothing is known of its spread over seeds."""
+        return any(row.step is None and len(row.runs) == 1 for row in (self.row, self.other))
+
+
+def main_table(sweep: Sweep) -> Table:
+    """A line per row: mean ± standard error over seeds; for the win rate also what the finite evaluation set adds."""
+    metrics = [metric for metric in columns(sweep) if any(row.values(metric) for row in sweep.rows)]
+    judged = WIN in metrics and any(row.outcomes(WIN) is not None for row in sweep.rows)
+    header = ["row", "seeds"]
+    for metric in metrics:
+        header += [measure(metric).title] + (["judge SE (points)"] if metric == WIN and judged else [])
+    rows = []
+    for row in sweep.rows:
+        cells: list[Cell] = [row.label, len(row.seeds) or NOTHING]
+        for metric in metrics:
+            cells.append(_mean(row, metric))
+            if metric == WIN and judged:
+                cells.append(_judge(row))
+        rows.append(cells)
+    caption = "Mean ± standard error over seeds (bootstrap; none for one seed)."
+    if judged:
+        caption += (
+            " Judge SE: the win rate's standard error from the finite set of evaluation instructions, which all rows"
+            " share; it is not part of ±."
+        )
+    return Table(header, rows, caption)
+
+
+def columns(sweep: Sweep) -> list[str]:
+    """The metrics that the layout asks for, or all that people know."""
+    return list(sweep.layout.get("columns") or COLUMNS)
+
+
+def baseline(sweep: Sweep) -> Row:
+    """The row that the others are compared with."""
+    name = sweep.layout.get("baseline")
+    named = [row for row in sweep.rows if name and row.is_called(name)]
+    return (named or list(sweep.trained))[0]
+
+
+def compared(sweep: Sweep) -> list[str]:
+    """The metrics to compare rows in: the layout's columns, else the win rate, else the next best that is there."""
+
+    def known(metric: str) -> bool:
+        return all(row.outcomes(metric) is not None for row in sweep.rows)
+
+    asked = sweep.layout.get("columns")
+    if asked:
+        return [metric for metric in asked if known(metric)]
+    return [metric for metric in (WIN, "eval/gold_utility", "eval/reward") if known(metric)][:1]
+
+
+def pair_seeds(sweep: Sweep) -> bool:
+    """Whether runs of the same seed are compared with each other.
+
+    Always valid, but it halves the degrees of freedom: with three seeds it pays only where runs of the same seed are
+    alike (a correlation above one half). `report.pair_seeds: false` takes the rows' seeds as unrelated.
+    """
+    return bool(sweep.layout.get("pair_seeds", True))
+
+
+def comparisons(sweep: Sweep, against: Row, metrics: Sequence[str]) -> list[Comparison]:
+    """Every other row against one row, as one family for Holm's correction."""
+    found = []
+    for metric in metrics:
+        b = against.outcomes(metric)
+        for row in sweep.rows:
+            a = row.outcomes(metric)
+            if row is against or a is None or b is None or a.shape[1] != b.shape[1] or a.shape[1] < 2:
+                continue
+            paired = pair_seeds(sweep) and row.seeds == against.seeds and len(row.seeds) > 1
+            told = difference(a, b, paired)
+            open_question = told.verdict == "not distinguishable"
+            need = seeds_needed(a, b, paired) if open_question else None
+            found.append((row, metric, told, need))
+    stands = holm([told.p_value for _, _, told, _ in found])
+    return [
+        Comparison(row, against, metric, told, need, stand)
+        for (row, metric, told, need), stand in zip(found, stands, strict=True)
+    ]
+
+
+def difference_table(sweep: Sweep, found: Sequence[Comparison], against: Row) -> Table:
+    """Each row against the baseline."""
+    several = len({item.metric for item in found}) > 1
+    header = ["row", *(["metric"] if several else []), "difference", "95 % interval", "verdict", "after Holm"]
+    header += ["to tell it at 80 % power"]
+    rows: list[list[Cell]] = []
+    for item in found:
+        words, told = measure(item.metric), item.difference
+        value = Number(words.scale * told.mean, digits=words.digits, signed=True)
+        ends = Ends(words.scale * told.low, words.scale * told.high, words.digits, "†" if item.one_seed else "")
+        name = [words.title] if several else []
+        holds = "stands" if item.stands else ("falls" if told.verdict != "not distinguishable" else NOTHING)
+        rows.append([item.row.label, *name, value, ends, told.verdict, holds, needed(item)])
+    return Table(header, rows, _caption(sweep, found, against, several))
+
+
+def needed(item: Comparison) -> str:
+    """What it would take, in words."""
+    if item.need is None:
+        return NOTHING
+    many = f"more than {MOST:,}" if item.need.seeds > MOST else f"{item.need.seeds:,}"
+    if item.need.instructions is None:
+        return f"{many} seeds"
+    most = 100 * MOST
+    wide = f"more than {most:,}" if item.need.instructions > most else f"{item.need.instructions:,}"
+    return f"{wide} instructions and {many} seeds"
+
+
+def _caption(sweep: Sweep, found: Sequence[Comparison], against: Row, several: bool) -> str:
+    unit = "" if several or not found else f" in {measure(found[0].metric).name}"
+    points = "" if several or not found else measure(found[0].metric).points
+    paired = "paired by instruction" + (" and, where both rows have the same, by seed" if pair_seeds(sweep) else "")
+    made = "1 comparison was" if len(found) == 1 else f"{len(found)} comparisons were"
+    text = (
+        f"Each row minus “{against.label}”{unit}{f' ({points})' if points else ''}, {paired};"
+        " 95 % intervals count both as samples (pigeonhole bootstrap, Student's t)."
+        f" {made} made; of the verdicts that name a direction, “stands” survives Holm's correction for all of them and"
+        " “falls” does not."
+        " The last column takes the observed gap for the true one, so it is itself rough."
+    )
+    if any(item.one_seed for item in found):
+        text += " † A row has one seed only: the interval holds for these models, not for the method."
+    return text
+
+
+def _mean(row: Row, metric: str) -> Cell:
+    values, words = row.values(metric), measure(metric)
+    if not values:
+        return NOTHING
+    return Number(words.scale * float(np.mean(values)), words.scale * seed_error(values), words.digits)
+
+
+def _judge(row: Row) -> Cell:
+    outcomes, words = row.outcomes(WIN), measure(WIN)
+    return NOTHING if outcomes is None else Number(words.scale * judge_error(outcomes), digits=words.digits)

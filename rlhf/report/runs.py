@@ -1,0 +1,244 @@
+"""A sweep's folder as runs and rows; a *row* is all runs that differ in nothing but their seed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.report.statistics import Array
+
+SFT = "SFT"
+PLAIN = "PPO"  # the label of a row without overrides
+Steps = dict[int, dict[str, Any]]
+
+
+class NoRunsError(Exception):
+    """A folder that holds nothing to report on; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: `state` is finished, failed, unfinished or missing, and `reason` says why it is not finished."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    state: str
+    reason: str = ""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return self.summary.get("config") or {}
+
+    @property
+    def seed(self) -> int:
+        """The seed of PPO."""
+        return int(self.config.get("seed", 0))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What it shares with the other runs of its row."""
+        return tuple(item for item in self.overrides if not item.startswith("seed="))
+
+    @cached_property
+    def metrics(self) -> Steps:
+        """Everything logged, by step."""
+        return merge(self._lines("metrics.jsonl"))
+
+    @cached_property
+    def evaluations(self) -> Steps:
+        """The logged steps at which the policy was evaluated."""
+        evaluated = [step for step, values in self.metrics.items() if any(key.startswith("eval/") for key in values)]
+        return {step: self.metrics[step] for step in sorted(evaluated)}
+
+    @cached_property
+    def outcomes(self) -> Steps:
+        """Evaluation results by step, a list over the instructions each."""
+        return merge(self._lines("outcomes.jsonl"))
+
+    @cached_property
+    def samples(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """Prompt → step → the sampled response and what it was given."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for line in self._lines("samples.jsonl"):
+            found.setdefault(line["prompt"], {})[int(line["step"])] = line
+        return found
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        if not path.exists() and self.summary.get("same_as"):
+            path = Path(self.summary["same_as"], name)
+        return read_lines(path)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: the runs of one configuration at their end, or one run at step 0 (`step=0`: the SFT row)."""
+
+    label: str
+    runs: tuple[Run, ...]
+    step: int | None = None
+
+    def is_called(self, name: str) -> bool:
+        """Whether a layout that says `name` means this row: its label, its overrides, or the value of one."""
+        key = () if self.step == 0 else self.runs[0].key
+        return name in (self.label, ", ".join(key)) or any(name in (item, item.partition("=")[2]) for item in key)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its runs; none for SFT, which PPO's seed does not touch."""
+        return () if self.step == 0 else tuple(run.seed for run in self.runs)
+
+    def values(self, metric: str) -> list[float]:
+        """A metric for each run that has it."""
+        where = "sft_metrics" if self.step == 0 else "metrics"
+        found = [(run.summary.get(where) or {}).get(metric) for run in self.runs]
+        return [float(value) for value in found if value is not None]
+
+    def outcomes(self, metric: str) -> Array | None:
+        """[seeds, prompts] whose mean is the metric, or None where not every run has it."""
+        rows = [_per_prompt(_at(run.outcomes, self.step), metric) for run in self.runs]
+        present = [row for row in rows if row is not None]
+        if not present or len(present) < len(rows) or len({len(row) for row in present}) > 1:
+            return None
+        return np.stack(present)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that was found: `finished` runs in rows, the others with their state, and how the report is to look."""
+
+    runs: tuple[Run, ...]
+    rows: tuple[Row, ...]
+    doubled: tuple[Run, ...]
+    layout: Mapping[str, Any]
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs with results."""
+        return [run for run in self.runs if run.state == "finished"]
+
+    @property
+    def trained(self) -> tuple[Row, ...]:
+        """The rows without SFT."""
+        return self.rows[1:]
+
+
+def load(folders: Sequence[Path]) -> Sweep:
+    """Read the folders; the layout is that of the newest run."""
+    runs: list[Run] = []
+    for folder in folders:
+        found = _load_folder(folder)
+        if not any(run.state == "finished" for run in found):
+            raise NoRunsError(f"{folder} holds no finished run (a run leaves summary.json when it ends)")
+        runs += found
+    finished = [run for run in runs if run.state == "finished"]
+    newest = max(finished, key=lambda run: (run.folder / "summary.json").stat().st_mtime)
+    layout = newest.config.get("report") or {}
+    rows: dict[tuple[str, ...], dict[int, Run]] = {}
+    doubled = []
+    for run in finished:
+        seeds = rows.setdefault(run.key, {})
+        if run.seed in seeds:
+            doubled.append(run)
+        seeds.setdefault(run.seed, run)
+    labels = layout.get("labels") or {}
+    table = [Row(label(key, labels), tuple(run for _, run in sorted(seeds.items()))) for key, seeds in rows.items()]
+    return Sweep(tuple(runs), (Row(SFT, (finished[0],), step=0), *table), tuple(doubled), layout)
+
+
+def label(key: Sequence[str], labels: Mapping[str, str]) -> str:
+    """A row's display text: the whole key, each override, or an override's value may be renamed."""
+    whole = ", ".join(key) or PLAIN
+    if whole in labels:
+        return str(labels[whole])
+    parts = [labels.get(item, labels.get(item.partition("=")[2], item)) for item in key]
+    return ", ".join(map(str, parts)) or PLAIN
+
+
+def merge(lines: Sequence[Mapping[str, Any]]) -> Steps:
+    """By step; of a step written twice (a resumed run) the last value of each key."""
+    steps: Steps = {}
+    for line in lines:
+        if line.get("step") is not None:
+            steps.setdefault(int(line["step"]), {}).update(line)
+    return steps
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, without the torn line that a killed process leaves."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _load_folder(folder: Path) -> list[Run]:
+    plan = _json(folder / "plan.json").get("runs", [])
+    planned = {entry["folder"]: tuple(entry.get("overrides", ())) for entry in plan}
+    alone = (folder / "summary.json").exists()
+    present = [folder] if alone else sorted(path for path in folder.glob("*/") if _is_run(path))
+    names = {path.name for path in present}
+    runs = [_load_run(path, planned.get(path.name, ())) for path in present]
+    runs += [Run(folder / name, said, "missing", "not begun") for name, said in planned.items() if name not in names]
+    order = {name: place for place, name in enumerate(planned)}
+    return sorted(runs, key=lambda run: order.get(run.name, len(order)))
+
+
+def _load_run(folder: Path, planned: tuple[str, ...]) -> Run:
+    summary, failed = _json(folder / "summary.json"), _json(folder / "failed.json")
+    overrides = tuple(summary.get("overrides") or failed.get("overrides") or planned)
+    if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
+        return Run(folder, overrides, "finished", summary=summary)
+    if summary:
+        return Run(folder, overrides, "unfinished", "it was not evaluated", summary)
+    if failed:
+        return Run(folder, overrides, "failed", str(failed.get("error", "no reason given")))
+    return Run(folder, overrides, "unfinished", "it has not ended")
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("summary.json", "failed.json", "metrics.jsonl", ".hydra"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _at(outcomes: Steps, step: int | None) -> dict[str, Any]:
+    return outcomes.get(max(outcomes) if step is None and outcomes else step or 0, {})
+
+
+KEYS = {
+    "eval/win_rate": "win",
+    "eval/gold_utility": "gold_utility",
+    "eval/reward": "reward",
+    "eval/response_tokens": "tokens",
+    "eval/facts_per_response": "stated",
+}
+
+
+def _per_prompt(outcome: Mapping[str, Any], metric: str) -> Array | None:
+    """A number per instruction, with the metric as mean."""
+    if metric == "eval/factual_precision" and "stated" in outcome and "true" in outcome:
+        stated, true = (np.asarray(outcome[key], float) for key in ("stated", "true"))
+        if not stated.sum():
+            return None
+        # a ratio of sums; its linearisation has the same mean and, to first order, the same sampling error
+        precision = true.sum() / stated.sum()
+        return precision + (true - precision * stated) / stated.mean()
+    values = outcome.get(KEYS.get(metric, ""))
+    return None if values is None else np.asarray(values, float)
