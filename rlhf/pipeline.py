@@ -230,7 +230,6 @@ class Run:
             self.folder,
             callbacks=[checkpoints, Interruption(checkpoints)],
             max_epochs=1,
-            limit_train_batches=ppo.steps - start,
             val_check_interval=ppo.eval_every,
             check_val_every_n_epoch=None,
         )
@@ -266,10 +265,7 @@ class Run:
         checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
         last = checkpoints.latest()
         start = checkpoints.step_of(last) if last else 0
-        left = stage.total_steps - start
-        trainer = self._trainer(
-            folder, max_epochs=1, limit_train_batches=left, callbacks=[checkpoints, Interruption(checkpoints)]
-        )
+        trainer = self._trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
         validation = DataLoader(held_out, batch_size=batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
         before = folder / "before.json"
         if last is None:
@@ -280,7 +276,7 @@ class Run:
             log.info("continuing from step %d", start)
             tracking.forget_after(folder, start, evaluated=True)
             stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
-        if left:
+        if start < stage.total_steps:
             batches = SeededBatches(len(train), batch_size, settings.seed, stage.total_steps, start)  # type: ignore[attr-defined]
             trainer.fit(stage, loader(train, stage.collate, batches), ckpt_path=last, weights_only=True)  # type: ignore[arg-type]
         stage.roles.eval()  # type: ignore[union-attr]

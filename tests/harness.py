@@ -88,7 +88,7 @@ def fit(stage: Stage, rows: Any, batches: SeededBatches, folder: Path, **options
     resume = {"ckpt_path": options.pop("ckpt_path"), "weights_only": True} if "ckpt_path" in options else {}
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=1, logger=[JsonLines(folder)], enable_progress_bar=False, inference_mode=False,
-        enable_model_summary=False, enable_checkpointing=False, limit_train_batches=len(batches), **options,
+        enable_model_summary=False, enable_checkpointing=False, **options,
     )  # fmt: skip
     trainer.fit(stage, loader(rows, getattr(stage, "collate", list), batches), **resume)
     return read_metrics(folder)

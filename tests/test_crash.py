@@ -66,7 +66,8 @@ def remains(folder: Path) -> dict[str, Any]:
             if (run / extra).exists():
                 found[f"{name}/{extra}"] = (run / extra).read_text()
         summary = json.loads((run / "summary.json").read_text())
-        found[f"{name}/summary"] = [summary["metrics"].keys(), summary.get("sft_metrics")]
+        before = {k: v for k, v in (summary.get("sft_metrics") or {}).items() if not k.startswith("time")}
+        found[f"{name}/summary"] = [sorted(summary["metrics"]), before]
         last = sorted(run.glob("checkpoints/step-*.ckpt"))[-1:]
         for path in last:
             found[f"{name}/optimizer"] = torch.load(path, weights_only=True)["optimizer_states"]

@@ -173,7 +173,7 @@ def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout:
 
     straight, whole = run(tmp_path / "a")
     saved = tmp_path / "a" / "checkpoints"
-    assert sorted(path.name for path in saved.iterdir()) == ["step-000002.ckpt", "step-000004.ckpt"]
+    assert sorted(path.name for path in saved.glob("*.ckpt")) == ["step-000002.ckpt", "step-000004.ckpt"]
     torch.manual_seed(99)  # the global stream must not matter
     resumed, rest = run(tmp_path / "b", 2, ckpt_path=saved / "step-000002.ckpt")
     assert [row["step"] for row in rest] == [3, 4]

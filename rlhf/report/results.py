@@ -84,9 +84,9 @@ def pair_seeds(sweep: Sweep) -> bool:
     """Whether runs of the same seed are compared with each other.
 
     Always valid, but it halves the degrees of freedom: with three seeds it pays only where runs of the same seed are
-    alike (a correlation above one half). `report.pair_seeds: false` takes the rows' seeds as unrelated.
+    alike (a correlation above about 0.6). `report.pair_seeds: true` takes them as pairs.
     """
-    return bool(sweep.layout.get("pair_seeds", True))
+    return bool(sweep.layout.get("pair_seeds", False))
 
 
 def comparisons(sweep: Sweep, against: Row, metrics: Sequence[str]) -> list[Comparison]:

@@ -38,7 +38,7 @@ def _findings(sweep: Sweep, found: Sequence[Comparison], metric: str) -> Iterato
         standing = sum(item.stands for item in claims)
         if claims:
             family = f"Holm's correction for {count(len(found), 'comparison')}"
-            yield f"Of {count(len(claims), 'verdict')} that name a direction, {standing} hold after {family}."
+            yield f"Of {count(len(claims), 'verdict')} that name a direction, {family} leaves {standing}."
 
 
 def _cost(sweep: Sweep) -> Iterator[str]:

@@ -27,7 +27,8 @@ class SeededBatches(BatchSampler):
         self.rows, self.batch_size, self.seed, self.steps, self.start = rows, batch_size, seed, steps, start
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        # all of them: Lightning, resuming, counts on from the batch that the checkpoint was made after
+        return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.steps):
