@@ -22,19 +22,17 @@ from rlhf.checkpoints import StepCheckpoints
 from rlhf.config import instantiate, is_quantized, target_class
 from rlhf.data.records import RECORDS, DataError, DataSource, Split
 from rlhf.evaluation.evaluate import Evaluation
-from rlhf.files import read_json, write_json
-from rlhf.interruption import Interruption
 from rlhf.models.assembly import lora_config, ppo_roles, reward_roles, sft_roles
 from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.rollout import encode, make_engine
 from rlhf.scorers import Context
-from rlhf.settings import ConfigError, Settings
-from rlhf.stages.base import SeededBatches, Stage, loader
+from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
 from rlhf.stages.reward import RewardModeling
 from rlhf.stages.sft import SupervisedFineTuning
+from rlhf.training import train_ppo, train_supervised
 
 log = logging.getLogger(__name__)
 SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
@@ -135,7 +133,7 @@ class Run:
         train, held_out = self._split("sft", "sft_validation", settings.validation_size)
         steps = math.ceil(settings.epochs * len(train) / settings.batch_size)
         stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
-        metrics = self._fit(stage, stage.encode(train), stage.encode(held_out), settings.batch_size, folder)
+        metrics = train_supervised(self._trainer, stage, stage.encode(train), stage.encode(held_out), folder)
         dtype = DTYPES[self.settings.model.dtype]
         if self.quantization and settings.lora.r:
             # merge into the full-precision weights, not into the rounded ones
@@ -156,7 +154,7 @@ class Run:
         train, held_out = self._split("preference", "preference_validation", settings.validation_size)
         steps = math.ceil(settings.epochs * len(train) / settings.batch_size)
         stage = RewardModeling(settings, roles, tokenizer, steps)
-        metrics = self._fit(stage, stage.encode(train), stage.encode(held_out), settings.batch_size, folder)
+        metrics = train_supervised(self._trainer, stage, stage.encode(train), stage.encode(held_out), folder)
         demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
         if settings.lora.r:
@@ -200,7 +198,7 @@ class Run:
         evaluation = DataLoader(held_out, batch_size=settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type, var-annotated]
         if train:
             prompts = self._prompts(tokenizer)
-            first = self._train_ppo(stage, prompts, evaluation)
+            first = train_ppo(self._trainer, stage, prompts, evaluation, self.folder, self.config.resume)
         else:
             first = self._evaluate(stage, evaluation)
         if train and settings.lora.r:
@@ -219,70 +217,11 @@ class Run:
             identity=self.identity,
         )
 
-    def _train_ppo(self, stage: PPO, prompts: list[str], evaluation: DataLoader) -> dict[str, float]:
-        settings, ppo = self.settings, self.settings.ppo
-        checkpoints = StepCheckpoints(self.folder / "checkpoints", ppo.checkpoint_every)
-        last = checkpoints.latest()
-        if last is None and self.config.resume == "must":
-            raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
-        start = checkpoints.step_of(last) if last else 0
-        trainer = self._trainer(
-            self.folder,
-            callbacks=[checkpoints, Interruption(checkpoints)],
-            max_epochs=1,
-            val_check_interval=ppo.eval_every,
-            check_val_every_n_epoch=None,
-        )
-        stage.ppo_step = start
-        due = start % ppo.eval_every == 0 or start == ppo.steps
-        evaluated = tracking.evaluated_at(self.folder, start)
-        tracking.forget_after(self.folder, start if last else -1, bool(evaluated))
-        if last:
-            log.info("continuing from step %d", start)
-            stage.last_evaluation = evaluated
-            if due and not evaluated:
-                stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
-        if (due and not evaluated) or not last:
-            trainer.validate(stage, evaluation, verbose=False)
-        if start < ppo.steps:
-            batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
-            trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
-            if ppo.steps % ppo.eval_every:
-                trainer.validate(stage, evaluation, verbose=False)
-        elif last:
-            stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
-        return tracking.evaluated_at(self.folder, 0)
-
     def _evaluate(self, stage: PPO, evaluation: DataLoader) -> dict[str, float]:
         self._trainer(self.folder).validate(stage, evaluation, verbose=False)
         return dict(stage.last_evaluation)
 
     # -- parts -------------------------------------------------------------------------------------------------------
-
-    def _fit(self, stage: Stage, train: list, held_out: list, batch_size: int, folder: Path) -> dict[str, float]:
-        """Train a supervised stage from its first step or its last checkpoint to its end; measured before and after."""
-        settings = stage.settings
-        checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
-        last = checkpoints.latest()
-        start = checkpoints.step_of(last) if last else 0
-        trainer = self._trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
-        validation = DataLoader(held_out, batch_size=batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
-        before = folder / "before.json"
-        if last is None:
-            tracking.forget_after(folder, -1, evaluated=False)
-            trainer.validate(stage, validation, verbose=False)
-            write_json(before, stage.latest)
-        else:
-            log.info("continuing from step %d", start)
-            tracking.forget_after(folder, start, evaluated=True)
-            stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
-        if start < stage.total_steps:
-            batches = SeededBatches(len(train), batch_size, settings.seed, stage.total_steps, start)  # type: ignore[attr-defined]
-            trainer.fit(stage, loader(train, stage.collate, batches), ckpt_path=last, weights_only=True)  # type: ignore[arg-type]
-        stage.roles.eval()  # type: ignore[union-attr]
-        trainer.validate(stage, validation, verbose=False)
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)
-        return {**stage.latest, **{f"{key}_before": value for key, value in read_json(before).items()}}
 
     def _trainer(self, folder: Path, **options: Any) -> lightning.Trainer:
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "enable_checkpointing": False}

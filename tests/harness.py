@@ -66,6 +66,10 @@ def ppo_settings(divergence: str = "kl", kind: str = "logprobs", lora: LoraSetti
     )
 
 
+def no_metrics(prompts: Sequence[Any], responses: Sequence[str]) -> tuple[dict, list[dict]]:
+    return {}, [{} for _ in responses]
+
+
 def make_ppo(
     settings: Settings, folders: SimpleNamespace, samples: Path, reward: bool = True, warm: bool = True, kl: Any = None
 ) -> PPO:
@@ -79,7 +83,7 @@ def make_ppo(
     return PPO(
         settings, roles, tokenizer, make_engine(settings.generation, tokenizer, roles),
         FunctionScorer(Context(NoSource(), tokenizer, roles), f"{__name__}.count_low_words"),
-        getattr(divergence, settings.divergence.name), kl or ppo.FixedKL(0.05), lambda prompts, responses: ({}, [{} for _ in responses]), samples,
+        getattr(divergence, settings.divergence.name), kl or ppo.FixedKL(0.05), no_metrics, samples,
     )  # fmt: skip
 
 

@@ -147,8 +147,9 @@ def test_a_folder_of_outputs_in_the_checkout_hides_no_key() -> None:
 PUBLISHED = {
     "lora": {"r": 8, "alpha": 64, "dropout": 0.1, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "ppo": {
-        "rollout_batch_size": 256, "minibatch_size": 128, "epochs": 2, "lr": 1e-5, "warmup_steps": 5, "schedule": "linear",
-        "adam_eps": 1e-5, "weight_decay": 0.0, "max_grad_norm": 1.0, "gamma": 1.0, "lam": 0.95, "clip_range": 0.2,
+        "rollout_batch_size": 256, "minibatch_size": 128, "epochs": 2, "lr": 1e-5, "warmup_steps": 5,
+        "schedule": "linear", "adam_eps": 1e-5, "weight_decay": 0.0,
+        "max_grad_norm": 1.0, "gamma": 1.0, "lam": 0.95, "clip_range": 0.2,
         "value_clip_range": 0.2, "value_coef": 0.1, "whiten_rewards": True, "whiten_advantages": True, "steps": 100,
         "value": "adapter",
     },

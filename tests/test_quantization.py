@@ -1,7 +1,5 @@
 """int8 and nf4 bases on a CPU: every role runs, only adapters and heads move, gradients stay what they were."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir

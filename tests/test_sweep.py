@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from test_end_to_end import QUICK, rlhf
 
 from rlhf.files import read_json, write_json
 from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, parallel_jobs, seconds_left, states
-from test_end_to_end import QUICK, rlhf
 
 
 @pytest.fixture(scope="module")

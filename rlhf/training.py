@@ -1,0 +1,94 @@
+"""From wherever a stage was left to its end: trainer, checkpoints, what was measured and what is still due."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from rlhf import tracking
+from rlhf.checkpoints import StepCheckpoints
+from rlhf.files import read_json, write_json
+from rlhf.interruption import Interruption
+from rlhf.settings import ConfigError, RewardSettings, SFTSettings
+from rlhf.stages.base import SeededBatches, loader
+from rlhf.stages.ppo import PPO
+from rlhf.stages.reward import RewardModeling
+from rlhf.stages.sft import SupervisedFineTuning
+
+log = logging.getLogger(__name__)
+MakeTrainer = Callable[..., lightning.Trainer]
+
+
+def train_supervised(
+    make_trainer: MakeTrainer,
+    stage: SupervisedFineTuning | RewardModeling,
+    train: list[Any],
+    held_out: list[Any],
+    folder: Path,
+) -> dict[str, float]:
+    """Train a supervised stage from its first step or its last checkpoint to its end; measured before and after."""
+    settings: SFTSettings | RewardSettings = stage.sft if isinstance(stage, SupervisedFineTuning) else stage.reward
+    checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
+    last = checkpoints.latest()
+    start = checkpoints.step_of(last) if last else 0
+    trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
+    validation = DataLoader(held_out, batch_size=settings.batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
+    before = folder / "before.json"
+    if last is None:
+        tracking.forget_after(folder, -1, evaluated=False)
+        trainer.validate(stage, validation, verbose=False)
+        write_json(before, stage.latest)
+    else:
+        log.info("continuing from step %d", start)
+        tracking.forget_after(folder, start, evaluated=True)
+        stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
+    if start < stage.total_steps:
+        batches = SeededBatches(len(train), settings.batch_size, settings.seed, stage.total_steps, start)
+        trainer.fit(stage, loader(train, stage.collate, batches), ckpt_path=last, weights_only=True)
+    stage.roles.eval()
+    trainer.validate(stage, validation, verbose=False)
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    return {**stage.latest, **{f"{key}_before": value for key, value in read_json(before).items()}}
+
+
+def train_ppo(
+    make_trainer: MakeTrainer, stage: PPO, prompts: list[str], evaluation: DataLoader, folder: Path, resume: str
+) -> dict[str, float]:
+    """Train from the SFT model, or the last checkpoint, to the end; returns the evaluation of step 0."""
+    settings, ppo = stage.all, stage.ppo
+    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every)
+    last = checkpoints.latest()
+    if last is None and resume == "must":
+        raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
+    start = checkpoints.step_of(last) if last else 0
+    trainer = make_trainer(
+        folder,
+        callbacks=[checkpoints, Interruption(checkpoints)],
+        max_epochs=1,
+        val_check_interval=ppo.eval_every,
+        check_val_every_n_epoch=None,
+    )
+    stage.ppo_step = start
+    due = start % ppo.eval_every == 0 or start == ppo.steps
+    evaluated = tracking.evaluated_at(folder, start)
+    tracking.forget_after(folder, start if last else -1, bool(evaluated))
+    if last:
+        log.info("continuing from step %d", start)
+        stage.last_evaluation = evaluated
+        if due and not evaluated:
+            stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
+    if (due and not evaluated) or not last:
+        trainer.validate(stage, evaluation, verbose=False)
+    if start < ppo.steps:
+        batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
+        trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
+        if ppo.steps % ppo.eval_every:
+            trainer.validate(stage, evaluation, verbose=False)
+    elif last:
+        stage.load_trained(torch.load(last, weights_only=True, map_location="cpu"))
+    return tracking.evaluated_at(folder, 0)
