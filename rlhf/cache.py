@@ -64,15 +64,23 @@ def find_run(outputs: Path, identity: str) -> Path | None:
     return folder if summary is not None and summary.get("identity") == identity else None
 
 
-def take_over(found: Path, folder: Path) -> dict[str, Any]:
-    """Make `folder` the same finished run as `found`, by copies of what is small and a link to the model."""
+def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Make `folder` the same finished run as `found`, by copies of what is small and a link to the model.
+
+    `config` and `overrides` are those under which it is known here: another name, another report.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "outcomes.jsonl", "samples.jsonl"):
         if (found / name).exists():
             shutil.copy2(found / name, folder / name)
     if (found / "model").exists() and not (folder / "model").exists():
         (folder / "model").symlink_to(os.path.relpath(found / "model", folder), target_is_directory=True)
-    summary = {**(read_summary(found) or {}), "same_as": os.path.relpath(found, folder)}
+    summary = {
+        **(read_summary(found) or {}),
+        "same_as": os.path.relpath(found, folder),
+        "config": config,
+        "overrides": overrides,
+    }
     write_json(folder / "summary.json", summary)
     return summary
 

@@ -96,7 +96,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
         summary = read_json(folder / SUMMARY)
     elif found is not None:
         log.info("%s is the same run as %s and taken over from it", folder.name, found)
-        summary = cache.take_over(found, folder)
+        summary = cache.take_over(found, folder, run.plain, overrides)
     else:
         _prepare(folder, run.identity, config.resume)
         summary = run.run()

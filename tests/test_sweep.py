@@ -71,6 +71,7 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert (taken / "metrics.jsonl").read_bytes() == (origin / "metrics.jsonl").read_bytes()
     assert (taken / read_json(taken / SUMMARY)["same_as"]).resolve() == origin.resolve()
     assert (taken / "model/adapter_model.safetensors").exists()
+    assert read_json(taken / SUMMARY)["config"]["name"] == "other"  # so that its report has its own layout
     # one more seed: one more run
     assert sweep(workplace, "arm=lora_none", "seed=1,2,3", "dry_run=true").count("missing  ") == 1
 
