@@ -57,11 +57,18 @@ class SweepCallback(Callback):
         runs = states(folder)
         Console().print(view(folder, runs))
         if any(run.state == "done" for run in runs) and config.stage.name == "ppo":
-            from rlhf.report.cli import make_report
-
-            log.info("report: %s", make_report([folder]))
+            _report(folder)
         if any(run.state == "failed" for run in runs):
             raise SystemExit(1)
+
+
+def _report(folder: Path) -> None:
+    from rlhf.report.cli import make_report
+
+    try:
+        log.info("report: %s", make_report([folder]))
+    except Exception:  # the runs are worth more than their picture: rlhf-report can be called again
+        log.exception("the report could not be made; rlhf-report %s tries again", folder)
 
 
 def planned(config: DictConfig) -> list[dict[str, Any]]:

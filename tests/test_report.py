@@ -509,3 +509,17 @@ def test_a_figure_of_no_known_kind_is_refused(tmp_path: Path, capsys: pytest.Cap
 def test_every_row_has_a_look_of_its_own() -> None:
     found = looks([str(i) for i in range(20)])
     assert len({(look.color, look.line) for look in found.values()}) == 20
+
+
+def test_a_label_of_any_length_leaves_room_for_the_panel(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from rlhf.report.labels import End, make_room
+    from rlhf.report.style import looks
+
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1])
+    label = "x" * 300
+    make_room(figure, [[End(1, 1, label, looks([label])[label])]])
+    assert axes.get_position().width > 0.3

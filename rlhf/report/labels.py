@@ -42,6 +42,7 @@ def make_room(figure: Figure, ends: Sequence[Sequence[End]]) -> None:
             needed = _extent(axes, end.text)[0] + 20 * figure.dpi / 72
             reach = axes.transAxes.inverted().transform(axes.transData.transform((end.x, end.y)))[0]
             room = min(room, (cell - left - needed) / max(reach, 0.05))
+    room = max(room, 0.4 * cell)  # a label of a hundred characters is cut rather than the panel squeezed to nothing
     right = left + cell * (len(panels) - 1) + room
     figure.subplots_adjust(left=left / width, right=right / width, wspace=(cell - room) / room)
 
