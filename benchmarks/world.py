@@ -193,7 +193,7 @@ def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str
     lightning.seed_everything(settings.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     tokenizer = load_tokenizer(settings.model)
-    quantization = settings.quantization if is_quantized(settings) else None
+    quantization = settings.quantization if is_quantized(settings.quantization) else None
     roles = ppo_roles(settings, tokenizer, world.sft, world.reward if reward else None, quantization).to(device)
     context = Context(None, tokenizer, roles, 0.0, settings.ppo.microbatch_tokens)  # type: ignore[arg-type]
     scorer = RewardModelScorer(context)

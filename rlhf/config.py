@@ -1,7 +1,7 @@
 """From a composed configuration to checked settings: what cannot run fails here, before any model is loaded."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         DataError: a file of the data set is missing.
     """
     _check_ppo(settings)
-    quantized = is_quantized(settings)
+    quantized = is_quantized(settings.quantization)
     for key, lora in (("lora", settings.lora), ("lora@reward.lora", settings.reward.lora)):
         if quantized and lora.r == 0 and config.stage.name in ("ppo", key.partition("@")[2].partition(".")[0]):
             raise ConfigError(
@@ -220,6 +220,6 @@ def _check_targets(settings: Settings) -> None:
             )
 
 
-def is_quantized(settings: Settings) -> bool:
+def is_quantized(quantization: Mapping[str, Any] | None) -> bool:
     """Whether the frozen base is held in int8 or nf4."""
-    return any(value for key, value in (settings.quantization or {}).items() if key.startswith("load_in_"))
+    return any(value for key, value in (quantization or {}).items() if key.startswith("load_in_"))

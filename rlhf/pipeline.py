@@ -62,7 +62,7 @@ class Run:
         self.config, self.settings, self.source, self.folder = config, settings, source, folder
         self.overrides, self.progress = list(overrides), progress
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-        self.quantization = settings.quantization if is_quantized(settings) else None
+        self.quantization = settings.quantization if is_quantized(settings.quantization) else None
         self.dashboard: Dashboard | None = None
         self.offline = False
         torch.set_float32_matmul_precision("high")

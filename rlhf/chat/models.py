@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from rlhf.config import is_quantized
 from rlhf.finished import FinishedRun, RunError
 from rlhf.models.export import load_adapter, saved_head
 from rlhf.models.loading import DTYPES, load_causal_lm, load_whole
@@ -66,8 +67,8 @@ class Models:
         return Part(roles.to(self.device), name)
 
     def _base(self, run: FinishedRun) -> Roles:
-        folder, quantization = run.base or run.model, run.config["quantization"] or {}
-        used = quantization if any(value for key, value in quantization.items() if key.startswith("load_in_")) else None
+        folder, quantization = run.base or run.model, run.config["quantization"]
+        used = quantization if is_quantized(quantization) else None
         key = (*_files(folder), run.settings.dtype, json.dumps(used))
         if key not in self._bases:
             base = load_causal_lm(run.settings, run.tokenizer(), folder, used)

@@ -5,7 +5,6 @@ They need no pass of their own, and no state either: a resumed run shows them th
 
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlhf.files import aside
 from rlhf.guards.signs import GUARDS, Metrics
 from rlhf.settings import GuardsSettings, Stopped
 
@@ -98,12 +98,11 @@ class Guards:
         if len(list(folder.glob("*.safetensors"))) >= MOST_SAVED and not path.exists():
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{path.name}"
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-            temporary,
-            {"step": str(step), "reason": reason},
-        )
-        os.replace(temporary, path)
+        with aside(path) as temporary:
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                temporary,
+                {"step": str(step), "reason": reason},
+            )
         log.warning("step %d: a %s that is no finite number, so no update; its batch is in %s", step, reason, path)
         return path

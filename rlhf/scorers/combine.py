@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from hydra.utils import instantiate
 from jaxtyping import Float
 from torch import Tensor
@@ -34,11 +35,7 @@ class WeightedSum:
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The sum for each rollout."""
-        weight, scorer = self.terms[0]
-        total = weight * scorer(rollouts)
-        for weight, scorer in self.terms[1:]:
-            total = total + weight * scorer(rollouts)
-        return total
+        return torch.stack([weight * scorer(rollouts) for weight, scorer in self.terms]).sum(0)
 
 
 class LengthPenalty:
