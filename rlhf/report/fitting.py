@@ -27,25 +27,25 @@ def initial_line(groups: Sequence[Array], offset: float) -> Line | None:
     """The line from (0, offset) fitted to the longest initial range that is straight; None if none is.
 
     A group holds the points [seeds, 2] of one evaluation; a range is the first groups in order of x, at least three.
-    It is straight if a parabola through the same offset bends away from its own tangent at 0 by no more than a tenth of
-    the rise at the range's end, or if its quadratic term is not significant at 5 %.
+    Fitted is the slope from the offset, (y − offset) / x, because seeds part as they go. It is straight if that slope
+    changes over the range by no more than a tenth of what it is at 0, or if its change is not significant at 5 %.
     """
     ordered = sorted((group for group in groups if group[:, 0].mean() > 1e-9), key=lambda group: group[:, 0].mean())
     for count in range(len(ordered), FEWEST - 1, -1):
         x, y = np.concatenate(ordered[:count]).T
-        y = y - offset
-        if _is_straight(x, y):
+        slopes = (y - offset) / x
+        if _is_constant(x, slopes):
             end = float(ordered[count - 1][:, 0].mean())
-            return Line(offset, float(x @ y / (x @ x)), end, count < len(ordered))
+            return Line(offset, float(slopes.mean()), end, count < len(ordered))
     return None
 
 
-def _is_straight(x: Array, y: Array) -> bool:
-    powers = np.stack([x, x**2], axis=1)
-    (linear, quadratic), *_ = np.linalg.lstsq(powers, y, rcond=None)
-    if abs(quadratic) * x.max() <= BEND * abs(linear):
+def _is_constant(x: Array, slopes: Array) -> bool:
+    terms = np.stack([np.ones_like(x), x], axis=1)
+    (first, change), *_ = np.linalg.lstsq(terms, slopes, rcond=None)
+    if abs(change) * x.max() <= BEND * abs(first):
         return True
     freedom = len(x) - 2
-    variance = float(((y - powers @ [linear, quadratic]) ** 2).sum()) / freedom
-    error = math.sqrt(variance * np.linalg.pinv(powers.T @ powers)[1, 1])
-    return error > 0 and 2 * float(stdtr(freedom, -abs(quadratic) / error)) >= LEVEL
+    variance = float(((slopes - terms @ [first, change]) ** 2).sum()) / freedom
+    error = math.sqrt(variance * np.linalg.pinv(terms.T @ terms)[1, 1])
+    return error > 0 and 2 * float(stdtr(freedom, -abs(change) / error)) >= LEVEL
