@@ -311,7 +311,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
-        ".*exists and is not empty", "Already found a `peft_config`", ".*weights_only",
+        ".*exists and is not empty", ".*`srun` command is available", "Already found a `peft_config`", ".*weights_only",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it

@@ -14,17 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import PROMPTS, fit, gradients, make_ppo, ppo_settings, train, weights
+from harness import PROMPTS, gradients, make_ppo, ppo_settings, train, weights
 from omegaconf import OmegaConf
 from test_crash import remains_of
-from tiny_runs import TINY
+from tiny_runs import TINY, sentence
 from torch import Tensor
 
 from rlhf import parallel, ppo
 from rlhf.models.roles import Roles
 from rlhf.rollout import Generated
 from rlhf.settings import Interrupted
-from rlhf.stages.base import SeededBatches
 
 DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
@@ -224,10 +223,10 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     for to_child in (False, True):
         assert stop(stopped, to_child, options) == 75
-    refused = run(
-        stopped, "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={next(stopped.glob('outputs/rlhf/*'))}"
-    )
-    assert refused.returncode == 0  # another number of processes is another run
+    folder = next(stopped.glob("outputs/rlhf/*"))
+    refused = run(stopped, "trainer=cpu", "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={folder}")
+    assert refused.returncode == 2
+    assert "the checkpoint was made by 2" in sentence(refused.stderr)
     done = run(stopped, *options, "resume=must")
     runs = [next(folder.glob("outputs/rlhf/*devices-2*")) for folder in (whole, stopped)]
     assert done.returncode == 0, done.stdout + done.stderr
