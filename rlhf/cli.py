@@ -121,7 +121,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
     else:
         with parallel.joined(), cache.locked(folder / ".lock", f"another process works in {folder}"):
             summary = _finish(run, config.resume)
-    if not is_first_process():
+    if not is_first_process() or parallel.PARENT in os.environ:  # who started us will say it
         return None
     if sweeping:
         plan = folder.parent / PLAN
@@ -311,7 +311,8 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
-        ".*exists and is not empty", ".*`srun` command is available", "Already found a `peft_config`", ".*weights_only",
+        ".*exists and is not empty", ".*`srun` command is available", ".*sync_dist=True",
+        "Already found a `peft_config`", ".*weights_only",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it

@@ -31,6 +31,7 @@ PATIENCE = timedelta(days=1)  # the first process may wait long for a lock; one 
 GRACE_SECONDS = 20  # for the other processes to leave by themselves, once one has
 PARENT = "RLHF_LAUNCHER"
 BUCKET = 2**24  # numbers added up at once: 64 MiB of float32
+_joined: list[ClusterEnvironment] = []
 
 
 class DataParallel(DDPStrategy):
@@ -142,6 +143,8 @@ def wanted(trainer: Mapping[str, Any]) -> int:
 
 def environment() -> ClusterEnvironment | None:
     """Who started us as one of several processes (torchrun, srun, or `launch`); None when we are alone."""
+    if _joined:  # Lightning, done with a stage, takes away the variables it is read from
+        return _joined[-1]
     found: ClusterEnvironment | None = None
     if TorchElasticEnvironment.detect():
         found = TorchElasticEnvironment()
@@ -166,9 +169,11 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank())
     dist.init_process_group(backend, timeout=PATIENCE, rank=place.global_rank(), world_size=place.world_size())
+    _joined.append(place)
     try:
         yield
     finally:
+        _joined.pop()
         dist.destroy_process_group()
 
 

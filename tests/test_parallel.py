@@ -266,6 +266,6 @@ def steps(folder: Path) -> int:
     ],
 )
 def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:
-    code, said = command("debug=quick", *arguments)
+    code, _, said = command("debug=quick", *arguments)
     assert code == 2
     assert words in said
