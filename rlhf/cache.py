@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlhf import parallel
 from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, LINE_FILES, read_json, write_json
 from rlhf.tracking import read_summary
 
@@ -95,34 +96,49 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, built if it is not there: in a temporary place, under a file lock, renamed when complete.
 
     A builder that dies leaves its lock to the next one (the system releases it), which continues from the last
-    checkpoint, and nothing that could be mistaken for a result.
+    checkpoint, and nothing that could be mistaken for a result. Several processes on one run build together.
     """
-    if read_summary(folder) is not None:
+
+    def missing() -> bool:
+        return read_summary(folder) is None
+
+    if not parallel.from_first(missing):
         return folder
     with locked(folder.parent / f"{folder.name}.lock", f"another process builds {folder.name}"):
-        if read_summary(folder) is None:
+        if parallel.from_first(missing):
             work = folder.parent / f".{folder.name}.building"
             work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
             build(work)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(work, folder)
+            parallel.from_first(lambda: _put(work, folder))
     return folder
+
+
+def _put(work: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(work, folder)
 
 
 @contextmanager
 def locked(path: Path, reason: str) -> Iterator[None]:
-    """Hold a file lock, which the system releases if we die; while another holds it, wait and say so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock, started = FileLock(path), time.monotonic()
-    timeout = 0.0
-    while True:
-        try:
-            lock.acquire(timeout=timeout)
-            break
-        except Timeout:
-            log.info("waiting (%.0f s so far): %s", time.monotonic() - started, reason)
-            timeout = WAIT_MESSAGE_SECONDS
+    """Hold a file lock, which the system releases if we die; while another holds it, wait and say so.
+
+    Of several processes on one run the first holds it for all.
+    """
+    lock = FileLock(path)
+    parallel.from_first(lambda: _acquire(lock, path, reason))
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, reason: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started, timeout = time.monotonic(), 0.0
+    while True:
+        try:
+            lock.acquire(timeout=timeout)
+            return
+        except Timeout:
+            log.info("waiting (%.0f s so far): %s", time.monotonic() - started, reason)
+            timeout = WAIT_MESSAGE_SECONDS

@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from rlhf import parallel
 from rlhf.files import aside
 from rlhf.stages.base import Stage
 
@@ -34,10 +35,16 @@ class StepCheckpoints(Callback):
             self.save(trainer, module)
 
     def save(self, trainer: lightning.Trainer, module: Stage) -> int:
-        """Write the checkpoint of the step just done, there whole or not at all; returns the step."""
+        """Write the checkpoint of the step just done, there whole or not at all; returns the step.
+
+        All processes call it, and the first writes.
+        """
         step = module.steps_done
         path = self.folder / f"step-{step:06d}.ckpt"
-        if path.exists():
+        if parallel.from_first(path.exists):
+            return step
+        if not parallel.is_first():
+            trainer.save_checkpoint(path)
             return step
         self.folder.mkdir(parents=True, exist_ok=True)
         with aside(path) as temporary:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -29,7 +30,8 @@ from rich.table import Table
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.failures import of_the_machine
 from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, LINE_FILES, read_json, write_json
-from rlhf.settings import INTERRUPTED, ConfigError, Interrupted, Stopped
+from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
+from rlhf.slurm import is_first_process
 from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, jobs_of, naming, on_slurm, parallel_jobs, states
 
 if TYPE_CHECKING:
@@ -61,12 +63,24 @@ def app(config: DictConfig) -> float | None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     if not config.dry_run:
         (folder / FAILED).unlink(missing_ok=True)
+    return attempt(config, folder, sweeping)
+
+
+def attempt(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
+    """`job`, its failure told as one sentence and an exit code, or, in a sweep, noted in the run's folder."""
     try:
         return job(config, folder, sweeping)
     except Interrupted as asked:
-        print(f"rlhf: {asked}", file=sys.stderr)
+        if is_first_process():
+            print(f"rlhf: {asked}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
+        if isinstance(error, Elsewhere) and ((folder / FAILED).exists() or not sweeping):
+            if sweeping:
+                return None
+            raise SystemExit(error.code if error.code > 0 else 1) from None
+        if not is_first_process() and explain(error):  # what all processes find, one tells
+            raise SystemExit(1) from None
         if (sweeping or isinstance(error, Stopped)) and not config.dry_run:
             # the reason stays with the run, and a sweep goes on to the next
             reason = explain(error) or of_the_machine(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -82,14 +96,15 @@ def app(config: DictConfig) -> float | None:
 def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
     """Check, run, summarise one composed configuration."""
     # imported here so that completion, --help and composition errors do not wait for torch
-    from rlhf import cache
+    from rlhf import cache, parallel
     from rlhf.config import check, data_source, settings_of
     from rlhf.pipeline import Run
     from rlhf.preview import describe
 
     quieten()
+    processes = parallel.wanted(config.trainer)
     if sweeping:
-        _share_cores(parallel_jobs(HydraConfig.get().launcher))
+        _share_cores(parallel_jobs(HydraConfig.get().launcher) * processes)
     elif on_slurm(HydraConfig.get().launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
     settings = settings_of(config)
@@ -101,8 +116,13 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
     if config.dry_run:
         _list(describe(run), overrides) if sweeping else print(OmegaConf.to_yaml(describe(run)))
         return None
-    with cache.locked(folder / ".lock", f"another process works in {folder}"):
-        summary = _finish(run, config.resume)
+    if processes > 1 and parallel.environment() is None:
+        summary = _launch(run, processes)
+    else:
+        with parallel.joined(), cache.locked(folder / ".lock", f"another process works in {folder}"):
+            summary = _finish(run, config.resume)
+    if not is_first_process() or parallel.PARENT in os.environ:  # who started us will say it
+        return None
     if sweeping:
         plan = folder.parent / PLAN
         log.info("%s: %s", folder.name, counts(states(folder.parent), jobs_of(plan)) if plan.exists() else "done")
@@ -113,21 +133,37 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
 
 def _finish(run: "Run", resume: str) -> dict[str, Any]:
     """The run's summary: found, taken over, or made."""
-    from rlhf import cache
+    from rlhf import cache, parallel
     from rlhf.preview import check_memory
 
     folder = run.folder
-    found = run.finished() if resume != "never" else None
+    found = parallel.from_first(run.finished) if resume != "never" else None
     if found == folder:
         log.info("%s is finished already; resume=never would start over", folder)
         return read_json(folder / SUMMARY)
     if found is not None:
         log.info("%s is the same run as %s and taken over from it", folder.name, found)
-        return cache.take_over(found, folder, run.plain, run.overrides)
+        return parallel.from_first(lambda: cache.take_over(found, folder, run.plain, run.overrides))
     if run.config.stage.name == "ppo":
         check_memory(run)
-    _prepare(folder, run.identity, resume)
+    parallel.from_first(lambda: _prepare(folder, run.identity, resume))
     return run.run()
+
+
+def _launch(run: "Run", processes: int) -> dict[str, Any]:
+    """The same with several processes of our own (`rlhf.worker`), which are given the composed configuration."""
+    from rlhf import parallel
+
+    whole = {"hydra": OmegaConf.to_container(HydraConfig.get(), resolve=True, enum_to_str=True), **run.plain}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        OmegaConf.save(whole, config)
+        code = parallel.launch(processes, config)
+    if code == INTERRUPTED:
+        raise Interrupted("stopped after saving; the same command continues")
+    if code:
+        raise Elsewhere(code)
+    return read_json(run.folder / SUMMARY)
 
 
 def _share_cores(jobs: int) -> None:
@@ -275,7 +311,8 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
-        ".*exists and is not empty", "Already found a `peft_config`", ".*weights_only",
+        ".*exists and is not empty", ".*`srun` command is available", ".*sync_dist=True",
+        "Already found a `peft_config`", ".*weights_only",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import root
+from rlhf import parallel, root
 from rlhf.data.records import DataError, DataSource
 from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, typed
@@ -130,6 +130,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
     if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: trainer=cpu or trainer=auto")
+    _check_processes(config, settings)
     if settings.model.dtype == "float16":
         raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
@@ -158,6 +159,34 @@ def _check_ppo(settings: Settings) -> None:
     if ppo.warmup_steps >= ppo.steps:
         raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
     _check_function("divergence.function", settings.divergence.function)
+
+
+def _check_processes(config: DictConfig, settings: Settings) -> None:
+    trainer, place = config.trainer, parallel.environment()
+    here, nodes = parallel.wanted(trainer), trainer.get("num_nodes", 1)
+    wanted, started = here * nodes, place.world_size() if place else None
+    if wanted > 1 and not trainer.get("strategy"):
+        raise ConfigError(f"trainer.devices={trainer.devices}: one process uses one device; allowed: 1, or trainer=ddp")
+    if started is not None and started != wanted:
+        raise ConfigError(
+            f"trainer.devices={trainer.get('devices')} on trainer.num_nodes={nodes} makes {wanted} processes, but "
+            f"{started} were started (by torchrun or srun); allowed: as many"
+        )
+    if nodes > 1 and started is None:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes}: processes on other nodes are started by torchrun, or by hydra/launcher=slurm "
+            "with hydra.launcher.nodes and hydra.launcher.tasks_per_node; allowed here: trainer.num_nodes=1"
+        )
+    if trainer.get("accelerator") != "cpu" and 0 < torch.cuda.device_count() < here:
+        raise ConfigError(f"trainer.devices={here}, but there are {torch.cuda.device_count()} GPUs here")
+    smallest = min(settings.sft.batch_size, settings.reward.batch_size, settings.ppo.minibatch_size)
+    if wanted > smallest:
+        raise ConfigError(
+            f"{wanted} processes, but a batch of {smallest} rows (sft.batch_size, reward.batch_size, "
+            "ppo.minibatch_size): each needs a row; allowed: fewer processes or larger batches"
+        )
+    if wanted > 1 and settings.ppo.accumulation == "as_published":
+        raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")
 
 
 def _check_function(key: str, path: str) -> None:

@@ -10,6 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rlhf import parallel
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.settings import Interrupted
 
@@ -53,10 +54,14 @@ class Interruption(Callback):
             self.checkpoints.save(trainer, module)
 
     def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
-        if self.received is None:
+        if parallel.orphaned():
+            self.received = self.received or signal.SIGTERM
+        received = max(parallel.gathered(int(self.received or 0)))  # whichever process was told, all leave together
+        if not received:
             return
         step = self.checkpoints.save(trainer, module)
-        raise Interrupted(f"stopped by {self.received.name} after step {step}; the same command continues")
+        name = signal.Signals(received).name
+        raise Interrupted(f"stopped by {name} after step {step}; the same command continues")
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Give the signals back, however training ended."""

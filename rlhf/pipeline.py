@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf import cache, tracking
+from rlhf import cache, parallel, tracking
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.config import instantiate, is_quantized, needs, target_class
 from rlhf.dashboards import Dashboard
@@ -124,16 +124,16 @@ class Run:
     def run(self) -> dict[str, Any]:
         """Build what is missing, then the stage itself; returns the summary."""
         if self.config.stage.name in ("ppo", "evaluate"):
-            self._ping()
+            parallel.from_first(self._ping)
         for folder, build in zip(self.needed(), (self._build_sft, self._build_reward), strict=False):
             cache.ensure(folder, build)
             self._hand_over(folder.name, folder)
         stage = self.config.stage.name
         if stage in ("sft", "reward"):
-            shutil.copytree(self.needed()[-1], self.folder, dirs_exist_ok=True)
+            parallel.from_first(lambda: shutil.copytree(self.needed()[-1], self.folder, dirs_exist_ok=True))
             return tracking.read_summary(self.folder) or {}
         summary = self._ppo(train=stage == "ppo")
-        cache.register_run(self.outputs, self.identity, self.folder)
+        parallel.from_first(lambda: cache.register_run(self.outputs, self.identity, self.folder))
         self._hand_over(tracking.run_id(summary), self.folder)
         return summary
 
@@ -151,11 +151,12 @@ class Run:
         dtype = DTYPES[self.settings.model.dtype]
         if self.quantization and settings.lora.r:
             # merge into the full-precision weights, not into the rounded ones
-            save_adapter(roles, "policy", lora_config(settings.lora), folder, tokenizer, folder / "adapter")
+            adapter = (roles, "policy", lora_config(settings.lora), folder, tokenizer, folder / "adapter")
+            parallel.from_first(lambda: save_adapter(*adapter))
             roles = Roles(load_causal_lm(self.settings.model, tokenizer))
             load_adapter(roles, "base", "policy", folder / "adapter")
             roles.table["policy"] = stage.roles.table["policy"]
-        save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / "model")
+        parallel.from_first(lambda: save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / "model"))
         told = {"rows": {"sft": len(train)}, "guards": stage.guards.summary()}
         tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
 
@@ -174,9 +175,10 @@ class Run:
         demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
         if settings.lora.r:
-            save_adapter(roles, "reward", lora_config(settings.lora), base, tokenizer, folder / "model")
+            adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / "model")
+            parallel.from_first(lambda: save_adapter(*adapter))
         else:
-            self._save_full_reward(roles, tokenizer, folder / "model")
+            parallel.from_first(lambda: self._save_full_reward(roles, tokenizer, folder / "model"))
         told = {"rows": {"preference": len(train)}, "guards": stage.guards.summary()}
         tracking.write_summary(folder, metrics, self.plain, started, stage="reward", **told)
 
@@ -221,11 +223,8 @@ class Run:
             first = train_ppo(self._trainer, stage, prompts, evaluation, self.folder, self.config.resume)
         else:
             first = self._evaluate(stage, evaluation)
-        if train and settings.lora.r:
-            base = self.sft_folder / "model"
-            save_adapter(roles, "policy", lora_config(settings.lora), base, tokenizer, self.folder / "model")
-        elif train:
-            save_model(roles.trunk("policy").to(DTYPES[settings.model.dtype]), tokenizer, self.folder / "model")
+        if train:
+            parallel.from_first(lambda: self._save_policy(roles, tokenizer))
         return tracking.write_summary(
             self.folder,
             stage.last_evaluation,
@@ -239,6 +238,13 @@ class Run:
             identity=self.identity,
         )
 
+    def _save_policy(self, roles: Roles, tokenizer: PreTrainedTokenizerBase) -> None:
+        folder, lora = self.folder / "model", self.settings.lora
+        if lora.r:
+            save_adapter(roles, "policy", lora_config(lora), self.sft_folder / "model", tokenizer, folder)
+        else:
+            save_model(roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), tokenizer, folder)
+
     def _evaluate(self, stage: PPO, evaluation: DataLoader) -> dict[str, float]:
         self._trainer(self.folder).validate(stage, evaluation, verbose=False)
         return dict(stage.last_evaluation)
@@ -246,13 +252,21 @@ class Run:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _trainer(self, folder: Path, **options: Any) -> lightning.Trainer:
-        quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+        quiet: dict[str, Any] = {
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+        }
         quiet["enable_progress_bar"] = self.progress
+        if parallel.size() > 1:  # each stage gives the processes their shares itself
+            quiet |= {"use_distributed_sampler": False, "plugins": [parallel.environment()]}
         options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": self._loggers(folder), **options}
         return instantiate(self.config.trainer, "trainer", **options)
 
     def _loggers(self, folder: Path) -> list[Logger]:
         """`metrics.jsonl` and what is configured; a stage built for the cache has a W&B run of its own, or none."""
+        if not parallel.is_first():
+            return []
         lines = tracking.JsonLines(folder)
         if target_class(self.config.logger, "logger") is not tracking.wandb_logger:
             return [lines, instantiate(self.config.logger, "logger")] if folder == self.folder else [lines]

@@ -1,33 +1,42 @@
 """The mathematics of PPO as pure functions of [batch, time] tensors.
 
 `mask` marks the sampled response tokens (true) against padding (false). Every mean is over the mask; a mean over
-nothing is an error, because a NaN would only surface later.
+nothing is an error, because a NaN would only surface later. `total` sums over what other processes hold of the same
+batch (`rlhf.parallel.total`); by default there are none.
 
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Stiennon et al. 2020 and Sun, Gupta & Iyyer 2023 (the
 shaping of the reward).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+Total = Callable[[Tensor], Tensor]
 
-def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+
+def alone(x: Tensor) -> Tensor:
+    """The total where no other process has a part of the batch."""
+    return x
+
+
+def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], total: Total = alone) -> Float[Tensor, ""]:
     """Mean of `x` over the mask.
 
     Raises:
         ValueError: the mask is empty.
     """
-    count = mask.sum()
+    count = total(mask.sum())
     if count == 0:
         raise ValueError("a masked mean over no tokens: the batch holds no response token")
-    return torch.where(mask, x, 0.0).sum() / count
+    return total(torch.where(mask, x, 0.0).sum()) / count
 
 
 def whiten(
-    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], keep_mean: bool = False
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], keep_mean: bool = False, total: Total = alone
 ) -> Float[Tensor, "*shape"]:
     """Scale to unit variance over the mask, and to mean 0 unless `keep_mean`; 0 off the mask.
 
@@ -36,15 +45,17 @@ def whiten(
     Raises:
         ValueError: the mask is empty.
     """
-    mean = masked_mean(x, mask)
-    whitened = torch.where(mask, x - mean, 0.0) * whitening_scale(x, mask)
+    mean = masked_mean(x, mask, total)
+    whitened = torch.where(mask, x - mean, 0.0) * whitening_scale(x, mask, total)
     return torch.where(mask, whitened + mean, 0.0) if keep_mean else whitened
 
 
-def whitening_scale(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+def whitening_scale(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], total: Total = alone
+) -> Float[Tensor, ""]:
     """What `whiten` multiplies with: 1 / standard deviation over the mask."""
-    centred = torch.where(mask, x - masked_mean(x, mask), 0.0)
-    return torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
+    centred = torch.where(mask, x - masked_mean(x, mask, total), 0.0)
+    return torch.rsqrt(masked_mean(centred.square(), mask, total) + 1e-8)
 
 
 def shape_rewards(
@@ -133,11 +144,18 @@ def value_losses(
 
 
 def explained_variance(
-    values: Float[Tensor, "batch time"], returns: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"],
+    returns: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    total: Total = alone,
 ) -> Float[Tensor, ""]:
     """1 − Var(R − V) / Var(R) over the mask: 1 is a perfect value function, 0 as good as a constant, below 0 worse."""
-    residuals, targets = (returns - values)[mask], returns[mask]
-    return 1 - residuals.var(correction=0) / targets.var(correction=0).clamp(min=1e-8)
+
+    def variance(x: Tensor) -> Tensor:
+        x, kept = x[mask], mask[mask]
+        return masked_mean((x - masked_mean(x, kept, total)).square(), kept, total)
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
 
 
 class ScoreNormalizer:
@@ -148,8 +166,8 @@ class ScoreNormalizer:
     included.
     """
 
-    def __init__(self, kind: str, clip: float | None):
-        self.kind, self.clip = kind, clip
+    def __init__(self, kind: str, clip: float | None, total: Total = alone):
+        self.kind, self.clip, self.total = kind, clip, total
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
 
     def __call__(self, scores: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
@@ -162,14 +180,15 @@ class ScoreNormalizer:
 
     def _count(self, scores: Tensor) -> None:
         scores = scores[scores.isfinite()]  # one that is no number would spoil all to come
-        if not len(scores):
+        number, summed = self.total(torch.stack([scores.new_tensor(float(len(scores))), scores.sum()])).tolist()
+        if not number:
             return
         # Chan et al. 1983: the sums of squares of two samples from their own means
-        number, mean = float(len(scores)), float(scores.mean())
-        total, gap = self.count + number, mean - self.mean
-        self.squares += float((scores - mean).square().sum()) + gap**2 * self.count * number / total
-        self.mean += gap * number / total
-        self.count = total
+        mean = summed / number
+        count, gap = self.count + number, mean - self.mean
+        self.squares += float(self.total((scores - mean).square().sum())) + gap**2 * self.count * number / count
+        self.mean += gap * number / count
+        self.count = count
 
     def state_dict(self) -> dict[str, float]:
         """What it has counted."""

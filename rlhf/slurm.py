@@ -101,8 +101,8 @@ def this_job() -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one of its job that speaks for it."""
-    return os.environ.get("SLURM_PROCID", "0") == "0"
+    """Whether this process is the one of its run that speaks for it."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def restarts() -> int:

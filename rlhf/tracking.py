@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import Logger
 
-from rlhf import __version__
+from rlhf import __version__, parallel
 from rlhf.code import git_commit
 from rlhf.dashboards import Dashboard
 from rlhf.files import LINE_FILES, keep_lines, read_json, read_lines, write_json
@@ -127,7 +127,9 @@ def write_summary(
         "git_commit": git_commit(),
         "config": config,
     }
-    write_json(folder / "summary.json", summary)
+    if parallel.size() > 1:
+        summary["processes"] = parallel.size()
+    parallel.from_first(lambda: write_json(folder / "summary.json", summary))
     return summary
 
 

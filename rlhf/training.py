@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader
 
-from rlhf import tracking
+from rlhf import parallel, tracking
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.files import read_json, write_json
 from rlhf.interruption import Interruption
@@ -33,30 +33,36 @@ def train_supervised(
 ) -> dict[str, float]:
     """Train a supervised stage from its first step or its last checkpoint to its end; measured before and after."""
     checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
-    last = checkpoints.latest()
+    last = parallel.from_first(checkpoints.latest)
     start = checkpoints.step_of(last) if last else 0
     trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
     validation = DataLoader(held_out, batch_size=settings.batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
     before = folder / "before.json"
     if last is None:
-        tracking.forget_after(folder, -1, evaluated=False)
+        parallel.from_first(lambda: tracking.forget_after(folder, -1, evaluated=False))
         trainer.validate(stage, validation, verbose=False)
-        write_json(before, stage.latest)
+        parallel.from_first(lambda: write_json(before, stage.latest))
     else:
         log.info("continuing from step %d", start)
-        tracking.forget_after(folder, start, evaluated=True)
-        stage.guards.replay(tracking.read_metrics(folder))
+        stage.guards.replay(parallel.from_first(lambda: _kept(folder, start, True)))
         stage.guards.check()
     if start < stage.total_steps:
-        batches = SeededBatches(len(train), settings.batch_size, settings.seed, stage.total_steps, start)
+        share = slice(parallel.rank(), None, parallel.size())
+        batches = SeededBatches(len(train), settings.batch_size, settings.seed, stage.total_steps, start, share)
         trainer.fit(stage, loader(train, stage.collate, batches), ckpt_path=last, weights_only=True)
     elif last:
         stage.load_trained(last)
     stage.roles.eval()
     trainer.validate(stage, validation, verbose=False)
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    parallel.from_first(lambda: shutil.rmtree(checkpoints.folder, ignore_errors=True))
     latest = {key: value for key, value in stage.latest.items() if not key.startswith("guard/")}
     return {**latest, **{f"{key}_before": value for key, value in read_json(before).items()}}
+
+
+def _kept(folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
+    """Forget what comes after a step; what is left of the metrics."""
+    tracking.forget_after(folder, step, evaluated)
+    return tracking.read_metrics(folder)
 
 
 def train_ppo(
@@ -65,7 +71,7 @@ def train_ppo(
     """Train from the SFT model, or the last checkpoint, to the end; returns the evaluation of step 0."""
     settings, ppo = stage.all, stage.ppo
     checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every)
-    last = checkpoints.latest()
+    last = parallel.from_first(checkpoints.latest)
     if last is None and resume == "must":
         raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
     start = checkpoints.step_of(last) if last else 0
@@ -77,13 +83,13 @@ def train_ppo(
         check_val_every_n_epoch=None,
     )
     stage.ppo_step = start
-    evaluated = tracking.evaluated_at(folder, start)
+    evaluated = parallel.from_first(lambda: tracking.evaluated_at(folder, start))
     due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
-    tracking.forget_after(folder, start if last else -1, bool(evaluated))
+    metrics = parallel.from_first(lambda: _kept(folder, start if last else -1, bool(evaluated)))
     if last:
         log.info("continuing from step %d", start)
         stage.last_evaluation = evaluated
-        stage.guards.replay(tracking.read_metrics(folder))
+        stage.guards.replay(metrics)
         stage.guards.check()
         if due or start == ppo.steps:
             stage.load_trained(last)
@@ -94,4 +100,4 @@ def train_ppo(
         trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
         if ppo.steps % ppo.eval_every:
             trainer.validate(stage, evaluation, verbose=False)
-    return tracking.evaluated_at(folder, 0)
+    return parallel.from_first(lambda: tracking.evaluated_at(folder, 0))

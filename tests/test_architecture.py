@@ -11,10 +11,10 @@ import pytest
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
-ORDER = ["files", "failures", "code", "dashboards", "resolvers", "settings", "slurm", "sweep", "guards", "divergence",
-         "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints", "config", "tracking",
-         "cache", "interruption", "training", "pipeline", "preview", "report", "cli",
-         "finished", "publish", "chat"]  # fmt: skip
+ORDER = ["files", "parallel", "failures", "code", "dashboards", "resolvers", "settings", "slurm", "sweep", "guards",
+         "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints", "config",
+         "tracking", "cache", "interruption", "training", "pipeline", "preview", "report", "cli",
+         "worker", "finished", "publish", "chat"]  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -14,21 +14,24 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader
 
+from rlhf import parallel
 from rlhf.dashboards import Dashboard
 from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED
 from rlhf.models.sequences import Sequences, length_buckets
-from rlhf.settings import OptimizerSettings
+from rlhf.settings import ConfigError, OptimizerSettings
 
 
 class SeededBatches(BatchSampler):
     """Batches of row numbers, a pure function of (seed, step): so a run continues anywhere without replaying.
 
     Each epoch is a fresh permutation; a batch may straddle two epochs, so that every batch has `batch_size` rows.
+    `share` says which rows of each batch this process is given.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, start: int = 0):
+    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, start: int = 0, share: slice = slice(None)):
         self.rows, self.batch_size, self.seed, self.steps, self.start = rows, batch_size, seed, steps, start
+        self.share = share
 
     def __len__(self) -> int:
         # all of them: Lightning, resuming, counts on from the batch that the checkpoint was made after
@@ -36,7 +39,7 @@ class SeededBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.steps):
-            yield self.batch(step)
+            yield self.batch(step)[self.share]
 
     def batch(self, step: int) -> list[int]:
         """The rows of one step."""
@@ -68,11 +71,13 @@ def loader(rows: Sequence[Any], collate: Callable[[list[Any]], Any], batches: Se
 class Step(NamedTuple):
     """What an optimiser step reports: gradient norm before clipping, and the sums that the losses returned.
 
-    `refused` says why the step was not made, and is empty when it was.
+    `over` is what the sums are to be divided by: the count in all processes. `refused` says why the step was not made,
+    and is empty when it was.
     """
 
     grad_norm: Tensor
     sums: dict[str, Tensor]
+    over: Tensor
     refused: str = ""
 
 
@@ -108,6 +113,20 @@ class Stage(lightning.LightningModule):
         """Keep what trains: the frozen base can be loaded again."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["processes"] = parallel.size()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what cannot be continued exactly.
+
+        Raises:
+            ConfigError: the checkpoint was made by another number of processes.
+        """
+        made_by = checkpoint.get("processes", 1)
+        if made_by != parallel.size():
+            raise ConfigError(
+                f"trainer.devices · trainer.num_nodes={parallel.size()}, but the checkpoint was made by {made_by}, and "
+                "each process draws its own random numbers; allowed: as many as before, or resume=never"
+            )
 
     def load_trained(self, path: Path) -> None:
         """Take the weights of a checkpoint outside of training, as for an evaluation that was still due."""
@@ -136,11 +155,12 @@ class Stage(lightning.LightningModule):
         count: Tensor | int,
         clip_each: bool = False,
     ) -> Step:
-        """One optimiser step: `loss` gives each part's *sum*, divided here by the count over all parts.
+        """One optimiser step: `loss` gives each part's *sum*, divided here by the count over all parts and processes.
 
         Averaging per part instead would weigh tokens of short parts more (and is what breaks accumulation elsewhere).
         `clip_each` clips after every part too, which is only there to reproduce a published fault.
         """
+        count = parallel.total(torch.as_tensor(count, device=self.device))
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         limit = self.settings.max_grad_norm or math.inf
@@ -153,13 +173,14 @@ class Stage(lightning.LightningModule):
                 nn.utils.clip_grad_norm_(trained, limit)
             for key, value in {"loss": total, **extra}.items():
                 sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
+        parallel.add_up([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
         refused = self.refusal(norm, sums, count)
         if refused:  # a step without gradients changes nothing, and Lightning counts it
             optimizer.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return Step(norm, sums, refused)
+        return Step(norm, sums, count, refused)
 
     def refusal(self, norm: Tensor, sums: Mapping[str, Tensor], count: Tensor | int) -> str:
         """Why an optimiser step must not be made, or nothing; waits for the device once."""
@@ -168,7 +189,7 @@ class Stage(lightning.LightningModule):
         return self.guards.refusal(*torch.stack([sums["loss"], norm.to(sums["loss"])]).tolist())
 
     def note_refusal(self, result: Step, step: int, batch: Sequences) -> None:
-        """Keep the batch of a supervised step that was not made, and log that at once."""
+        """Keep the batch (this process's share) of a supervised step that was not made, and log that at once."""
         if result.refused:
             self.guards.save(step, batch.tensors(), result.refused)
             self.emit({SKIPPED: 1.0}, step)

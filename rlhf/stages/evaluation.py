@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import parallel
 from rlhf.data.records import Prompt
 from rlhf.divergence import exact_kl
 from rlhf.models.roles import Roles
@@ -19,6 +21,18 @@ from rlhf.stages.base import Stage, generator
 from rlhf.stages.experience import score_exact
 
 Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What came of a batch of evaluation prompts."""
+
+    index: int
+    prompts: list[Prompt]
+    responses: list[str]
+    rewards: Tensor
+    lengths: Tensor
+    kl: Tensor
 
 
 class PolicyEvaluation(Stage):
@@ -42,17 +56,16 @@ class PolicyEvaluation(Stage):
         """Begin a measurement of the policy as it is now."""
         self.roles.eval()
         self._started = time.perf_counter()
-        self._prompts: list[Prompt] = []
-        self._responses: list[str] = []
-        self._rewards: list[Tensor] = []
-        self._lengths: list[Tensor] = []
-        self._kl: list[Tensor] = []
+        self._measured: list[_Measured] = []
 
     def validation_step(self, batch: list[Prompt], index: int) -> None:
         """Answer a batch of evaluation prompts; measure the true KL on tokens sampled at the training temperature.
 
-        Of `evaluation.best_of` answers to a prompt the one that the scorer likes best counts.
+        Of `evaluation.best_of` answers to a prompt the one that the scorer likes best counts. The processes take turns,
+        and what is drawn depends on the batch alone, so that their number changes nothing.
         """
+        if index % parallel.size() != parallel.rank():
+            return
         config, texts = self.all.evaluation, [row.prompt for row in batch]
         answers = rollout(
             self.engine, self.roles, "policy", self.tokenizer, [text for text in texts for _ in range(config.best_of)],
@@ -63,33 +76,40 @@ class PolicyEvaluation(Stage):
             rewards.view(len(texts), config.best_of).argmax(1)
             + torch.arange(len(texts), device=rewards.device) * config.best_of
         )
-        left = config.kl_prompts - len(self._prompts)
+        left = config.kl_prompts - index * self.all.generation.batch_size
+        kl = torch.empty(0)
         if left > 0:
             sampled = rollout(
                 self.engine, self.roles, "policy", self.tokenizer, texts[:left], self.all.generation,
                 self.stream("true KL", index),
             )  # fmt: skip
             temperature = self.all.generation.temperature
-            kl = score_exact(self.roles, sampled.sequences, self.all.ppo.microbatch_tokens, temperature, exact_kl)
-            self._kl.append(kl[sampled.mask])
-        self._prompts += batch
-        self._responses += [answers.responses[row] for row in best.tolist()]
-        self._rewards.append(rewards[best])
-        self._lengths.append(answers.mask.sum(1)[best])
+            exact = score_exact(self.roles, sampled.sequences, self.all.ppo.microbatch_tokens, temperature, exact_kl)
+            kl = exact[sampled.mask].cpu()
+        responses = [answers.responses[row] for row in best.tolist()]
+        lengths = answers.mask.sum(1)[best]
+        self._measured.append(_Measured(index, batch, responses, rewards[best].cpu(), lengths.cpu(), kl))
 
     def on_validation_epoch_end(self) -> None:
         """Judge all answers, log `eval/*`, append the samples."""
-        metrics, records = self.evaluator(self._prompts, self._responses)
-        rewards = torch.cat(self._rewards)
+        parts = [part for process in parallel.gathered(self._measured) for part in process]
+        parts.sort(key=lambda part: part.index)
+        prompts = [prompt for part in parts for prompt in part.prompts]
+        responses = [response for part in parts for response in part.responses]
+        metrics, records = parallel.from_first(lambda: self.evaluator(prompts, responses))
+        rewards, lengths = torch.cat([part.rewards for part in parts]), torch.cat([part.lengths for part in parts])
         metrics |= {
             "eval/reward": float(rewards.mean()),
-            "eval/response_tokens": float(torch.cat(self._lengths).float().mean()),
-            "eval/true_kl": float(torch.cat(self._kl).mean()),
+            "eval/response_tokens": float(lengths.float().mean()),
+            "eval/true_kl": float(torch.cat([part.kl for part in parts]).mean()),
             "time/evaluate": time.perf_counter() - self._started,
         }
         self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
-        for record, reward, length in zip(records, rewards.tolist(), torch.cat(self._lengths).tolist(), strict=True):
+        for record, reward, length in zip(records, rewards.tolist(), lengths.tolist(), strict=True):
             record |= {"reward": reward, "tokens": length}
+        parallel.from_first(lambda: self._write(records))
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
         shown = records[: self.all.evaluation.samples]
         for dashboard in self.dashboards if shown else []:
             dashboard.log_samples(shown, self.ppo_step)

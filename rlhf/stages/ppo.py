@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import ppo
+from rlhf import parallel, ppo
 from rlhf.dashboards import LARGEST_RATIO, RATIO_BINS
 from rlhf.divergence import bregman
 from rlhf.guards import Guards
@@ -40,12 +40,18 @@ from rlhf.stages.experience import (
 FAR = "KL"  # an update refused because the policy has gone far enough from the one that sampled
 
 
+def own_stream(purpose: str) -> str:
+    """The name of a random stream that each process has for itself."""
+    return f"{purpose} of process {parallel.rank()}" if parallel.rank() else purpose
+
+
 class PPO(PolicyEvaluation):
     """One training step is one rollout batch, `epochs` passes over it in minibatches, each one optimiser step.
 
     Rows are dealt into minibatches and micro-batches once per rollout batch; epochs visit the minibatches in a fresh
-    order. `scorer` gives a number per rollout, `evaluator` the metrics and a record per evaluated response. Everything
-    random is drawn from (seed, purpose, step), so a run continues from any step as if it had never stopped.
+    order. Of several processes each answers its share of the prompts and has its share of every minibatch; means over
+    the batch are over all of it. `scorer` gives a number per rollout, `evaluator` the metrics and a record per answer.
+    Everything random is drawn from (seed, purpose, step), so a run continues from any step as if it had never stopped.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class PPO(PolicyEvaluation):
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
         self.samples = samples
         self.guards = Guards(settings.guards, samples.parent)
-        self.normalizer = ppo.ScoreNormalizer(self.ppo.score_normalization, self.ppo.score_clip)
+        self.normalizer = ppo.ScoreNormalizer(self.ppo.score_normalization, self.ppo.score_clip, parallel.total)
         self.ppo_step = 0
         self.dropout = settings.lora.r > 0 and settings.lora.dropout > 0
         self.shared_trunk = roles.table["value"] == roles.table["policy"]
@@ -84,6 +90,7 @@ class PPO(PolicyEvaluation):
         """Roll out, score, update, report."""
         started = time.perf_counter()
         step = self.ppo_step + 1
+        prompts, shares = self.deal(batch, step)
         self.roles.eval()
         with self.timed("generate"):
             rollouts = rollout(
@@ -91,11 +98,11 @@ class PPO(PolicyEvaluation):
                 self.roles,
                 "policy",
                 self.tokenizer,
-                batch,
+                prompts,
                 self.all.generation,
-                self.stream("rollout", step),
+                self.stream(own_stream("rollout"), step),
             )
-        minibatches = self.deal(rollouts.sequences, step)
+        minibatches = self.divide(rollouts.sequences, shares)
         with self.timed("score"):
             scores = self.normalizer(self.scorer(rollouts)) - self.ppo.missing_eos_penalty * ~rollouts.ended
             experience = self.assess(rollouts, scores, minibatches, step)
@@ -112,11 +119,17 @@ class PPO(PolicyEvaluation):
         for dashboard in self.dashboards:
             dashboard.log_histograms(scores, self.ratio_counts, step)
 
-    def deal(self, batch: Sequences, step: int) -> list[list[list[int]]]:
-        """Rows dealt at random into minibatches, and those into micro-batches of similar length."""
+    def deal(self, batch: Sequence[str], step: int) -> tuple[list[str], list[Tensor]]:
+        """The prompts of this process, and which of them are in each minibatch: dealt at random, as even as can be."""
         order = torch.randperm(len(batch), generator=generator(self.all.seed, "deal", step))
+        shares = [rows[parallel.rank() :: parallel.size()] for rows in order.split(self.ppo.minibatch_size)]
+        own = torch.cat(shares).sort().values
+        return [batch[row] for row in own.tolist()], [torch.searchsorted(own, share) for share in shares]
+
+    def divide(self, batch: Sequences, shares: Sequence[Tensor]) -> list[list[list[int]]]:
+        """The rows of each minibatch in micro-batches of similar length."""
         minibatches = []
-        for rows in order.split(self.ppo.minibatch_size):
+        for rows in shares:
             rows = rows.to(batch.ids.device)
             if self.ppo.accumulation == "as_published":
                 minibatches.append([part.tolist() for part in rows.split(self.ppo.published_rows)])
@@ -164,12 +177,13 @@ class PPO(PolicyEvaluation):
             if needed:
                 penalty = torch.where(mask, self.divergence(old_logprobs, ref_logprobs), 0.0)  # type: ignore[arg-type]
         rewards = ppo.shape_rewards(scores, penalty, mask, self.kl.coef)
-        shaped = ppo.whiten(rewards, mask, keep_mean=True) if self.ppo.whiten_rewards else rewards
+        total = parallel.total
+        shaped = ppo.whiten(rewards, mask, keep_mean=True, total=total) if self.ppo.whiten_rewards else rewards
         advantages, returns = ppo.gae(shaped, old_values, mask, self.ppo.gamma, self.ppo.lam)
-        weight = self.kl.coef * (ppo.whitening_scale(rewards, mask) if self.ppo.whiten_rewards else 1.0)
+        weight = self.kl.coef * (ppo.whitening_scale(rewards, mask, total) if self.ppo.whiten_rewards else 1.0)
         if self.ppo.whiten_advantages:
-            weight = weight * ppo.whitening_scale(advantages, mask)
-            advantages = ppo.whiten(advantages, mask)
+            weight = weight * ppo.whitening_scale(advantages, mask, total)
+            advantages = ppo.whiten(advantages, mask, total=total)
         return Experience(
             batch, mask, old_logprobs, old_values, rewards, penalty, advantages, returns, ref_logprobs, states, weight
         )
@@ -189,7 +203,8 @@ class PPO(PolicyEvaluation):
 
     def masks_of(self, step: int, number: int) -> Any:
         """The dropout masks of one micro-batch of a rollout batch (a context)."""
-        return replayed_dropout(mixed_seed(self.all.seed, f"dropout {number}", step), self.dropout, self.roles.device)
+        seed = mixed_seed(self.all.seed, own_stream(f"dropout {number}"), step)
+        return replayed_dropout(seed, self.dropout, self.roles.device)
 
     def update(self, experience: Experience, minibatches: list[list[list[int]]], step: int) -> dict[str, Any]:
         """All epochs over a rollout batch."""
@@ -205,23 +220,22 @@ class PPO(PolicyEvaluation):
         metrics: dict[str, Any] = {"ppo/lr": self.current_lr}
         for taken in self.passes(parts, step):
             dealt = torch.cat([rows for _, rows in taken])
-            count = experience.mask[dealt].sum()
             result = self.accumulate(
                 taken,
                 lambda part: self.losses(experience, part[0], part[1], step),
-                count,
+                experience.mask[dealt].sum(),
                 clip_each=self.ppo.accumulation == "as_published",
             )
             if result.refused == FAR:
-                metrics["ppo/stopped_at_kl"] = result.sums["approx_kl"] / count
+                metrics["ppo/stopped_at_kl"] = result.sums["approx_kl"] / result.over
                 break
             if result.refused:
                 refusals.append((result.refused, dealt))
                 continue
             if not norms:
-                metrics["ppo/first_ratio"] = result.sums["ratio"] / count
+                metrics["ppo/first_ratio"] = result.sums["ratio"] / result.over
             norms.append(result.grad_norm)
-            tokens = tokens + count
+            tokens = tokens + result.over
             for key, value in result.sums.items():
                 totals[key] = totals[key] + value if key in totals else value
         self.advance_schedule()
@@ -289,22 +303,31 @@ class PPO(PolicyEvaluation):
         return policy_loss + self.ppo.value_coef * value_loss + penalised, sums
 
     def describe(self, experience: Experience, rollouts: Rollouts, scores: Tensor) -> dict[str, Any]:
-        """The metrics of a rollout batch: every mean over the response tokens or over the responses."""
-        mask = experience.mask
-        lengths = mask.sum(1).float()
+        """The metrics of a rollout batch: means over response tokens or responses, of all processes."""
+        mask, total = experience.mask, parallel.total
+        number = total(torch.tensor(len(scores), device=mask.device))
+
+        def mean(x: Tensor) -> Tensor:
+            return total(x.sum()) / number
+
+        repeated = torch.tensor(repetition(rollouts.sequences.responses()) * len(scores), device=mask.device)
         metrics = {
-            "ppo/reward": scores.mean(),
-            "ppo/shaped_reward": experience.rewards.sum(1).mean(),
-            "ppo/penalty": ppo.masked_mean(experience.penalty, mask),
+            "ppo/reward": mean(scores),
+            "ppo/shaped_reward": mean(experience.rewards),
+            "ppo/penalty": ppo.masked_mean(experience.penalty, mask, total),
             "ppo/kl_coef": self.kl.coef,
-            "ppo/explained_variance": ppo.explained_variance(experience.old_values, experience.returns, mask),
-            "ppo/response_tokens": lengths.mean(),
-            "ppo/missing_eos": 1 - rollouts.ended.float().mean(),
-            "ppo/repetition": repetition(rollouts.sequences.responses()),
+            "ppo/explained_variance": ppo.explained_variance(experience.old_values, experience.returns, mask, total),
+            "ppo/response_tokens": mean(mask),
+            "ppo/missing_eos": 1 - mean(rollouts.ended),
+            "ppo/repetition": mean(repeated),
         }
         if experience.ref_logprobs is not None:
-            metrics["ppo/k1"] = ppo.masked_mean(experience.old_logprobs - experience.ref_logprobs, mask)
-            metrics["ppo/k3"] = ppo.masked_mean(bregman(experience.old_logprobs, experience.ref_logprobs), mask)
+            gap, k3 = (
+                experience.old_logprobs - experience.ref_logprobs,
+                bregman(experience.old_logprobs, experience.ref_logprobs),
+            )
+            metrics["ppo/k1"] = ppo.masked_mean(gap, mask, total)
+            metrics["ppo/k3"] = ppo.masked_mean(k3, mask, total)
         return metrics
 
     # -- resuming ----------------------------------------------------------------------------------------------------
@@ -320,5 +343,6 @@ class PPO(PolicyEvaluation):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue where the checkpoint was made."""
+        super().on_load_checkpoint(checkpoint)
         self.ppo_step, self.kl.coef = checkpoint["ppo"]["step"], checkpoint["ppo"]["kl_coef"]
         self.normalizer.load_state_dict(checkpoint["ppo"]["scores"])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import parallel
 from rlhf.data.records import Comparison, Demonstration
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, length_buckets
@@ -69,8 +70,8 @@ class RewardModeling(Stage):
         self.note_refusal(result, step, batch)
         if step % self.settings.log_every == 0 or step == self.total_steps:
             metrics: dict[str, Tensor | float] = {
-                "reward/loss": result.sums["loss"] / pairs,
-                "reward/train_accuracy": result.sums["right"] / pairs,
+                "reward/loss": result.sums["loss"] / result.over,
+                "reward/train_accuracy": result.sums["right"] / result.over,
                 "reward/grad_norm": result.grad_norm,
                 "reward/lr": lr,
             }
@@ -81,12 +82,14 @@ class RewardModeling(Stage):
         self._margins = []
 
     def validation_step(self, batch: Sequences, index: int) -> None:
-        """Measure a batch of held-out comparisons."""
+        """Measure a batch of held-out comparisons, the processes taking turns."""
+        if index % parallel.size() != parallel.rank():
+            return
         self._margins += [self.margins(batch.rows(rows)) for rows in self.microbatches(batch)]
 
     def on_validation_epoch_end(self) -> None:
         """Accuracy and margin over all held-out comparisons."""
-        margins = torch.cat(self._margins)
+        margins = torch.cat(parallel.gathered(torch.cat(self._margins).cpu() if self._margins else torch.empty(0)))
         metrics = {
             "reward/validation_loss": -F.logsigmoid(margins).mean(),
             "reward/accuracy": ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import parallel
 from rlhf.data.records import Demonstration
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
@@ -75,7 +76,7 @@ class SupervisedFineTuning(Stage):
         step = self.trainer.global_step
         self.note_refusal(result, step, batch)
         if step % self.settings.log_every == 0 or step == self.total_steps:
-            loss = result.sums["loss"] / count
+            loss = result.sums["loss"] / result.over
             self.emit({"sft/loss": loss, "sft/grad_norm": result.grad_norm, "sft/lr": lr}, step, bar=["sft/loss"])
 
     def on_validation_epoch_start(self) -> None:
@@ -83,14 +84,17 @@ class SupervisedFineTuning(Stage):
         self._held_out = []
 
     def validation_step(self, batch: Sequences, index: int) -> None:
-        """Measure a batch of held-out demonstrations."""
+        """Measure a batch of held-out demonstrations, the processes taking turns."""
+        if index % parallel.size() != parallel.rank():
+            return
         for rows in self.microbatches(batch):
             part = batch.rows(rows)
             self._held_out.append((self.loss_sum(part), part.targets_predicted.sum()))
 
     def on_validation_epoch_end(self) -> None:
         """Perplexity over all held-out targets."""
-        loss = float(torch.stack([total for total, _ in self._held_out]).sum())
-        count = int(torch.stack([count for _, count in self._held_out]).sum())
+        device = self.roles.device
+        loss = float(parallel.total(sum((part for part, _ in self._held_out), torch.zeros((), device=device))))
+        count = int(parallel.total(sum((count for _, count in self._held_out), torch.zeros((), device=device))))
         metrics = {"sft/validation_loss": loss / count, "sft/perplexity": math.exp(min(loss / count, 700))}
         self.emit(metrics, self.trainer.global_step, bar=["sft/perplexity"])

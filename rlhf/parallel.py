@@ -1,0 +1,231 @@
+"""Several processes on one run: which of them this is, what they add up, how they are started.
+
+Every process walks through the same stages with its own share of each batch; what is decided once (is it built already?
+what did the judge say?) is decided by the first and told to the others. Alone, everything here is the identity.
+"""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # the first process may wait long for a lock; one that dies takes the others with it
+GRACE_SECONDS = 20  # for the other processes to leave by themselves, once one has
+PARENT = "RLHF_LAUNCHER"
+BUCKET = 2**24  # numbers added up at once: 64 MiB of float32
+_joined: list[ClusterEnvironment] = []
+
+
+class DataParallel(DDPStrategy):
+    """Lightning's DDP without its wrapper: `rlhf.stages.base.Stage.accumulate` adds the gradients up, once a step.
+
+    The wrapper would add them up in every backward pass, of which a step has several.
+    """
+
+    def configure_ddp(self) -> None:
+        """Leave the module as it is."""
+
+
+# -- who we are ------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that decides and writes."""
+    return rank() == 0
+
+
+# -- what they tell each other ---------------------------------------------------------------------------------------
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of `x` over the processes."""
+    if size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes, in few messages."""
+    if size() == 1:
+        return
+    for kind in {tensor.dtype for tensor in tensors}:
+        bucket: list[Tensor] = []
+        for tensor in [*(tensor for tensor in tensors if tensor.dtype == kind), None]:
+            if bucket and (tensor is None or sum(map(torch.numel, bucket)) + tensor.numel() > BUCKET):
+                flat = torch.cat([member.flatten() for member in bucket])
+                dist.all_reduce(flat)
+                for member, summed in zip(bucket, flat.split([member.numel() for member in bucket]), strict=True):
+                    member.copy_(summed.view_as(member))
+                bucket = []
+            if tensor is not None:
+                bucket.append(tensor)
+
+
+def gathered(value: T) -> list[T]:
+    """What every process holds, in their order."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives, or raises, in the first process; the others do not call it."""
+    if size() == 1:
+        return make()
+    told: list[Any] = [None]
+    if is_first():
+        try:
+            told = [(make(), None)]
+        except Exception as error:
+            dist.broadcast_object_list([(None, _portable(error))])
+            raise
+    dist.broadcast_object_list(told)
+    value, failure = told[0]
+    if failure is not None:
+        raise failure
+    return value
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever keeps it from travelling
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+# -- how they come to be ---------------------------------------------------------------------------------------------
+
+
+def wanted(trainer: Mapping[str, Any]) -> int:
+    """Processes per node that a `trainer` configuration asks for."""
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, str) and devices.isdigit():
+        return int(devices)
+    if isinstance(devices, int) and devices >= 0:
+        return devices
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    return max(1, torch.cuda.device_count()) if trainer.get("accelerator", "auto") != "cpu" else 1
+
+
+def environment() -> ClusterEnvironment | None:
+    """Who started us as one of several processes (torchrun, srun, or `launch`); None when we are alone."""
+    if _joined:  # Lightning, done with a stage, takes away the variables it is read from
+        return _joined[-1]
+    found: ClusterEnvironment | None = None
+    if TorchElasticEnvironment.detect():
+        found = TorchElasticEnvironment()
+    elif "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
+        found = LightningEnvironment()
+        found.set_world_size(int(os.environ["WORLD_SIZE"]))
+        found.set_global_rank(int(os.environ["RANK"]))
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and SLURMEnvironment.detect():
+        found = SLURMEnvironment(auto_requeue=False)
+    return found if found is not None and found.world_size() > 1 else None
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Belong to the group of processes that we were started in, if there is one."""
+    place = environment()
+    if place is None or dist.is_initialized():
+        yield
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.main_address, str(place.main_port)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank())
+    dist.init_process_group(backend, timeout=PATIENCE, rank=place.global_rank(), world_size=place.world_size())
+    _joined.append(place)
+    try:
+        yield
+    finally:
+        _joined.pop()
+        dist.destroy_process_group()
+
+
+def orphaned() -> bool:
+    """Whether the process that started us is no more."""
+    return PARENT in os.environ and os.getppid() != int(os.environ[PARENT])
+
+
+def launch(processes: int, config: Path) -> int:
+    """Start `python -m rlhf.worker CONFIG` as many times, pass signals on, wait; returns the first exit code not 0.
+
+    torchrun would do, but it kills what has not left 30 seconds after a signal, in the middle of a long step, and does
+    not pass SIGUSR1 on.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = str(os.getpid())
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "rlhf.worker", str(config)],
+            env={"OMP_NUM_THREADS": threads, **os.environ, **group, "RANK": str(i), "LOCAL_RANK": str(i), PARENT: own},
+            start_new_session=True,  # or the terminal's Ctrl-C would reach them twice
+        )
+        for i in range(processes)
+    ]
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, pass_on) for number in signals}
+    try:
+        return _wait(children)
+    finally:
+        for child in children:
+            child.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: list[subprocess.Popen]) -> int:
+    failed, since = 0, 0.0
+    while any(child.poll() is None for child in children):
+        time.sleep(0.2)
+        codes = [child.returncode for child in children if child.returncode]
+        if codes and not failed:
+            failed, since = codes[0], time.monotonic()
+        if failed and time.monotonic() - since > GRACE_SECONDS:  # they wait for one that is no more
+            for child in children:
+                child.kill()
+    return failed or next((child.returncode for child in children if child.returncode), 0)
