@@ -1,10 +1,8 @@
 """What a study looks for: `objectives`, a direction for each of one or more metrics. No torch here."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
-
-from omegaconf import DictConfig
 
 from rlhf.settings import ConfigError
 
@@ -12,7 +10,7 @@ DIRECTIONS = ("maximize", "minimize")
 WIN = "eval/win_rate"  # what a job returns that was given no objectives
 
 
-def objectives_of(config: DictConfig) -> dict[str, str]:
+def objectives_of(config: MutableMapping[Any, Any]) -> dict[str, str]:
     """Metric → direction; empty without objectives.
 
     Raises:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Study(OptunaSweeperImpl):
             ConfigError: no objectives or no axes, a metric that is not known, or the seed as an axis.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         objectives = objectives_of(self.config)
         space, fixed = create_params_from_overrides([*self._parse_sweeper_params_config(), *arguments])
         space = {name: distribution for name, distribution in space.items() if name not in fixed}
@@ -121,7 +123,7 @@ def check(space: Mapping[str, Any], objectives: Mapping[str, str]) -> None:
         ConfigError: one sentence.
     """
     if not objectives:
-        raise ConfigError("hydra/sweeper=search needs objectives, such as +objectives={eval/win_rate: maximize}")
+        raise ConfigError("hydra/sweeper=search needs objectives, such as 'objectives={eval/win_rate: maximize}'")
     for metric in objectives:
         if metric.startswith("eval/") and metric not in COLUMNS:
             close = difflib.get_close_matches(metric, COLUMNS, n=1)

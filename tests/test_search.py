@@ -52,11 +52,15 @@ def test_every_corner_of_the_space_composes() -> None:
 
 
 REFUSED = [
-    ("experiments=search objectives.eval/true_kl=down", "objectives.eval/true_kl=down", "maximize or minimize"),
-    ("experiments=search +objectives.eval/win_rat=maximize", "objectives.eval/win_rat", "did you mean eval/win_rate?"),
+    ("experiments=search objectives={eval/true_kl:down}", "objectives.eval/true_kl=down", "maximize or minimize"),
+    (
+        "experiments=search ++objectives={eval/win_rat:maximize}",
+        "objectives.eval/win_rat",
+        "did you mean eval/win_rate?",
+    ),
     ("experiments=search seed=1,2", "seed is an axis", "one seed"),
     ("hydra/sweeper=search kl.coef=interval(0.01,0.1)", "needs objectives", "eval/win_rate: maximize"),
-    ("hydra/sweeper=search +objectives={eval/win_rate:maximize}", "nothing to search", "an axis"),
+    ("hydra/sweeper=search objectives={eval/win_rate:maximize}", "nothing to search", "an axis"),
 ]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf.objectives import objectives_of
 from rlhf.report.measures import measure
@@ -39,7 +40,7 @@ def front_table(sweep: Sweep) -> Table | None:
     return Table(header, lines, caption)
 
 
-def unbeaten(points: Array) -> Array:
+def unbeaten(points: Array) -> NDArray[np.bool_]:
     """[rows, objectives], more is better → [rows]: whether no other row is as good in all and better in one."""
     as_good = (points[:, None] >= points[None]).all(axis=-1)  # [i, j]: row i is as good as row j in all
     better = (points[:, None] > points[None]).any(axis=-1)
