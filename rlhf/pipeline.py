@@ -267,7 +267,8 @@ class Run:
             chosen["mode"] = "offline"
         self.dashboard = dashboard = instantiate(self.config.logger, "logger", **chosen)
         self.offline = dashboard.offline
-        dashboard.log_hyperparams(self.plain)
+        row = ", ".join(item for item in self.overrides if not item.startswith("seed="))
+        dashboard.log_hyperparams({**self.plain, "row": row or "PPO"})  # what the seeds of a row share
         for path in needed:
             dashboard.uses(path.name, path)
         return [lines, dashboard]

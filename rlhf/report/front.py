@@ -44,7 +44,7 @@ def unbeaten(points: Array) -> NDArray[np.bool_]:
     """[rows, objectives], more is better → [rows]: whether no other row is as good in all and better in one."""
     as_good = (points[:, None] >= points[None]).all(axis=-1)  # [i, j]: row i is as good as row j in all
     better = (points[:, None] > points[None]).any(axis=-1)
-    return ~(as_good & better).any(axis=0)
+    return np.asarray(~(as_good & better).any(axis=0))
 
 
 def axes_of(rows: Sequence[Row]) -> list[str]:
