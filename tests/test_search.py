@@ -1,6 +1,7 @@
 """A search by Optuna: what it composes, what it refuses, what it continues, and the front at its end."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_end_to_end import rlhf
@@ -49,6 +51,24 @@ def test_every_corner_of_the_space_composes() -> None:
             assert settings.lora.alpha == 8 * settings.lora.r
     assert dict(config.objectives) == BOTH
     assert config.hydra.sweeper.storage == "sqlite:///outputs/search/study.db"
+
+
+def test_the_command_of_a_wandb_agent_composes() -> None:
+    """The YAML of docs/search.md, made into a command by W&B's own code."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    (block,) = re.findall(r"```yaml\n# sweep.yaml\n(.*?)```", (root() / "docs/search.md").read_text(), re.DOTALL)
+    sweep = yaml.safe_load(block)
+    chosen = {name: {"value": (axis.get("values") or [axis["max"]])[0]} for name, axis in sweep["parameters"].items()}
+    arguments = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    command = create_sweep_command(sweep["command"])
+    assert command[:2] == ["${env}", "rlhf"]
+    assert command.pop() == "${args_no_hyphens}"
+    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
+        config = compose("config", [*command[2:], *arguments])
+    settings = settings_of(config)
+    assert (settings.ppo.lr, config.kl.coef, settings.lora.r) == (0.01, 0.5, 8)
+    assert sweep["metric"]["name"].removesuffix(".last") in BOTH
 
 
 REFUSED = [
