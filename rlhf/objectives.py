@@ -14,9 +14,12 @@ def objectives_of(config: MutableMapping[Any, Any]) -> dict[str, str]:
     """Metric → direction; empty without objectives.
 
     Raises:
-        ConfigError: a direction that is none.
+        ConfigError: a direction that is none, or no metrics with directions at all.
     """
-    chosen = {str(metric): str(direction) for metric, direction in (config.get("objectives") or {}).items()}
+    asked = config.get("objectives") or {}
+    if not isinstance(asked, Mapping):
+        raise ConfigError(f"objectives={asked} is not allowed; allowed: null or {{metric: {' or '.join(DIRECTIONS)}}}")
+    chosen = {str(metric): str(direction) for metric, direction in asked.items()}
     for metric, direction in chosen.items():
         if direction not in DIRECTIONS:
             raise ConfigError(f"objectives.{metric}={direction} is not allowed; allowed: {' or '.join(DIRECTIONS)}")

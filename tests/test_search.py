@@ -20,10 +20,11 @@ from tiny_runs import TINY
 from rlhf import root
 from rlhf.config import settings_of
 from rlhf.files import read_json, write_json
-from rlhf.objectives import result
+from rlhf.objectives import objectives_of, result
 from rlhf.report.cli import make_report
 from rlhf.report.front import front_table, unbeaten
 from rlhf.report.runs import load
+from rlhf.settings import ConfigError
 from rlhf.sweep import FAILED, PLAN, SUMMARY, states, told
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
@@ -124,6 +125,8 @@ def test_what_a_job_tells() -> None:
     assert result(metrics, BOTH) == [0.5, 0.1]
     assert result(metrics, {**BOTH, "eval/reward": "maximize"}) is None
     assert result(metrics, {**BOTH, "eval/gold_utility": "maximize"}) is None
+    with pytest.raises(ConfigError, match="objectives=3 is not allowed"):
+        objectives_of({"objectives": 3})
 
 
 def test_a_launcher_that_brings_nothing_back_reads_the_summary(tmp_path: Path) -> None:
