@@ -57,7 +57,11 @@ class Study(OptunaSweeperImpl):
         folder = Path(self.config.hydra.sweep.dir)
         with locked(folder / ".study.lock", f"another process searches in {folder}"):
             self._continue(space, fixed, objectives)
-            super().sweep(arguments)
+            try:
+                super().sweep(arguments)
+            except ValueError as error:  # of one objective the plugin names the best trial, if there is any
+                if "No trials are completed" not in str(error):
+                    raise
 
     def _continue(self, space: Space, fixed: dict[str, Any], objectives: Mapping[str, str]) -> None:
         """Take up the study of this configuration in `study.db`; another configuration's is left as it is."""
@@ -93,8 +97,9 @@ class Study(OptunaSweeperImpl):
         how = self.config.hydra.job.config.override_dirname
         self.runs |= {sweep.run_folder(self.config, list(job)): sweep.naming(job, how.exclude_keys) for job in jobs}
         runs = [{"folder": folder, "overrides": overrides} for folder, overrides in self.runs.items()]
-        jobs_at_once = min(self.n_jobs, sweep.parallel_jobs(self.config.hydra.launcher))
-        plan = {"runs": runs, "jobs": jobs_at_once, "to_come": max(0, self.wanted - len(runs))}
+        launcher = self.config.hydra.launcher
+        at_once = self.n_jobs if sweep.on_slurm(launcher) else min(self.n_jobs, sweep.parallel_jobs(launcher))
+        plan = {"runs": runs, "jobs": at_once, "to_come": max(0, self.wanted - len(runs))}
         write_json(Path(self.config.hydra.sweep.dir) / sweep.PLAN, plan)
 
     def _preview(self, space: Space, fixed: dict[str, Any]) -> None:
