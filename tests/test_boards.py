@@ -1,6 +1,7 @@
 """A sweep's W&B workspace and report, built offline from a real sweep; putting them there was never run here."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from test_report import write_run
 from tiny_runs import TINY, rlhf
 from wandb_files import read_runs
 
-from rlhf import root
+from rlhf import dashboards, root
 from rlhf.files import read_json, write_json
 from rlhf.sweep import SUMMARY
 
@@ -93,7 +94,7 @@ def test_every_panel_draws_what_the_runs_logged(folder: Path) -> None:
 
 def test_the_filters_and_rows_are_those_of_the_runs(folder: Path) -> None:
     boards = Boards.of(folder)
-    assert boards.filters == "Metric(\"Group\") == 'study' and Metric(\"JobType\") == 'ppo'"
+    assert boards.workspace().runset_settings.filters == "Metric(\"Group\") == 'study' and Metric(\"JobType\") == 'ppo'"
     runs = [run for run in read_runs(folder) if run.stage == "ppo"]
     assert all(run.group == "study" and run.project == boards.project for run in runs)
     labels = {row.label for row in boards.sweep.trained}
@@ -111,6 +112,7 @@ def test_the_figures_are_panels_with_their_axes(folder: Path) -> None:
         ("eval/true_kl", "eval/reward"), ("eval/true_kl", "eval/gold_utility"),
     ]  # fmt: skip
     assert Boards.of(folder).bars()[0].metrics == ["eval/win_rate.last"]
+    assert Boards.of(folder).front() == []
 
 
 def test_json_there_and_back(folder: Path) -> None:
@@ -121,14 +123,14 @@ def test_json_there_and_back(folder: Path) -> None:
     again = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     assert again["spec"]["section"]["panelBankConfig"] == written["spec"]["section"]["panelBankConfig"]
     assert [section.name for section in workspace.sections] == ["Table", "Figures"]
-    assert workspace.runset_settings.filters == Boards.of(folder).filters
+    assert workspace.runset_settings.filters == Boards.of(folder).workspace().runset_settings.filters
     page = wr.Report._from_model(ReportViewspec.model_validate(read_json(report / REPORT)))
     grids = [block for block in page.blocks if isinstance(block, wr.PanelGrid)]
     assert [len(grid.panels) for grid in grids] == [len(section.panels) for section in workspace.sections]
     assert any("| row | seeds |" in block.text for block in page.blocks if isinstance(block, wr.MarkdownBlock))
 
 
-def test_runs_taken_over_are_found_by_their_ids_and_a_search_has_its_front(folder: Path, tmp_path: Path) -> None:
+def test_runs_taken_over_are_found_by_their_ids_and_a_search_has_its_front(tmp_path: Path) -> None:
     sweep = tmp_path / "search"
     logger = {"_target_": "rlhf.tracking.wandb_logger", "project": "p", "group": "search", "entity": None}
     objectives = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}
@@ -136,18 +138,15 @@ def test_runs_taken_over_are_found_by_their_ids_and_a_search_has_its_front(folde
         config = {"seed": seed, "logger": logger, "objectives": objectives}
         write_run(sweep / f"seed-{seed}", "lora_kl", seed, config=config, identity=f"a{seed}", **more)
     boards = Boards.of(sweep)
-    assert boards.filters == "Metric(\"ID\") in ['ppo-a1', 'ppo-a2']"
+    assert boards.workspace().runset_settings.filters == "Metric(\"ID\") in ['ppo-a1', 'ppo-a2']"
     (spec,) = [json.loads(panel._to_model().model_dump_json(by_alias=True)) for panel in boards.front()]
     assert spec["config"]["xAxis"] == "summary:eval/true_kl.last"
     assert spec["config"]["yAxis"] == "summary:eval/win_rate.last"
-    assert Boards.of(folder).front() == []
 
 
 def sync(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     code = "from rlhf.dashboards import sync; sync()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    import os
-
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     kept |= {"PYTHONPATH": os.pathsep.join(sys.path), "NETRC": "/nowhere", **environment}
     return subprocess.run(command, env=kept, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -169,7 +168,14 @@ def test_without_a_key_one_sentence_and_the_specifications(sent: Path) -> None:
     assert "no boards were put into W&B" in said
     assert "wandb login" in said
     assert (sent / "report" / WORKSPACE).exists()
-    assert sync(sent, "--boards", "--dry-run").returncode == 0
+
+
+def test_a_dry_run_writes_and_does_not_ask(sent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlhf-sync", str(sent), "--boards", "--dry-run"])
+    with pytest.raises(SystemExit) as left:
+        dashboards.sync()
+    assert left.value.code == 0
+    assert (sent / "report" / REPORT).exists()
 
 
 def test_without_a_server_one_sentence(sent: Path) -> None:
@@ -179,10 +185,25 @@ def test_without_a_server_one_sentence(sent: Path) -> None:
     assert "no boards were put into W&B" in done.stderr
 
 
-def test_a_sweep_that_was_not_logged_is_refused(sent: Path) -> None:
+def test_a_sweep_that_was_not_logged_is_refused(
+    sent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = read_json(sent / "a" / SUMMARY)
     summary["config"]["logger"] = {"_target_": "lightning.pytorch.loggers.CSVLogger"}
     write_json(sent / "a" / SUMMARY, summary)
-    done = sync(sent, "--boards")
-    assert done.returncode == 2
-    assert "allowed: a sweep made with logger=wandb" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["rlhf-sync", str(sent), "--boards"])
+    with pytest.raises(SystemExit) as left:
+        dashboards.sync()
+    assert left.value.code == 2
+    assert "allowed: a sweep made with logger=wandb" in capsys.readouterr().err
+
+
+def test_without_the_extra_one_sentence_says_what_to_install(
+    sent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rlhf.report.boards", None)
+    monkeypatch.setattr(sys, "argv", ["rlhf-sync", str(sent), "--boards"])
+    with pytest.raises(SystemExit) as left:
+        dashboards.sync()
+    assert left.value.code == 2
+    assert "pip install 'rlhf[dashboards]'" in capsys.readouterr().err

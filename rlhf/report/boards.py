@@ -35,7 +35,7 @@ class Boards:
     name: str
     project: str
     entity: str | None
-    filters: str
+    filters: expr.And
 
     @classmethod
     def of(cls, folder: Path) -> "Boards":
@@ -167,13 +167,13 @@ def _over_seeds() -> dict[str, Any]:
     return {"groupby": wr.Config(ROW), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 
 
-def _filters(sweep: Sweep, group: str) -> str:
+def _filters(sweep: Sweep, group: str) -> expr.And:
     """The sweep's runs of PPO: its group, or run by run where some were taken over from other sweeps' groups."""
     if any(run.summary.get("same_as") for run in sweep.finished):
         ids = [f"{run.summary['stage']}-{run.summary['identity']}" for run in sweep.finished]
-        return expr.filterexpr_list_to_string([expr.Metric("ID").isin(ids)])
+        return expr.And(expr.Metric("ID").isin(ids))
     stage = sweep.finished[0].summary["stage"]
-    return expr.filterexpr_list_to_string([expr.Metric("Group") == group, expr.Metric("JobType") == stage])
+    return expr.And(expr.Metric("Group") == group, expr.Metric("JobType") == stage)
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:
