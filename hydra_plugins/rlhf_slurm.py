@@ -68,7 +68,11 @@ class SlurmLauncher(Launcher):
             names = " ".join(sorted({job.partition("_")[0] for job in jobs.values()}))
             log.warning("the jobs go on; the same command waits for them again, `scancel %s` ends them", names)
             raise
-        return [JobReturn(overrides=list(job), status=JobStatus.COMPLETED) for job in job_overrides]
+        told = [sweep.told(folder / sweep.run_folder(config, list(job)), config) for job in job_overrides]
+        return [
+            JobReturn(overrides=list(job), status=JobStatus.COMPLETED, _return_value=value)
+            for job, value in zip(job_overrides, told, strict=True)
+        ]
 
     def _submit(self, runs: dict[Path, tuple[int, Sequence[str]]], folder: Path) -> dict[Path, str]:
         import submitit

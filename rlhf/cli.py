@@ -30,6 +30,7 @@ from rich.table import Table
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.failures import of_the_machine
 from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, LINE_FILES, read_json, write_json
+from rlhf.objectives import objectives_of, result
 from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
 from rlhf.slurm import is_first_process
 from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, jobs_of, naming, on_slurm, parallel_jobs, states
@@ -56,8 +57,8 @@ ROWS = {
 
 
 @hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
-def app(config: DictConfig) -> float | None:
-    """One job: returns the final win rate, which is what a sweeper optimises."""
+def app(config: DictConfig) -> float | list[float] | None:
+    """One job: returns what a sweeper optimises, the final values of `objectives` or else the win rate."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     sweeping = hydra_config.mode == RunMode.MULTIRUN
@@ -66,7 +67,7 @@ def app(config: DictConfig) -> float | None:
     return attempt(config, folder, sweeping)
 
 
-def attempt(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
+def attempt(config: DictConfig, folder: Path, sweeping: bool) -> float | list[float] | None:
     """`job`, its failure told as one sentence and an exit code, or, in a sweep, noted in the run's folder."""
     try:
         return job(config, folder, sweeping)
@@ -93,7 +94,7 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
         raise
 
 
-def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
+def job(config: DictConfig, folder: Path, sweeping: bool) -> float | list[float] | None:
     """Check, run, summarise one composed configuration."""
     # imported here so that completion, --help and composition errors do not wait for torch
     from rlhf import cache, parallel
@@ -107,7 +108,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
         _share_cores(parallel_jobs(HydraConfig.get().launcher) * processes)
     elif on_slurm(HydraConfig.get().launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
-    settings = settings_of(config)
+    settings, objectives = settings_of(config), objectives_of(config)
     source = data_source(config)
     check(config, settings, source)
     how = HydraConfig.get().job.config.override_dirname
@@ -128,7 +129,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | None:
         log.info("%s: %s", folder.name, counts(states(folder.parent), jobs_of(plan)) if plan.exists() else "done")
     else:
         show(summary, folder)
-    return summary["metrics"].get("eval/win_rate")
+    return result(summary["metrics"], objectives)
 
 
 def _finish(run: "Run", resume: str) -> dict[str, Any]:
@@ -246,6 +247,8 @@ def _explain_composition(message: str, cause: str) -> str:
     missing = re.search(r"Could not find '([^']+)/([^']+)'", message)
     if "hydra/launcher/submitit_slurm" in message:
         return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlhf[slurm]'"
+    if "hydra/sweeper/optuna" in message:
+        return "hydra/sweeper=search needs the package hydra-optuna-sweeper: pip install 'rlhf[optuna]'"
     if missing:
         group, option = missing.groups()
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)

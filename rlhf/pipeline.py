@@ -44,7 +44,7 @@ from rlhf.training import train_ppo, train_supervised
 log = logging.getLogger(__name__)
 SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
 REWARD_CODE = (*SFT_CODE, "stages/reward.py")
-NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards")
+NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards", "objectives")
 
 
 class Run:
@@ -281,7 +281,8 @@ class Run:
             chosen["mode"] = "offline"
         self.dashboard = dashboard = instantiate(self.config.logger, "logger", **chosen)
         self.offline = dashboard.offline
-        dashboard.log_hyperparams(self.plain)
+        row = ", ".join(item for item in self.overrides if not item.startswith("seed="))
+        dashboard.log_hyperparams({**self.plain, "row": row or "PPO"})  # what the seeds of a row share
         for path in needed:
             dashboard.uses(path.name, path)
         return [lines, dashboard]

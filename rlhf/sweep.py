@@ -24,6 +24,7 @@ from rich.text import Text
 
 from rlhf import slurm
 from rlhf.files import read_json, read_lines, write_json
+from rlhf.objectives import objectives_of, result
 from rlhf.resolvers import folder_name
 from rlhf.settings import ConfigError
 
@@ -62,6 +63,8 @@ class SweepCallback(Callback):
                 print(f"rlhf: {error}", file=sys.stderr)
                 raise SystemExit(2) from None
         folder.mkdir(parents=True, exist_ok=True)
+        if is_search(config):  # it plans as it goes
+            return
         runs = planned(config)
         jobs = min(len(runs), launcher.array_parallelism) if on_slurm(launcher) else parallel_jobs(launcher)
         write_json(folder / PLAN, {"runs": runs, "jobs": jobs})
@@ -70,7 +73,7 @@ class SweepCallback(Callback):
         """Sum up, make the report; a failed run makes the command fail, after the others are done."""
         folder = Path(config.hydra.sweep.dir)
         if config.dry_run:
-            runs = [_state(folder / run["folder"], tuple(run["overrides"]), None) for run in planned(config)]
+            runs = _states(folder, _intended(config, folder), None)
             pace = _pace(folder, config)
             print(f"{counts(runs, parallel_jobs(config.hydra.launcher), pace)}{'' if pace else UNKNOWN_PACE}")
             return
@@ -85,11 +88,12 @@ class SweepCallback(Callback):
 
 
 def _report(folder: Path, config: DictConfig) -> None:
-    from rlhf.report.cli import make_report
+    from rlhf.report.cli import make_report, show_front
     from rlhf.report.publish import publish
 
     try:
         page = make_report([folder])
+        show_front(folder)
         log.info("report: %s", page)
         publish(page, folder, config)
     except Exception:  # the runs are worth more than their picture: rlhf-report can be called again
@@ -104,6 +108,14 @@ def planned(config: DictConfig) -> list[dict[str, Any]]:
     excluded = config.hydra.job.config.override_dirname.exclude_keys
     jobs = {run_folder(config, overrides): naming(overrides, excluded) for overrides in batches[0]}
     return [{"folder": folder, "overrides": overrides} for folder, overrides in jobs.items()]
+
+
+def _intended(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """The plan of a dry run, which writes none; a search has the runs that it chose so far."""
+    if not is_search(config):
+        return {"runs": planned(config)}
+    runs = read_json(folder / PLAN)["runs"] if (folder / PLAN).exists() else []
+    return {"runs": runs, "to_come": max(0, config.hydra.sweeper.n_trials - len(runs))}
 
 
 def run_folder(config: DictConfig, overrides: list[str]) -> str:
@@ -122,6 +134,18 @@ def naming(overrides: Iterable[str], excluded: Iterable[str]) -> list[str]:
     return [override for override in overrides if override.lstrip("+~").partition("=")[0] not in set(excluded)]
 
 
+def is_search(config: DictConfig) -> bool:
+    """Whether this is `hydra/sweeper=search`."""
+    return str(config.hydra.sweeper.get("_target_")).endswith("rlhf_search.Search")
+
+
+def told(run: Path, config: DictConfig) -> float | list[float] | None:
+    """What a sweeper is to be told of the run in a folder, by its summary."""
+    if not (run / SUMMARY).exists():
+        return None
+    return result(read_json(run / SUMMARY)["metrics"], objectives_of(config))
+
+
 def parallel_jobs(launcher: DictConfig) -> int:
     """How many jobs a launcher runs at once on this machine."""
     jobs = int(launcher.get("n_jobs") or 1)
@@ -135,7 +159,12 @@ def on_slurm(launcher: DictConfig) -> bool:
 
 def states(folder: Path, queue: Mapping[str, slurm.Queued] | None = None) -> list[State]:
     """How far every run of the plan is; `queue` is what SLURM says of its jobs, where one asked."""
-    return [_state(folder / run["folder"], tuple(run["overrides"]), queue) for run in read_json(folder / PLAN)["runs"]]
+    return _states(folder, read_json(folder / PLAN), queue)
+
+
+def _states(folder: Path, plan: Mapping[str, Any], queue: Mapping[str, slurm.Queued] | None) -> list[State]:
+    runs = [_state(folder / run["folder"], tuple(run["overrides"]), queue) for run in plan["runs"]]
+    return runs + [State(folder, (), "waiting")] * plan.get("to_come", 0)  # trials of a search not chosen yet
 
 
 def queue(folder: Path) -> dict[str, slurm.Queued] | None:

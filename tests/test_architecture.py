@@ -11,9 +11,9 @@ import pytest
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
-ORDER = ["files", "parallel", "failures", "code", "dashboards", "resolvers", "settings", "slurm", "sweep", "guards",
-         "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints", "config",
-         "tracking", "cache", "interruption", "training", "pipeline", "preview", "report", "cli",
+ORDER = ["files", "parallel", "failures", "code", "dashboards", "resolvers", "settings", "objectives", "slurm", "sweep",
+         "guards", "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints",
+         "config", "tracking", "cache", "interruption", "training", "pipeline", "preview", "report", "search", "cli",
          "worker", "finished", "publish", "chat"]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 
 from rlhf.report import page, words
 from rlhf.report.figures import FigureError, make_figures
+from rlhf.report.front import front_table
 from rlhf.report.results import baseline, compared, comparisons, difference_table, main_table
 from rlhf.report.runs import NoRunsError, load
 from rlhf.report.tables import Table
@@ -28,32 +29,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: FOLDER/report)")
     options = parser.parse_args(arguments)
     try:
-        path, table = _make(options.folders, options.out)
+        path, tables = _make(options.folders, options.out)
     except (NoRunsError, FigureError) as error:
         print(f"rlhf-report: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     console = Console()
-    console.print(_on_terminal(table, console.width))
+    for name, table in tables.items():
+        if name != "differences":
+            console.print(_on_terminal(table, console.width))
     console.print(str(path), soft_wrap=True, highlight=False)
 
 
-def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, Table]:
+def show_front(folder: Path) -> None:
+    """Print the front of a sweep that was given objectives; nothing for another."""
+    table, console = front_table(load([folder])), Console()
+    if table:
+        console.print(_on_terminal(table, console.width))
+        console.print(table.caption)
+
+
+def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Table]]:
     sweep = load(folders)
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     against, metrics = baseline(sweep), compared(sweep)
-    found = comparisons(sweep, against, metrics)
-    tables = [("Results", main_table(sweep))]
-    if found:
-        tables.append((f"Differences from “{against.label}”", difference_table(sweep, found, against)))
-    for name, (_, table) in zip(("table", "differences"), tables, strict=False):
+    front = front_table(sweep)
+    found = [] if front else comparisons(sweep, against, metrics)
+    tables, titles = {"table": main_table(sweep)}, {"table": "Results", "front": "The front of the search"}
+    if front:
+        tables["front"] = front
+    elif found:
+        tables["differences"] = difference_table(sweep, found, against)
+        titles["differences"] = f"Differences from “{against.label}”"
+    for name, table in tables.items():
         for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             (out / f"{name}.{suffix}").write_text(text)
     drawn = make_figures(sweep, out / "figures")
     said = words.summary(sweep, found, metrics[0] if metrics else None)
     path = out / "report.html"
-    path.write_text(page.render(sweep, said, tables, drawn, out / "figures"))
-    return path, tables[0][1]
+    shown = [(titles[name], table) for name, table in tables.items()]
+    path.write_text(page.render(sweep, said, shown, drawn, out / "figures"))
+    return path, tables
 
 
 def _on_terminal(table: Table, width: int) -> RichTable:

@@ -14,7 +14,18 @@ from rlhf.report.words import duration
 
 PROMPTS = 6
 # where a run stands and how its sweep is shown are no part of what it did
-ELSEWHERE = ("output_dir", "name", "seed", "resume", "dry_run", "report", "logger", "experiments", "sweeps")
+ELSEWHERE = (
+    "output_dir",
+    "name",
+    "seed",
+    "resume",
+    "dry_run",
+    "report",
+    "logger",
+    "experiments",
+    "sweeps",
+    "objectives",
+)
 
 
 def render(

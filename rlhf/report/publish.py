@@ -1,6 +1,7 @@
 """A sweep's report as a W&B run of its own, which uses the models of all its runs: the end of the lineage."""
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,5 +26,9 @@ def publish(page: Path, folder: Path, config: DictConfig) -> None:
     for run, where in runs.items():
         if (where / "model").exists():
             dashboard.uses(run, where)
+    if find_spec("wandb_workspaces"):
+        from rlhf.report.boards import Boards
+
+        Boards.of(folder).write(page.parent)
     dashboard.log_report(name, page)
     dashboard.close()

@@ -1,0 +1,180 @@
+"""A sweep's workspace and report in W&B, as code: the table's metrics as bars, every figure of its layout as a panel.
+
+They are built offline, from what the runs left, and written beside the report; `rlhf-sync --boards` puts them into W&B.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+from wandb_workspaces import expr
+
+from rlhf.files import read_json, write_json
+from rlhf.objectives import objectives_of
+from rlhf.report.figures import DEFAULT, KL
+from rlhf.report.front import front_table
+from rlhf.report.measures import measure
+from rlhf.report.results import columns, main_table
+from rlhf.report.runs import NoRunsError, Sweep, load
+
+WORKSPACE, REPORT, PUSHED = "wandb_workspace.json", "wandb_report.json", "wandb_pushed.json"
+STEP, ROW = "step", "row"  # the runs' x axis, and the key of their configuration that all seeds of a row share
+LAST = ".last"  # W&B keeps minimum, maximum and last value of each metric
+MOST_RUNS = 100
+ROOT_NOTE = "W&B has no root axis: this is against the KL itself."
+
+
+@dataclass(frozen=True)
+class Boards:
+    """A sweep, and which runs of which W&B project are its."""
+
+    sweep: Sweep
+    name: str
+    project: str
+    entity: str | None
+    filters: expr.And
+
+    @classmethod
+    def of(cls, folder: Path) -> "Boards":
+        """Those of the sweep in `folder`.
+
+        Raises:
+            NoRunsError: it has no finished run, or its runs were not logged to W&B.
+        """
+        sweep = load([folder])
+        config = sweep.finished[0].config
+        logger = config.get("logger") or {}
+        if not str(logger.get("_target_", "")).endswith("wandb_logger"):
+            raise NoRunsError(f"{folder} was not logged to W&B; allowed: a sweep made with logger=wandb")
+        filters = _filters(sweep, str(logger["group"]))
+        return cls(sweep, folder.resolve().name, str(logger["project"]), logger.get("entity"), filters)
+
+    @property
+    def title(self) -> str:
+        """That of the report."""
+        return str(self.sweep.layout.get("title") or self.name)
+
+    def workspace(self, entity: str = "") -> ws.Workspace:
+        """A view of the project: the sweep's runs by row, a section for the table and one for the figures."""
+        sections = [
+            ws.Section("Table", panels=self.bars(), is_open=True, pinned=True),
+            ws.Section("Figures", panels=self.figures(), is_open=True),
+        ]
+        if self.front():
+            sections.append(ws.Section("Search", panels=self.front(), is_open=True))
+        return ws.Workspace(
+            entity,
+            self.project,
+            name=self.name,
+            sections=sections,
+            settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=MOST_RUNS),
+            runset_settings=ws.RunsetSettings(
+                filters=self.filters,
+                groupby=[expr.Config(ROW)],
+                pinned_columns=[f"summary:{metric}{LAST}" for metric in self.metrics],
+            ),
+        )
+
+    def report(self, entity: str = "") -> wr.Report:
+        """A page: the table as it was measured, and the same panels on the runs themselves."""
+        found = front_table(self.sweep)
+        tables = [main_table(self.sweep)] + ([found] if found else [])
+        blocks: list[Any] = [wr.H1("Results"), *(wr.MarkdownBlock(table.markdown()) for table in tables)]
+        if notes := self.sweep.layout.get("notes"):
+            blocks.insert(0, wr.P(str(notes)))
+        for title, panels in (("Table", self.bars()), ("Figures", self.figures()), ("Search", self.front())):
+            if panels:
+                blocks += [wr.H1(title), wr.PanelGrid(runsets=[self._runs(entity)], panels=panels)]
+        return wr.Report(self.project, entity=entity, title=self.title[:128], blocks=blocks, width="fluid")
+
+    @property
+    def metrics(self) -> list[str]:
+        """The table's metrics that some row has."""
+        return [metric for metric in columns(self.sweep) if any(row.values(metric) for row in self.sweep.rows)]
+
+    def bars(self) -> list[wr.BarPlot]:
+        """The table: the last value of each metric by row, with the standard error over seeds."""
+        return [
+            wr.BarPlot(title=measure(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
+            for metric in self.metrics
+        ]
+
+    def figures(self) -> list[wr.LinePlot]:
+        """The figures of the layout, a panel for each y."""
+        asked = self.sweep.layout.get("figures")
+        wanted = DEFAULT if asked is None else asked
+        return [self._line(figure, y) for figure in wanted for y in _listed(figure["y"])]
+
+    def front(self) -> list[wr.ScatterPlot]:
+        """A search's first two objectives against each other, a point for each run."""
+        objectives = list(objectives_of(self.sweep.finished[0].config))
+        if len(objectives) < 2:
+            return []
+        y, x = (wr.SummaryMetric(f"{metric}{LAST}") for metric in objectives[:2])
+        names = [measure(metric).name for metric in objectives[:2]]
+        return [wr.ScatterPlot(title=f"{names[0]} against {names[1]}", x=x, y=y)]
+
+    def write(self, folder: Path) -> list[Path]:
+        """The specifications of both as JSON, for a look without W&B."""
+        folder.mkdir(exist_ok=True)
+        paths = [folder / WORKSPACE, folder / REPORT]
+        for path, board in zip(paths, (self.workspace(), self.report()), strict=True):
+            write_json(path, board._to_model().model_dump(mode="json", by_alias=True, exclude_none=True))
+        return paths
+
+    def push(self, entity: str, folder: Path) -> list[str]:
+        """Put both into W&B, in place of those that were put there before; their addresses."""
+        known = read_json(folder / PUSHED) if (folder / PUSHED).exists() else {}
+        workspace, report = self.workspace(entity), self.report(entity)
+        workspace._internal_name, workspace._internal_id = known.get("workspace", ("", ""))
+        report.id = known.get("report", "")
+        workspace.save()
+        report.save()
+        ids = {"workspace": [workspace._internal_name, workspace._internal_id], "report": report.id}
+        write_json(folder / PUSHED, ids)
+        return [workspace.url, report.url]
+
+    def _runs(self, entity: str) -> wr.Runset:
+        return wr.Runset(
+            entity=entity,
+            project=self.project,
+            name=self.name,
+            filters=self.filters,
+            groupby=[f"config.{ROW}"],
+            pinned_columns=[f"summary:{metric}{LAST}" for metric in self.metrics],
+        )
+
+    def _line(self, figure: Mapping[str, Any], y: str) -> wr.LinePlot:
+        x = {"curve": STEP, "sqrt_kl": KL}.get(figure["kind"], figure.get("x", KL))
+        title = str(figure.get("title", figure["name"]))
+        return wr.LinePlot(
+            title=f"{title}. {ROOT_NOTE}" if figure["kind"] == "sqrt_kl" else title,
+            x=x,
+            y=[y],
+            title_x=measure(x).title,
+            title_y=measure(y).name,
+            smoothing_type="none",
+            max_runs_to_show=MOST_RUNS,
+            **_over_seeds(),
+        )
+
+
+def _over_seeds() -> dict[str, Any]:
+    """A row is the mean of its seeds, with their standard error."""
+    return {"groupby": wr.Config(ROW), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
+
+
+def _filters(sweep: Sweep, group: str) -> expr.And:
+    """The sweep's runs of PPO: its group, or run by run where some were taken over from other sweeps' groups."""
+    if any(run.summary.get("same_as") for run in sweep.finished):
+        ids = [f"{run.summary['stage']}-{run.summary['identity']}" for run in sweep.finished]
+        return expr.And(expr.Metric("ID").isin(ids))
+    stage = sweep.finished[0].summary["stage"]
+    return expr.And(expr.Metric("Group") == group, expr.Metric("JobType") == stage)
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
