@@ -13,7 +13,7 @@ from rlhf import root
 PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = ["files", "failures", "code", "dashboards", "resolvers", "settings", "slurm", "sweep", "guards", "divergence",
          "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints", "config", "tracking",
-         "cache", "interruption", "training", "pipeline", "preview", "report", "cli",
+         "cache", "interruption", "training", "building", "pipeline", "preview", "report", "cli",
          "finished", "publish", "chat"]  # fmt: skip
 
 

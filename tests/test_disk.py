@@ -18,7 +18,7 @@ import pytest
 from test_crash import assert_same, remains
 from tiny_runs import TINY, before_call, command, sentence  # noqa: F401
 
-from rlhf import cache, pipeline, tracking
+from rlhf import building, cache, tracking
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.failures import of_the_machine
 from rlhf.files import keep_lines, read_json, write_json
@@ -55,7 +55,7 @@ def of_ppo(_: Any, trainer: Any, stage: Any) -> bool:
 MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "a line of metrics": (tracking.JsonLines, "log_metrics", lambda _, metrics, step=0: "sft/loss" in metrics),
     "a checkpoint of SFT": (StepCheckpoints, "save", lambda _, trainer, stage: stage.steps_done > 2),
-    "a cached model": (pipeline, "save_model", lambda model, tokenizer, folder: True),
+    "a cached model": (building, "save_model", lambda model, tokenizer, folder: True),
     "a checkpoint of PPO": (StepCheckpoints, "save", of_ppo),
     "a summary": (tracking, "write_summary", lambda folder, *rest: "cache" not in folder.parts),
 }
