@@ -18,19 +18,19 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import cache, tracking
-from rlhf.building import Builder, records
+from rlhf.building import Builder, records, short_enough
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.config import instantiate, is_quantized, needs, target_class
 from rlhf.dashboards import Dashboard
 from rlhf.data.options import parse_template
-from rlhf.data.records import DataError, DataSource, Prompt
+from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_tokenizer
-from rlhf.rollout import encode, make_engine
+from rlhf.rollout import make_engine
 from rlhf.scorers import Context
 from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
@@ -40,7 +40,10 @@ log = logging.getLogger(__name__)
 Build = Callable[[Path], None]
 SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
 REWARD_CODE = (*SFT_CODE, "stages/reward.py")
-NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards")
+PREFERENCES_CODE = (*SFT_CODE, "evaluation/preferences.py", "evaluation/judges.py", "evaluation/llm_pool.py")
+# of `preferences` the name of the reward model tells, where there is one
+NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards",
+                "preferences")  # fmt: skip
 
 
 class Run:
@@ -74,11 +77,22 @@ class Run:
     @cached_property
     def reward_folder(self) -> Path:
         """Where the reward model of this configuration is, or will be."""
-        return self._cached("reward", {"sft_model": self.sft_folder.name}, REWARD_CODE)
+        upstream = {"sft_model": self.sft_folder.name}
+        if self.preferences_folder:
+            upstream["preferences"] = self.preferences_folder.name
+        return self._cached("reward", upstream, REWARD_CODE)
+
+    @cached_property
+    def preferences_folder(self) -> Path | None:
+        """Where the comparisons of the SFT model's answers are, or will be; None if those of the data set are taken."""
+        if not self._builder.comparisons.simulated:
+            return None
+        sampled = {key: self.plain["generation"][key] for key in ("engine", "batch_size")}
+        return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled}, PREFERENCES_CODE)
 
     def _cached(self, stage: str, upstream: dict[str, Any], code: tuple[str, ...]) -> Path:
         keys = ("model", "data", "quantization", stage)
-        name = cache.digest({**{key: self.plain[key] for key in keys}, **upstream}, code)
+        name = cache.digest({**{key: _without_clients(self.plain[key]) for key in keys}, **upstream}, code)
         return (self.outputs / "cache" / f"{stage}-{name}").resolve()
 
     @cached_property
@@ -106,9 +120,14 @@ class Run:
         """The cached folders that this run needs and what builds them, in that order."""
         stage, builder = self.config.stage.name, self._builder
         folders: dict[Path, Build] = {self.sft_folder: builder.sft}
-        judged = stage in ("ppo", "evaluate")
-        if stage == "reward" or (judged and self.needs_reward_model):
-            folders[self.reward_folder] = partial(builder.reward, sft=self.sft_folder)
+        reward = stage == "reward" or (stage in ("ppo", "evaluate") and self.needs_reward_model)
+        if self.preferences_folder and (reward or stage == "preferences"):
+            device = _device(self.config)
+            folders[self.preferences_folder] = partial(builder.preferences, sft=self.sft_folder, device=device)
+        if reward:
+            folders[self.reward_folder] = partial(
+                builder.reward, sft=self.sft_folder, preferences=self.preferences_folder
+            )
         return folders
 
     @property
@@ -122,11 +141,14 @@ class Run:
         """Build what is missing, then the stage itself; returns the summary."""
         if self.config.stage.name in ("ppo", "evaluate"):
             self._ping()
+        missing = [folder for folder in self.needed() if tracking.read_summary(folder) is None]
+        if self.preferences_folder in missing:
+            self._builder.prepare_preferences()
         for folder, build in self.needed().items():
             cache.ensure(folder, build)
             self._hand_over(folder.name, folder)
         stage = self.config.stage.name
-        if stage in ("sft", "reward"):
+        if stage in ("sft", "preferences", "reward"):
             shutil.copytree(list(self.needed())[-1], self.folder, dirs_exist_ok=True)
             return tracking.read_summary(self.folder) or {}
         summary = self._ppo(train=stage == "ppo")
@@ -243,15 +265,8 @@ class Run:
             target.ping(OmegaConf.to_container(node, resolve=True))
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        limit = self.settings.model.max_prompt_tokens
         prompts: list[str] = self.source.load("prompts")["prompt"]
-        kept = [p for p, ids in zip(prompts, encode(tokenizer, prompts), strict=True) if len(ids) <= limit]
-        if len(kept) < len(prompts):
-            log.warning("%d of %d prompts are longer than model.max_prompt_tokens=%d and left out",
-                        len(prompts) - len(kept), len(prompts), limit)  # fmt: skip
-        if len(kept) == 0:
-            raise DataError(f"no prompt has at most model.max_prompt_tokens={limit} tokens")
-        return kept
+        return [prompts[i] for i in short_enough(tokenizer, prompts, self.settings.model.max_prompt_tokens)]
 
 
 def _without_clients(node: Any) -> Any:

@@ -74,6 +74,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             "evaluation.factscore.entities=people.jsonl", f"evaluation.factscore.{client}",
         ]  # fmt: skip
         assert rlhf(*scored) == 0
+        assert rlhf(*TINY, "stage=preferences", "preferences=simulated", "preferences.pairs=30", "name=compared") == 0
         wandb.finish()
         wandb.teardown()
     outputs = folder / "outputs"
