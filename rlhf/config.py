@@ -183,7 +183,7 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     if needs(config, "preferences.judge", "needs_reward_model"):
         raise ConfigError(
             "preferences.judge needs the reward model of this run, which is to learn from its verdicts; "
-            "allowed: another judge, such as gold or llm_pool"
+            "allowed: gold, llm_pool, or finished_reward_model with the folder of another"
         )
     preferences.check(source.splits)
     return True

@@ -14,7 +14,7 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = ["files", "failures", "code", "dashboards", "resolvers", "settings", "slurm", "sweep", "guards", "divergence",
          "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints", "config", "tracking",
          "cache", "interruption", "training", "building", "pipeline", "preview", "report", "cli",
-         "finished", "publish", "chat"]  # fmt: skip
+         "finished", "publish", "chat", "finished_judge"]  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -30,6 +30,7 @@ def test_every_option_composes_and_what_it_names_exists(override: str) -> None:
         "data/template": ["data=alpaca"],
         "scorer=function": ["scorer.function=math.fsum"],
         "scorer=hub_reward_model": ["scorer.model=owner/name"],
+        "judge=finished_reward_model": ["judge.folder=somewhere"],
         "judge=llm_pool": models[:1],
         "judge=llm_pool_13": models,
         "evaluation=factscore": scored,

@@ -1,4 +1,4 @@
-"""Simulated preferences: which prompts are asked, what becomes of a verdict, what a broken-off making leaves, a whole run."""
+"""Simulated preferences: which prompts are asked, what becomes of a verdict, what survives a break, a whole run."""
 
 import math
 import shutil
@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import word_tokenizer
 from datasets import Dataset
+from finished_runs import outputs
 from omegaconf import OmegaConf
 from openai_server import serving, text_of
 from test_llm_pool import context
 from tiny_runs import TINY, rlhf
 
 from rlhf import root
+from rlhf.chat.models import Models, score
 from rlhf.data.farm import Farm
 from rlhf.data.records import DataError, Prompt
 from rlhf.data.templates import Template
@@ -25,6 +28,8 @@ from rlhf.evaluation.llm_pool import LLMPool
 from rlhf.evaluation.preferences import SPLITS, SavedPreferences, Simulated, counts
 from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import read_lines
+from rlhf.finished import FinishedRun
+from rlhf.finished_judge import FinishedRewardModelJudge
 from rlhf.settings import ConfigError, Interrupted
 from rlhf.tracking import read_metrics, read_summary
 
@@ -81,11 +86,7 @@ def test_a_prompt_that_is_held_out_is_in_no_pair_for_training() -> None:
 @pytest.mark.parametrize("name", ["alpaca", "question_answer", "short"])
 def test_judges_read_the_instruction_without_its_template(name: str) -> None:
     template = Template(**OmegaConf.load(root() / "conf/data/template" / f"{name}.yaml"))
-    for instruction, more in (
-        ("Add {1} and 2.\n\nThen (stop)?", ""),
-        ("Sort.", "b\n\n### Response:\na"),
-        ("Say it", "x"),
-    ):
+    for instruction, more in (("Add {1} and 2.\n\nThen (stop)?", ""), ("Sort.", "b\n\n### Response:\na")):
         prompt = template.render(instruction, more)
         assert bare_instruction(prompt, template) == (f"{instruction}\n\n{more}" if more else instruction)
     assert bare_instruction("Introduce Mira.\n", template) == "Introduce Mira.\n"
@@ -183,10 +184,8 @@ def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, mon
     assert second.parts == [1]
     assert found == {
         "preferences/pairs": 6, "preferences/identical": 1, "preferences/unjudged": 1, "preferences/ties": 1,
-        "preferences/flipped": 3, "preferences/comparisons": 3, "preferences/validation_pairs": 2,
-        "preferences/validation_identical": 0, "preferences/validation_unjudged": 0, "preferences/validation_ties": 1,
-        "preferences/validation_flipped": 0, "preferences/validation_comparisons": 1, "preferences/cut": 4 / 16,
-        "judge/cost": 0.5,
+        "preferences/flipped": 3, "preferences/comparisons": 3, "preferences/validation_comparisons": 1,
+        "preferences/cut": 4 / 16, "judge/cost": 0.5,
     }  # fmt: skip
     saved = SavedPreferences(tmp_path)
     assert saved.load("preference").to_list() == [
@@ -200,39 +199,58 @@ def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, mon
 
 def test_no_comparison_at_all_is_said(tmp_path: Path) -> None:
     script = Scripted()
+    asked = {**ASKED, "preference_validation": [Prompt("same 0")]}
     with pytest.raises(DataError, match="preference_validation: none of the simulated preferences can be used"):
-        asked = {**ASKED, "preference_validation": [Prompt("same 0")]}
         simulated().make(tmp_path, asked, script.answer, lambda: script)
 
 
 def test_a_pool_reads_bare_instructions_and_its_keys_are_named_in_full(tmp_path: Path) -> None:
     asked = {split: [Prompt(row.prompt, instruction=f"Do {row.prompt}!") for row in ASKED[split]] for split in ASKED}
 
-    def likes_y(request: dict[str, Any], number: int) -> str:
-        return "Verdict: 1" if "Answer 1:\ny" in text_of(request) else "Verdict: 2" if "Answer 2:\ny" in text_of(
-            request
-        ) else "no idea"  # fmt: skip
+    def make(folder: Path, answer: Callable[[dict[str, Any], int], str]) -> tuple[dict[str, float], list[str]]:
+        folder.mkdir()
+        with serving(answer) as server:
+            client = {"base_url": server.url, "api_key_env": None}
+            keys = {"model": "some", "client": client, "pool": {"one": {"prompt": "compare"}}, "attempts": 1}
+            found = simulated().make(folder, asked, Scripted().answer, lambda: LLMPool(context(folder), **keys))
+            return found, [text_of(request) for request in server.requests]
 
-    with serving(likes_y) as server:
-        keys = {"model": "some", "client": {"base_url": server.url, "api_key_env": None}}
-        keys["pool"] = {"one": {"prompt": "compare"}}
-        found = simulated().make(
-            tmp_path, asked, Scripted().answer, lambda: LLMPool(context(tmp_path), attempts=1, **keys)
-        )
-        assert len(server.requests) == 7  # nobody is asked about the identical pair
-        assert all("Do " in text_of(request) for request in server.requests)
+    def likes_y(request: dict[str, Any], number: int) -> str:
+        places = [place for place in "12" if f"Answer {place}:\ny" in text_of(request)]
+        return f"Verdict: {places[0]}" if places else "no idea"
+
+    found, requests = make(tmp_path / "a", likes_y)
+    assert len(requests) == 7  # nobody is asked about the identical pair
+    assert all("Do " in request for request in requests)
     assert found["preferences/comparisons"] == found["preferences/validation_comparisons"] == 1
     assert found["preferences/unjudged"] == 4
-    assert found["judge/answers"] == 7
-    assert found["judge/unparsable"] == 5
-    with serving(lambda request, number: "no idea") as server:
-        keys["client"] = {"base_url": server.url, "api_key_env": None}
-        with pytest.raises(
-            ConfigError, match=r"^preferences\.judge\.answer=.* look at the prompts, preferences\.judge\."
-        ):
-            simulated().make(
-                tmp_path / "..", asked, Scripted().answer, lambda: LLMPool(context(tmp_path / "b"), attempts=1, **keys)
-            )
+    assert (found["judge/answers"], found["judge/unparsable"]) == (7, 5)
+    with pytest.raises(ConfigError, match=r"^preferences\.judge\.answer=.* the prompts, preferences\.judge\.sampling"):
+        make(tmp_path / "b", lambda request, number: "no idea")
+
+
+def test_a_finished_reward_model_decides_as_it_scores(tmp_path: Path) -> None:
+    runs = outputs(tmp_path)
+    judge = FinishedRewardModelJudge(context(tmp_path), str(runs.reward))
+    part, tokenizer = Models().reward(FinishedRun.open(runs.reward)), word_tokenizer()
+
+    def scored(prompt: str, response: str) -> float:
+        prompt_ids, ids = (tokenizer(text)["input_ids"] for text in (prompt, response))
+        return score(part, prompt_ids, [*ids, tokenizer.eos_token_id])
+
+    asked = [Prompt(f"w5 w{7 + i} w6", f"w{11 + i} w{40 - i}") for i in range(12)]
+    responses = [f"w{20 + i}" for i in range(12)]
+    expected = [
+        float(scored(row.prompt, response) > scored(row.prompt, row.reference_output))
+        for row, response in zip(asked, responses, strict=True)
+    ]
+    assert judge(asked, responses) == expected
+    assert set(expected) == {0.0, 1.0}
+    with pytest.raises(ConfigError, match=r"^judge\.folder=.*sft-0 is of stage=sft; allowed: stage=reward"):
+        FinishedRewardModelJudge.check({"folder": str(runs.sft)})
+    shutil.rmtree(runs.sft)
+    with pytest.raises(ConfigError, match=r"was trained on sft-0, which is not in the cache"):
+        FinishedRewardModelJudge.check({"folder": str(runs.reward)})
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -264,13 +282,12 @@ def test_the_reward_model_learns_from_answers_that_the_farm_compares(
         pairs, rows = read_lines(folder / f"{split}_pairs.jsonl"), read_lines(folder / f"{split}.jsonl")
         kept = [pair for pair in pairs if not pair["dropped"]]
         assert metrics[f"preferences/{prefix}comparisons"] == len(rows) == len(kept) > 0
-        assert metrics[f"preferences/{prefix}flipped"] == sum(pair["flipped"] for pair in kept)
+        assert sum(pair["flipped"] for pair in kept) == (0 if prefix else metrics["preferences/flipped"])
         assert {pair["prompt"] for pair in pairs} <= prompts
         for pair, row in zip(kept, rows, strict=True):
             lead = farm.utility(row["prompt"], row["chosen"]) - farm.utility(row["prompt"], row["rejected"])
             assert lead < 0 if pair["flipped"] else lead > 0
     assert metrics["preferences/flipped"] > 0
-    assert metrics["preferences/validation_flipped"] == 0
 
     before = (folder / "preference_pairs.jsonl").read_bytes()
     shutil.rmtree(folder)
@@ -322,8 +339,13 @@ REFUSED = [
     (["preferences=simulated", "preferences.split=eval"], "preferences.split=eval", "preference, prompts or sft"),
     (["preferences=simulated", "preferences.nope=1"], "preferences.nope", "temperature"),
     (["preferences.flip=0.1"], "preferences.flip", ""),
-    (["preferences=simulated", "judge@preferences.judge=reward_model"], "preferences.judge", "gold or llm_pool"),
+    (["preferences=simulated", "judge@preferences.judge=reward_model"], "preferences.judge", "gold, llm_pool"),
     (["preferences=simulated", "judge@preferences.judge=none"], "preferences.judge=none", "llm_pool"),
+    (
+        ["preferences=simulated", "judge@preferences.judge=finished_reward_model", "preferences.judge.folder=nowhere"],
+        "rlhf: preferences.judge.folder=nowhere", "no such folder",
+    ),
+    (["judge=finished_reward_model", "judge.folder=nowhere"], "rlhf: judge.folder=nowhere", "no such folder"),
     (["preferences=simulated", "preferences.judge=null"], "preferences.judge", "judge"),
     (["preferences=simulated", "judge@preferences.judge=llm_pool"], "preferences.judge.model", "no value"),
     (

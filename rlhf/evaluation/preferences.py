@@ -185,7 +185,7 @@ class Simulated:
         with _under_its_own_name():
             judge = hire()
             outcomes = _judge([row for _, row in asked], pairs, judge)
-        for split, prefix in zip(SPLITS, ("", "validation_"), strict=True):
+        for split in SPLITS:
             places = [i for i, (whose, _) in enumerate(asked) if whose == split]
             noise = self.settings.flip if split == "preference" else 0.0
             found = [
@@ -197,7 +197,8 @@ class Simulated:
                 raise DataError(f"{split}: none of the simulated preferences can be used ({counted})")
             _write_lines(folder / f"{split}_pairs.jsonl", map(asdict, found))
             _write_lines(folder / f"{split}.jsonl", (asdict(row.comparison) for row in found if not row.dropped))
-            metrics |= {f"preferences/{prefix}{name}": number for name, number in counted.items()}
+            told = counted if split == "preference" else {"validation_comparisons": counted["comparisons"]}
+            metrics |= {f"preferences/{name}": number for name, number in told.items()}
         metrics["preferences/cut"] = cut / (2 * len(pairs))
         shutil.rmtree(folder / "samples")
         return metrics | getattr(judge, "report", {})
