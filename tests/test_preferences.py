@@ -128,7 +128,8 @@ def test_flips_are_a_share_of_the_labels_the_same_for_a_seed_and_counted() -> No
     assert abs(sum(flipped) / 4000 - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 4000)
     assert flipped[:100] == labels(0, 100)
     assert flipped != labels(1)
-    rows = [simulated().annotated(f"preference/{i}", "Q", "a", "b", 1.0, 0.25) for i in range(4000)]
+    making = simulated()
+    rows = [making.annotated(f"preference/{i}", "Q", "a", "b", 1.0, 0.25) for i in range(4000)]
     assert counts(rows)["flipped"] == sum(flipped) == sum(row.comparison.chosen == "b" for row in rows)
 
 
