@@ -332,7 +332,7 @@ def test_what_is_cached_depends_on_the_preferences_only_where_they_are_used(
 
 REFUSED = [
     (["preferences=nope"], "preferences=nope", "from_data, simulated"),
-    (["preferences=null"], "preferences=None has no _target_", "from_data, simulated"),
+    (["preferences=null"], "a config group was given no option", "group=option"),
     (["preferences=simulated", "preferences.flip=1.5"], "preferences.flip=1.5", "from 0 to 1"),
     (["preferences=simulated", "preferences.temperature=0"], "preferences.temperature=0", "above 0"),
     (["preferences=simulated", "preferences.pairs=0"], "preferences.pairs=0", "above 0, or null"),
@@ -367,7 +367,7 @@ REFUSED = [
 def test_a_mistake_is_one_sentence_before_anything_is_built(
     command: Callable, arguments: list[str], names: str, allowed: str
 ) -> None:
-    code, _, err = command(*arguments)
+    code, _, err = command("debug=quick", *arguments)
     assert code == 2, err
     assert "Traceback" not in err
     said = [line for line in err.splitlines() if line.startswith("rlhf: ")]
