@@ -22,6 +22,7 @@ from rlhf import building, cache, tracking
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.failures import of_the_machine
 from rlhf.files import keep_lines, read_json, write_json
+from rlhf.settings import ConfigError
 from rlhf.stages.ppo import PPO
 
 
@@ -118,6 +119,15 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
         assert of_the_machine(outer) == of_the_machine(error)
     for error in (FileNotFoundError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("(os error x)")):
         assert of_the_machine(error) is None
+    try:  # as Hydra wraps what a constructor raises, and rlhf.config.instantiate unwraps it
+        try:
+            raise ConfigError("flip=2") from None
+        except ConfigError as cause:
+            raise RuntimeError("in a constructor") from cause
+    except RuntimeError as wrapped:
+        with pytest.raises(ConfigError) as circle:
+            raise wrapped.__cause__ from None
+        assert of_the_machine(circle.value) is None
 
 
 @contextmanager
