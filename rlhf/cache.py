@@ -106,7 +106,7 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     with locked(folder.parent / f"{folder.name}.lock", f"another process builds {folder.name}"):
         if parallel.from_first(missing):
-            work = folder.parent / f".{folder.name}.building"
+            work = folder.with_name(f".{folder.name}.building")
             work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
             build(work)
             parallel.from_first(lambda: _put(work, folder))
@@ -116,6 +116,11 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
 def _put(work: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)
+
+
+def name_of(work: Path) -> str:
+    """The name that a folder under construction will have."""
+    return work.name.removeprefix(".").removesuffix(".building")
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from rlhf.data.records import DataError, DataSource
 from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, typed
 
-CLASSES = ("data", "scorer", "judge", "kl", "trainer", "logger")  # groups that name a class by `_target_`
+# groups that name a class by `_target_`
+CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
 
 
 def settings_of(config: DictConfig) -> Settings:
@@ -87,7 +88,7 @@ def target_class(node: DictConfig, key: str) -> Any:
 
 def needs(config: DictConfig, key: str, what: str) -> bool:
     """Whether the class that a group names, or one inside its configuration, has `what` set (`needs_reward_model`)."""
-    nested = [node for node in _nodes(config[key]) if "_target_" in node]
+    nested = [node for node in _nodes(OmegaConf.select(config, key)) if "_target_" in node]
     return any(getattr(target_class(node, key), what, False) for node in nested)
 
 
@@ -119,8 +120,9 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         raise ConfigError("lora@sft.lora=none trains the base itself: use lora@sft.lora=r8 or quantization=none")
     if quantized and settings.ppo.value == "full" and config.stage.name == "ppo":
         raise ConfigError("ppo.value=full trains a model of its own, which quantization forbids; allowed: adapter")
+    simulated = _check_preferences(config, source)
     for key in ("scorer", "judge"):
-        _check_needs(config, key, source)
+        _check_needs(config, key, source, simulated)
     if config.stage.name in ("ppo", "evaluate"):
         _check_own(config, "judge")
         _check_own(config, "evaluation.factscore")
@@ -196,12 +198,34 @@ def _check_function(key: str, path: str) -> None:
         raise ConfigError(f"{key}={path} cannot be imported; allowed: a function as package.module.name") from error
 
 
-def _check_needs(config: DictConfig, key: str, source: DataSource) -> None:
-    choice = HydraConfig.get().runtime.choices.get(key, "") if HydraConfig.initialized() else config[key]._target_
-    target = target_class(config[key], key)
+def _check_preferences(config: DictConfig, source: DataSource) -> bool:
+    """See to who compares what; whether comparisons are simulated."""
+    preferences = instantiate(config.preferences, "preferences", _recursive_=False)
+    if not hasattr(preferences, "simulated"):
+        chosen = config.preferences._target_
+        raise ConfigError(f"preferences._target_={chosen} makes no preferences; allowed: a class that says `simulated`")
+    if not preferences.simulated:
+        if config.stage.name == "preferences":
+            raise ConfigError("stage=preferences makes comparisons, which the data set has: use preferences=simulated")
+        return False
+    _check_needs(config, "preferences.judge", source, simulated=True)
+    if needs(config, "preferences.judge", "needs_reward_model"):
+        raise ConfigError(
+            "preferences.judge needs the reward model of this run, which is to learn from its verdicts; "
+            "allowed: gold, llm_pool, or finished_reward_model with the folder of another"
+        )
+    preferences.check(source.splits)
+    return True
+
+
+def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bool) -> None:
+    node = OmegaConf.select(config, key)
+    group = f"judge@{key}" if "." in key else key
+    choice = HydraConfig.get().runtime.choices.get(group, "") if HydraConfig.initialized() else node._target_
+    target = target_class(node, key)
     if not hasattr(target, "needs_reward_model"):
         raise ConfigError(
-            f"{key}._target_={config[key]._target_} is no {key}; allowed: a class that says `needs_reward_model`"
+            f"{key}._target_={node._target_} is no {key}; allowed: a class that says `needs_reward_model`"
         )
     if needs(config, key, "needs_utility") and not hasattr(source, "utility"):
         raise ConfigError(
@@ -211,7 +235,7 @@ def _check_needs(config: DictConfig, key: str, source: DataSource) -> None:
         raise ConfigError(
             f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
         )
-    if needs(config, key, "needs_reward_model") and "preference" not in source.splits:
+    if needs(config, key, "needs_reward_model") and not simulated and "preference" not in source.splits:
         raise ConfigError(
             f"{key}={choice} needs a reward model, but the data set has no preference split to train one on"
         )

@@ -99,7 +99,9 @@ class Dashboard(WandbLogger):
 
     @harmless
     def uses(self, name: str, folder: Path) -> None:
-        """The run starts from the model in `folder`: an edge of the lineage."""
+        """The run starts from the model in `folder`, if there is one: an edge of the lineage."""
+        if not (folder / "model").exists():
+            return
         # the public use_artifact refuses to work offline and waits for the server online; this is what it calls
         self.experiment._log_artifact(model_artifact(name, folder), is_user_created=True, use_after_commit=True)
 

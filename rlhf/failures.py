@@ -31,7 +31,9 @@ def _errno(error: BaseException) -> int | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from or while handling."""
-    while error is not None:
+    """The error and what it was raised from or while handling: a circle where the cause of one was raised again."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__

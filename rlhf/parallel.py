@@ -32,6 +32,7 @@ GRACE_SECONDS = 20  # for the other processes to leave by themselves, once one h
 PARENT = "RLHF_LAUNCHER"
 BUCKET = 2**24  # numbers added up at once: 64 MiB of float32
 _joined: list[ClusterEnvironment] = []
+_by_itself: list[bool] = []
 
 
 class DataParallel(DDPStrategy):
@@ -53,8 +54,8 @@ def rank() -> int:
 
 
 def size() -> int:
-    """How many processes work on this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes work on this run; 1 inside of what the first does for all (`from_first`)."""
+    return dist.get_world_size() if dist.is_initialized() and not _by_itself else 1
 
 
 def is_first() -> bool:
@@ -106,11 +107,14 @@ def from_first(make: Callable[[], T]) -> T:
         return make()
     told: list[Any] = [None]
     if is_first():
+        _by_itself.append(True)
         try:
             told = [(make(), None)]
         except Exception as error:
+            _by_itself.pop()
             dist.broadcast_object_list([(None, _portable(error))])
             raise
+        _by_itself.pop()
     dist.broadcast_object_list(told)
     value, failure = told[0]
     if failure is not None:

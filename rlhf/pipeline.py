@@ -1,11 +1,10 @@
 """Puts a run together: data, models, stage, trainer, evaluation. The only place that knows all of them."""
 
 import logging
-import math
 import shutil
 import time
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -13,38 +12,39 @@ from typing import Any
 import hydra
 import lightning
 import torch
-from datasets import Dataset
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf import cache, parallel, tracking
+from rlhf.building import Builder, records, short_enough
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.config import instantiate, is_quantized, needs, target_class
 from rlhf.dashboards import Dashboard
 from rlhf.data.options import parse_template
-from rlhf.data.records import RECORDS, DataError, DataSource, Prompt, Split
+from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore
-from rlhf.guards import Guards
-from rlhf.models.assembly import lora_config, ppo_roles, reward_roles, sft_roles
-from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
-from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
+from rlhf.models.assembly import lora_config, ppo_roles
+from rlhf.models.export import save_adapter, save_model
+from rlhf.models.loading import DTYPES, load_tokenizer
 from rlhf.models.roles import Roles
-from rlhf.rollout import encode, make_engine
+from rlhf.rollout import make_engine
 from rlhf.scorers import Context
-from rlhf.settings import RewardSettings, Settings, SFTSettings
+from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
-from rlhf.stages.reward import RewardModeling
-from rlhf.stages.sft import SupervisedFineTuning
-from rlhf.training import train_ppo, train_supervised
+from rlhf.training import train_ppo
 
 log = logging.getLogger(__name__)
+Build = Callable[[Path], None]
 SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
 REWARD_CODE = (*SFT_CODE, "stages/reward.py")
-NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards", "objectives")
+PREFERENCES_CODE = (*SFT_CODE, *(f"evaluation/{name}.py" for name in ("preferences", "judges", "llm_pool", "prompts")))
+# of `preferences` the name of the reward model tells, where there is one
+NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards",
+                "preferences")  # fmt: skip
 
 
 class Run:
@@ -63,6 +63,7 @@ class Run:
         self.overrides, self.progress = list(overrides), progress
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         self.quantization = settings.quantization if is_quantized(settings.quantization) else None
+        self._builder = Builder(settings, self.plain, source, self.quantization, self._trainer)
         self.dashboard: Dashboard | None = None
         self.offline = False
         torch.set_float32_matmul_precision("high")
@@ -77,11 +78,22 @@ class Run:
     @cached_property
     def reward_folder(self) -> Path:
         """Where the reward model of this configuration is, or will be."""
-        return self._cached("reward", {"sft_model": self.sft_folder.name}, REWARD_CODE)
+        upstream = {"sft_model": self.sft_folder.name}
+        if self.preferences_folder:
+            upstream["preferences"] = self.preferences_folder.name
+        return self._cached("reward", upstream, REWARD_CODE)
+
+    @cached_property
+    def preferences_folder(self) -> Path | None:
+        """Where the comparisons of the SFT model's answers are, or will be; None if those of the data set are taken."""
+        if not self._builder.comparisons.simulated:
+            return None
+        sampled = {key: self.plain["generation"][key] for key in ("engine", "batch_size")}
+        return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled}, PREFERENCES_CODE)
 
     def _cached(self, stage: str, upstream: dict[str, Any], code: tuple[str, ...]) -> Path:
         keys = ("model", "data", "quantization", stage)
-        name = cache.digest({**{key: self.plain[key] for key in keys}, **upstream}, code)
+        name = cache.digest({**{key: _without_clients(self.plain[key]) for key in keys}, **upstream}, code)
         return (self.outputs / "cache" / f"{stage}-{name}").resolve()
 
     @cached_property
@@ -105,13 +117,18 @@ class Run:
             return self.folder
         return cache.find_run(self.outputs, self.identity)
 
-    def needed(self) -> list[Path]:
-        """The cached folders that this run needs, in the order in which they are built."""
-        stage = self.config.stage.name
-        folders = [self.sft_folder]
-        judged = stage in ("ppo", "evaluate")
-        if stage == "reward" or (judged and self.needs_reward_model):
-            folders.append(self.reward_folder)
+    def needed(self) -> dict[Path, Build]:
+        """The cached folders that this run needs and what builds them, in that order."""
+        stage, builder = self.config.stage.name, self._builder
+        folders: dict[Path, Build] = {self.sft_folder: builder.sft}
+        reward = stage == "reward" or (stage in ("ppo", "evaluate") and self.needs_reward_model)
+        if self.preferences_folder and (reward or stage == "preferences"):
+            device = _device(self.config)
+            folders[self.preferences_folder] = partial(builder.preferences, sft=self.sft_folder, device=device)
+        if reward:
+            folders[self.reward_folder] = partial(
+                builder.reward, sft=self.sft_folder, preferences=self.preferences_folder
+            )
         return folders
 
     @property
@@ -125,72 +142,21 @@ class Run:
         """Build what is missing, then the stage itself; returns the summary."""
         if self.config.stage.name in ("ppo", "evaluate"):
             parallel.from_first(self._ping)
-        for folder, build in zip(self.needed(), (self._build_sft, self._build_reward), strict=False):
+        missing = parallel.from_first(lambda: [path for path in self.needed() if tracking.read_summary(path) is None])
+        if self.preferences_folder in missing:
+            self._builder.prepare_preferences()
+        for folder, build in self.needed().items():
             cache.ensure(folder, build)
             self._hand_over(folder.name, folder)
         stage = self.config.stage.name
-        if stage in ("sft", "reward"):
-            parallel.from_first(lambda: shutil.copytree(self.needed()[-1], self.folder, dirs_exist_ok=True))
+        if stage in ("sft", "preferences", "reward"):
+            last = list(self.needed())[-1]
+            parallel.from_first(lambda: shutil.copytree(last, self.folder, dirs_exist_ok=True))
             return tracking.read_summary(self.folder) or {}
         summary = self._ppo(train=stage == "ppo")
         parallel.from_first(lambda: cache.register_run(self.outputs, self.identity, self.folder))
         self._hand_over(tracking.run_id(summary), self.folder)
         return summary
-
-    def _build_sft(self, folder: Path) -> None:
-        started, settings = time.time(), self.settings.sft
-        log.info("training the SFT model (%s)", self.sft_folder.name)
-        lightning.seed_everything(settings.seed, verbose=False)
-        tokenizer = load_tokenizer(self.settings.model, self.source)
-        roles = sft_roles(self.settings, tokenizer, self.quantization)
-        train, held_out = self._split("sft", "sft_validation", settings.validation_size)
-        steps = steps_of(settings, len(train))
-        stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
-        stage.guards = Guards(self.settings.guards, folder)
-        metrics = train_supervised(self._trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder)
-        dtype = DTYPES[self.settings.model.dtype]
-        if self.quantization and settings.lora.r:
-            # merge into the full-precision weights, not into the rounded ones
-            adapter = (roles, "policy", lora_config(settings.lora), folder, tokenizer, folder / "adapter")
-            parallel.from_first(lambda: save_adapter(*adapter))
-            roles = Roles(load_causal_lm(self.settings.model, tokenizer))
-            load_adapter(roles, "base", "policy", folder / "adapter")
-            roles.table["policy"] = stage.roles.table["policy"]
-        parallel.from_first(lambda: save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / "model"))
-        told = {"rows": {"sft": len(train)}, "guards": stage.guards.summary()}
-        tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
-
-    def _build_reward(self, folder: Path) -> None:
-        started, settings = time.time(), self.settings.reward
-        log.info("training the reward model (%s)", self.reward_folder.name)
-        lightning.seed_everything(settings.seed, verbose=False)
-        base = self.sft_folder / "model"
-        tokenizer = load_tokenizer(self.settings.model, self.source)
-        roles = reward_roles(self.settings, tokenizer, base, self.quantization)
-        train, held_out = self._split("preference", "preference_validation", settings.validation_size)
-        steps = steps_of(settings, len(train))
-        stage = RewardModeling(settings, roles, tokenizer, steps)
-        stage.guards = Guards(self.settings.guards, folder)
-        metrics = train_supervised(self._trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder)
-        demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
-        metrics["reward/baseline"] = stage.baseline(demonstrations)
-        if settings.lora.r:
-            adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / "model")
-            parallel.from_first(lambda: save_adapter(*adapter))
-        else:
-            parallel.from_first(lambda: self._save_full_reward(roles, tokenizer, folder / "model"))
-        told = {"rows": {"preference": len(train)}, "guards": stage.guards.summary()}
-        tracking.write_summary(folder, metrics, self.plain, started, stage="reward", **told)
-
-    def _save_full_reward(self, roles: Roles, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        model = AutoModelForSequenceClassification.from_pretrained(self.sft_folder / "model", num_labels=1)
-        model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
-        model.score.weight.data = roles.heads["reward"].weight.data.to(model.dtype)
-        save_model(model, tokenizer, folder)
-        from safetensors.torch import save_file
-
-        # the float32 head, not its copy in the model's dtype
-        save_file({"score.weight": roles.heads["reward"].state_dict()["weight"].cpu()}, folder / HEAD)
 
     def _ppo(self, train: bool) -> dict[str, Any]:
         started, settings = time.time(), self.settings
@@ -270,10 +236,10 @@ class Run:
         lines = tracking.JsonLines(folder)
         if target_class(self.config.logger, "logger") is not tracking.wandb_logger:
             return [lines, instantiate(self.config.logger, "logger")] if folder == self.folder else [lines]
-        stage, name, needed = self.config.stage.name, self.folder.name, self.needed()
+        stage, name, needed = self.config.stage.name, self.folder.name, list(self.needed())
         known = f"{stage}-{self.identity}"
         if folder != self.folder:
-            known = name = folder.name.removeprefix(".").removesuffix(".building")
+            known = name = cache.name_of(folder)
             stage, needed = name.partition("-")[0], list(takewhile(lambda path: path.name != name, needed))
         continued = "allow" if StepCheckpoints.reached(folder / "checkpoints") else None  # None: over what was there
         chosen = {"id": known, "name": name, "job_type": stage, "resume": continued, "save_dir": str(self.folder)}
@@ -293,17 +259,6 @@ class Run:
             self.dashboard.leaves(name, folder)
             self.dashboard.close()
             self.dashboard = None
-
-    def _split(self, split: Split, held_out: Split, size: int) -> tuple[list, list]:
-        """Training and held-out rows: the data set's own validation split, or the end of the training split."""
-        rows = self.source.load(split)
-        if held_out in self.source.splits:
-            other = self.source.load(held_out)
-            return records(rows, split), records(other.select(range(min(size, len(other)))), held_out)
-        if len(rows) <= size:
-            raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
-        everything = records(rows.shuffle(seed=0), split)
-        return everything[:-size], everything[-size:]
 
     def _held_out(self, factscore: FactScore | None) -> list[Prompt]:
         """The evaluation set: the data set's own, or a prompt about each entity."""
@@ -325,26 +280,8 @@ class Run:
             target.ping(OmegaConf.to_container(node, resolve=True))
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        limit = self.settings.model.max_prompt_tokens
         prompts: list[str] = self.source.load("prompts")["prompt"]
-        kept = [p for p, ids in zip(prompts, encode(tokenizer, prompts), strict=True) if len(ids) <= limit]
-        if len(kept) < len(prompts):
-            log.warning("%d of %d prompts are longer than model.max_prompt_tokens=%d and left out",
-                        len(prompts) - len(kept), len(prompts), limit)  # fmt: skip
-        if len(kept) == 0:
-            raise DataError(f"no prompt has at most model.max_prompt_tokens={limit} tokens")
-        return kept
-
-
-def steps_of(settings: SFTSettings | RewardSettings, rows: int) -> int:
-    """Optimiser steps of a supervised stage: its epochs over the rows, or fewer."""
-    steps = math.ceil(settings.epochs * rows / settings.batch_size)
-    return min(steps, settings.max_steps or steps)
-
-
-def records(rows: Dataset, split: Split) -> list:
-    """The rows as records of their split."""
-    return [RECORDS[split](**row) for row in rows]
+        return [prompts[i] for i in short_enough(tokenizer, prompts, self.settings.model.max_prompt_tokens)]
 
 
 def _without_clients(node: Any) -> Any:

@@ -13,8 +13,8 @@ from rlhf import root
 PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = ["files", "parallel", "failures", "code", "dashboards", "resolvers", "settings", "objectives", "slurm", "sweep",
          "guards", "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints",
-         "config", "tracking", "cache", "interruption", "training", "pipeline", "preview", "report", "search", "cli",
-         "worker", "finished", "publish", "chat"]  # fmt: skip
+         "config", "tracking", "cache", "interruption", "training", "building", "pipeline", "preview", "report",
+         "search", "cli", "worker", "finished", "publish", "chat", "finished_judge"]  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -30,6 +30,7 @@ def test_every_option_composes_and_what_it_names_exists(override: str) -> None:
         "data/template": ["data=alpaca"],
         "scorer=function": ["scorer.function=math.fsum"],
         "scorer=hub_reward_model": ["scorer.model=owner/name"],
+        "judge=finished_reward_model": ["judge.folder=somewhere"],
         "judge=llm_pool": models[:1],
         "judge=llm_pool_13": models,
         "evaluation=factscore": scored,
@@ -37,7 +38,7 @@ def test_every_option_composes_and_what_it_names_exists(override: str) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("config", [override, *beside.get(group, []), *beside.get(override, [])])
     settings_of(config)
-    for key in ("scorer", "judge", "data", "kl", "trainer", "logger"):
+    for key in ("scorer", "judge", "preferences", "data", "kl", "trainer", "logger"):
         assert callable(target_class(config[key], key))
     instantiate(config.kl, "kl")
 

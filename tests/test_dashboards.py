@@ -74,6 +74,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             "evaluation.factscore.entities=people.jsonl", f"evaluation.factscore.{client}",
         ]  # fmt: skip
         assert rlhf(*scored) == 0
+        compared = ["preferences=simulated", "preferences.max_new_tokens=40", "name=compared", "stage=preferences"]
+        assert rlhf(*TINY, *compared) == 0
         wandb.finish()
         wandb.teardown()
     outputs = folder / "outputs"

@@ -18,10 +18,11 @@ import pytest
 from test_crash import assert_same, remains
 from tiny_runs import TINY, before_call, command, sentence  # noqa: F401
 
-from rlhf import cache, pipeline, tracking
+from rlhf import building, cache, tracking
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.failures import of_the_machine
 from rlhf.files import keep_lines, read_json, write_json
+from rlhf.settings import ConfigError
 from rlhf.stages.ppo import PPO
 
 
@@ -55,7 +56,7 @@ def of_ppo(_: Any, trainer: Any, stage: Any) -> bool:
 MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "a line of metrics": (tracking.JsonLines, "log_metrics", lambda _, metrics, step=0: "sft/loss" in metrics),
     "a checkpoint of SFT": (StepCheckpoints, "save", lambda _, trainer, stage: stage.steps_done > 2),
-    "a cached model": (pipeline, "save_model", lambda model, tokenizer, folder: True),
+    "a cached model": (building, "save_model", lambda model, tokenizer, folder: True),
     "a checkpoint of PPO": (StepCheckpoints, "save", of_ppo),
     "a summary": (tracking, "write_summary", lambda folder, *rest: "cache" not in folder.parts),
 }
@@ -118,6 +119,15 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
         assert of_the_machine(outer) == of_the_machine(error)
     for error in (FileNotFoundError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("(os error x)")):
         assert of_the_machine(error) is None
+    try:  # as Hydra wraps what a constructor raises, and rlhf.config.instantiate unwraps it
+        try:
+            raise ConfigError("flip=2") from None
+        except ConfigError as cause:
+            raise RuntimeError("in a constructor") from cause
+    except RuntimeError as wrapped:
+        with pytest.raises(ConfigError) as circle:
+            raise wrapped.__cause__ from None
+        assert of_the_machine(circle.value) is None
 
 
 @contextmanager

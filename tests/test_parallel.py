@@ -58,6 +58,7 @@ def _pieces(rank: int) -> None:
     assert [t.flatten()[0].item() for t in mixed] == [3.0, 11, 1.0]
     assert parallel.gathered({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert parallel.from_first(lambda: f"said by {rank}") == "said by 0"
+    assert parallel.from_first(lambda: parallel.from_first(parallel.size)) == 1  # it asks nobody who does not listen
     with pytest.raises(Interrupted, match="by 0"):
         parallel.from_first(lambda: _fail(rank))
     _means(rank)

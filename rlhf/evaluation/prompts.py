@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Formatter
 
 from rlhf import root
+from rlhf.data.templates import Template
 from rlhf.settings import ConfigError
 
 MESSAGE = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
@@ -49,3 +50,15 @@ def load_template(name: str, expected: set[str], key: str) -> ChatTemplate:
         wanted, has = (", ".join(f"{{{field}}}" for field in sorted(fields)) for fields in (expected, found))
         raise ConfigError(f"{key}={name} must use exactly {wanted}; it has {has or 'no placeholder'}")
     return ChatTemplate(messages)
+
+
+def bare_instruction(prompt: str, template: Template | None) -> str:
+    """The request that a templated prompt states, as judges read it: undoes `Template.render`."""
+    for text in (template.with_input, template.without_input) if template else ():
+        pattern = "".join(
+            re.escape(literal) + (f"(?P<{field}>.*)" if field else "") for literal, field, *_ in Formatter().parse(text)
+        )
+        found = re.fullmatch(pattern, prompt, re.DOTALL)
+        if found:
+            return "\n\n".join(found[name] for name in ("instruction", "input") if name in found.groupdict())
+    return prompt

@@ -17,9 +17,9 @@ from rlhf.report.measures import measure
 
 TRAINED_BY = {  # the groups of the configuration that made each stage's model
     "sft": ("model", "data", "quantization", "sft"),
-    "reward": ("model", "data", "quantization", "sft", "reward"),
-    "ppo": ("seed", "model", "data", "quantization", "sft", "reward", "lora", "ppo", "divergence", "kl", "scorer",
-            "generation", "evaluation"),
+    "reward": ("model", "data", "quantization", "sft", "preferences", "reward"),
+    "ppo": ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", "ppo", "divergence", "kl",
+            "scorer", "generation", "evaluation"),
 }  # fmt: skip
 TASKS = {"sft": "text-generation", "reward": "text-classification", "ppo": "text-generation"}
 SHOWN = {"reward/accuracy", "reward/margin", "reward/validation_loss", "reward/baseline", "sft/validation_loss",
@@ -64,7 +64,7 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         template=config["data"].get("template"),
         results=[(title, _number(value), _number(before)) for _, title, value, before in results(run)],
         dtype=dtype,
-        settings=OmegaConf.to_yaml({key: shareable(config[key]) for key in TRAINED_BY[run.stage]}),
+        settings=OmegaConf.to_yaml({key: shareable(config[key]) for key in TRAINED_BY[run.stage] if key in config}),
     )
     return str(card)
 

@@ -1,0 +1,215 @@
+"""Builds what runs share, each into a folder of the cache: SFT model, comparisons of its answers, reward model."""
+
+import logging
+import math
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf import cache, parallel, tracking
+from rlhf.config import instantiate
+from rlhf.data.options import parse_template
+from rlhf.data.records import RECORDS, DataError, DataSource, Split
+from rlhf.data.templates import Template
+from rlhf.evaluation.evaluate import Judge
+from rlhf.evaluation.preferences import FromData, SavedPreferences, Simulated
+from rlhf.guards import Guards
+from rlhf.models.assembly import lora_config, reward_roles, sft_roles
+from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
+from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
+from rlhf.models.roles import Roles
+from rlhf.rollout import Rollouts, encode, make_engine, rollout
+from rlhf.scorers import Context
+from rlhf.settings import RewardSettings, Settings, SFTSettings
+from rlhf.stages.base import generator
+from rlhf.stages.reward import RewardModeling
+from rlhf.stages.sft import SupervisedFineTuning
+from rlhf.training import MakeTrainer, train_supervised
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What building takes: the settings, the same as plain values, the data, how the base is held, a trainer."""
+
+    settings: Settings
+    plain: dict[str, Any]
+    source: DataSource
+    quantization: dict[str, Any] | None
+    make_trainer: MakeTrainer
+
+    def sft(self, folder: Path) -> None:
+        """The SFT model: `model/`, whole."""
+        started, settings = time.time(), self.settings.sft
+        log.info("training the SFT model (%s)", cache.name_of(folder))
+        lightning.seed_everything(settings.seed, verbose=False)
+        tokenizer = load_tokenizer(self.settings.model, self.source)
+        roles = sft_roles(self.settings, tokenizer, self.quantization)
+        train, held_out = divided(self.source, "sft", "sft_validation", settings.validation_size)
+        steps = steps_of(settings, len(train))
+        stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
+        stage.guards = Guards(self.settings.guards, folder)
+        metrics = train_supervised(
+            self.make_trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder
+        )
+        dtype = DTYPES[self.settings.model.dtype]
+        if self.quantization and settings.lora.r:
+            # merge into the full-precision weights, not into the rounded ones
+            adapter = (roles, "policy", lora_config(settings.lora), folder, tokenizer, folder / "adapter")
+            parallel.from_first(lambda: save_adapter(*adapter))
+            roles = Roles(load_causal_lm(self.settings.model, tokenizer))
+            load_adapter(roles, "base", "policy", folder / "adapter")
+            roles.table["policy"] = stage.roles.table["policy"]
+        parallel.from_first(lambda: save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / "model"))
+        told = {"rows": {"sft": len(train)}, "guards": stage.guards.summary()}
+        tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
+
+    @cached_property
+    def comparisons(self) -> FromData | Simulated:
+        """Where the comparisons for the reward model come from."""
+        return instantiate(self.plain["preferences"], "preferences", _recursive_=False)
+
+    def prepare_preferences(self) -> None:
+        """See whether comparisons can be simulated, as far as that shows before anything is built.
+
+        Raises:
+            ConfigError: the annotator lacks something.
+            DataError: there are too few prompts.
+        """
+        self._simulated.prepare(self.source, self._template)
+
+    def preferences(self, folder: Path, sft: Path, device: str) -> None:
+        """Comparisons of the answers of the SFT model of the folder `sft`: `preference.jsonl` and what is held out.
+
+        The first process makes them for all.
+        """
+        parallel.from_first(lambda: self._simulate(folder, sft, device))
+
+    def _simulate(self, folder: Path, sft: Path, device: str) -> None:
+        started, simulated = time.time(), self._simulated
+        log.info("simulating preferences (%s)", cache.name_of(folder))
+        tokenizer = load_tokenizer(self.settings.model, self.source)
+        base = load_causal_lm(self.settings.model, tokenizer, sft / "model", self.quantization)
+        roles = Roles(base, DTYPES[self.settings.model.dtype]).eval().to(device)
+        generation = replace(self.settings.generation, capture_logprobs="never")
+        engine = make_engine(generation, tokenizer, roles)
+        limit = self.settings.model.max_prompt_tokens
+        questions = {
+            split: [rows[i] for i in short_enough(tokenizer, [row.prompt for row in rows], limit)]
+            for split, rows in simulated.questions(self.source, self._template).items()
+        }
+
+        def answer(prompts: list[str], part: int) -> Rollouts:
+            stream = generator(simulated.settings.seed, "preferences", part, device)
+            return rollout(engine, roles, "reference", tokenizer, prompts, generation, stream,
+                           simulated.settings.temperature, simulated.settings.max_new_tokens)  # fmt: skip
+
+        def hire() -> Judge:
+            budget = self.settings.reward.microbatch_tokens
+            context = Context(self.source, tokenizer, roles, microbatch_tokens=budget, cache=folder.parent)
+            return instantiate(simulated.judge, "preferences.judge", context)
+
+        metrics = simulated.make(folder, questions, answer, hire)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        tracking.JsonLines(folder).log_metrics(metrics, 0)
+        tracking.write_summary(folder, metrics, self.plain, started, stage="preferences", sft_model=sft.name)
+
+    @property
+    def _simulated(self) -> Simulated:
+        assert isinstance(self.comparisons, Simulated)
+        return self.comparisons
+
+    @property
+    def _template(self) -> Template | None:
+        template = self.plain["data"].get("template")
+        return parse_template(template) if template else None
+
+    def reward(self, folder: Path, sft: Path, preferences: Path | None = None) -> None:
+        """The reward model on the SFT model of the folder `sft`: `model/`, an adapter or whole.
+
+        It learns from the simulated `preferences`, or else from those of the data set.
+        """
+        started, settings = time.time(), self.settings.reward
+        log.info("training the reward model (%s)", cache.name_of(folder))
+        lightning.seed_everything(settings.seed, verbose=False)
+        base = sft / "model"
+        tokenizer = load_tokenizer(self.settings.model, self.source)
+        roles = reward_roles(self.settings, tokenizer, base, self.quantization)
+        source = SavedPreferences(preferences) if preferences else self.source
+        train, held_out = divided(source, "preference", "preference_validation", settings.validation_size)
+        steps = steps_of(settings, len(train))
+        stage = RewardModeling(settings, roles, tokenizer, steps)
+        stage.guards = Guards(self.settings.guards, folder)
+        metrics = train_supervised(
+            self.make_trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder
+        )
+        demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
+        metrics["reward/baseline"] = stage.baseline(demonstrations)
+        if settings.lora.r:
+            adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / "model")
+            parallel.from_first(lambda: save_adapter(*adapter))
+        else:
+            parallel.from_first(lambda: _save_full_reward(roles, tokenizer, base, folder / "model"))
+        told = {"rows": {"preference": len(train)}, "guards": stage.guards.summary()}
+        learned = {"preferences": preferences.name} if preferences else {}
+        tracking.write_summary(folder, metrics, self.plain, started, stage="reward", **told, **learned)
+
+
+def _save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
+    model.score.weight.data = roles.heads["reward"].weight.data.to(model.dtype)
+    save_model(model, tokenizer, folder)
+    from safetensors.torch import save_file
+
+    # the float32 head, not its copy in the model's dtype
+    save_file({"score.weight": roles.heads["reward"].state_dict()["weight"].cpu()}, folder / HEAD)
+
+
+def divided(source: DataSource, split: Split, held_out: Split, size: int) -> tuple[list, list]:
+    """Training and held-out rows: the data set's own validation split, or the end of the training split.
+
+    Raises:
+        DataError: there are too few rows.
+    """
+    rows = source.load(split)
+    if held_out in source.splits:
+        other = source.load(held_out)
+        return records(rows, split), records(other.select(range(min(size, len(other)))), held_out)
+    if len(rows) <= size:
+        raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
+    everything = records(rows.shuffle(seed=0), split)
+    return everything[:-size], everything[-size:]
+
+
+def records(rows: Dataset, split: Split) -> list:
+    """The rows as records of their split."""
+    return [RECORDS[split](**row) for row in rows]
+
+
+def short_enough(tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int) -> list[int]:
+    """Which prompts have at most `limit` (`model.max_prompt_tokens`) tokens; how many are left out is logged.
+
+    Raises:
+        DataError: not a single one has.
+    """
+    kept = [i for i, ids in enumerate(encode(tokenizer, prompts)) if len(ids) <= limit]
+    if len(kept) < len(prompts):
+        log.warning("%d of %d prompts are longer than model.max_prompt_tokens=%d and left out",
+                    len(prompts) - len(kept), len(prompts), limit)  # fmt: skip
+    if not kept:
+        raise DataError(f"no prompt has at most model.max_prompt_tokens={limit} tokens")
+    return kept
+
+
+def steps_of(settings: SFTSettings | RewardSettings, rows: int) -> int:
+    """Optimiser steps of a supervised stage: its epochs over the rows, or fewer."""
+    steps = math.ceil(settings.epochs * rows / settings.batch_size)
+    return min(steps, settings.max_steps or steps)
