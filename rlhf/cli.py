@@ -269,10 +269,15 @@ def _explain_composition(message: str, cause: str) -> str:
 
 
 def _keys(parent: str) -> list[str]:
-    """The keys of a node of the default configuration."""
+    """The keys of a node of the configuration, as the options chosen on the command line make it."""
     GlobalHydra.instance().clear()
+    options = [word for word in sys.argv[1:] if re.split("[@=]", word)[0] in _groups() and "," not in word]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        node = OmegaConf.select(hydra.compose("config"), parent) if parent else hydra.compose("config")
+        try:
+            config = hydra.compose("config", options)
+        except HydraException:  # an option is wrong, too
+            config = hydra.compose("config")
+    node = OmegaConf.select(config, parent) if parent else config
     return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
 
 

@@ -280,7 +280,7 @@ class Run:
             target.ping(OmegaConf.to_container(node, resolve=True))
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        prompts: list[str] = self.source.load("prompts")["prompt"]
+        prompts = list(self.source.load("prompts")["prompt"])
         return [prompts[i] for i in short_enough(tokenizer, prompts, self.settings.model.max_prompt_tokens)]
 
 
