@@ -124,7 +124,7 @@ class PPO(PolicyEvaluation):
         order = torch.randperm(len(batch), generator=generator(self.all.seed, "deal", step))
         shares = [rows[parallel.rank() :: parallel.size()] for rows in order.split(self.ppo.minibatch_size)]
         own = torch.cat(shares).sort().values
-        return [batch[row] for row in own.tolist()], [torch.searchsorted(own, share) for share in shares]
+        return [batch[row] for row in own.tolist()], [torch.searchsorted(own, share.contiguous()) for share in shares]
 
     def divide(self, batch: Sequences, shares: Sequence[Tensor]) -> list[list[list[int]]]:
         """The rows of each minibatch in micro-batches of similar length."""
