@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from test_end_to_end import QUICK, rlhf
+from tiny_runs import TINY
 
 from rlhf.files import read_json, write_json
 from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, parallel_jobs, seconds_left, states
@@ -74,6 +77,36 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert read_json(taken / SUMMARY)["config"]["name"] == "other"  # so that its report has its own layout
     # one more seed: one more run
     assert sweep(workplace, "arm=lora_none", "seed=1,2,3", "dry_run=true").count("missing  ") == 1
+
+
+@pytest.mark.long
+def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None:
+    """SIGKILL to the command and its jobs, at random moments, until two of them hit; then the command once more."""
+    random = Random(0)
+    command = ["-m", *TINY, "name=study", "arm=lora_kl,full_none", "seed=1,2", "hydra/launcher=joblib"]
+    folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+    rlhf(folders["undisturbed"], *command)
+    kills = 0
+    while kills < 2:
+        done = len(list(folders["killed"].glob(f"outputs/study/*/{SUMMARY}")))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf", *command], cwd=folders["killed"], start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not list(folders["killed"].glob("outputs/study/*/metrics.jsonl")) and process.poll() is None:
+            time.sleep(0.1)  # the models that the runs share are built
+        time.sleep(random.uniform(2, 12))
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert done < 4
+    said = rlhf(folders["killed"], *command)
+    assert "4 of 4 runs done" in said
+    reports = [folder / "outputs/study/report" for folder in folders.values()]
+    for name in ("table.csv", "table.md", "differences.csv"):
+        assert (reports[0] / name).read_text() == (reports[1] / name).read_text()
 
 
 def make_plan(folder: Path, done: int, running: int, failed: int, waiting: int) -> None:
