@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, LINE_FILES, read_json, write_json
+from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, write_json
 from rlhf.tracking import read_summary
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _pointer(outputs: Path, identity: str) -> Path:
 
 
 def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Make `folder` the same finished run as `found`, by copies of what is small and a link to the model.
+    """Make `folder` the same finished run as `found`, by copies of what is small and links to the models.
 
     `config` and `overrides` are those under which it is known here: another name, another report.
     """
@@ -79,8 +79,9 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
     for name in (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
         if (found / name).exists():
             shutil.copy2(found / name, folder / name)
-    if (found / "model").exists() and not (folder / "model").exists():
-        (folder / "model").symlink_to(os.path.relpath(found / "model", folder), target_is_directory=True)
+    for name in (MODEL, BEST_MODEL):
+        if (found / name).exists() and not (folder / name).exists():
+            (folder / name).symlink_to(os.path.relpath(found / name, folder), target_is_directory=True)
     summary = {
         **(read_summary(found) or {}),
         "same_as": os.path.relpath(found, folder),

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.failures import of_the_machine
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, LINE_FILES, read_json, write_json
+from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, write_json
 from rlhf.settings import INTERRUPTED, ConfigError, Interrupted, Stopped
 from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, jobs_of, naming, on_slurm, parallel_jobs, states
 
@@ -263,7 +263,7 @@ def _prepare(folder: Path, identity: str, resume: str) -> None:
 def _start_over(folder: Path) -> None:
     for name in (SUMMARY, "metrics.csv", *LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "model", "inspect"):
+    for name in ("checkpoints", MODEL, BEST_MODEL, "inspect"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

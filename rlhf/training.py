@@ -10,7 +10,7 @@ import lightning
 from torch.utils.data import DataLoader
 
 from rlhf import tracking
-from rlhf.checkpoints import StepCheckpoints
+from rlhf.checkpoints import Best, StepCheckpoints
 from rlhf.files import read_json, write_json
 from rlhf.interruption import Interruption
 from rlhf.settings import ConfigError, RewardSettings, SFTSettings
@@ -60,11 +60,17 @@ def train_supervised(
 
 
 def train_ppo(
-    make_trainer: MakeTrainer, stage: PPO, prompts: list[str], evaluation: DataLoader, folder: Path, resume: str
+    make_trainer: MakeTrainer,
+    stage: PPO,
+    prompts: list[str],
+    evaluation: DataLoader,
+    folder: Path,
+    resume: str,
+    best: Best | None = None,
 ) -> dict[str, float]:
     """Train from the SFT model, or the last checkpoint, to the end; returns the evaluation of step 0."""
     settings, ppo = stage.all, stage.ppo
-    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every)
+    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, also_every=ppo.eval_every)
     last = checkpoints.latest()
     if last is None and resume == "must":
         raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
@@ -94,4 +100,5 @@ def train_ppo(
         trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
         if ppo.steps % ppo.eval_every:
             trainer.validate(stage, evaluation, verbose=False)
+    checkpoints.prune()  # after the last evaluation
     return tracking.evaluated_at(folder, 0)
