@@ -104,7 +104,9 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
         if read_summary(folder) is None:
             work = folder.parent / f".{folder.name}.building"
             work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
-            build(work)
+            if read_summary(work) is None:  # else it died here, with all done
+                build(work)
+            shutil.rmtree(work / "checkpoints", ignore_errors=True)  # not before the model is written
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(work, folder)
     return folder

@@ -119,6 +119,8 @@ def _finish(run: "Run", resume: str) -> dict[str, Any]:
     folder = run.folder
     found = run.finished() if resume != "never" else None
     if found == folder:
+        if cache.find_run(run.outputs, run.identity) is None:  # killed between its last two files
+            cache.register_run(run.outputs, run.identity, folder)
         log.info("%s is finished already; resume=never would start over", folder)
         return read_json(folder / SUMMARY)
     if found is not None:

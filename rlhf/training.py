@@ -1,7 +1,6 @@
 """From wherever a stage was left to its end: trainer, checkpoints, what was measured and what is still due."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from torch.utils.data import DataLoader
 
 from rlhf import tracking
 from rlhf.checkpoints import Best, StepCheckpoints
-from rlhf.files import read_json, write_json
 from rlhf.interruption import Interruption
 from rlhf.settings import ConfigError, RewardSettings, SFTSettings
 from rlhf.stages.base import SeededBatches, loader
@@ -35,16 +33,14 @@ def train_supervised(
     checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
     last = checkpoints.latest()
     start = checkpoints.step_of(last) if last else 0
+    stage.resumed_at = start
     trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
     validation = DataLoader(held_out, batch_size=settings.batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
-    before = folder / "before.json"
+    tracking.forget_after(folder, start if last else -1, evaluated=False)
     if last is None:
-        tracking.forget_after(folder, -1, evaluated=False)
         trainer.validate(stage, validation, verbose=False)
-        write_json(before, stage.latest)
     else:
         log.info("continuing from step %d", start)
-        tracking.forget_after(folder, start, evaluated=True)
         stage.guards.replay(tracking.read_metrics(folder))
         stage.guards.check()
     if start < stage.total_steps:
@@ -54,9 +50,9 @@ def train_supervised(
         stage.load_trained(last)
     stage.roles.eval()
     trainer.validate(stage, validation, verbose=False)
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
-    latest = {key: value for key, value in stage.latest.items() if not key.startswith("guard/")}
-    return {**latest, **{f"{key}_before": value for key, value in read_json(before).items()}}
+    lines = [tracking.numbers(line) for line in tracking.read_metrics(folder)]
+    latest = {key: value for line in lines for key, value in line.items()}
+    return {**latest, **{f"{key}_before": value for key, value in lines[0].items()}}
 
 
 def train_ppo(

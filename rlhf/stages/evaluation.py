@@ -78,24 +78,25 @@ class PolicyEvaluation(Stage):
         self._lengths.append(answers.mask.sum(1)[best])
 
     def on_validation_epoch_end(self) -> None:
-        """Judge all answers, log `eval/*`, append the samples."""
+        """Judge all answers, append the samples, log `eval/*`."""
         metrics, records = self.evaluator(self._prompts, self._responses)
         rewards = torch.cat(self._rewards)
-        metrics |= {
-            "eval/reward": float(rewards.mean()),
-            "eval/response_tokens": float(torch.cat(self._lengths).float().mean()),
-            "eval/true_kl": float(torch.cat(self._kl).mean()),
-            "time/evaluate": time.perf_counter() - self._started,
-        }
-        self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
         for record, reward, length in zip(records, rewards.tolist(), torch.cat(self._lengths).tolist(), strict=True):
             record |= {"reward": reward, "tokens": length}
         shown = records[: self.all.evaluation.samples]
-        for dashboard in self.dashboards if shown else []:
-            dashboard.log_samples(shown, self.ppo_step)
         with self.samples.open("a") as file:
             for record in shown:
                 file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")
         numbers = {key: [row[key] for row in records] for key, x in records[0].items() if not isinstance(x, str)}
         with self.samples.with_name("outcomes.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.ppo_step, **numbers}) + "\n")
+        metrics |= {
+            "eval/reward": float(rewards.mean()),
+            "eval/response_tokens": float(torch.cat(self._lengths).float().mean()),
+            "eval/true_kl": float(torch.cat(self._kl).mean()),
+            "time/evaluate": time.perf_counter() - self._started,
+        }
+        # the last of the three files: that its line is there says that the evaluation is complete
+        self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
+        for dashboard in self.dashboards if shown else []:
+            dashboard.log_samples(shown, self.ppo_step)

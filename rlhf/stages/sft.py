@@ -93,4 +93,4 @@ class SupervisedFineTuning(Stage):
         loss = float(torch.stack([total for total, _ in self._held_out]).sum())
         count = int(torch.stack([count for _, count in self._held_out]).sum())
         metrics = {"sft/validation_loss": loss / count, "sft/perplexity": math.exp(min(loss / count, 700))}
-        self.emit(metrics, self.trainer.global_step, bar=["sft/perplexity"])
+        self.emit(metrics, self.steps_done, bar=["sft/perplexity"])
