@@ -22,23 +22,23 @@ from tiny_runs import TINY
 pytestmark = pytest.mark.long
 KILLS = int(os.environ.get("RLHF_KILLS", "0"))  # how many more kills, at random moments
 COMMAND = [
-    *TINY, "logger=csv", "seed=1", "ppo.steps=6", "ppo.eval_every=2", "ppo.checkpoint_every=3",
+    *TINY, "logger=csv", "seed=1", "ppo.steps=10", "ppo.eval_every=2", "ppo.checkpoint_every=3",
     "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min",
 ]  # fmt: skip
 
 # what is going on, where in the program that is (see dying.py), at the how manieth time, and how many seconds later
 SFT, REWARD, RUN = "*/.sft-*.building", "*/.reward-*.building", "*/outputs/rlhf/*"
 MOMENTS: list[tuple[str, str, int, float]] = [
-    ("SFT: an update", "rlhf.stages.base:Stage.accumulate", 5, 0),
-    ("SFT: a checkpoint begun", f"write {SFT}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0),
+    ("SFT: an update", "rlhf.stages.base:Stage.accumulate", 2, 0),
+    ("SFT: a checkpoint begun", f"rename {SFT}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0),
     ("SFT: a checkpoint written", f"rename {SFT}/checkpoints/step-*.ckpt", 1, 0),
     ("SFT: the last validation", "rlhf.stages.sft:SupervisedFineTuning.on_validation_epoch_end", 1, 0),
     ("SFT: the model", "rlhf.pipeline:save_model", 1, 0),
     ("SFT: the model, half-way", "rlhf.pipeline:save_model", 1, 0.005),
     ("SFT: the summary", f"rename {SFT}/summary.json", 1, 0),
     ("SFT: into the cache", "rename */cache/sft-*", 1, 0),
-    ("reward: an update", "rlhf.stages.base:Stage.accumulate", 3, 0.005),
-    ("reward: a checkpoint begun", f"write {REWARD}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0.001),
+    ("reward: an update", "rlhf.stages.base:Stage.accumulate", 1, 0.005),
+    ("reward: a checkpoint begun", "rlhf.checkpoints:StepCheckpoints.save", 1, 0.002),
     ("reward: a checkpoint written", f"rename {REWARD}/checkpoints/step-*.ckpt", 1, 0),
     ("reward: the last validation", "rlhf.stages.reward:RewardModeling.on_validation_epoch_end", 1, 0),
     ("reward: the baseline", "rlhf.stages.reward:RewardModeling.baseline", 1, 0),
@@ -49,12 +49,12 @@ MOMENTS: list[tuple[str, str, int, float]] = [
     ("evaluation of SFT: samples", f"write {RUN}/samples.jsonl", 1, 0),
     ("the first rollout", "rlhf.stages.ppo:rollout", 1, 0.02),
     ("an update", "rlhf.stages.base:Stage.accumulate", 3, 0),
-    ("a checkpoint begun", f"write {RUN}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0),
-    ("a checkpoint half-written", f"write {RUN}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0.001),
+    ("a checkpoint begun", f"rename {RUN}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0),
+    ("a checkpoint half-written", "rlhf.checkpoints:StepCheckpoints.save", 1, 0.002),
     ("a checksum written", f"rename {RUN}/checkpoints/step-*.sha256", 1, 0),
     ("a checkpoint written", f"rename {RUN}/checkpoints/step-*.ckpt", 1, 0),
-    ("evaluation", "rlhf.stages.ppo:PPO.validation_step", 2, 0.02),
-    ("evaluation: metrics", "rlhf.stages.ppo:PPO.emit", 2, 0),
+    ("evaluation", "rlhf.stages.ppo:PPO.validation_step", 1, 0.02),
+    ("evaluation: metrics", "rlhf.stages.ppo:PPO.emit", 1, 0),
     ("evaluation: samples", f"write {RUN}/samples.jsonl", 1, 0),
     ("evaluation: outcomes", f"write {RUN}/outcomes.jsonl", 1, 0),
     ("evaluation: the export", f"rename {RUN}/alpaca_eval.json", 1, 0),
