@@ -1,27 +1,55 @@
-"""`python dying.py WHERE NTH SIGNAL SECONDS ARGUMENT…`: the `rlhf` command, which sends itself a signal at a moment.
+"""The `rlhf` command in a process of its own, which sends itself a signal at a chosen moment.
 
-WHERE is a function (`package.module:Class.method`) that is called, or a change to the disk that is about to be made:
-`write`, `rename` or `remove`, a blank and a pattern for the path. At the NTH time, SECONDS later, a real signal comes;
-`died.log` says so. Nothing else is different from `python -m rlhf`.
+A moment is a function (`package.module:Class.method`) that is called, or a change to the disk that is about to be made:
+`write`, `rename` or `remove`, a blank and a pattern for the path. At the n-th time, some seconds later, a real signal
+comes. Nothing else is different from `python -m rlhf`, but that the imports are made already: each process is forked
+from one that has done nothing else (multiprocessing's forkserver), or most of a kill's time would go into them.
 """
 
 import functools
+import multiprocessing
 import os
 import pkgutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+from rlhf.cli import main
+
 EVENTS = {"open": "write", "os.rename": "rename", "os.remove": "remove"}  # Python's audit events
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["rlhf.cli", "rlhf.pipeline", "rlhf.preview", "rlhf.report.cli", "peft", "hydra._internal.hydra"]
+)
+
+
+def start(folder: Path, arguments: Sequence[str], *moment: Any) -> BaseProcess:
+    """The command below `folder`, with the arguments of a `Moment` to die at; what it says goes into `said.log`."""
+    process = FORKS.Process(target=_run, args=(folder, arguments, moment))
+    process.start()
+    return process
+
+
+def _run(folder: Path, arguments: Sequence[str], moment: Sequence[Any]) -> None:
+    os.chdir(folder)
+    said = os.open("said.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if moment:
+        Moment(*moment).watch()
+    sys.argv = ["rlhf", *arguments]
+    main()
 
 
 class Moment:
-    """Counts, and at the NTH time sends the signal."""
+    """Counts, and at the n-th time leaves `died.log` and sends the signal."""
 
-    def __init__(self, where: str, nth: int, number: int, seconds: float):
-        self.where, self.left, self.number, self.seconds = where, nth, number, seconds
+    def __init__(self, where: str, nth: int, seconds: float, number: int):
+        self.where, self.left, self.seconds, self.number = where, nth, seconds, number
 
     def come(self) -> None:
         self.left -= 1
@@ -62,12 +90,3 @@ class Moment:
             return function(*args, **kwargs)
 
         return call
-
-
-if __name__ == "__main__":
-    where, nth, number, seconds, *arguments = sys.argv[1:]
-    Moment(where, int(nth), int(number), float(seconds)).watch()
-    sys.argv = ["rlhf", *arguments]
-    from rlhf.cli import main
-
-    main()

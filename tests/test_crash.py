@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import dying
 import pytest
 import torch
 from tiny_runs import TINY
@@ -77,48 +78,39 @@ KILLED = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (-signal.SIGTERM, 
 STAGES = {"SFT": "cache/sft-*", "reward": "cache/reward-*", "PPO": "rlhf/*"}
 
 
-def start(folder: Path, *program: str) -> subprocess.Popen:
-    """The command, or the command as `program`, below `folder`."""
-    return subprocess.Popen(
-        [sys.executable, *(program or ("-m", "rlhf")), "-m", *COMMAND, f"output_dir={folder}/outputs"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def arguments(folder: Path) -> list[str]:
+    return ["-m", *COMMAND, f"output_dir={folder}/outputs"]
 
 
 def to_the_end(folder: Path) -> str:
-    """The command, undisturbed; what it says."""
-    output, _ = (process := start(folder)).communicate(timeout=900)
-    assert process.returncode == 0, output
-    return output
+    """The command as anybody starts it, undisturbed; what it says."""
+    command = [sys.executable, "-m", "rlhf", *arguments(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def kill_at(folder: Path, where: str, nth: int, seconds: float, number: signal.Signals) -> bool:
     """Run until a moment and be killed there; False where the run ended without it."""
     log = folder / "died.log"
     log.unlink(missing_ok=True)
-    dying = Path(__file__).with_name("dying.py")
-    process = start(folder, str(dying), where, str(nth), str(int(number)), str(seconds))
-    output, _ = process.communicate(timeout=900)
-    if not log.exists():
-        assert process.returncode == 0, output
-        return False
-    assert process.returncode in KILLED[number], (where, number, process.returncode, output)
-    return True
+    process = dying.start(folder, arguments(folder), where, nth, seconds, number)
+    process.join()
+    expected = KILLED[number] if log.exists() else (0,)
+    assert process.exitcode in expected, (where, number, process.exitcode, (folder / "said.log").read_text())
+    return log.exists()
 
 
 def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
     """Run for so long and be killed; False where the run ended before."""
-    process = start(folder)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        assert process.returncode == 0, output
-        return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=900)
-    assert process.returncode in (0, *KILLED[number]), (seconds, number, process.returncode, output)
-    return process.returncode != 0
+    process = dying.start(folder, arguments(folder))
+    process.join(seconds)
+    if process.is_alive():
+        os.kill(process.pid or 0, number)
+        process.join()
+    expected = (0, *KILLED[number])  # it may have ended just before
+    assert process.exitcode in expected, (seconds, number, process.exitcode, (folder / "said.log").read_text())
+    return process.exitcode != 0
 
 
 def remains(folder: Path) -> dict[str, Any]:
@@ -247,7 +239,7 @@ def test_killed_at_every_moment_a_run_ends_with_the_same_bits(
 def test_killed_at_random_a_run_ends_with_the_same_bits(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     lives, random = Lives(tmp_path, undisturbed), Random(KILLS)
     started = time.monotonic()
-    to_the_end(lives.folder)
+    assert not kill_after(lives.folder, 9999, signal.SIGKILL)
     longest = time.monotonic() - started
     lives.ended()
     while lives.kills.total() < KILLS:
