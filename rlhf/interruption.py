@@ -29,8 +29,15 @@ class Interruption(Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, *args: Any) -> None:
-        """Take over from Lightning's handlers, which stop without saving."""
-        if threading.current_thread() is threading.main_thread():
+        """Take over from Lightning's handlers, which stop without saving, or not at all while it validates."""
+        self._take_over()
+
+    def on_validation_start(self, *args: Any) -> None:
+        """The same for a validation outside of training."""
+        self._take_over()
+
+    def _take_over(self) -> None:
+        if not self._before and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -47,16 +54,22 @@ class Interruption(Callback):
         """An evaluation is not waited for: it is made again after resuming."""
         self._leave(trainer, module)
 
+    def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Judging may have taken long."""
+        self._leave(trainer, module)
+
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
         """Save when something outside is out of order, such as a judge's endpoint, between two steps."""
         if isinstance(exception, Interrupted) and trainer.state.fn == TrainerFn.FITTING:
             self.checkpoints.save(trainer, module)
+        self.teardown()  # Lightning calls it only where all went well
 
     def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
         if self.received is None:
             return
-        step = self.checkpoints.save(trainer, module)
-        raise Interrupted(f"stopped by {self.received.name} after step {step}; the same command continues")
+        if trainer.state.fn == TrainerFn.FITTING:  # else what is measured is saved already, or is where training begins
+            self.checkpoints.save(trainer, module)
+        raise Interrupted(f"stopped by {self.received.name} after step {module.steps_done}; the same command continues")
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Give the signals back, however training ended."""

@@ -30,6 +30,7 @@ from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore
 from rlhf.files import BEST_MODEL
 from rlhf.guards import Guards
+from rlhf.interruption import Interruption
 from rlhf.models.assembly import lora_config, ppo_roles, reward_roles, sft_roles
 from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
@@ -271,7 +272,8 @@ class Run:
         return {**told, "model": BEST_MODEL}
 
     def _evaluate(self, stage: PPO, evaluation: DataLoader) -> dict[str, float]:
-        self._trainer(self.folder).validate(stage, evaluation, verbose=False)
+        leaving = Interruption(StepCheckpoints(self.folder / "checkpoints", 1))
+        self._trainer(self.folder, callbacks=[leaving]).validate(stage, evaluation, verbose=False)
         return dict(stage.last_evaluation)
 
     # -- parts -------------------------------------------------------------------------------------------------------
