@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from rlhf.checkpoints import Best, StepCheckpoints
+from rlhf.checkpoints import Best, StepCheckpoints, _checksum, _checksum_file
 from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
 from rlhf.evaluation.evaluate import logged
@@ -137,12 +137,15 @@ def test_the_best_stays_beside_the_newest_through_every_kill(folders: SimpleName
 def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines(tmp_path, 0.1, 0.5, 0.3, 0.2, 0.1)
     checkpoints = StepCheckpoints(tmp_path / "checkpoints", 10, keep=2, best=Best(tmp_path, "eval/win_rate", "max"))
-    trainer = SimpleNamespace(save_checkpoint=lambda path: torch.save({"state_dict": {}}, path))
+    checkpoints.folder.mkdir()
     for step in (10, 20, 30, 40):
-        checkpoints.save(trainer, SimpleNamespace(steps_done=step))  # type: ignore[arg-type]
+        path = checkpoints.folder / f"step-{step:06d}.ckpt"
+        torch.save({"state_dict": {}}, path)
+        _checksum_file(path).write_text(_checksum(path))
+    checkpoints.prune()
     assert kept(tmp_path) == [10, 30, 40]
-    path = checkpoints.of_best()
-    assert path is not None
+    path = checkpoints.folder / "step-000010.ckpt"
+    assert checkpoints.of_best() == path
     path.write_bytes(path.read_bytes()[:-1])
     assert checkpoints.of_best() is None
     path.unlink()
