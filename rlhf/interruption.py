@@ -28,6 +28,10 @@ class Interruption(Callback):
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Note what signals do, before Lightning takes them for itself."""
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+
     def on_train_start(self, *args: Any) -> None:
         """Take over from Lightning's handlers, which stop without saving, or not at all while it validates."""
         self._take_over()
@@ -37,8 +41,9 @@ class Interruption(Callback):
         self._take_over()
 
     def _take_over(self) -> None:
-        if not self._before and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
@@ -72,7 +77,7 @@ class Interruption(Callback):
         raise Interrupted(f"stopped by {self.received.name} after step {module.steps_done}; the same command continues")
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        """Give the signals back, however training ended."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        """Give the signals back, however training ended: Lightning's handlers would lose them."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
