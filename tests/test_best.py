@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,8 @@ from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
 from rlhf.evaluation.evaluate import logged
 from rlhf.files import read_json
+from rlhf.interruption import SIGNALS
+from rlhf.settings import Interrupted
 from rlhf.stages.ppo import PPO
 from rlhf.tracking import JsonLines, evaluated_at
 from rlhf.training import train_ppo
@@ -64,22 +68,30 @@ def test_nothing_is_the_best_of_nothing(tmp_path: Path) -> None:
 VERDICTS = {0: 0.9, 2: 0.3, 4: 0.6, 6: 0.5, 8: 0.6 - 1e-9, 9: 0.1}
 
 
+def lose_power() -> None:
+    raise RuntimeError("the power is gone")
+
+
 def run(
-    folders: SimpleNamespace, folder: Path, seen: dict[int, dict[str, Tensor]], dying_at: tuple[int, str] | None = None
+    folders: SimpleNamespace,
+    folder: Path,
+    seen: dict[int, dict[str, Tensor]],
+    moment: tuple[int, str] | None = None,
+    act: Callable[[], None] = lose_power,
 ) -> PPO:
-    """`train_ppo` from where `folder` was left; the policy at each evaluation goes into `seen`."""
+    """`train_ppo` from where `folder` was left, `act` at a moment; the policy at each evaluation goes into `seen`."""
     options = {"steps": 9, "eval_every": 2, "checkpoint_every": 5, "epochs": 1, "rollout_batch_size": 6}
     stage = make_ppo(ppo_settings(**options), folders, folder / "samples.jsonl")
 
     def judge(prompts: Any, responses: Any) -> tuple[dict, list[dict]]:
-        if dying_at == (stage.ppo_step, "evaluation"):
-            raise RuntimeError("the power is gone")
+        if moment == (stage.ppo_step, "evaluation"):
+            act()
         seen[stage.ppo_step] = weights(stage.roles)
         return {"eval/win_rate": VERDICTS[stage.ppo_step]}, [{"win": 0.5} for _ in responses]
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
-        if dying_at == (stage.ppo_step + 1, "step") and len(prompts) == 6:  # 4 in an evaluation
-            raise RuntimeError("the power is gone")
+        if moment == (stage.ppo_step + 1, "step") and len(prompts) == 6:  # 4 in an evaluation
+            act()
         return [float(len(response)) for response in responses]
 
     stage.evaluator, stage.scorer.function = judge, score  # type: ignore[attr-defined]
@@ -132,6 +144,20 @@ def test_the_best_stays_beside_the_newest_through_every_kill(folders: SimpleName
     run(folders, tmp_path / "killed", {})
     assert_same(states(tmp_path / "killed"), states(tmp_path / "straight"))
     assert Best(tmp_path / "killed", "eval/win_rate", "max").step() == 4
+
+
+def test_a_signal_is_heeded_in_every_evaluation_and_given_back(folders: SimpleNamespace, tmp_path: Path) -> None:
+    """Lightning alone would lose a SIGTERM in an evaluation outside of training, and ever after."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for moment in ((0, "evaluation"), (2, "evaluation"), (3, "step")):
+        with pytest.raises(Interrupted, match=f"stopped by SIGTERM after step {moment[0]}"):
+            run(folders, tmp_path, {}, moment, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert kept(tmp_path) == [2, 3]
+    seen: dict[int, dict[str, Tensor]] = {}
+    run(folders, tmp_path, seen)
+    assert sorted(seen) == [4, 6, 8, 9]  # that of step 2 was complete
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
