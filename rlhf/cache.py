@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, write_json
+from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, tidy, write_json
 from rlhf.tracking import read_summary
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
             work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
             if read_summary(work) is None:  # else it died here, with all done
                 build(work)
+            tidy(work)
             shutil.rmtree(work / "checkpoints", ignore_errors=True)  # not before the model is written
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(work, folder)

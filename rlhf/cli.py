@@ -28,7 +28,7 @@ from rich.table import Table
 
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.failures import of_the_machine
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, write_json
+from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, tidy, write_json
 from rlhf.settings import INTERRUPTED, ConfigError, Interrupted, Stopped
 from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, jobs_of, naming, on_slurm, parallel_jobs, states
 
@@ -251,6 +251,7 @@ def _suggest(key: str, allowed: list[str]) -> str:
 
 def _prepare(folder: Path, identity: str, resume: str) -> None:
     """Keep what an unfinished run of this identity left, unless it is not wanted; clear away any other run's."""
+    tidy(folder)
     note = folder / "identity.json"
     other = note.exists() and read_json(note) != identity
     if other and resume == "must":

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,13 @@ def aside(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what writers left aside when they were killed; for whoever holds the folder's lock."""
+    for torn in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.\d+", torn.name):
+            torn.unlink()
 
 
 def sync(path: Path) -> None:

@@ -120,6 +120,7 @@ def remains(folder: Path) -> dict[str, Any]:
     for path in [*outputs.glob("rlhf/*/alpaca_eval*.json"), *outputs.glob("rlhf/report/**/*.[mct]*")]:
         found[f"{path.parent.name}/{path.name}"] = path.read_text()
     found["registered"] = sorted(path.name for path in outputs.glob("cache/runs/*"))
+    found["torn"] = [str(path) for path in outputs.glob("[rc]*/*/.*.*[0-9]")]
     found["report"] = sorted(path.name for path in outputs.glob("rlhf/report/**/*"))
     return found
 
@@ -216,6 +217,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert len([name for name in found if "adapter_model.safetensors" in name]) == 3  # reward, last and best policy
     assert len([name for name in found if name.endswith(".ckpt")]) == 2
     assert {"report/table.md", "report/table.csv"} <= found.keys()
+    assert found["torn"] == []
     return found
 
 
