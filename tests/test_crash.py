@@ -119,7 +119,7 @@ def remains(folder: Path) -> dict[str, Any]:
     found = remains_of(path.parent for name in STAGES.values() for path in outputs.glob(f"{name}/summary.json"))
     for path in [*outputs.glob("rlhf/*/alpaca_eval*.json"), *outputs.glob("rlhf/report/**/*.[mct]*")]:
         found[f"{path.parent.name}/{path.name}"] = path.read_text()
-    found["registered"] = sorted(path.name for path in outputs.glob("cache/runs/*"))
+    found["registered"] = sorted(path.name for path in outputs.glob("cache/runs/[!.]*"))
     found["torn"] = [str(path) for path in outputs.glob("[rc]*/*/.*.*[0-9]")]
     found["report"] = sorted(path.name for path in outputs.glob("rlhf/report/**/*"))
     return found
