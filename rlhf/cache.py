@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf import parallel
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, LINE_FILES, read_json, write_json
+from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, tidy, write_json
 from rlhf.tracking import read_summary
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,12 @@ def register_run(outputs: Path, identity: str, folder: Path) -> None:
     write_json(pointer, {"folder": os.path.relpath(folder, pointer.parent)})
 
 
+def register_missing(outputs: Path, identity: str, folder: Path) -> None:
+    """The same for a run that was killed between its last two files."""
+    if find_run(outputs, identity) is None:
+        register_run(outputs, identity, folder)
+
+
 def find_run(outputs: Path, identity: str) -> Path | None:
     """The folder of a finished run of this identity, wherever it was made, unless it was deleted or made anew."""
     pointer = _pointer(outputs, identity)
@@ -72,7 +78,7 @@ def _pointer(outputs: Path, identity: str) -> Path:
 
 
 def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Make `folder` the same finished run as `found`, by copies of what is small and a link to the model.
+    """Make `folder` the same finished run as `found`, by copies of what is small and links to the models.
 
     `config` and `overrides` are those under which it is known here: another name, another report.
     """
@@ -80,8 +86,9 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
     for name in (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
         if (found / name).exists():
             shutil.copy2(found / name, folder / name)
-    if (found / "model").exists() and not (folder / "model").exists():
-        (folder / "model").symlink_to(os.path.relpath(found / "model", folder), target_is_directory=True)
+    for name in (MODEL, BEST_MODEL):
+        if (found / name).exists() and not (folder / name).exists():
+            (folder / name).symlink_to(os.path.relpath(found / name, folder), target_is_directory=True)
     summary = {
         **(read_summary(found) or {}),
         "same_as": os.path.relpath(found, folder),
@@ -108,12 +115,15 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
         if parallel.from_first(missing):
             work = folder.with_name(f".{folder.name}.building")
             work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
-            build(work)
+            if parallel.from_first(lambda: read_summary(work) is None):  # else it died here, with all done
+                build(work)
             parallel.from_first(lambda: _put(work, folder))
     return folder
 
 
 def _put(work: Path, folder: Path) -> None:
+    tidy(work)
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)  # not before the model is written
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)
 

@@ -1,8 +1,10 @@
-"""Checkpoints at step boundaries: written aside, synced, renamed, with a checksum; the last few are kept."""
+"""Checkpoints at step boundaries: written aside, synced, renamed, with a checksum; the last few and the best stay."""
 
 import hashlib
 import logging
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,26 +14,52 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from rlhf import parallel
-from rlhf.files import aside
+from rlhf.files import aside, read_lines
 from rlhf.stages.base import Stage
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Best:
+    """Which evaluation of the run in `folder` is the best so far, by a metric whose `mode` is `max` or `min`.
+
+    It is read off `metrics.jsonl`, which a resumed run continues exactly: a record of its own could fall behind it.
+    """
+
+    folder: Path
+    metric: str
+    mode: str
+
+    def step(self) -> int | None:
+        """The step of it, of equally good ones the last; None without any.
+
+        Step 0 does not count, as nothing was trained yet, and no value that is no finite number.
+        """
+        lines = [line for line in read_lines(self.folder / "metrics.jsonl") if "time/evaluate" in line and line["step"]]
+        sign = 1 if self.mode == "max" else -1
+        found = [(sign * line.get(self.metric, math.nan), line["step"]) for line in lines]
+        return max((pair for pair in found if math.isfinite(pair[0])), default=(None, None))[1]
+
+
 class StepCheckpoints(Callback):
-    """Saves `step-000020.ckpt` every `every` steps and at the end, keeps the newest `keep`.
+    """Saves `step-000020.ckpt` every `every` steps and at the end; keeps the newest `keep`, and the `best` if wanted.
+
+    With `best`, every `also_every` steps are saved too: those that are evaluated, before it is known how good they are.
 
     A checkpoint holds what trains, the optimiser, the schedule and the counters. Random states are not needed: all
     randomness is a function of (seed, purpose, step).
     """
 
-    def __init__(self, folder: Path, every: int, keep: int = 2):
-        self.folder, self.every, self.keep = folder, every, keep
+    def __init__(self, folder: Path, every: int, keep: int = 2, best: Best | None = None, also_every: int = 0):
+        self.folder, self.keep, self.best = folder, keep, best
+        self.every = (every, also_every) if best else (every,)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
         """Save at a step boundary."""
         assert isinstance(module, Stage)
-        if module.steps_done % self.every == 0 or module.steps_done == module.total_steps:
+        step = module.steps_done
+        if any(step % every == 0 for every in self.every) or step == module.total_steps:
             self.save(trainer, module)
 
     def save(self, trainer: lightning.Trainer, module: Stage) -> int:
@@ -40,7 +68,7 @@ class StepCheckpoints(Callback):
         All processes call it, and the first writes.
         """
         step = module.steps_done
-        path = self.folder / f"step-{step:06d}.ckpt"
+        path = self._path(step)
         if parallel.from_first(path.exists):
             return step
         if not parallel.is_first():
@@ -52,9 +80,28 @@ class StepCheckpoints(Callback):
             # the checksum first: a checkpoint without one never has its final name
             with aside(_checksum_file(path)) as note:
                 note.write_text(_checksum(temporary))
-        for old in self._all()[: -self.keep]:
-            self._remove(old)
+        self.prune()
         return step
+
+    def prune(self) -> None:
+        """Remove those that are neither among the newest nor the best."""
+        for old in set(self._all()[: -self.keep]) - {self._of_best()}:
+            self._remove(old)
+
+    def of_best(self) -> Path | None:
+        """The checkpoint of the best evaluation, if there is one and it is sound."""
+        path = self._of_best()
+        if path is None or _sound(path):
+            return path
+        log.warning("%s, the best, is gone or damaged", path)
+        return None
+
+    def _of_best(self) -> Path | None:
+        step = self.best.step() if self.best else None
+        return None if step is None else self._path(step)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.ckpt"
 
     def latest(self) -> Path | None:
         """The newest sound checkpoint, if any; damaged ones are named and removed, half-written ones just removed."""
@@ -90,7 +137,7 @@ class StepCheckpoints(Callback):
 def _sound(path: Path) -> bool:
     """Whether it is what was written, and nothing but tensors and numbers: a checksum is no proof of who made it."""
     note = _checksum_file(path)
-    if not note.exists() or note.read_text() != _checksum(path):
+    if not (path.exists() and note.exists()) or note.read_text() != _checksum(path):
         return False
     try:
         torch.load(path, weights_only=True, mmap=True, map_location="cpu")

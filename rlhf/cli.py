@@ -29,7 +29,7 @@ from rich.table import Table
 
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.failures import of_the_machine
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, LINE_FILES, read_json, write_json
+from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
 from rlhf.slurm import is_first_process
@@ -140,6 +140,7 @@ def _finish(run: "Run", resume: str) -> dict[str, Any]:
     folder = run.folder
     found = parallel.from_first(run.finished) if resume != "never" else None
     if found == folder:
+        parallel.from_first(lambda: cache.register_missing(run.outputs, run.identity, folder))
         log.info("%s is finished already; resume=never would start over", folder)
         return read_json(folder / SUMMARY)
     if found is not None:
@@ -293,6 +294,7 @@ def _suggest(key: str, allowed: list[str]) -> str:
 
 def _prepare(folder: Path, identity: str, resume: str) -> None:
     """Keep what an unfinished run of this identity left, unless it is not wanted; clear away any other run's."""
+    tidy(folder)
     note = folder / "identity.json"
     other = note.exists() and read_json(note) != identity
     if other and resume == "must":
@@ -307,7 +309,7 @@ def _prepare(folder: Path, identity: str, resume: str) -> None:
 def _start_over(folder: Path) -> None:
     for name in (SUMMARY, "metrics.csv", *LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "model", "inspect"):
+    for name in ("checkpoints", MODEL, BEST_MODEL, "inspect"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import parallel, root
 from rlhf.data.records import DataError, DataSource
+from rlhf.evaluation.evaluate import logged
 from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, typed
 
@@ -126,6 +127,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     if config.stage.name in ("ppo", "evaluate"):
         _check_own(config, "judge")
         _check_own(config, "evaluation.factscore")
+        best_metric(config, settings, source)
     if config.scorer.get("function"):
         _check_function("scorer.function", config.scorer.function)
     if config.resume not in ("auto", "must", "never"):
@@ -144,6 +146,22 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     instantiate(config.kl, "kl")
     if hasattr(source, "check"):
         source.check()
+
+
+def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
+    """The metric by which `ppo.keep_best` chooses; None if only the last checkpoints are to be kept.
+
+    Raises:
+        ConfigError: it is none that the evaluations of this configuration log.
+    """
+    chosen = settings.ppo.keep_best
+    judged = getattr(target_class(config.judge, "judge"), "compares", True)
+    allowed = logged(source, judged, factscore=bool(settings.evaluation.factscore))
+    if chosen == "auto":
+        return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
+    if chosen is not None and chosen not in allowed:
+        raise ConfigError(f"ppo.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
+    return chosen
 
 
 def _check_ppo(settings: Settings) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 LINE_FILES = ("metrics.jsonl", "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON object a line, appended to
+MODEL, BEST_MODEL = "model", "model_best"  # of a run: its last policy, and the best where that is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
 
 
@@ -26,6 +28,13 @@ def aside(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what writers left aside when they were killed; for whoever holds the folder's lock."""
+    for torn in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.\d+", torn.name):
+            torn.unlink()
 
 
 def sync(path: Path) -> None:

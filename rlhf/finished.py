@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.failures import of_the_machine
-from rlhf.files import read_json
+from rlhf.files import MODEL, read_json
 from rlhf.settings import ConfigError, ModelSettings, typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUMMARY, MODEL, ADAPTER_CONFIG = "summary.json", "model", "adapter_config.json"
+SUMMARY, ADAPTER_CONFIG = "summary.json", "adapter_config.json"
 
 
 class RunError(Exception):

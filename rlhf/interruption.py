@@ -29,10 +29,22 @@ class Interruption(Callback):
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Note what signals do, before Lightning takes them for itself."""
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+
     def on_train_start(self, *args: Any) -> None:
-        """Take over from Lightning's handlers, which stop without saving."""
+        """Take over from Lightning's handlers, which stop without saving, or not at all while it validates."""
+        self._take_over()
+
+    def on_validation_start(self, *args: Any) -> None:
+        """The same for a validation outside of training."""
+        self._take_over()
+
+    def _take_over(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
@@ -48,10 +60,15 @@ class Interruption(Callback):
         """An evaluation is not waited for: it is made again after resuming."""
         self._leave(trainer, module)
 
+    def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Judging may have taken long."""
+        self._leave(trainer, module)
+
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
         """Save when something outside is out of order, such as a judge's endpoint, between two steps."""
         if isinstance(exception, Interrupted) and trainer.state.fn == TrainerFn.FITTING:
             self.checkpoints.save(trainer, module)
+        self.teardown()  # Lightning calls it only where all went well
 
     def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
         if parallel.orphaned():
@@ -59,12 +76,13 @@ class Interruption(Callback):
         received = max(parallel.gathered(int(self.received or 0)))  # whichever process was told, all leave together
         if not received:
             return
-        step = self.checkpoints.save(trainer, module)
+        if trainer.state.fn == TrainerFn.FITTING:  # else what is measured is saved already, or is where training begins
+            self.checkpoints.save(trainer, module)
         name = signal.Signals(received).name
-        raise Interrupted(f"stopped by {name} after step {step}; the same command continues")
+        raise Interrupted(f"stopped by {name} after step {module.steps_done}; the same command continues")
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        """Give the signals back, however training ended."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        """Give the signals back, however training ended: Lightning's handlers would lose them."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)

@@ -19,14 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import cache, parallel, tracking
 from rlhf.building import Builder, records, short_enough
-from rlhf.checkpoints import StepCheckpoints
-from rlhf.config import instantiate, is_quantized, needs, target_class
+from rlhf.checkpoints import Best, StepCheckpoints
+from rlhf.config import best_metric, instantiate, is_quantized, needs, target_class
 from rlhf.dashboards import Dashboard
 from rlhf.data.options import parse_template
 from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore
+from rlhf.files import BEST_MODEL
+from rlhf.interruption import Interruption
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_tokenizer
@@ -184,13 +186,15 @@ class Run:
         )
         held_out = self._held_out(factscore)[: settings.evaluation.prompts]
         evaluation = DataLoader(held_out, batch_size=settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type, var-annotated]
+        told: dict[str, Any] = {}
         if train:
             prompts = self._prompts(tokenizer)
-            first = train_ppo(self._trainer, stage, prompts, evaluation, self.folder, self.config.resume)
+            best = self._best
+            first = train_ppo(self._trainer, stage, prompts, evaluation, self.folder, self.config.resume, best)
+            parallel.from_first(lambda: self._save_policy(roles, tokenizer, self.folder / "model"))
+            told["best"] = parallel.from_first(lambda: self._save_best(stage, best)) if best else None
         else:
             first = self._evaluate(stage, evaluation)
-        if train:
-            parallel.from_first(lambda: self._save_policy(roles, tokenizer))
         return tracking.write_summary(
             self.folder,
             stage.last_evaluation,
@@ -202,17 +206,42 @@ class Run:
             guards=stage.guards.summary(),
             overrides=self.overrides,
             identity=self.identity,
+            **told,
         )
 
-    def _save_policy(self, roles: Roles, tokenizer: PreTrainedTokenizerBase) -> None:
-        folder, lora = self.folder / "model", self.settings.lora
+    @property
+    def _best(self) -> Best | None:
+        metric = best_metric(self.config, self.settings, self.source)
+        return Best(self.folder, metric, self.settings.ppo.keep_best_mode) if metric else None
+
+    def _save_policy(self, roles: Roles, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        lora = self.settings.lora
         if lora.r:
             save_adapter(roles, "policy", lora_config(lora), self.sft_folder / "model", tokenizer, folder)
         else:
             save_model(roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), tokenizer, folder)
 
+    def _save_best(self, stage: PPO, best: Best) -> dict[str, Any] | None:
+        """Leave the policy of the best evaluation as `model_best/`, unless it is the last; say which it was."""
+        step = best.step()
+        if step is None:
+            log.warning("no evaluation has %s, so that none is the best", best.metric)
+            return None
+        metrics = tracking.evaluated_at(self.folder, step)
+        told = {"step": step, "metric": best.metric, "value": metrics[best.metric], "metrics": metrics}
+        if step == stage.ppo_step:
+            return {**told, "model": "model"}
+        found = StepCheckpoints(self.folder / "checkpoints", 1, best=best).of_best()
+        if found is None:
+            return {**told, "model": None}
+        stage.load_trained(found)
+        self._save_policy(stage.roles, stage.tokenizer, self.folder / BEST_MODEL)
+        log.info("the best evaluation by %s is that of step %d: its policy is in %s/", best.metric, step, BEST_MODEL)
+        return {**told, "model": BEST_MODEL}
+
     def _evaluate(self, stage: PPO, evaluation: DataLoader) -> dict[str, float]:
-        self._trainer(self.folder).validate(stage, evaluation, verbose=False)
+        leaving = Interruption(StepCheckpoints(self.folder / "checkpoints", 1))
+        self._trainer(self.folder, callbacks=[leaving]).validate(stage, evaluation, verbose=False)
         return dict(stage.last_evaluation)
 
     # -- parts -------------------------------------------------------------------------------------------------------

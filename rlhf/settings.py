@@ -169,6 +169,8 @@ class PPOSettings(OptimizerSettings):
         default=None, metadata={"check": lambda x: x is None or x > 0, "allowed": "null or a number above 0"}
     )
     eval_every: int = positive()
+    keep_best: str | None = "auto"
+    keep_best_mode: str = choice("max", "min")
     yardstick_every: int = positive(10)
 
 

@@ -24,6 +24,8 @@ from rlhf.models import first_line
 log = logging.getLogger(__name__)
 WANDB_SECONDS = 20  # to connect in
 WANDB_FINISH_SECONDS = 60  # to send the rest in
+# what lines of an evaluation have: those of PPO's three files, of SFT and of the reward model
+EVALUATED = ("time/evaluate", "response", "tokens", "sft/validation_loss", "reward/validation_loss")
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "hydra-core", "bitsandbytes")
 
 
@@ -70,14 +72,18 @@ def forget_after(folder: Path, step: int, evaluated: bool) -> None:
 
 
 def _stays(line: dict[str, Any], step: int, evaluated: bool) -> bool:
-    is_evaluation = "time/evaluate" in line or "response" in line or "tokens" in line
+    is_evaluation = any(key in line for key in EVALUATED)
     return line["step"] < step or (line["step"] == step and (evaluated or not is_evaluation))
 
 
 def evaluated_at(folder: Path, step: int) -> dict[str, float]:
     """The metrics of the evaluation at `step`, {} if it was not finished."""
     found = [line for line in read_metrics(folder) if line["step"] == step and "time/evaluate" in line]
-    line = found[-1] if found else {}
+    return numbers(found[-1]) if found else {}
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of `metrics.jsonl`."""
     return {k: v for k, v in line.items() if k not in ("step", "time") and not k.startswith("guard/")}
 
 

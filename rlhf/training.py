@@ -1,7 +1,6 @@
 """From wherever a stage was left to its end: trainer, checkpoints, what was measured and what is still due."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import lightning
 from torch.utils.data import DataLoader
 
 from rlhf import parallel, tracking
-from rlhf.checkpoints import StepCheckpoints
-from rlhf.files import read_json, write_json
+from rlhf.checkpoints import Best, StepCheckpoints
 from rlhf.interruption import Interruption
 from rlhf.settings import ConfigError, RewardSettings, SFTSettings
 from rlhf.stages.base import SeededBatches, loader
@@ -35,16 +33,15 @@ def train_supervised(
     checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
     last = parallel.from_first(checkpoints.latest)
     start = checkpoints.step_of(last) if last else 0
+    stage.resumed_at = start
     trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
     validation = DataLoader(held_out, batch_size=settings.batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
-    before = folder / "before.json"
+    kept = parallel.from_first(lambda: _kept(folder, start if last else -1, evaluated=False))
     if last is None:
-        parallel.from_first(lambda: tracking.forget_after(folder, -1, evaluated=False))
         trainer.validate(stage, validation, verbose=False)
-        parallel.from_first(lambda: write_json(before, stage.latest))
     else:
         log.info("continuing from step %d", start)
-        stage.guards.replay(parallel.from_first(lambda: _kept(folder, start, True)))
+        stage.guards.replay(kept)
         stage.guards.check()
     if start < stage.total_steps:
         share = slice(parallel.rank(), None, parallel.size())
@@ -54,9 +51,9 @@ def train_supervised(
         stage.load_trained(last)
     stage.roles.eval()
     trainer.validate(stage, validation, verbose=False)
-    parallel.from_first(lambda: shutil.rmtree(checkpoints.folder, ignore_errors=True))
-    latest = {key: value for key, value in stage.latest.items() if not key.startswith("guard/")}
-    return {**latest, **{f"{key}_before": value for key, value in read_json(before).items()}}
+    lines = [tracking.numbers(line) for line in parallel.from_first(lambda: tracking.read_metrics(folder))]
+    latest = {key: value for line in lines for key, value in line.items()}
+    return {**latest, **{f"{key}_before": value for key, value in lines[0].items()}}
 
 
 def _kept(folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
@@ -66,11 +63,17 @@ def _kept(folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
 
 
 def train_ppo(
-    make_trainer: MakeTrainer, stage: PPO, prompts: list[str], evaluation: DataLoader, folder: Path, resume: str
+    make_trainer: MakeTrainer,
+    stage: PPO,
+    prompts: list[str],
+    evaluation: DataLoader,
+    folder: Path,
+    resume: str,
+    best: Best | None = None,
 ) -> dict[str, float]:
     """Train from the SFT model, or the last checkpoint, to the end; returns the evaluation of step 0."""
     settings, ppo = stage.all, stage.ppo
-    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every)
+    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, also_every=ppo.eval_every)
     last = parallel.from_first(checkpoints.latest)
     if last is None and resume == "must":
         raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
@@ -100,4 +103,5 @@ def train_ppo(
         trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
         if ppo.steps % ppo.eval_every:
             trainer.validate(stage, evaluation, verbose=False)
+    parallel.from_first(checkpoints.prune)  # after the last evaluation
     return parallel.from_first(lambda: tracking.evaluated_at(folder, 0))

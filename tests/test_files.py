@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.checkpoints import StepCheckpoints
-from rlhf.files import keep_lines, read_lines
+from rlhf.files import keep_lines, read_lines, tidy
 from rlhf.sweep import METRICS, states
 from rlhf.tracking import evaluated_at, forget_after
 
@@ -61,3 +61,11 @@ def test_looking_at_checkpoints_removes_none(tmp_path: Path) -> None:
     assert StepCheckpoints.reached(tmp_path / "none") == 0
     assert StepCheckpoints(tmp_path, 1).latest() is None
     assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_writers_left_is_tidied_away_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["summary.json", ".lock", ".hydra.yaml", ".summary.json", "a.1"]
+    for name in (*kept, ".summary.json.4711", ".metrics.jsonl.1"):
+        (tmp_path / name).touch()
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

@@ -63,6 +63,21 @@ class Evaluation:
         return metrics, records
 
 
+def logged(source: DataSource, judged: bool, factscore: bool) -> list[str]:
+    """The metrics that evaluations of a policy log, as far as a configuration tells; not their standard errors."""
+    names = ["eval/reward", "eval/response_tokens", "eval/true_kl"]
+    if factscore:
+        facts = ["eval/factual_precision", "eval/facts_per_response"]
+        return [*names, "eval/factscore", *facts, "eval/responding_ratio"]
+    if judged:
+        names += ["eval/win_rate", "eval/length_controlled_win_rate"]
+    if hasattr(source, "utility"):
+        names += ["eval/gold_utility"]
+    if hasattr(source, "facts"):
+        names += ["eval/facts_per_response", "eval/factual_precision"]
+    return names
+
+
 def win_rates(
     prompts: Sequence[Prompt], responses: Sequence[str], outcomes: Sequence[float | None]
 ) -> dict[str, float]:

@@ -66,6 +66,7 @@ class NoJudge:
     """For data on which a comparison means nothing, such as reviews continued at random: no win rate is reported."""
 
     needs_reward_model: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     def __init__(self, context: Context):
         pass

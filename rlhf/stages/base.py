@@ -90,7 +90,7 @@ class Stage(lightning.LightningModule):
         self.strict_loading = False
         self.settings, self.total_steps = settings, total_steps
         self.timings: dict[str, float] = {}
-        self.latest: dict[str, float] = {}
+        self.resumed_at = 0
         self.guards = Guards()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
@@ -205,7 +205,7 @@ class Stage(lightning.LightningModule):
     @property
     def steps_done(self) -> int:
         """Steps finished so far: of a supervised stage optimiser steps, of PPO rollout batches."""
-        return self.trainer.global_step
+        return max(self.trainer.global_step, self.resumed_at)  # a trainer that only validates knows of no steps
 
     def advance_schedule(self) -> None:
         """Move the learning rate on by one step."""
@@ -224,7 +224,6 @@ class Stage(lightning.LightningModule):
     def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
         """Send metrics to every logger under `step`, and to Lightning's callbacks and bar; waits for the device."""
         values = {key: float(value) for key, value in metrics.items()}
-        self.latest |= values
         found = self.guards.see(step, values)
         for logger in self.loggers:
             logger.log_metrics(values | found, step)

@@ -91,28 +91,29 @@ class PolicyEvaluation(Stage):
         self._measured.append(_Measured(index, batch, responses, rewards[best].cpu(), lengths.cpu(), kl))
 
     def on_validation_epoch_end(self) -> None:
-        """Judge all answers, log `eval/*`, append the samples."""
+        """Judge all answers, append the samples, log `eval/*`."""
         parts = [part for process in parallel.gathered(self._measured) for part in process]
         parts.sort(key=lambda part: part.index)
         prompts = [prompt for part in parts for prompt in part.prompts]
         responses = [response for part in parts for response in part.responses]
         metrics, records = parallel.from_first(lambda: self.evaluator(prompts, responses))
         rewards, lengths = torch.cat([part.rewards for part in parts]), torch.cat([part.lengths for part in parts])
+        for record, reward, length in zip(records, rewards.tolist(), lengths.tolist(), strict=True):
+            record |= {"reward": reward, "tokens": length}
+        shown = records[: self.all.evaluation.samples]
+        parallel.from_first(lambda: self._write(records, shown))
         metrics |= {
             "eval/reward": float(rewards.mean()),
             "eval/response_tokens": float(lengths.float().mean()),
             "eval/true_kl": float(torch.cat([part.kl for part in parts]).mean()),
             "time/evaluate": time.perf_counter() - self._started,
         }
+        # the last of the three files: that its line is there says that the evaluation is complete
         self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
-        for record, reward, length in zip(records, rewards.tolist(), lengths.tolist(), strict=True):
-            record |= {"reward": reward, "tokens": length}
-        parallel.from_first(lambda: self._write(records))
-
-    def _write(self, records: list[dict[str, Any]]) -> None:
-        shown = records[: self.all.evaluation.samples]
         for dashboard in self.dashboards if shown else []:
             dashboard.log_samples(shown, self.ppo_step)
+
+    def _write(self, records: list[dict[str, Any]], shown: list[dict[str, Any]]) -> None:
         with self.samples.open("a") as file:
             for record in shown:
                 file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")

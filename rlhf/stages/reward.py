@@ -95,7 +95,7 @@ class RewardModeling(Stage):
             "reward/accuracy": ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(),
             "reward/margin": margins.mean(),
         }
-        self.emit(metrics, self.trainer.global_step, bar=["reward/accuracy"])
+        self.emit(metrics, self.steps_done, bar=["reward/accuracy"])
 
     @torch.no_grad()
     def baseline(self, rows: Sequence[Demonstration]) -> float:

@@ -97,4 +97,4 @@ class SupervisedFineTuning(Stage):
         loss = float(parallel.total(sum((part for part, _ in self._held_out), torch.zeros((), device=device))))
         count = int(parallel.total(sum((count for _, count in self._held_out), torch.zeros((), device=device))))
         metrics = {"sft/validation_loss": loss / count, "sft/perplexity": math.exp(min(loss / count, 700))}
-        self.emit(metrics, self.trainer.global_step, bar=["sft/perplexity"])
+        self.emit(metrics, self.steps_done, bar=["sft/perplexity"])
