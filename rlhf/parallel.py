@@ -5,7 +5,6 @@ what did the judge say?) is decided by the first and told to the others. Alone, 
 """
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -123,11 +122,9 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever keeps it from travelling
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    """One of our own exceptions as it is; of another, which may hold anything, what it says."""
+    plain = type(error).__module__.startswith("rlhf.") and all(isinstance(part, str | int) for part in error.args)
+    return error if plain else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 # -- how they come to be ---------------------------------------------------------------------------------------------
