@@ -78,7 +78,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in few messages."""
     if size() == 1:
         return
-    for kind in {tensor.dtype for tensor in tensors}:
+    for kind in dict.fromkeys(tensor.dtype for tensor in tensors):  # a set has another order in each process
         bucket: list[Tensor] = []
         for tensor in [*(tensor for tensor in tensors if tensor.dtype == kind), None]:
             if bucket and (tensor is None or sum(map(torch.numel, bucket)) + tensor.numel() > BUCKET):
