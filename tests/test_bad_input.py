@@ -226,9 +226,9 @@ def test_a_path_that_is_no_file_is_refused_before_anything_is_read(tmp_path: Pat
 # overrides of the default configuration, and the sentence
 CONFIGURED: list[tuple[str, str]] = [
     ("judge=null", "a config group was given no option but NoneType; allowed: group=option"),
-    ("~judge", "judge=None has no _target_; allowed: gold, "),
+    ("~judge", "judge=None has no _target_; allowed: finished_reward_model, gold, "),
     ("~scorer", "scorer=None has no _target_; allowed: bag_of_words, function, gold"),
-    ("stage.name=dpo", "stage.name=dpo is not allowed; allowed: evaluate, ppo, reward, sft"),
+    ("stage.name=dpo", "stage.name=dpo is not allowed; allowed: evaluate, ppo, preferences, reward, sft"),
     ("scorer._target_=os.getcwd", "scorer._target_=os.getcwd is no scorer"),
     ("judge._target_=nope", "judge._target_=nope cannot be imported"),
     ("data._target_=builtins.dict", "data._target_=builtins.dict is no data set"),

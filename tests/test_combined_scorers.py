@@ -146,9 +146,10 @@ def test_the_best_of_several_answers_counts(folders: SimpleNamespace, tmp_path: 
                           inference_mode=False)  # fmt: skip
         prompts = [Prompt(f"w{3 + i} w{7 + i}") for i in range(8)]
         trainer.validate(stage, DataLoader(prompts, batch_size=4, collate_fn=list), verbose=False)  # type: ignore[arg-type]
-        kept[answers] = torch.cat(stage._rewards)
-        assert len(stage._responses) == 8
-        scored = [stage.scorer.function([""], [r])[0] for r in stage._responses]  # type: ignore[attr-defined]
+        kept[answers] = torch.cat([part.rewards for part in stage._measured])
+        responses = [response for part in stage._measured for response in part.responses]
+        assert len(responses) == 8
+        scored = [stage.scorer.function([""], [r])[0] for r in responses]  # type: ignore[attr-defined]
         assert scored == pytest.approx(kept[answers].tolist())
         return float(kept[answers].mean())
 

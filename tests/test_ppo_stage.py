@@ -208,8 +208,9 @@ def test_the_published_shape_means_32_steps_where_4_were_meant(folders: SimpleNa
     steps = {}
     for accumulation in ("exact", "as_published"):
         stage = make_ppo(ppo_settings(accumulation=accumulation, **shape), folders, tmp_path / "samples")
-        dealt = stage.deal(Sequences.from_lists([[5]] * 256, [[5, 5, 5]] * 256), step=1)
-        taken = [part for minibatch in dealt for part in stage.optimizer_steps(minibatch)]
+        prompts, shares = stage.deal(["w5"] * 256, step=1)
+        minibatches = stage.divide(Sequences.from_lists([[5]] * len(prompts), [[5, 5, 5]] * len(prompts)), shares)
+        taken = [part for minibatch in minibatches for part in stage.optimizer_steps(minibatch)]
         steps[accumulation] = len(taken) * stage.ppo.epochs
         assert all(len(part) == 8 and len(part[0]) == 16 for part in taken) or accumulation == "exact"
     assert steps == {"exact": 4, "as_published": 32}
