@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import slurm, sweep
 from rlhf.code import freeze
-from rlhf.files import write_json
+from rlhf.files import FAILED, SUMMARY, write_json
 from rlhf.settings import INTERRUPTED, ConfigError
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class SlurmLauncher(Launcher):
         jobs = {run: job.job_id for run, job in zip(runs, submitted, strict=True)}
         for (run, name), job in zip(jobs.items(), submitted, strict=True):
             slurm.note_submitted(run, name, job.paths.stdout)
-            (run / sweep.FAILED).unlink(missing_ok=True)
+            (run / FAILED).unlink(missing_ok=True)
         log.info(
             "submitted %s: the code is %s, rlhf-status %s says how far it is", ", ".join(jobs.values()), code, folder
         )
@@ -167,7 +167,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _explain_end(run: Path, job: str) -> None:
     """Leave SLURM's reason with a run that has neither a summary nor a reason."""
-    if not any((run / name).exists() for name in (sweep.SUMMARY, sweep.FAILED)):
+    if not any((run / name).exists() for name in (SUMMARY, FAILED)):
         reason = slurm.fate(job) or f"job {job} left the queue without a result"
-        write_json(run / sweep.FAILED, {"error": f"{reason}; the same command continues", "traceback": ""})
+        write_json(run / FAILED, {"error": f"{reason}; the same command continues", "traceback": ""})
         log.error("FAILED %s: %s", run.name, reason)

@@ -19,6 +19,7 @@ from rlhf.data.records import RECORDS, DataError, DataSource, Split
 from rlhf.data.templates import Template
 from rlhf.evaluation.evaluate import Judge
 from rlhf.evaluation.preferences import FromData, SavedPreferences, Simulated
+from rlhf.files import METRICS, MODEL
 from rlhf.guards import Guards
 from rlhf.models.assembly import lora_config, reward_roles, sft_roles
 from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
@@ -67,7 +68,7 @@ class Builder:
             roles = Roles(load_causal_lm(self.settings.model, tokenizer))
             load_adapter(roles, "base", "policy", folder / "adapter")
             roles.table["policy"] = stage.roles.table["policy"]
-        parallel.from_first(lambda: save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / "model"))
+        parallel.from_first(lambda: save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / MODEL))
         told = {"rows": {"sft": len(train)}, "guards": stage.guards.summary()}
         tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
 
@@ -83,7 +84,7 @@ class Builder:
             ConfigError: the annotator lacks something.
             DataError: there are too few prompts.
         """
-        self._simulated.prepare(self.source, self._template)
+        self._simulated.prepare(self.source, self.template)
 
     def preferences(self, folder: Path, sft: Path, device: str) -> None:
         """Comparisons of the answers of the SFT model of the folder `sft`: `preference.jsonl` and what is held out.
@@ -96,14 +97,14 @@ class Builder:
         started, simulated = time.time(), self._simulated
         log.info("simulating preferences (%s)", cache.name_of(folder))
         tokenizer = load_tokenizer(self.settings.model, self.source)
-        base = load_causal_lm(self.settings.model, tokenizer, sft / "model", self.quantization)
+        base = load_causal_lm(self.settings.model, tokenizer, sft / MODEL, self.quantization)
         roles = Roles(base, DTYPES[self.settings.model.dtype]).eval().to(device)
         generation = replace(self.settings.generation, capture_logprobs="never")
         engine = make_engine(generation, tokenizer, roles)
         limit = self.settings.model.max_prompt_tokens
         questions = {
             split: [rows[i] for i in short_enough(tokenizer, [row.prompt for row in rows], limit)]
-            for split, rows in simulated.questions(self.source, self._template).items()
+            for split, rows in simulated.questions(self.source, self.template).items()
         }
 
         def answer(prompts: list[str], part: int) -> Rollouts:
@@ -117,7 +118,7 @@ class Builder:
             return instantiate(simulated.judge, "preferences.judge", context)
 
         metrics = simulated.make(folder, questions, answer, hire)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)
         tracking.JsonLines(folder).log_metrics(metrics, 0)
         tracking.write_summary(folder, metrics, self.plain, started, stage="preferences", sft_model=sft.name)
 
@@ -127,7 +128,8 @@ class Builder:
         return self.comparisons
 
     @property
-    def _template(self) -> Template | None:
+    def template(self) -> Template | None:
+        """What turns an instruction into a prompt, if the data set has one."""
         template = self.plain["data"].get("template")
         return parse_template(template) if template else None
 
@@ -139,7 +141,7 @@ class Builder:
         started, settings = time.time(), self.settings.reward
         log.info("training the reward model (%s)", cache.name_of(folder))
         lightning.seed_everything(settings.seed, verbose=False)
-        base = sft / "model"
+        base = sft / MODEL
         tokenizer = load_tokenizer(self.settings.model, self.source)
         roles = reward_roles(self.settings, tokenizer, base, self.quantization)
         source = SavedPreferences(preferences) if preferences else self.source
@@ -153,10 +155,10 @@ class Builder:
         demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
         if settings.lora.r:
-            adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / "model")
+            adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / MODEL)
             parallel.from_first(lambda: save_adapter(*adapter))
         else:
-            parallel.from_first(lambda: _save_full_reward(roles, tokenizer, base, folder / "model"))
+            parallel.from_first(lambda: _save_full_reward(roles, tokenizer, base, folder / MODEL))
         told = {"rows": {"preference": len(train)}, "guards": stage.guards.summary()}
         learned = {"preferences": preferences.name} if preferences else {}
         tracking.write_summary(folder, metrics, self.plain, started, stage="reward", **told, **learned)

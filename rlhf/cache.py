@@ -14,7 +14,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf import parallel
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, tidy, write_json
+from rlhf.files import (
+    ALPACA_EVAL,
+    ALPACA_EVAL_REFERENCE,
+    BEST_MODEL,
+    LINE_FILES,
+    MODEL,
+    SUMMARY,
+    read_json,
+    tidy,
+    write_json,
+)
 from rlhf.tracking import read_summary
 
 log = logging.getLogger(__name__)
@@ -51,16 +61,12 @@ def _files_in(node: Any, root: str = ".") -> Iterator[tuple[str, int, int]]:
 
 
 def register_run(outputs: Path, identity: str, folder: Path) -> None:
-    """Remember where the run of this identity is."""
+    """Remember where the run of this identity is, unless a finished one is known."""
+    if find_run(outputs, identity) is not None:
+        return
     pointer = _pointer(outputs, identity)
     pointer.parent.mkdir(parents=True, exist_ok=True)
     write_json(pointer, {"folder": os.path.relpath(folder, pointer.parent)})
-
-
-def register_missing(outputs: Path, identity: str, folder: Path) -> None:
-    """The same for a run that was killed between its last two files."""
-    if find_run(outputs, identity) is None:
-        register_run(outputs, identity, folder)
 
 
 def find_run(outputs: Path, identity: str) -> Path | None:
@@ -95,7 +101,7 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
         "config": config,
         "overrides": overrides,
     }
-    write_json(folder / "summary.json", summary)
+    write_json(folder / SUMMARY, summary)
     return summary
 
 

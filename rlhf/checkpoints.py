@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from rlhf import parallel
-from rlhf.files import aside, read_lines
+from rlhf.files import METRICS, aside, read_lines
 from rlhf.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Best:
 
         Step 0 does not count, as nothing was trained yet, and no value that is no finite number.
         """
-        lines = [line for line in read_lines(self.folder / "metrics.jsonl") if "time/evaluate" in line and line["step"]]
+        lines = [line for line in read_lines(self.folder / METRICS) if "time/evaluate" in line and line["step"]]
         sign = 1 if self.mode == "max" else -1
         found = [(sign * line.get(self.metric, math.nan), line["step"]) for line in lines]
         return max((pair for pair in found if math.isfinite(pair[0])), default=(None, None))[1]

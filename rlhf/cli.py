@@ -6,10 +6,8 @@ interrupted at once, 1 anything else: a failure of the machine, such as a full d
 mistakes with a traceback.
 """
 
-import difflib
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -19,28 +17,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
+from rlhf.explaining import explain
 from rlhf.failures import of_the_machine
-from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, BEST_MODEL, LINE_FILES, MODEL, read_json, tidy, write_json
+from rlhf.files import (
+    ALPACA_EVAL,
+    ALPACA_EVAL_REFERENCE,
+    BEST_MODEL,
+    FAILED,
+    LINE_FILES,
+    MODEL,
+    SUMMARY,
+    read_json,
+    tidy,
+    write_json,
+)
 from rlhf.objectives import objectives_of, result
 from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
 from rlhf.slurm import is_first_process
-from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, jobs_of, naming, on_slurm, parallel_jobs, states
+from rlhf.sweep import PLAN, counts, jobs_of, naming, on_slurm, parallel_jobs, states
 
 if TYPE_CHECKING:
     from rlhf.pipeline import Run
 
 log = logging.getLogger(__name__)
 STOPPED = 3
-_NO_OPTION = "Config group override must be a string or a list."  # Hydra's words, in a bare ValueError
 ROWS = {
     "eval/win_rate": ("win rate against the reference (%)", 100),
     "eval/win_rate_se": ("  its standard error", 100),
@@ -140,7 +147,7 @@ def _finish(run: "Run", resume: str) -> dict[str, Any]:
     folder = run.folder
     found = parallel.from_first(run.finished) if resume != "never" else None
     if found == folder:
-        parallel.from_first(lambda: cache.register_missing(run.outputs, run.identity, folder))
+        parallel.from_first(lambda: cache.register_run(run.outputs, run.identity, folder))
         log.info("%s is finished already; resume=never would start over", folder)
         return read_json(folder / SUMMARY)
     if found is not None:
@@ -230,66 +237,6 @@ def _leave(error: Exception) -> None:
         if sentence:
             print(f"rlhf: {sentence}", file=sys.stderr)
             raise SystemExit(code) from None
-
-
-def explain(error: BaseException) -> str | None:
-    """One sentence for an error that is the user's to mend, None for one that is ours."""
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, HydraException | OmegaConfBaseException) or _NO_OPTION in str(error):
-        return _explain_composition(str(error), str(error.__cause__ or ""))
-    from rlhf.data.records import DataError
-    from rlhf.models import ModelError
-
-    return str(error) if isinstance(error, ConfigError | DataError | ModelError | Stopped) else None
-
-
-def _explain_composition(message: str, cause: str) -> str:
-    missing = re.search(r"Could not find '([^']+)/([^']+)'", message)
-    if "hydra/launcher/submitit_slurm" in message:
-        return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlhf[slurm]'"
-    if "hydra/sweeper/optuna" in message:
-        return "hydra/sweeper=search needs the package hydra-optuna-sweeper: pip install 'rlhf[optuna]'"
-    if missing:
-        group, option = missing.groups()
-        options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
-        return f"{group}={option}: there is no such option; allowed: {', '.join(options) or 'nothing'}"
-    override = re.search(r"Could not override '([^']+)'", message)
-    if override:
-        key = override[1]
-        if "No match in the defaults list" in message:
-            return f"{key}: there is no such config group{_suggest(key, _groups())}"
-        parent, _, last = key.rpartition(".")
-        while not (allowed := _keys(parent)) and parent:  # the key is wrong further up
-            key, (parent, _, last) = parent, parent.rpartition(".")
-        return f"{key}: there is no such key{_suggest(last, allowed)}"
-    if _NO_OPTION in message:
-        return f"a config group was given no option but {message.rpartition(' ')[2]}; allowed: group=option"
-    lines = [line.strip() for line in (message + "\n" + cause).splitlines() if line.strip()]
-    return "; ".join(dict.fromkeys(lines[:3]))
-
-
-def _keys(parent: str) -> list[str]:
-    """The keys of a node of the configuration, as the options chosen on the command line make it."""
-    GlobalHydra.instance().clear()
-    options = [word for word in sys.argv[1:] if re.split("[@=]", word)[0] in _groups() and "," not in word]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        try:
-            config = hydra.compose("config", options)
-        except HydraException:  # an option is wrong, too
-            config = hydra.compose("config")
-    node = OmegaConf.select(config, parent) if parent else config
-    return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
-
-
-def _groups() -> list[str]:
-    return sorted(path.name for path in (root() / "conf").iterdir() if path.is_dir())
-
-
-def _suggest(key: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1)
-    hint = f", did you mean {close[0]}?" if close else ""
-    return f"{hint}; allowed: {', '.join(allowed)}" if allowed else hint
 
 
 def _prepare(folder: Path, identity: str, resume: str) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from rlhf.files import read_json
+from rlhf.files import SUMMARY, read_json
 
 log = logging.getLogger(__name__)
 STEP = "step"  # the x axis: what metrics.jsonl calls so
@@ -140,7 +140,7 @@ def model_artifact(name: str, folder: Path) -> Any:
     """
     import wandb
 
-    summary = read_json(folder / "summary.json")
+    summary = read_json(folder / SUMMARY)
     metadata = {"stage": summary["stage"], "git_commit": summary["git_commit"], **summary["metrics"]}
     artifact = wandb.Artifact(name, type="model", metadata=metadata)
     artifact.add_reference((folder / "model").resolve().as_uri(), checksum=False)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-LINE_FILES = ("metrics.jsonl", "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON object a line, appended to
+SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"  # of a run
+LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON object a line, appended to
 MODEL, BEST_MODEL = "model", "model_best"  # of a run: its last policy, and the best where that is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
 

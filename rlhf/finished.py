@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.explaining import is_mistake
 from rlhf.failures import of_the_machine
-from rlhf.files import MODEL, read_json
-from rlhf.settings import ConfigError, ModelSettings, typed
+from rlhf.files import MODEL, SUMMARY, read_json
+from rlhf.settings import ModelSettings, typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUMMARY, ADAPTER_CONFIG = "summary.json", "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class RunError(Exception):
@@ -122,7 +123,7 @@ def in_a_sentence(command: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        ours = _mistake(error)
+        ours = isinstance(error, RunError) or is_mistake(error)
         reason = str(error) if ours else of_the_machine(error)
         if reason is None:
             raise
@@ -130,12 +131,3 @@ def in_a_sentence(command: str) -> Iterator[None]:
         raise SystemExit(2 if ours else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def _mistake(error: Exception) -> bool:
-    if isinstance(error, RunError | ConfigError):
-        return True
-    from rlhf.data.records import DataError
-    from rlhf.models import ModelError
-
-    return isinstance(error, DataError | ModelError)

@@ -15,7 +15,6 @@ from rlhf.checkpoints import StepCheckpoints
 from rlhf.settings import Interrupted
 
 log = logging.getLogger(__name__)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interruption(Callback):
@@ -31,7 +30,7 @@ class Interruption(Callback):
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Note what signals do, before Lightning takes them for itself."""
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in parallel.SIGNALS}
 
     def on_train_start(self, *args: Any) -> None:
         """Take over from Lightning's handlers, which stop without saving, or not at all while it validates."""
@@ -43,7 +42,7 @@ class Interruption(Callback):
 
     def _take_over(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in parallel.SIGNALS:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

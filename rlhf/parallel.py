@@ -30,6 +30,7 @@ PATIENCE = timedelta(days=1)  # the first process may wait long for a lock; one 
 GRACE_SECONDS = 20  # for the other processes to leave by themselves, once one has
 PARENT = "RLHF_LAUNCHER"
 BUCKET = 2**24  # numbers added up at once: 64 MiB of float32
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # finish the step, save, leave
 _joined: list[ClusterEnvironment] = []
 _by_itself: list[bool] = []
 
@@ -79,16 +80,23 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     if size() == 1:
         return
     for kind in dict.fromkeys(tensor.dtype for tensor in tensors):  # a set has another order in each process
-        bucket: list[Tensor] = []
-        for tensor in [*(tensor for tensor in tensors if tensor.dtype == kind), None]:
-            if bucket and (tensor is None or sum(map(torch.numel, bucket)) + tensor.numel() > BUCKET):
-                flat = torch.cat([member.flatten() for member in bucket])
-                dist.all_reduce(flat)
-                for member, summed in zip(bucket, flat.split([member.numel() for member in bucket]), strict=True):
-                    member.copy_(summed.view_as(member))
-                bucket = []
-            if tensor is not None:
-                bucket.append(tensor)
+        for bucket in _buckets([tensor for tensor in tensors if tensor.dtype == kind]):
+            flat = torch.cat([member.flatten() for member in bucket])
+            dist.all_reduce(flat)
+            for member, summed in zip(bucket, flat.split([member.numel() for member in bucket]), strict=True):
+                member.copy_(summed.view_as(member))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in turn, together while they hold no more numbers than `BUCKET`."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(map(torch.numel, bucket)) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def gathered(value: T) -> list[T]:
@@ -104,17 +112,19 @@ def from_first(make: Callable[[], T]) -> T:
     """What `make` gives, or raises, in the first process; the others do not call it."""
     if size() == 1:
         return make()
-    told: list[Any] = [None]
+    value, failure = None, None
     if is_first():
         _by_itself.append(True)
         try:
-            told = [(make(), None)]
+            value = make()
         except Exception as error:
+            failure = error
+        finally:
             _by_itself.pop()
-            dist.broadcast_object_list([(None, _portable(error))])
-            raise
-        _by_itself.pop()
+    told: list[Any] = [(value, failure and _portable(failure))]
     dist.broadcast_object_list(told)
+    if failure is not None:  # with its own traceback
+        raise failure
     value, failure = told[0]
     if failure is not None:
         raise failure
@@ -208,8 +218,7 @@ def launch(processes: int, config: Path) -> int:
         for child in children:
             child.send_signal(number)
 
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in signals}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         return _wait(children)
     finally:

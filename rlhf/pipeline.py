@@ -22,12 +22,11 @@ from rlhf.building import Builder, records, short_enough
 from rlhf.checkpoints import Best, StepCheckpoints
 from rlhf.config import best_metric, instantiate, is_quantized, needs, target_class
 from rlhf.dashboards import Dashboard
-from rlhf.data.options import parse_template
 from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore
-from rlhf.files import BEST_MODEL
+from rlhf.files import BEST_MODEL, MODEL
 from rlhf.interruption import Interruption
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
@@ -167,7 +166,7 @@ class Run:
         reward = self.reward_folder if self.needs_reward_model else None
         baseline = tracking.read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         quantization = self.quantization
-        roles = ppo_roles(settings, tokenizer, self.sft_folder / "model", reward and reward / "model", quantization)
+        roles = ppo_roles(settings, tokenizer, self.sft_folder / MODEL, reward and reward / MODEL, quantization)
         roles.to(_device(self.config))
         cached = self.outputs / "cache"
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
@@ -191,7 +190,7 @@ class Run:
             prompts = self._prompts(tokenizer)
             best = self._best
             first = train_ppo(self._trainer, stage, prompts, evaluation, self.folder, self.config.resume, best)
-            parallel.from_first(lambda: self._save_policy(roles, tokenizer, self.folder / "model"))
+            parallel.from_first(lambda: self._save_policy(roles, tokenizer, self.folder / MODEL))
             told["best"] = parallel.from_first(lambda: self._save_best(stage, best)) if best else None
         else:
             first = self._evaluate(stage, evaluation)
@@ -217,7 +216,7 @@ class Run:
     def _save_policy(self, roles: Roles, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         lora = self.settings.lora
         if lora.r:
-            save_adapter(roles, "policy", lora_config(lora), self.sft_folder / "model", tokenizer, folder)
+            save_adapter(roles, "policy", lora_config(lora), self.sft_folder / MODEL, tokenizer, folder)
         else:
             save_model(roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), tokenizer, folder)
 
@@ -230,7 +229,7 @@ class Run:
         metrics = tracking.evaluated_at(self.folder, step)
         told = {"step": step, "metric": best.metric, "value": metrics[best.metric], "metrics": metrics}
         if step == stage.ppo_step:
-            return {**told, "model": "model"}
+            return {**told, "model": MODEL}
         found = StepCheckpoints(self.folder / "checkpoints", 1, best=best).of_best()
         if found is None:
             return {**told, "model": None}
@@ -251,8 +250,8 @@ class Run:
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
             "enable_checkpointing": False,
+            "enable_progress_bar": self.progress,
         }
-        quiet["enable_progress_bar"] = self.progress
         if parallel.size() > 1:  # each stage gives the processes their shares itself
             quiet |= {"use_distributed_sampler": False, "plugins": [parallel.environment()]}
         options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": self._loggers(folder), **options}
@@ -293,8 +292,7 @@ class Run:
         """The evaluation set: the data set's own, or a prompt about each entity."""
         if factscore is None:
             return records(self.source.load("eval"), "eval")
-        template = self.plain["data"].get("template")
-        return factscore.prompts(parse_template(template) if template else None)
+        return factscore.prompts(self._builder.template)
 
     def _export(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
         dataset = str(self.plain["data"]["_target_"]).rpartition(".")[2].lower()

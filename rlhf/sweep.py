@@ -23,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf import slurm
-from rlhf.files import read_json, read_lines, write_json
+from rlhf.files import FAILED, METRICS, SUMMARY, read_json, read_lines, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.resolvers import folder_name
 from rlhf.settings import ConfigError
 
 log = logging.getLogger(__name__)
-PLAN, SUMMARY, FAILED, METRICS = "plan.json", "summary.json", "failed.json", "metrics.jsonl"
+PLAN = "plan.json"
 UNKNOWN_PACE = "; how long they take is known when one of this model and data has finished"
 SILENT_SECONDS = 600  # a run that has written nothing for so long is not taken to be running
 

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from rlhf import __version__, parallel
 from rlhf.code import git_commit
 from rlhf.dashboards import Dashboard
-from rlhf.files import LINE_FILES, keep_lines, read_json, read_lines, write_json
+from rlhf.files import LINE_FILES, METRICS, SUMMARY, keep_lines, read_json, read_lines, write_json
 from rlhf.models import first_line
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class JsonLines(Logger):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class JsonLines(Logger):
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
-    return read_lines(folder / "metrics.jsonl")
+    return read_lines(folder / METRICS)
 
 
 def forget_after(folder: Path, step: int, evaluated: bool) -> None:
@@ -135,13 +135,13 @@ def write_summary(
     }
     if parallel.size() > 1:
         summary["processes"] = parallel.size()
-    parallel.from_first(lambda: write_json(folder / "summary.json", summary))
+    parallel.from_first(lambda: write_json(folder / SUMMARY, summary))
     return summary
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """A run's summary, or None while it is not complete."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     return read_json(path) if path.exists() else None
 
 

@@ -9,8 +9,8 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.cli import attempt
+from rlhf.files import FAILED
 from rlhf.slurm import is_first_process
-from rlhf.sweep import FAILED
 
 
 def main() -> None:

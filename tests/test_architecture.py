@@ -11,10 +11,12 @@ import pytest
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
-ORDER = ["files", "parallel", "failures", "code", "dashboards", "resolvers", "settings", "objectives", "slurm", "sweep",
-         "guards", "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation", "checkpoints",
-         "config", "tracking", "cache", "interruption", "training", "building", "pipeline", "preview", "report",
-         "search", "cli", "worker", "finished", "publish", "chat", "finished_judge"]  # fmt: skip
+ORDER = [
+    "files", "parallel", "failures", "code", "dashboards", "resolvers", "settings", "explaining", "objectives",
+    "slurm", "sweep", "guards", "divergence", "ppo", "data", "models", "rollout", "scorers", "stages", "evaluation",
+    "checkpoints", "config", "tracking", "cache", "interruption", "training", "building", "pipeline", "preview",
+    "report", "search", "cli", "worker", "finished", "publish", "chat", "finished_judge",
+]  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:
@@ -30,7 +32,7 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_nothing_imports_what_stands_after_it(file: Path) -> None:
     own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own not in ORDER:
+    if own in ("__init__", "__main__"):
         return
     later = {name for name in imports(file) if ORDER.index(name) > ORDER.index(own)}
     assert not later

@@ -26,7 +26,7 @@ from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
 from rlhf.evaluation.evaluate import logged
 from rlhf.files import read_json
-from rlhf.interruption import SIGNALS
+from rlhf.parallel import SIGNALS
 from rlhf.settings import Interrupted
 from rlhf.stages.ppo import PPO
 from rlhf.tracking import JsonLines, evaluated_at

@@ -16,9 +16,8 @@ from wandb_files import OfflineRun, read_runs
 from rlhf import root
 from rlhf.dashboards import offline_runs
 from rlhf.data.farm import Farm
-from rlhf.files import read_lines
+from rlhf.files import SUMMARY, read_lines
 from rlhf.guards.signs import GUARDS, SKIPPED
-from rlhf.sweep import SUMMARY
 from rlhf.tracking import read_metrics, read_summary
 
 pytestmark = pytest.mark.slow

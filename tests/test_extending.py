@@ -12,8 +12,7 @@ from tiny_runs import TINY, rlhf
 
 from rlhf import root
 from rlhf.data.records import Prompt
-from rlhf.files import read_lines
-from rlhf.sweep import SUMMARY
+from rlhf.files import SUMMARY, read_lines
 from rlhf.tracking import read_metrics, read_summary
 
 pytestmark = pytest.mark.slow

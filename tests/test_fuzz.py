@@ -22,9 +22,9 @@ from test_bad_input import FILES, GOOD, PAIR, SPLIT, alpaca, dump, imdb, pairs, 
 
 import rlhf.resolvers  # noqa: F401
 from rlhf import root
-from rlhf.cli import explain
 from rlhf.config import check, data_source, settings_of
 from rlhf.data.records import DataError, columns
+from rlhf.explaining import explain
 
 MORE = int(os.environ.get("RLHF_FUZZ", "1"))  # how many times as many examples
 FUZZ = settings(max_examples=30 * MORE, deadline=None, suppress_health_check=list(HealthCheck))

@@ -19,13 +19,13 @@ from tiny_runs import TINY
 
 from rlhf import root
 from rlhf.config import settings_of
-from rlhf.files import read_json, write_json
+from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.report.cli import make_report
 from rlhf.report.front import front_table, unbeaten
 from rlhf.report.runs import load
 from rlhf.settings import ConfigError
-from rlhf.sweep import FAILED, PLAN, SUMMARY, states, told
+from rlhf.sweep import PLAN, states, told
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 BOTH = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}

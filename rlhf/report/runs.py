@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.files import read_json, read_lines
+from rlhf.files import FAILED, METRICS, SUMMARY, read_json, read_lines
 from rlhf.report.statistics import Array
 
 SFT = "SFT"
@@ -53,7 +53,7 @@ class Run:
     @cached_property
     def metrics(self) -> Steps:
         """Everything logged, by step."""
-        return merge(self._lines("metrics.jsonl"))
+        return merge(self._lines(METRICS))
 
     @cached_property
     def evaluations(self) -> Steps:
@@ -143,7 +143,7 @@ def load(folders: Sequence[Path]) -> Sweep:
             raise NoRunsError(f"{folder} holds no finished run (a run leaves summary.json when it ends)")
         runs += found
     finished = [run for run in runs if run.state == "finished"]
-    newest = max(finished, key=lambda run: (run.folder / "summary.json").stat().st_mtime)
+    newest = max(finished, key=lambda run: (run.folder / SUMMARY).stat().st_mtime)
     layout = newest.config.get("report") or {}
     rows: dict[tuple[str, ...], dict[int, Run]] = {}
     doubled = []
@@ -178,7 +178,7 @@ def merge(lines: Sequence[Mapping[str, Any]]) -> Steps:
 def _load_folder(folder: Path) -> list[Run]:
     plan = _json(folder / "plan.json").get("runs", [])
     planned = {entry["folder"]: tuple(entry.get("overrides", ())) for entry in plan}
-    alone = (folder / "summary.json").exists()
+    alone = (folder / SUMMARY).exists()
     present = [folder] if alone else sorted(path for path in folder.glob("*/") if _is_run(path))
     names = {path.name for path in present}
     runs = [_load_run(path, planned.get(path.name, ())) for path in present]
@@ -188,7 +188,7 @@ def _load_folder(folder: Path) -> list[Run]:
 
 
 def _load_run(folder: Path, planned: tuple[str, ...]) -> Run:
-    summary, failed = _json(folder / "summary.json"), _json(folder / "failed.json")
+    summary, failed = _json(folder / SUMMARY), _json(folder / FAILED)
     overrides = tuple(summary.get("overrides") or failed.get("overrides") or planned)
     if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
         return Run(folder, overrides, "finished", summary=summary)
@@ -200,7 +200,7 @@ def _load_run(folder: Path, planned: tuple[str, ...]) -> Run:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("summary.json", "failed.json", "metrics.jsonl", ".hydra"))
+    return any((folder / name).exists() for name in (SUMMARY, FAILED, METRICS, ".hydra"))
 
 
 def _json(path: Path) -> dict[str, Any]:
