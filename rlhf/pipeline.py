@@ -203,6 +203,7 @@ class Run:
             sft_metrics=first,
             reward_model=reward and reward.name,
             guards=stage.guards.summary(),
+            microbatch_tokens=settings.ppo.microbatch_tokens,
             overrides=self.overrides,
             identity=self.identity,
             **told,

@@ -145,8 +145,18 @@ class RewardSettings(OptimizerSettings):
 
 @dataclass
 class PPOSettings(OptimizerSettings):
-    """`conf/ppo`: proximal policy optimisation; steps are rollout batches."""
+    """`conf/ppo`: proximal policy optimisation; steps are rollout batches.
 
+    `rlhf.preview.settle_budget` puts a number in the place of `microbatch_tokens=auto`, before anything reads it.
+    """
+
+    microbatch_tokens: Any = field(
+        default=4096,
+        metadata={
+            "check": lambda x: x == "auto" or (type(x) is int and x > 0),
+            "allowed": "a whole number above 0, or auto",
+        },
+    )
     lr_full: float = positive()
     steps: int = positive()
     rollout_batch_size: int = positive()
@@ -307,7 +317,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
         value, key = getattr(settings, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
             check_values(value, f"{key}.")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and "check" not in item.metadata:
             for name, part in value.items():
                 if is_dataclass(part):
                     check_values(part, f"{key}.{name}.")
