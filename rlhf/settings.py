@@ -73,6 +73,10 @@ def choice(*options: str) -> Any:
     return field(default=options[0], metadata={"check": lambda x: x in options, "allowed": allowed})
 
 
+def _number(x: Any) -> float:
+    return float(x) if type(x) in (int, float) else math.nan
+
+
 @dataclass
 class ModelSettings:
     """`conf/model`: where the language model comes from and in which dtype its frozen base is held."""
@@ -197,11 +201,19 @@ class DivergenceSettings:
 class GenerationSettings:
     """`conf/generation`: how rollouts are sampled (top-k and top-p are absent on purpose: they would bias every KL)."""
 
-    engine: str = choice("native", "transformers")
+    engine: str = choice("native", "transformers", "vllm")
     max_new_tokens: int = positive()
     temperature: float = positive(1.0)
     batch_size: int = positive(64)
     capture_logprobs: str = choice("auto", "always", "never")
+    cuda_graphs: str = choice("never", "auto")
+    vllm: dict[str, Any] = field(
+        default_factory=lambda: {"gpu_memory_utilization": 0.4},
+        metadata={
+            "check": lambda x: 0 < _number(x.get("gpu_memory_utilization")) < 1,
+            "allowed": "keywords of vllm.LLM, gpu_memory_utilization being a number between 0 and 1",
+        },
+    )
 
 
 @dataclass

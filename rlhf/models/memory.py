@@ -78,6 +78,8 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool) -> 
     passes = 1 if value == "trunk_head" else 2
     logits = 3 * 4 * min(CHUNK_ELEMENTS, tokens * config.vocab_size)
     program = 0 if torch.cuda.is_available() else PROGRAM
+    if settings.generation.engine == "vllm":
+        generating, program = 0, program + _served(settings)
     return Memory(program, weights, trained, generating, passes * kept + logits)
 
 
@@ -109,6 +111,12 @@ def available() -> int:
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def _served(settings: Settings) -> int:
+    """What vLLM keeps of a GPU, from its start to the end."""
+    everything = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+    return int(everything * settings.generation.vllm["gpu_memory_utilization"])
 
 
 def _linear_elements(model: PreTrainedModel) -> int:
