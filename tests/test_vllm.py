@@ -34,8 +34,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_what_it_cannot_do_is_refused(overrides: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=f"^generation.*{expected}|^evaluation.*{expected}") as refused:
+    with pytest.raises(ConfigError, match=expected) as refused:
         compose_and_check([*CHOSEN, *overrides.split()])
+    assert str(refused.value).startswith(("generation.", "evaluation."))
     assert "\n" not in str(refused.value)
 
 
