@@ -40,25 +40,26 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[Any]]]:
     return batches
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_tokens_and_logprobs(
     make_roles: Callable, seen: list, monkeypatch: pytest.MonkeyPatch, kind: str, temperature: float
 ) -> None:
     """And all steps of a batch find the same shapes at the same addresses, until it has shrunk to a power of two."""
     monkeypatch.setattr(rollout, "CHECK_EVERY", 2)
-    roles = make_roles(kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the adapters
+        roles = make_roles(kind)
     options: Any = {"max_new_tokens": 40, "temperature": temperature}
     fixed, growing = sample(FIXED, roles, **options), sample(GROWING, roles, **options)
     assert rows_of(fixed) == rows_of(growing)
-    assert len({len(row) for row in rows_of(fixed)}) > 1
     assert fixed.logprobs is not None
     assert growing.logprobs is not None
     for i, n in enumerate(fixed.lengths.tolist()):
         torch.testing.assert_close(fixed.logprobs[i, :n], growing.logprobs[i, :n], rtol=1e-4, atol=1e-5)
     sizes = [size for size, _ in seen]
     assert sizes[0] == 24
-    assert len(sizes) > 1 or kind == "neox"  # few of its rows end
+    assert len(sizes) > 1 or temperature == 0  # few rows end then
     assert all(size & (size - 1) == 0 for size in sizes[1:])
     assert sizes == sorted(sizes, reverse=True)
     assert all(len(places) <= 1 for _, places in seen)
