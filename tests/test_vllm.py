@@ -13,8 +13,10 @@ from peft import AutoPeftModelForCausalLM
 from test_bad_input import compose_and_check
 from test_memory import of
 
+from rlhf.models import ModelError
 from rlhf.models.export import ADAPTER
-from rlhf.settings import ConfigError
+from rlhf.rollout import make_engine
+from rlhf.settings import ConfigError, GenerationSettings
 from rlhf.vllm_engine import write_adapter
 
 CHOSEN = ["generation=vllm", "model.dtype=bfloat16"]
@@ -86,6 +88,16 @@ def test_roles_without_an_adapter(folders: SimpleNamespace, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="role policy does not run on the model that vLLM serves"):
         write_adapter(make_ppo(settings, folders, tmp_path / "b").roles, "policy", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is there")
+def test_what_goes_wrong_in_vllm_is_told_in_a_sentence(folders: SimpleNamespace, tmp_path: Path) -> None:
+    stage = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl")
+    before = torch.random.get_rng_state()
+    with pytest.raises(ModelError, match=r"vllm: the model cannot be served .ModuleNotFoundError: .*vllm") as told:
+        make_engine(GenerationSettings(engine="vllm", max_new_tokens=8), folders.tokenizer, stage.roles)
+    assert "\n" not in str(told.value)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_estimate_knows_what_vllm_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
