@@ -394,6 +394,7 @@ def timeless(folder: Path) -> list[Line]:
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in read_metrics(folder)]
 
 
+@pytest.mark.long
 def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace, tmp_path: Path) -> None:
     """Windows, counts and starts cross the kill; evaluations too."""
     every = GuardsSettings(
@@ -453,7 +454,7 @@ def test_always_nan_stops_with_a_sound_checkpoint(folders: SimpleNamespace, tmp_
     assert len(list((tmp_path / "run/inspect").glob("*.safetensors"))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_stops_with_its_own_exit_code_and_leaves_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

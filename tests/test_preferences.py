@@ -264,7 +264,7 @@ def cached(stage: str) -> list[Path]:
     return sorted(path.parent for path in Path("outputs/cache").glob(f"{stage}-*/summary.json"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_reward_model_learns_from_answers_that_the_farm_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
