@@ -30,6 +30,7 @@ from rlhf.files import (
     ALPACA_EVAL,
     ALPACA_EVAL_REFERENCE,
     BEST_MODEL,
+    BUDGET,
     FAILED,
     LINE_FILES,
     MODEL,
@@ -142,7 +143,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | list[float]
 def _finish(run: "Run", resume: str) -> dict[str, Any]:
     """The run's summary: found, taken over, or made."""
     from rlhf import cache, parallel
-    from rlhf.preview import check_memory
+    from rlhf.preview import check_memory, keep_budget, settle_budget
 
     folder = run.folder
     found = parallel.from_first(run.finished) if resume != "never" else None
@@ -153,9 +154,12 @@ def _finish(run: "Run", resume: str) -> dict[str, Any]:
     if found is not None:
         log.info("%s is the same run as %s and taken over from it", folder.name, found)
         return parallel.from_first(lambda: cache.take_over(found, folder, run.plain, run.overrides))
+    if run.config.stage.name in ("ppo", "evaluate"):
+        settle_budget(run, fresh=resume == "never", jobs=parallel_jobs(HydraConfig.get().launcher))
     if run.config.stage.name == "ppo":
         check_memory(run)
     parallel.from_first(lambda: _prepare(folder, run.identity, resume))
+    parallel.from_first(lambda: keep_budget(run))
     return run.run()
 
 
@@ -254,7 +258,7 @@ def _prepare(folder: Path, identity: str, resume: str) -> None:
 
 
 def _start_over(folder: Path) -> None:
-    for name in (SUMMARY, "metrics.csv", *LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
+    for name in (SUMMARY, BUDGET, "metrics.csv", *LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", MODEL, BEST_MODEL, "inspect"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -18,6 +18,7 @@ from rlhf.data.records import DataError, DataSource
 from rlhf.evaluation.evaluate import logged
 from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, typed
+from rlhf.vllm_engine import RANKS, TEMPERATURES
 
 # groups that name a class by `_target_`
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
@@ -135,6 +136,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: trainer=cpu or trainer=auto")
     _check_processes(config, settings)
+    _check_vllm(config, settings)
     if settings.model.dtype == "float16":
         raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
@@ -207,6 +209,43 @@ def _check_processes(config: DictConfig, settings: Settings) -> None:
         )
     if wanted > 1 and settings.ppo.accumulation == "as_published":
         raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")
+
+
+def _check_vllm(config: DictConfig, settings: Settings) -> None:
+    """What vLLM cannot do, and what it needs."""
+    if settings.generation.engine != "vllm":
+        return
+    lora, other = settings.lora, "or generation.engine=native"
+    if not 0 < lora.r <= RANKS[-1]:
+        raise ConfigError(
+            f"generation.engine=vllm swaps adapters, and lora.r={lora.r} (lora=none has 0) makes none that it takes; "
+            f"allowed: lora=r8 and others up to {RANKS[-1]}, {other}"
+        )
+    if is_quantized(settings.quantization):
+        raise ConfigError(
+            "generation.engine=vllm would sample from the model before quantization rounds it; "
+            f"allowed: quantization=none, {other}"
+        )
+    if settings.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"generation.engine=vllm runs adapters in 16 bits only, and model.dtype={settings.model.dtype}; "
+            f"allowed: model.dtype=bfloat16, {other}"
+        )
+    if parallel.wanted(config.trainer) * config.trainer.get("num_nodes", 1) > 1:
+        raise ConfigError(f"generation.engine=vllm is built for one process; allowed: trainer.devices=1, {other}")
+    low, high = TEMPERATURES
+    for key in ("generation", "evaluation"):
+        temperature = getattr(settings, key).temperature
+        if not (low <= temperature <= high or temperature == 0):
+            raise ConfigError(
+                f"{key}.temperature={temperature}: generation.engine=vllm takes {low} to {high}; allowed: that, {other}"
+            )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "generation.engine=vllm, but torch sees no GPU here; allowed: generation.engine=native or transformers"
+        )
 
 
 def _check_function(key: str, path: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"  # of a run
 LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON object a line, appended to
+BUDGET = "budget.json"  # of a run: what ppo.microbatch_tokens=auto came to, and for which run
 MODEL, BEST_MODEL = "model", "model_best"  # of a run: its last policy, and the best where that is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
 

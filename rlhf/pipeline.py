@@ -42,7 +42,11 @@ log = logging.getLogger(__name__)
 Build = Callable[[Path], None]
 SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
 REWARD_CODE = (*SFT_CODE, "stages/reward.py")
-PREFERENCES_CODE = (*SFT_CODE, *(f"evaluation/{name}.py" for name in ("preferences", "judges", "llm_pool", "prompts")))
+PREFERENCES_CODE = (
+    *SFT_CODE,
+    "vllm_engine.py",
+    *(f"evaluation/{name}.py" for name in ("preferences", "judges", "llm_pool", "prompts")),
+)
 # of `preferences` the name of the reward model tells, where there is one
 NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards", "objectives",
                 "preferences")  # fmt: skip
@@ -203,6 +207,7 @@ class Run:
             sft_metrics=first,
             reward_model=reward and reward.name,
             guards=stage.guards.summary(),
+            microbatch_tokens=settings.ppo.microbatch_tokens,
             overrides=self.overrides,
             identity=self.identity,
             **told,

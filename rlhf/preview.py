@@ -1,19 +1,30 @@
 """What a run would do and need, before anything is loaded."""
 
+import logging
+from contextlib import suppress
 from typing import Any
 
-from rlhf import tracking
+import torch
+
+from rlhf import parallel, tracking
 from rlhf.checkpoints import StepCheckpoints
+from rlhf.files import BUDGET, read_json, write_json
 from rlhf.models import ModelError
 from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
-from rlhf.models.memory import Memory, available, estimate
+from rlhf.models.memory import Memory, available, estimate, largest_budget
 from rlhf.pipeline import Run
+
+log = logging.getLogger(__name__)
 
 
 def describe(run: Run) -> dict[str, Any]:
     """What a run would do (`dry_run=true`); here nothing is refused, as it may be meant for another machine."""
     found = run.finished()
-    needed = _needed(run) if run.config.stage.name == "ppo" and found is None else None
+    unmade = run.config.stage.name == "ppo" and found is None
+    if unmade:
+        with suppress(ModelError):
+            settle_budget(run)
+    needed = _needed(run) if unmade else None
     return {
         "folder": str(run.folder),
         "stage": run.config.stage.name,
@@ -22,6 +33,7 @@ def describe(run: Run) -> dict[str, Any]:
         "same_as": str(found) if found not in (None, run.folder) else None,
         "step": StepCheckpoints.reached(run.folder / "checkpoints"),
         "memory": f"{needed}; {available() / 2**30:.1f} GiB are free here" if needed else None,
+        "microbatch_tokens": run.settings.ppo.microbatch_tokens if unmade else None,
     }
 
 
@@ -39,9 +51,58 @@ def check_memory(run: Run) -> None:
         )
 
 
+def settle_budget(run: Run, fresh: bool = False, jobs: int = 1) -> None:
+    """Put a number in the place of `ppo.microbatch_tokens=auto`.
+
+    It is the one that the run in this folder began with (`keep_budget`), whatever is free now, because another would
+    add up in another order, so that the run would not end with the same bits; or else (or if it shall start over,
+    `fresh`) the largest that fits, in all its processes and beside the other `jobs` at once. The configuration, and so
+    the run's identity, goes on saying auto.
+
+    Raises:
+        ModelError: the model's configuration cannot be read, so that nothing is known of its memory.
+    """
+    ppo = run.settings.ppo
+    if ppo.microbatch_tokens != "auto":
+        return
+    kept = None if fresh else parallel.from_first(lambda: _kept_budget(run))
+    if kept is not None:
+        log.info("ppo.microbatch_tokens=auto: %d, as the run began", kept)
+        ppo.microbatch_tokens = kept
+        return
+    sharing = jobs * (1 if torch.cuda.is_available() else parallel.wanted(run.config.trainer))
+    free = min(parallel.gathered(available())) // sharing
+    chosen = largest_budget(run.settings, _vocabulary(run), run.needs_reward_model, free)
+    if chosen is None:
+        raise ModelError(
+            "ppo.microbatch_tokens=auto needs the configuration of model.name_or_path="
+            f"{run.settings.model.name_or_path}, which cannot be read; allowed: a number"
+        )
+    ppo.microbatch_tokens = chosen
+    log.info("ppo.microbatch_tokens=auto: %d; the run needs %s, %.1f GiB are free", chosen, _needed(run), free / 2**30)
+
+
+def keep_budget(run: Run) -> None:
+    """Leave in the run's folder what was put in the place of auto, for those who continue it."""
+    if run.plain["ppo"]["microbatch_tokens"] == "auto" and isinstance(run.settings.ppo.microbatch_tokens, int):
+        budget = {"identity": run.identity, "microbatch_tokens": run.settings.ppo.microbatch_tokens}
+        write_json(run.folder / BUDGET, budget)
+
+
+def _kept_budget(run: Run) -> int | None:
+    """None without any, or with that of a run of another configuration."""
+    path = run.folder / BUDGET
+    kept = read_json(path) if path.exists() else {}
+    return kept["microbatch_tokens"] if kept.get("identity") == run.identity else None
+
+
 def _needed(run: Run) -> Memory | None:
-    vocabulary = None
-    if run.settings.model.name_or_path is None:
-        known = hasattr(run.source, "tokenizer")
-        vocabulary = len(load_tokenizer(run.settings.model, run.source)) if known else BPE_VOCABULARY
-    return estimate(run.settings, vocabulary, run.needs_reward_model)
+    return estimate(run.settings, _vocabulary(run), run.needs_reward_model)
+
+
+def _vocabulary(run: Run) -> int | None:
+    """That of the tokenizer, for a model made from a configuration."""
+    if run.settings.model.name_or_path is not None:
+        return None
+    known = hasattr(run.source, "tokenizer")
+    return len(load_tokenizer(run.settings.model, run.source)) if known else BPE_VOCABULARY

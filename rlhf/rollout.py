@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.models.decoding import FixedStep, GrowingStep
 from rlhf.models.kv_cache import BufferCache
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
@@ -122,11 +123,12 @@ class NativeEngine:
 
     Prompts are padded on the right and their padding is masked out of the cache, the adapter is merged into copies of
     the adapted matrices, keys and values lie in one buffer, and rows that are done are dropped from the batch. Each row
-    draws its own numbers, so what it says does not depend on which other rows are still there.
+    draws its own numbers, so what it says does not depend on which other rows are still there. `fixed` decodes at fixed
+    shapes, on a GPU as CUDA graphs.
     """
 
-    def __init__(self, eos_token_id: int, capture_logprobs: bool = True):
-        self.eos, self.capture = eos_token_id, capture_logprobs
+    def __init__(self, eos_token_id: int, capture_logprobs: bool = True, fixed: bool = False):
+        self.eos, self.capture, self.fixed = eos_token_id, capture_logprobs, fixed
 
     @torch.no_grad()
     def generate(
@@ -159,6 +161,9 @@ class NativeEngine:
             visible[:, 0, 0, :width] = torch.arange(width, device=device) < lengths[:, None]
             hidden = model.base_model(input_ids=padded, past_key_values=cache, use_cache=True).last_hidden_state
             last = hidden[torch.arange(batch, device=device), lengths - 1]
+            forward = GrowingStep(model, cache, visible)
+            if self.fixed and model.config._attn_implementation == "sdpa":
+                forward = FixedStep(model, cache, visible, capture=device.type == "cuda")
             for step in range(max_new_tokens):
                 logits = model.get_output_embeddings()(last).float()
                 token, logprob = _choose(logits, temperature, draws[alive, step], self.capture)
@@ -170,21 +175,13 @@ class NativeEngine:
                 if step + 1 == max_new_tokens:
                     break
                 if step % CHECK_EVERY == CHECK_EVERY - 1:
-                    left = (~done).nonzero().squeeze(1)
-                    if len(left) == 0:
+                    rows = forward.remaining(done)
+                    if len(rows) == 0:
                         break
-                    if len(left) <= 0.9 * len(alive):
-                        cache.keep(left)
-                        alive, token, done, visible = alive[left], token[left], done[left], visible[left]
-                mask = visible[..., : width + step + 1]
-                last = model.base_model(
-                    input_ids=token[:, None],
-                    # only sdpa takes the boolean mask as it is (eager attention would add it to the scores)
-                    attention_mask=mask if model.config._attn_implementation == "sdpa" else mask[:, 0, 0],
-                    position_ids=(lengths[alive] + step)[:, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state[:, -1]
+                    if len(rows) <= 0.9 * len(alive):
+                        forward.keep(rows)
+                        alive, token, done = alive[rows], token[rows], done[rows]
+                last = forward(token, lengths[alive] + step, width + step)
         return Generated(out, ends, logprobs if self.capture else None)
 
 
@@ -253,8 +250,13 @@ def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase
     Log-probs are captured as sampled where that is exact: in float32. In lower precision the same row in another batch
     shape has other log-probs, so they are scored again at the shapes of the update.
     """
+    if settings.engine == "vllm":
+        from rlhf.vllm_engine import VllmEngine
+
+        return VllmEngine(settings, tokenizer, roles)
     if settings.engine == "transformers":
         return TransformersEngine(tokenizer.eos_token_id, tokenizer.pad_token_id)
     automatic = roles.compute_dtype == torch.float32 and next(roles.parameters()).dtype == torch.float32
     capture = automatic if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"
-    return NativeEngine(tokenizer.eos_token_id, capture)
+    fixed = settings.cuda_graphs == "auto" and roles.device.type == "cuda"
+    return NativeEngine(tokenizer.eos_token_id, capture, fixed)

@@ -73,6 +73,10 @@ def choice(*options: str) -> Any:
     return field(default=options[0], metadata={"check": lambda x: x in options, "allowed": allowed})
 
 
+def _number(x: Any) -> float:
+    return float(x) if type(x) in (int, float) else math.nan
+
+
 @dataclass
 class ModelSettings:
     """`conf/model`: where the language model comes from and in which dtype its frozen base is held."""
@@ -145,8 +149,18 @@ class RewardSettings(OptimizerSettings):
 
 @dataclass
 class PPOSettings(OptimizerSettings):
-    """`conf/ppo`: proximal policy optimisation; steps are rollout batches."""
+    """`conf/ppo`: proximal policy optimisation; steps are rollout batches.
 
+    `rlhf.preview.settle_budget` puts a number in the place of `microbatch_tokens=auto`, before anything reads it.
+    """
+
+    microbatch_tokens: Any = field(
+        default=4096,
+        metadata={
+            "check": lambda x: x == "auto" or (type(x) is int and x > 0),
+            "allowed": "a whole number above 0, or auto",
+        },
+    )
     lr_full: float = positive()
     steps: int = positive()
     rollout_batch_size: int = positive()
@@ -187,11 +201,19 @@ class DivergenceSettings:
 class GenerationSettings:
     """`conf/generation`: how rollouts are sampled (top-k and top-p are absent on purpose: they would bias every KL)."""
 
-    engine: str = choice("native", "transformers")
+    engine: str = choice("native", "transformers", "vllm")
     max_new_tokens: int = positive()
     temperature: float = positive(1.0)
     batch_size: int = positive(64)
     capture_logprobs: str = choice("auto", "always", "never")
+    cuda_graphs: str = choice("never", "auto")
+    vllm: dict[str, Any] = field(
+        default_factory=lambda: {"gpu_memory_utilization": 0.4},
+        metadata={
+            "check": lambda x: 0 < _number(x.get("gpu_memory_utilization")) < 1,
+            "allowed": "keywords of vllm.LLM, gpu_memory_utilization being a number between 0 and 1",
+        },
+    )
 
 
 @dataclass
@@ -307,7 +329,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
         value, key = getattr(settings, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
             check_values(value, f"{key}.")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and "check" not in item.metadata:
             for name, part in value.items():
                 if is_dataclass(part):
                     check_values(part, f"{key}.{name}.")

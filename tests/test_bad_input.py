@@ -270,7 +270,7 @@ CONFIGURED: list[tuple[str, str]] = [
     ("model.name_or_path=/nope", "model.name_or_path=/nope: there is no such folder"),
     ("model.name_or_path=./rlhf model.gguf_file=x.gguf", "there is no such (folder|file)"),
     ("generation.max_new_tokens=0", "generation.max_new_tokens=0 is not allowed"),
-    ("generation.engine=vllm", "generation.engine=vllm is not allowed; allowed: native or transformers"),
+    ("generation.engine=vlm", "generation.engine=vlm is not allowed; allowed: native, transformers or vllm"),
     ("evaluation.prompts=-1", "evaluation.prompts=-1 is not allowed"),
     ("resume=maybe", "resume=maybe is not allowed; allowed: auto, must or never"),
     ("scorer=function scorer.function=os.nope", "scorer.function=os.nope cannot be imported"),

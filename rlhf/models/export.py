@@ -23,9 +23,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def save_adapter(
-    roles: Roles, role: str, config: LoraConfig, base: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+    roles: Roles, role: str, config: LoraConfig, base: Path, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
-    """The role's adapter (and head) as a PEFT folder on the model at `base`.
+    """The role's adapter (and head) as a PEFT folder on the model at `base`, with its tokenizer if one is given.
 
     A causal role loads with `AutoPeftModelForCausalLM`; a role with a head, which becomes `score`, with
     `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder)`.
@@ -48,7 +48,8 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, default=str))
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfig:

@@ -13,6 +13,7 @@ class _BufferLayer(CacheLayerMixin):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity, self.filled = capacity, 0
+        self.place: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first states' batch, heads, width and dtype."""
@@ -24,11 +25,15 @@ class _BufferLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append the new states and return a view of all so far."""
+        """Append the new states and return a view of all so far; once fixed, see `BufferCache.fix`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        if self.place is not None:
+            self.keys.index_copy_(2, self.place, key_states)
+            self.values.index_copy_(2, self.place, value_states)
+            return self.keys, self.values
         end = self.filled + key_states.shape[-2]
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
@@ -62,6 +67,18 @@ class BufferCache(Cache):
 
     def __init__(self, layers: int, capacity: int):
         super().__init__(layers=[_BufferLayer(capacity) for _ in range(layers)])
+
+    @torch.no_grad()
+    def fix(self, place: Tensor) -> None:
+        """From now on put a token's states at `place` [1], and return the whole buffers: their addresses stay.
+
+        What is not filled yet becomes 0: a mask keeps attention from it, but 0 times what happened to be there may be
+        no number.
+        """
+        for layer in self.layers:
+            layer.place = place
+            layer.keys[:, :, layer.filled :] = 0
+            layer.values[:, :, layer.filled :] = 0
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:

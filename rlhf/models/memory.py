@@ -1,6 +1,6 @@
 """How much memory a PPO run will need, from its configuration alone: no weight is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -10,6 +10,7 @@ from rlhf.models.loading import DTYPES, skeleton
 from rlhf.settings import LoraSettings, Settings
 
 PROGRAM = 700 * 2**20  # what the process itself takes on a CPU: torch, transformers, lightning (measured)
+AUTOMATIC = 0.8  # of the free memory that an automatic budget may take: the estimate is right within a fifth
 TRAINED = 4 + 4 + 8  # a trained parameter in float32: itself, its gradient, AdamW's two moments
 
 
@@ -65,7 +66,7 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool) -> 
         trained += parameters * TRAINED if full or value == "full" else _adapter(model, value_lora) * TRAINED
     weights += 4 * _adapter(model, settings.reward.lora) if reward_model else 0
 
-    text = settings.model.max_prompt_tokens + settings.generation.max_new_tokens
+    text = _text(settings)
     rows = min(settings.generation.batch_size, settings.ppo.rollout_batch_size)
     merged = 0 if full or width != size else _adapted(model, settings.lora) * size
     generating = 2 * rows * text * layers * keys * size + merged
@@ -77,7 +78,31 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool) -> 
     passes = 1 if value == "trunk_head" else 2
     logits = 3 * 4 * min(CHUNK_ELEMENTS, tokens * config.vocab_size)
     program = 0 if torch.cuda.is_available() else PROGRAM
+    if settings.generation.engine == "vllm":
+        generating, program = 0, program + _served(settings)
     return Memory(program, weights, trained, generating, passes * kept + logits)
+
+
+def largest_budget(settings: Settings, vocabulary: int | None, reward_model: bool, free: int) -> int | None:
+    """The `ppo.microbatch_tokens` whose estimate takes at most `AUTOMATIC` of `free` bytes; None as `estimate`.
+
+    A power of two, from the one that holds a text, which is taken even where it does not fit, to the one that holds a
+    minibatch, above which nothing changes.
+    """
+    smallest, most = _text(settings), _text(settings) * settings.ppo.minibatch_size
+    chosen = None
+    for power in range((smallest - 1).bit_length(), (most - 1).bit_length() + 1):
+        tried = replace(settings, ppo=replace(settings.ppo, microbatch_tokens=2**power))
+        needed = estimate(tried, vocabulary, reward_model)
+        if needed is None or (chosen is not None and needed.peak > AUTOMATIC * free):
+            break
+        chosen = 2**power
+    return chosen
+
+
+def _text(settings: Settings) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return settings.model.max_prompt_tokens + settings.generation.max_new_tokens
 
 
 def available() -> int:
@@ -86,6 +111,12 @@ def available() -> int:
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def _served(settings: Settings) -> int:
+    """What vLLM keeps of a GPU, from its start to the end."""
+    everything = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+    return int(everything * settings.generation.vllm["gpu_memory_utilization"])
 
 
 def _linear_elements(model: PreTrainedModel) -> int:

@@ -1,0 +1,129 @@
+"""One decoding step on a key/value cache: over what is there so far, or at fixed shapes, as a CUDA graph wants it."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.models.kv_cache import BufferCache
+
+log = logging.getLogger(__name__)
+WARM_UP = 2  # steps before a capture: libraries set themselves up in their first
+
+
+class GrowingStep:
+    """Attends over the tokens there are so far; rows that are done are dropped as they come.
+
+    `visible` [batch, 1, 1, capacity] says which places of the cache a row sees.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: BufferCache, visible: Bool[Tensor, "batch 1 1 capacity"]):
+        self.model, self.cache, self.visible = model, cache, visible
+
+    def __call__(
+        self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
+    ) -> Float[Tensor, "batch hidden"]:
+        """The hidden states after each row's `token`, which is put at `place` of the cache."""
+        mask = self.visible[..., : place + 1]
+        return self.model.base_model(
+            input_ids=token[:, None],
+            # only sdpa takes the boolean mask as it is (eager attention would add it to the scores)
+            attention_mask=mask if self.model.config._attn_implementation == "sdpa" else mask[:, 0, 0],
+            position_ids=positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+    def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
+        """The rows worth going on with; none once all are done."""
+        return (~done).nonzero().squeeze(1)
+
+    def keep(self, rows: Int[Tensor, "rows"]) -> None:
+        """Drop all rows but these."""
+        self.cache.keep(rows)
+        self.visible = self.visible[rows]
+
+
+class FixedStep(GrowingStep):
+    """Attends over the whole capacity under a mask: every step has the same shapes and the same addresses.
+
+    So it can be captured once as a CUDA graph and replayed (`capture`), which spares the launch of each kernel. The
+    batch shrinks by halves, to powers of two, and is captured anew then. A graph holds the addresses of the weights
+    too: it is no longer of use once the adapter merged into them is taken out. NOT MEASURED, for want of a GPU; the
+    steps themselves are tested on the CPU. Only for sdpa attention.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: BufferCache, visible: Bool[Tensor, "batch 1 1 capacity"], capture: bool
+    ):
+        visible[..., cache.get_seq_length() :] = False
+        super().__init__(model, cache, visible)
+        rows, device = len(visible), visible.device
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.token)
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.capture = capture
+        self.run: Callable[[], Tensor] | None = None
+        cache.fix(self.place)
+
+    def __call__(
+        self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
+    ) -> Float[Tensor, "batch hidden"]:
+        """As `GrowingStep`; with a graph, what it returns is overwritten by the next step."""
+        self.token.copy_(token[:, None])
+        self.positions.copy_(positions[:, None])
+        self.place.fill_(place)
+        if self.run is None:
+            self.run = captured(self.step) if self.capture else self.step
+        return self.run()
+
+    def step(self) -> Float[Tensor, "batch hidden"]:
+        """A function of the buffers alone; done twice it is the same."""
+        self.visible.index_fill_(-1, self.place, True)
+        return self.model.base_model(
+            input_ids=self.token,
+            attention_mask=self.visible,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+    def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
+        """Those that are not done, filled up with others to a power of two."""
+        left = super().remaining(done)
+        size = 1 << (len(left) - 1).bit_length() if len(left) else 0
+        return torch.cat([left, done.nonzero().squeeze(1)])[:size]
+
+    def keep(self, rows: Int[Tensor, "rows"]) -> None:
+        """Drop all rows but these, which are captured anew."""
+        super().keep(rows)
+        self.token, self.positions, self.run = self.token[rows], self.positions[rows], None
+
+
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`step` as a CUDA graph, or as it is where that cannot be captured."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # casts that autocast remembers would be freed with the memory of the capture
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = step()
+    except Exception as error:  # it depends on the model what goes wrong
+        log.warning("no CUDA graph of the decoding step (%s): without; see generation.cuda_graphs=never", error)
+        return step
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
