@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf import tracking
+from rlhf import parallel, tracking
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.models import ModelError
 from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
@@ -44,4 +44,4 @@ def _needed(run: Run) -> Memory | None:
     if run.settings.model.name_or_path is None:
         known = hasattr(run.source, "tokenizer")
         vocabulary = len(load_tokenizer(run.settings.model, run.source)) if known else BPE_VOCABULARY
-    return estimate(run.settings, vocabulary, run.needs_reward_model)
+    return estimate(run.settings, vocabulary, run.needs_reward_model, parallel.shares(run.config.trainer))

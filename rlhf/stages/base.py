@@ -173,6 +173,8 @@ class Stage(lightning.LightningModule):
                 nn.utils.clip_grad_norm_(trained, limit)
             for key, value in {"loss": total, **extra}.items():
                 sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
+        for part in parallel.to_fill_up(parts):
+            self.manual_backward(0 * loss(part)[0])
         parallel.add_up([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
         refused = self.refusal(norm, sums, count)
