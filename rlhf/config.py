@@ -216,7 +216,9 @@ def _check_processes(config: DictConfig, settings: Settings) -> None:
 def _check_sharding(stage: str, settings: Settings) -> None:
     """What the processes hold together is a frozen base, in the precision that its adapters are merged into."""
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise ConfigError(f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp")
+        raise ConfigError(
+            f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp"
+        )
     if is_quantized(settings.quantization):
         raise ConfigError("trainer=fsdp cannot share out a quantized base; allowed: quantization=none, or trainer=ddp")
     loras = {"lora@sft.lora": settings.sft.lora, "lora@reward.lora": settings.reward.lora, "lora": settings.lora}

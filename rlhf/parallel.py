@@ -59,10 +59,12 @@ class Sharded(DataParallel):
         super().setup(trainer)
 
     def teardown(self) -> None:
-        """Lightning moves the module to the CPU, where there are no passes through a base whose group is of GPUs."""
-        super().teardown()
-        if self.lightning_module is not None:
-            self.lightning_module.to(self.root_device)
+        """Leave the module on its device, as Lightning's own strategies for shards do: there are passes to come."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
 
 
 # -- who we are ------------------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
     if (nodes, tasks, wanted) != (1, 1, 1) and (nodes != wanted or here not in (tasks, None)):
         raise ConfigError(
             f"hydra.launcher.nodes={nodes} with hydra.launcher.tasks_per_node={tasks} does not fit trainer.num_nodes="
-            f"{wanted} with trainer.devices={trainer.get('devices', 1)}; allowed: the same numbers, or one node with one "
-            "task, which starts the processes itself"
+            f"{wanted} with trainer.devices={trainer.get('devices', 1)}; allowed: the same numbers, or one node with "
+            "one task, which starts the processes itself"
         )
 
 

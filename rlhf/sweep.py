@@ -122,7 +122,7 @@ def _trainers(config: DictConfig) -> list[DictConfig]:
     """The different trainers that the jobs of the sweep ask for."""
     if is_search(config):
         return [config.trainer]
-    jobs = {tuple(item for item in job if item.startswith("trainer")): job for job in _expanded(config)}
+    jobs = {tuple(item for item in job if item.lstrip("+~").startswith("trainer")): job for job in _expanded(config)}
     return [compose(config.hydra.job.config_name, job).trainer for job in jobs.values()]
 
 

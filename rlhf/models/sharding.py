@@ -1,8 +1,8 @@
 """A frozen base spread over the processes (torch's FSDP2): each holds its share of the weights of every block.
 
-A block's weights are gathered when its turn comes and let go behind it, in the backward pass once more. What trains
-(adapters, heads) and what lies outside of the blocks (embeddings, the last norm, the language-model head) stays whole in
-each process, so that optimiser, checkpoints and exports are those of data parallel.
+A block's weights are gathered when its turn comes and let go behind it, in the backward pass once more. Adapters and
+heads, and what lies outside of the blocks (embeddings, the last norm, the language-model head), stay whole in each
+process, so that optimiser, checkpoints and exports are those of data parallel.
 """
 
 import torch
@@ -42,7 +42,7 @@ def shard(roles: Roles, device: str) -> None:
 
 def gathered(roles: Roles) -> dict[str, Tensor]:
     """The weights of the base without its adapters, on the CPU of the first process; in the others nothing."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in roles.trunk("reference").state_dict().items():
         if ".lora_" not in name:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
