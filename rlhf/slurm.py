@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
 def _devices(trainer: Mapping[str, Any], gpus: int | str | None) -> int | None:
     """Processes per node that a trainer asks for, as `rlhf.parallel.wanted`; None if only the node can tell."""
     devices = trainer.get("devices", 1)
-    if not isinstance(devices, int | str):
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
         return len(devices)
     if str(devices).isdigit():
         return int(devices)
