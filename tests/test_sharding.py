@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import PROMPTS, gradients, make_ppo, ppo_settings, train, weights
+from harness import PROMPTS, gradients, make_ppo, ppo_settings, spy, train, weights
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from test_crash import assert_same, remains_of
@@ -98,6 +98,13 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
 
 def _same_updates(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     """Base by base, two processes that each hold it and two that hold halves of it; uneven shares of a batch too."""
+    with pytest.MonkeyPatch.context() as patch:
+        filled = spy(patch, parallel, "to_fill_up")
+        _updates_in_turn(rank, folders, folder)
+        assert sum(parallel.gathered(sum(len(parts) for _, parts in filled))) > 0  # one had fewer parts than the other
+
+
+def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     for number, (ppo, model) in enumerate(VARIANTS):
         settings = ppo_settings(**{"epochs": 2, "lr": 1e-4, **ppo})
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **model))
