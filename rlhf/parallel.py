@@ -204,7 +204,10 @@ def _busy(passes: int) -> int:
 
 
 def to_fill_up(parts: Sequence[T]) -> list[T]:
-    """Parts to go through once more, as this process has fewer than another and backward passes are in step, too."""
+    """Parts to go through once more, as another process has more of them and backward passes are in step, too.
+
+    To be asked before the first backward pass: those are not announced.
+    """
     return [parts[-1]] * (max(gathered(len(parts))) - len(parts)) if _least else []
 
 
