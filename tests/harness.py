@@ -50,6 +50,15 @@ def count_low_words(prompts: Sequence[str], responses: Sequence[str]) -> list[fl
     return [sum(int(word.strip("<>w") or 49) < 20 for word in row if word[0] == "w") / len(row) for row in words]
 
 
+def quiet_trainer(folder: Path, **options: Any) -> lightning.Trainer:
+    """As the pipeline makes it, without bars."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return lightning.Trainer(
+        accelerator="cpu", logger=[JsonLines(folder)], inference_mode=False, num_sanity_val_steps=0,
+        **quiet, **options,
+    )  # fmt: skip
+
+
 def ppo_settings(divergence: str = "kl", kind: str = "logprobs", lora: LoraSettings = LORA, **options: Any) -> Settings:
     config = {
         "steps": 2, "rollout_batch_size": 12, "minibatch_size": 6, "epochs": 2, "lr": 1e-2, "lr_full": 1e-2,

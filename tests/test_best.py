@@ -9,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning
 import pytest
 import torch
-from harness import PROMPTS, make_ppo, ppo_settings, weights
+from harness import PROMPTS, make_ppo, ppo_settings, quiet_trainer, weights
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from test_crash import assert_same
@@ -29,7 +28,7 @@ from rlhf.files import read_json
 from rlhf.parallel import SIGNALS
 from rlhf.settings import Interrupted
 from rlhf.stages.ppo import PPO
-from rlhf.tracking import JsonLines, evaluated_at
+from rlhf.tracking import evaluated_at
 from rlhf.training import train_ppo
 
 
@@ -96,16 +95,9 @@ def run(
 
     stage.evaluator, stage.scorer.function = judge, score  # type: ignore[attr-defined]
 
-    def trainer(folder: Path, **options: Any) -> lightning.Trainer:
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        return lightning.Trainer(
-            accelerator="cpu", logger=[JsonLines(folder)], inference_mode=False, num_sanity_val_steps=0,
-            **quiet, **options,
-        )  # fmt: skip
-
     folder.mkdir(exist_ok=True)
     evaluation: DataLoader = DataLoader([Prompt(p, "w5") for p in PROMPTS[:4]], batch_size=4, collate_fn=list)  # type: ignore[arg-type]
-    train_ppo(trainer, stage, PROMPTS, evaluation, folder, "auto", Best(folder, "eval/win_rate", "max"))
+    train_ppo(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto", Best(folder, "eval/win_rate", "max"))
     return stage
 
 

@@ -178,6 +178,7 @@ def test_a_dry_run_writes_and_does_not_ask(sent: Path, monkeypatch: pytest.Monke
     assert (sent / "report" / REPORT).exists()
 
 
+@pytest.mark.long
 def test_without_a_server_one_sentence(sent: Path) -> None:
     done = sync(sent, "--boards", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 1, done.stderr

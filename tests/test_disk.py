@@ -62,7 +62,7 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_bit(command: Callable, tmp_path: Path) -> None:  # noqa: F811
     undisturbed = tmp_path / "undisturbed"
     assert command(*TINY, f"output_dir={undisturbed}/outputs")[0] == 0

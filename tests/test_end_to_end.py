@@ -135,6 +135,7 @@ def test_a_sweep_shares_the_stages_and_gives_each_run_a_folder(workplace: Path) 
     assert configs == {("none", 8), ("none", 0), ("exact_kl", 8), ("exact_kl", 0)}
 
 
+@pytest.mark.long
 def test_an_interrupted_run_continues_to_the_same_bits(workplace: Path) -> None:
     arguments = [*QUICK, "ppo.steps=3", "ppo.eval_every=1", "name=straight"]
     rlhf(workplace, *arguments)
@@ -177,6 +178,7 @@ def test_gold_and_function_scorers_need_no_reward_model(workplace: Path, tmp_pat
     assert not list((tmp_path / "outputs/cache").glob("reward-*"))
 
 
+@pytest.mark.long
 def test_two_jobs_at_once_and_wandb_offline_without_a_key(workplace: Path) -> None:
     flags = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2", "logger=wandb", "name=pair"]
     rlhf(workplace, *flags, *QUICK[:1], *QUICK[2:])

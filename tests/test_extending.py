@@ -99,6 +99,7 @@ def test_a_data_set() -> None:
         assert row["gold_utility"] == (row["response"].strip() == row["reference_output"].strip())
 
 
+@pytest.mark.long
 def test_a_study(capfd: pytest.CaptureFixture) -> None:
     (words,) = [words for words in COMMANDS if words[-1] == "experiments=short"]
     small = [*words, *TINY, "seed=1"]  # the command line wins over the file

@@ -1,5 +1,6 @@
 """The farm's truth against its own judge, its determinism, its texts through its tokenizer, its writers' standing."""
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -15,15 +16,20 @@ from hypothesis import strategies as st
 
 from rlhf.data.farm import Facts, Farm
 from rlhf.data.farm.writers import CAREFUL, EDITS, ORACLE, Writer, misstate, write
-from rlhf.data.records import SPLITS, DataError, DataSource, columns
+from rlhf.data.records import SPLITS, DataError, DataSource, Split, columns
 
 FARM = Farm()
 TOKENIZER = FARM.tokenizer()
 VOCABULARY = sorted(TOKENIZER.get_vocab())
-ROWS = {split: FARM.load(split).to_list() for split in SPLITS}
-EVAL = ROWS["eval"]
+EVAL = FARM.load("eval").to_list()
 MIRA = FARM.world.people[0]
 BIO = f"Tell me a bio of {MIRA.name}."
+
+
+@functools.cache
+def rows_of(split: Split) -> list[dict[str, str]]:
+    """The rows of a split, made once."""
+    return FARM.load(split).to_list()
 
 
 def digest(farm: Farm) -> str:
@@ -56,9 +62,9 @@ def test_farm_is_a_data_source_with_the_columns_of_the_records():
     assert isinstance(FARM, DataSource)
     assert FARM.splits == SPLITS
     for split in SPLITS:
-        assert len(ROWS[split]) == FARM.sizes[split]
-        assert all(list(row) == columns(split) for row in ROWS[split])
-        assert all(isinstance(value, str) for row in ROWS[split] for value in row.values())
+        assert len(rows_of(split)) == FARM.sizes[split]
+        assert all(list(row) == columns(split) for row in rows_of(split))
+        assert all(isinstance(value, str) for row in rows_of(split) for value in row.values())
 
 
 def test_bad_requests_are_explained():
@@ -154,7 +160,7 @@ def test_determinism_in_this_process_and_in_another():
 
 
 def test_held_out_instructions_are_new():
-    prompts = {split: {row["prompt"] for row in rows} for split, rows in ROWS.items()}
+    prompts = {split: {row["prompt"] for row in rows_of(split)} for split in SPLITS}
     training = prompts["sft"] | prompts["preference"] | prompts["prompts"]
     validation = prompts["sft_validation"] | prompts["preference_validation"]
     assert len(prompts["eval"]) == len(EVAL)
@@ -164,7 +170,7 @@ def test_held_out_instructions_are_new():
 
 def test_demonstrations_tell_every_fact_of_the_world():
     told = set()
-    for row in ROWS["sft"]:
+    for row in rows_of("sft"):
         told |= {(row["prompt"].strip(), word) for word in row["response"].split()}
     known = {(FARM.tasks.by_instruction[prompt].subject.name, word.strip(".,")) for prompt, word in told}
     for subject in FARM.world.people + FARM.world.crafts:
@@ -172,7 +178,7 @@ def test_demonstrations_tell_every_fact_of_the_world():
 
 
 def test_tokenizer_gives_every_text_back():
-    texts = {value for rows in ROWS.values() for row in rows for value in row.values()}
+    texts = {value for split in SPLITS for row in rows_of(split) for value in row.values()}
     ids = [TOKENIZER.encode(text) for text in texts]
     assert TOKENIZER.batch_decode(ids) == list(texts)
     assert TOKENIZER.unk_token_id not in {number for row in ids for number in row}
@@ -191,17 +197,17 @@ def test_tokenizer_is_small_dense_and_survives_saving(tmp_path):
 
 
 def test_label_noise_flips_a_quarter_and_nothing_else():
-    noisy, clean = ROWS["preference"], Farm(label_noise=0.0).load("preference")
+    noisy, clean = rows_of("preference"), Farm(label_noise=0.0).load("preference")
     flips = 0
     for ours, theirs in zip(noisy, clean, strict=True):
         assert {ours["chosen"], ours["rejected"]} == {theirs["chosen"], theirs["rejected"]}
         flips += ours["chosen"] != theirs["chosen"]
     assert flips / len(noisy) == pytest.approx(0.25, abs=0.025)
-    assert Farm(label_noise=0.9).load("preference_validation").to_list() == ROWS["preference_validation"]
+    assert Farm(label_noise=0.9).load("preference_validation").to_list() == rows_of("preference_validation")
 
 
 def test_annotators_mostly_agree_with_the_gold_utility_and_do_not_just_like_length():
-    rows = ROWS["preference_validation"]
+    rows = rows_of("preference_validation")
     agree = [FARM.utility(row["prompt"], row["chosen"]) > FARM.utility(row["prompt"], row["rejected"]) for row in rows]
     longer = [len(row["chosen"]) > len(row["rejected"]) for row in rows]
     assert 0.75 < statistics.mean(agree) < 0.95
@@ -210,7 +216,7 @@ def test_annotators_mostly_agree_with_the_gold_utility_and_do_not_just_like_leng
 
 
 def test_demonstrations_are_middling():
-    rows = ROWS["sft"]
+    rows = rows_of("sft")
     stated, true = map(sum, zip(*(FARM.facts(row["prompt"], row["response"]) for row in rows), strict=True))
     assert 0.88 < true / stated < 0.95
     lengths = [FARM.facts(row["prompt"], row["response"]).stated for row in rows]
@@ -219,7 +225,7 @@ def test_demonstrations_are_middling():
 
 
 def test_win_rates_leave_room_to_improve():
-    rows = ROWS["sft"][:1000]
+    rows = rows_of("sft")[:1000]
     utilities = [
         (FARM.utility(row["prompt"], row["response"]), FARM.utility(row["prompt"], FARM.reference(row["prompt"])))
         for row in rows

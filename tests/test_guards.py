@@ -11,7 +11,18 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from harness import PROMPTS, changed, count_low_words, fit, gradients, make_ppo, ppo_settings, train, weights
+from harness import (
+    PROMPTS,
+    changed,
+    count_low_words,
+    fit,
+    gradients,
+    make_ppo,
+    ppo_settings,
+    quiet_trainer,
+    train,
+    weights,
+)
 from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from test_end_to_end import QUICK, rlhf
@@ -31,7 +42,7 @@ from rlhf.report.runs import load
 from rlhf.settings import GuardSettings, GuardsSettings, LimitGuard, Settings, Stopped
 from rlhf.stages.base import SeededBatches
 from rlhf.stages.ppo import PPO
-from rlhf.tracking import JsonLines, read_metrics
+from rlhf.tracking import read_metrics
 from rlhf.training import train_ppo
 
 Line = dict[str, float]
@@ -375,17 +386,10 @@ def whole_run(
     stage.scorer.function = score  # type: ignore[attr-defined]
     stage.evaluator = lambda prompts, responses: ({"eval/win_rate": 0.5}, [{"win": 0.5} for _ in responses])
 
-    def trainer(folder: Path, **options: Any) -> lightning.Trainer:
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        return lightning.Trainer(
-            accelerator="cpu", logger=[JsonLines(folder)], inference_mode=False, num_sanity_val_steps=0,
-            **quiet, **options,
-        )  # fmt: skip
-
     folder.mkdir(exist_ok=True)
     rows = [Prompt(prompt, "w5") for prompt in PROMPTS[:4]]
     evaluation: DataLoader = DataLoader(rows, batch_size=4, collate_fn=list)  # type: ignore[arg-type]
-    train_ppo(trainer, stage, PROMPTS, evaluation, folder, "auto")
+    train_ppo(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto")
     return stage, folder
 
 
@@ -394,6 +398,7 @@ def timeless(folder: Path) -> list[Line]:
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in read_metrics(folder)]
 
 
+@pytest.mark.long
 def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace, tmp_path: Path) -> None:
     """Windows, counts and starts cross the kill; evaluations too."""
     every = GuardsSettings(
@@ -453,7 +458,7 @@ def test_always_nan_stops_with_a_sound_checkpoint(folders: SimpleNamespace, tmp_
     assert len(list((tmp_path / "run/inspect").glob("*.safetensors"))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_stops_with_its_own_exit_code_and_leaves_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_at_once_build_each_artefact_once(tmp_path: Path) -> None:
     """Two of them are even the same run."""
     processes = [start(tmp_path, f"seed={seed}") for seed in (1, 2, 3, 3)]
@@ -67,7 +67,7 @@ def text_of(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_unreachable_wandb_stops_no_run_and_the_key_is_nowhere(
     command: Callable,  # noqa: F811
     fresh_wandb: None,

@@ -347,7 +347,7 @@ print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")  # getrusage would tell the peak of the parent
 def test_memory_does_not_grow_with_the_dump(tmp_path):
     """Peak memory on 5, 10 and 20 MB: if the posts were held, it would grow by tens of megabytes each time."""
