@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from rlhf.models.assembly import lora_config, reward_roles, sft_roles
 from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from rlhf.models.roles import Roles
+from rlhf.models.sharding import gathered
 from rlhf.rollout import Rollouts, encode, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import RewardSettings, Settings, SFTSettings
@@ -38,13 +40,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Builder:
-    """What building takes: the settings, the same as plain values, the data, how the base is held, a trainer."""
+    """What building takes: the settings, the same as plain values, the data, how the base is held, a trainer.
+
+    `shard` spreads a base over the processes, where that is wanted.
+    """
 
     settings: Settings
     plain: dict[str, Any]
     source: DataSource
     quantization: dict[str, Any] | None
     make_trainer: MakeTrainer
+    shard: Callable[[Roles], None]
 
     def sft(self, folder: Path) -> None:
         """The SFT model: `model/`, whole."""
@@ -53,6 +59,7 @@ class Builder:
         lightning.seed_everything(settings.seed, verbose=False)
         tokenizer = load_tokenizer(self.settings.model, self.source)
         roles = sft_roles(self.settings, tokenizer, self.quantization)
+        self.shard(roles)
         train, held_out = divided(self.source, "sft", "sft_validation", settings.validation_size)
         steps = steps_of(settings, len(train))
         stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
@@ -61,11 +68,14 @@ class Builder:
             self.make_trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder
         )
         dtype = DTYPES[self.settings.model.dtype]
-        if self.quantization and settings.lora.r:
-            # merge into the full-precision weights, not into the rounded ones
+        if roles.sharded or (self.quantization and settings.lora.r):
+            # merge into the full-precision weights, not into the rounded ones, and into all of them, not into a share
             adapter = (roles, "policy", lora_config(settings.lora), folder, tokenizer, folder / "adapter")
             parallel.from_first(lambda: save_adapter(*adapter))
+            whole = gathered(roles) if roles.sharded else {}
             roles = Roles(load_causal_lm(self.settings.model, tokenizer))
+            if whole:
+                roles.trunk("reference").load_state_dict(whole)
             load_adapter(roles, "base", "policy", folder / "adapter")
             roles.table["policy"] = stage.roles.table["policy"]
         parallel.from_first(lambda: save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / MODEL))
@@ -144,6 +154,7 @@ class Builder:
         base = sft / MODEL
         tokenizer = load_tokenizer(self.settings.model, self.source)
         roles = reward_roles(self.settings, tokenizer, base, self.quantization)
+        self.shard(roles)
         source = SavedPreferences(preferences) if preferences else self.source
         train, held_out = divided(source, "preference", "preference_validation", settings.validation_size)
         steps = steps_of(settings, len(train))

@@ -1,6 +1,7 @@
 """From a composed configuration to checked settings: what cannot run fails here, before any model is loaded."""
 
 import importlib.util
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.fsdp import fully_shard
 
 from rlhf import parallel, root
 from rlhf.data.records import DataError, DataSource
@@ -209,6 +211,27 @@ def _check_processes(config: DictConfig, settings: Settings) -> None:
         )
     if wanted > 1 and settings.ppo.accumulation == "as_published":
         raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")
+    if parallel.shares(trainer) > 1:
+        _check_sharding(config.stage.name, settings)
+
+
+def _check_sharding(stage: str, settings: Settings) -> None:
+    """What the processes hold together is a frozen base, in the precision that its adapters are merged into."""
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ConfigError(
+            f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp"
+        )
+    if is_quantized(settings.quantization):
+        raise ConfigError("trainer=fsdp cannot share out a quantized base; allowed: quantization=none, or trainer=ddp")
+    loras = {"lora@sft.lora": settings.sft.lora, "lora@reward.lora": settings.reward.lora, "lora": settings.lora}
+    for key in list(loras)[: {"sft": 1, "preferences": 1, "reward": 2}.get(stage, 3)]:
+        if loras[key].r == 0:
+            raise ConfigError(
+                f"{key}=none trains the base itself, of which trainer=fsdp leaves each process but a share; "
+                f"allowed: an adapter such as {key}=r8, or trainer=ddp"
+            )
+    if settings.ppo.value == "full" and stage in ("ppo", "evaluate"):
+        raise ConfigError("ppo.value=full trains a whole model, which trainer=fsdp cannot share out; allowed: adapter")
 
 
 def _check_vllm(config: DictConfig, settings: Settings) -> None:

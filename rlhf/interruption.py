@@ -55,9 +55,12 @@ class Interruption(Callback):
         """Save and leave if so asked."""
         self._leave(trainer, module)
 
-    def on_validation_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
-        """An evaluation is not waited for: it is made again after resuming."""
-        self._leave(trainer, module)
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """An evaluation is not waited for: it is made again after resuming. First each process has a turn."""
+        if (batch_idx + 1) % parallel.size() == 0:
+            self._leave(trainer, module)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         """Judging may have taken long."""

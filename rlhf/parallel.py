@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -23,7 +24,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # the first process may wait long for a lock; one that dies takes the others with it
@@ -33,6 +35,7 @@ BUCKET = 2**24  # numbers added up at once: 64 MiB of float32
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # finish the step, save, leave
 _joined: list[ClusterEnvironment] = []
 _by_itself: list[bool] = []
+_least: list[Callable[[], Any]] = []  # the smallest pass through a base that is spread over the processes
 
 
 class DataParallel(DDPStrategy):
@@ -43,6 +46,25 @@ class DataParallel(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Leave the module as it is."""
+
+
+class Sharded(DataParallel):
+    """The same around a frozen base of which each process holds its share (`rlhf.models.sharding`)."""
+
+    def setup(self, trainer: lightning.Trainer) -> None:
+        """Lightning sends the first process's weights to the others, which must keep their own shares."""
+        assert self.model is not None
+        shares = [name for name, parameter in self.model.named_parameters() if isinstance(parameter, DTensor)]
+        self.model._ddp_params_and_buffers_to_ignore = shares  # type: ignore[assignment]
+        super().setup(trainer)
+
+    def teardown(self) -> None:
+        """Leave the module on its device, as Lightning's own strategies for shards do: there are passes to come."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
 
 
 # -- who we are ------------------------------------------------------------------------------------------------------
@@ -70,6 +92,7 @@ def total(x: Tensor) -> Tensor:
     """The sum of `x` over the processes."""
     if size() == 1:
         return x
+    catch_up()
     x = x.clone()
     dist.all_reduce(x)
     return x
@@ -79,6 +102,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in few messages."""
     if size() == 1:
         return
+    catch_up()
     for kind in dict.fromkeys(tensor.dtype for tensor in tensors):  # a set has another order in each process
         for bucket in _buckets([tensor for tensor in tensors if tensor.dtype == kind]):
             flat = torch.cat([member.flatten() for member in bucket])
@@ -103,6 +127,7 @@ def gathered(value: T) -> list[T]:
     """What every process holds, in their order."""
     if size() == 1:
         return [value]
+    catch_up()
     values: list[Any] = [None] * size()
     dist.all_gather_object(values, value)
     return values
@@ -121,6 +146,7 @@ def from_first(make: Callable[[], T]) -> T:
             failure = error
         finally:
             _by_itself.pop()
+    catch_up()
     told: list[Any] = [(value, failure and _portable(failure))]
     dist.broadcast_object_list(told)
     if failure is not None:  # with its own traceback
@@ -137,6 +163,54 @@ def _portable(error: Exception) -> Exception:
     return error if plain else RuntimeError(f"{type(error).__name__}: {error}")
 
 
+# -- in step ---------------------------------------------------------------------------------------------------------
+
+
+def keep_step(base: nn.Module, least: Callable[[], Any]) -> None:
+    """From now on a pass through `base` is one of all processes, as each holds but a share of its weights.
+
+    How many passes each has to make between two messages is its own affair: a process announces every pass, and those
+    that have come to the next message already make the smallest one, `least`, along with it.
+    """
+
+    def announce(*_: Any) -> None:
+        if _least:
+            _busy(1)
+
+    base.register_forward_pre_hook(announce)
+    _least[:] = [least]
+
+
+def part_ways() -> None:
+    """The base that the processes passed through together is not used any more."""
+    _least.clear()
+
+
+@torch.no_grad()
+def catch_up() -> None:
+    """Make passes along with the other processes until all have come here; at once where each has its own base."""
+    own = _least[:]
+    while own and _busy(0):
+        _least.clear()  # nothing to announce
+        own[0]()
+        _least[:] = own
+
+
+def _busy(passes: int) -> int:
+    """How many processes pass through the base now."""
+    count = torch.tensor(passes)
+    dist.all_reduce(count)
+    return int(count)
+
+
+def to_fill_up(parts: Sequence[T]) -> list[T]:
+    """Parts to go through once more, as another process has more of them and backward passes are in step, too.
+
+    To be asked before the first backward pass: those are not announced.
+    """
+    return [parts[-1]] * (max(gathered(len(parts))) - len(parts)) if _least else []
+
+
 # -- how they come to be ---------------------------------------------------------------------------------------------
 
 
@@ -150,6 +224,13 @@ def wanted(trainer: Mapping[str, Any]) -> int:
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return len(devices)
     return max(1, torch.cuda.device_count()) if trainer.get("accelerator", "auto") != "cpu" else 1
+
+
+def shares(trainer: Mapping[str, Any]) -> int:
+    """Over how many processes a `trainer` configuration spreads the base (1: each holds it whole)."""
+    strategy = trainer.get("strategy")
+    sharded = isinstance(strategy, Mapping) and strategy.get("_target_") == f"{__name__}.{Sharded.__name__}"
+    return wanted(trainer) * trainer.get("num_nodes", 1) if sharded else 1
 
 
 def environment() -> ClusterEnvironment | None:
@@ -185,6 +266,7 @@ def joined() -> Iterator[None]:
         yield
     finally:
         _joined.pop()
+        part_ways()
         dist.destroy_process_group()
 
 

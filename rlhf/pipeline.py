@@ -32,6 +32,7 @@ from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_tokenizer
 from rlhf.models.roles import Roles
+from rlhf.models.sharding import shard
 from rlhf.rollout import make_engine
 from rlhf.scorers import Context
 from rlhf.settings import Settings
@@ -68,7 +69,7 @@ class Run:
         self.overrides, self.progress = list(overrides), progress
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         self.quantization = settings.quantization if is_quantized(settings.quantization) else None
-        self._builder = Builder(settings, self.plain, source, self.quantization, self._trainer)
+        self._builder = Builder(settings, self.plain, source, self.quantization, self._trainer, self._shard)
         self.dashboard: Dashboard | None = None
         self.offline = False
         torch.set_float32_matmul_precision("high")
@@ -152,6 +153,7 @@ class Run:
             self._builder.prepare_preferences()
         for folder, build in self.needed().items():
             cache.ensure(folder, build)
+            parallel.part_ways()
             self._hand_over(folder.name, folder)
         stage = self.config.stage.name
         if stage in ("sft", "preferences", "reward"):
@@ -171,6 +173,7 @@ class Run:
         baseline = tracking.read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         quantization = self.quantization
         roles = ppo_roles(settings, tokenizer, self.sft_folder / MODEL, reward and reward / MODEL, quantization)
+        self._shard(roles)
         roles.to(_device(self.config))
         cached = self.outputs / "cache"
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
@@ -261,6 +264,10 @@ class Run:
             quiet |= {"use_distributed_sampler": False, "plugins": [parallel.environment()]}
         options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": self._loggers(folder), **options}
         return instantiate(self.config.trainer, "trainer", **options)
+
+    def _shard(self, roles: Roles) -> None:
+        if parallel.shares(self.config.trainer) > 1:
+            shard(roles, _device(self.config))
 
     def _loggers(self, folder: Path) -> list[Logger]:
         """`metrics.jsonl` and what is configured; a stage built for the cache has a W&B run of its own, or none."""

@@ -72,7 +72,8 @@ def settle_budget(run: Run, fresh: bool = False, jobs: int = 1) -> None:
         return
     sharing = jobs * (1 if torch.cuda.is_available() else parallel.wanted(run.config.trainer))
     free = min(parallel.gathered(available())) // sharing
-    chosen = largest_budget(run.settings, _vocabulary(run), run.needs_reward_model, free)
+    shares = parallel.shares(run.config.trainer)
+    chosen = largest_budget(run.settings, _vocabulary(run), run.needs_reward_model, free, shares)
     if chosen is None:
         raise ModelError(
             "ppo.microbatch_tokens=auto needs the configuration of model.name_or_path="
@@ -97,7 +98,7 @@ def _kept_budget(run: Run) -> int | None:
 
 
 def _needed(run: Run) -> Memory | None:
-    return estimate(run.settings, _vocabulary(run), run.needs_reward_model)
+    return estimate(run.settings, _vocabulary(run), run.needs_reward_model, parallel.shares(run.config.trainer))
 
 
 def _vocabulary(run: Run) -> int | None:

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,33 @@ def check(timeout_min: int, signal_delay_s: int) -> None:
         raise ConfigError(
             f"hydra/launcher=slurm needs a login node of a SLURM cluster, but there is no {absent[0]} here"
         )
+
+
+def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Raise a ConfigError where a job would have other tasks than the run in it has processes.
+
+    A job of one task starts the processes of its node itself; of several, each task is a process.
+    """
+    nodes, tasks, wanted = launcher["nodes"], launcher["tasks_per_node"], trainer.get("num_nodes", 1)
+    here = _devices(trainer, launcher.get("gpus_per_node"))
+    if (nodes, tasks, wanted) != (1, 1, 1) and (nodes != wanted or here not in (tasks, None)):
+        raise ConfigError(
+            f"hydra.launcher.nodes={nodes} with hydra.launcher.tasks_per_node={tasks} does not fit trainer.num_nodes="
+            f"{wanted} with trainer.devices={trainer.get('devices', 1)}; allowed: the same numbers, or one node with "
+            "one task, which starts the processes itself"
+        )
+
+
+def _devices(trainer: Mapping[str, Any], gpus: int | str | None) -> int | None:
+    """Processes per node that a trainer asks for, as `rlhf.parallel.wanted`; None if only the node can tell."""
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    if str(devices).isdigit():
+        return int(devices)
+    if trainer.get("accelerator") == "cpu":
+        return 1
+    return int(str(gpus).rpartition(":")[2]) if gpus else None
 
 
 def queue(jobs: Iterable[str]) -> dict[str, Queued] | None:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -58,6 +59,8 @@ class SweepCallback(Callback):
             return
         if on_slurm(launcher):
             try:
+                for trainer in _trainers(config):
+                    slurm.check_tasks(launcher, trainer)
                 slurm.check(launcher.timeout_min, launcher.signal_delay_s)
             except ConfigError as error:  # Hydra makes a warning of any other exception of a callback
                 print(f"rlhf: {error}", file=sys.stderr)
@@ -101,13 +104,26 @@ def _report(folder: Path, config: DictConfig) -> None:
 
 
 def planned(config: DictConfig) -> list[dict[str, Any]]:
-    """Every job of the sweep, by Hydra's own expansion: its folder's name and its overrides."""
+    """Every job of the sweep: its folder's name and its overrides."""
+    excluded = config.hydra.job.config.override_dirname.exclude_keys
+    jobs = {run_folder(config, overrides): naming(overrides, excluded) for overrides in _expanded(config)}
+    return [{"folder": folder, "overrides": overrides} for folder, overrides in jobs.items()]
+
+
+def _expanded(config: DictConfig) -> list[list[str]]:
+    """The overrides of every job of the sweep, by Hydra's own expansion."""
     parser = OverridesParser.create()
     axes = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     batches = BasicSweeper.split_arguments(parser.parse_overrides([*axes, *config.hydra.overrides.task]), None)
-    excluded = config.hydra.job.config.override_dirname.exclude_keys
-    jobs = {run_folder(config, overrides): naming(overrides, excluded) for overrides in batches[0]}
-    return [{"folder": folder, "overrides": overrides} for folder, overrides in jobs.items()]
+    return batches[0]
+
+
+def _trainers(config: DictConfig) -> list[DictConfig]:
+    """The different trainers that the jobs of the sweep ask for."""
+    if is_search(config):
+        return [config.trainer]
+    jobs = {tuple(item for item in job if item.lstrip("+~").startswith("trainer")): job for job in _expanded(config)}
+    return [compose(config.hydra.job.config_name, job).trainer for job in jobs.values()]
 
 
 def _intended(config: DictConfig, folder: Path) -> dict[str, Any]:

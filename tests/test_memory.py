@@ -19,8 +19,8 @@ def settings(*overrides: str) -> Settings:
         return settings_of(compose("config", list(overrides)))
 
 
-def of(*overrides: str, reward: bool = True) -> Memory:
-    found = estimate(settings(*overrides), VOCABULARY, reward)
+def of(*overrides: str, reward: bool = True, shares: int = 1) -> Memory:
+    found = estimate(settings(*overrides), VOCABULARY, reward, shares)
     assert found is not None
     return found
 
@@ -37,6 +37,7 @@ def test_weights_and_adapters_by_hand() -> None:
     assert of("ppo.value=trunk_head").trained == TRAINED * policy
     assert of("lora=none").trained == 2 * TRAINED * (linear + rest)
     assert of("quantization=int8").weights == 4 * rest + linear + 4 * reward
+    assert of(shares=4).weights == 4 * rest + linear + 4 * reward  # of float32, a quarter
 
 
 def test_what_makes_it_smaller() -> None:

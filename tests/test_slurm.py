@@ -256,3 +256,38 @@ def test_a_profile_chooses_the_launcher_over_that_of_an_experiment() -> None:
 def test_a_signal_before_the_start_is_refused() -> None:
     with pytest.raises(ConfigError, match="signal_delay_s=300 must be below the time limit"):
         slurm.check(timeout_min=5, signal_delay_s=300)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["hydra.launcher.tasks_per_node=2"],
+        ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=2", "trainer=ddp", "trainer.devices=2"],
+        ["hydra.launcher.tasks_per_node=4", "hydra.launcher.gpus_per_node=2", "trainer=ddp"],
+        ["trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2"],
+        ["hydra.launcher.tasks_per_node=4", "trainer=ddp", "trainer.devices=2,4"],
+    ],
+)
+def test_tasks_that_do_not_fit_the_trainer_are_refused_at_submission(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", *SWEEP, "seed=1", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "does not fit trainer.num_nodes=" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "trainer"),
+    [
+        ({}, {}),
+        ({}, {"devices": 4}),
+        ({"tasks_per_node": 4}, {"devices": 4}),
+        ({"tasks_per_node": 2}, {"devices": [0, 3]}),
+        ({"nodes": 2, "tasks_per_node": 4, "gpus_per_node": "h100:4"}, {"devices": "auto", "num_nodes": 2}),
+        ({"nodes": 2, "tasks_per_node": 4}, {"devices": "auto", "num_nodes": 2}),
+    ],
+)
+def test_tasks_that_fit_the_trainer(launcher: dict, trainer: dict) -> None:
+    slurm.check_tasks({"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, **launcher}, trainer)

@@ -36,12 +36,12 @@ class Memory:
         return f"about {self.peak / 2**30:.1f} GiB ({listed})"
 
 
-def estimate(settings: Settings, vocabulary: int | None, reward_model: bool) -> Memory | None:
+def estimate(settings: Settings, vocabulary: int | None, reward_model: bool, shares: int = 1) -> Memory | None:
     """The memory of a PPO run; None where the model's configuration cannot be read.
 
     Counts the frozen base in its dtype, what trains in float32 with AdamW's moments, the key/value cache and the
     merged matrices while generating, and while updating the activations that a backward pass through policy and value
-    needs for `ppo.microbatch_tokens` tokens.
+    needs for `ppo.microbatch_tokens` tokens. Of `shares` processes that hold the base together it is the memory of one.
     """
     model = skeleton(settings.model, vocabulary)
     if model is None:
@@ -56,7 +56,7 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool) -> 
     linear = _linear_elements(model)
     stored = settings.quantization or {}
     width = 1.0 if stored.get("load_in_8bit") else 0.56 if stored.get("load_in_4bit") else float(size)
-    weights = int((parameters - linear) * size + linear * width)
+    weights = int((parameters - linear) * size + linear * width / shares)
 
     full = settings.lora.r == 0
     value = settings.ppo.value
@@ -68,7 +68,7 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool) -> 
 
     text = _text(settings)
     rows = min(settings.generation.batch_size, settings.ppo.rollout_batch_size)
-    merged = 0 if full or width != size else _adapted(model, settings.lora) * size
+    merged = 0 if full or width != size or shares > 1 else _adapted(model, settings.lora) * size
     generating = 2 * rows * text * layers * keys * size + merged
     tokens = max(settings.ppo.microbatch_tokens, text)
     # what autograd keeps of a layer: residuals, norms, queries, keys and values before and after rotation, attention's
@@ -83,7 +83,9 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool) -> 
     return Memory(program, weights, trained, generating, passes * kept + logits)
 
 
-def largest_budget(settings: Settings, vocabulary: int | None, reward_model: bool, free: int) -> int | None:
+def largest_budget(
+    settings: Settings, vocabulary: int | None, reward_model: bool, free: int, shares: int = 1
+) -> int | None:
     """The `ppo.microbatch_tokens` whose estimate takes at most `AUTOMATIC` of `free` bytes; None as `estimate`.
 
     A power of two, from the one that holds a text, which is taken even where it does not fit, to the one that holds a
@@ -93,7 +95,7 @@ def largest_budget(settings: Settings, vocabulary: int | None, reward_model: boo
     chosen = None
     for power in range((smallest - 1).bit_length(), (most - 1).bit_length() + 1):
         tried = replace(settings, ppo=replace(settings.ppo, microbatch_tokens=2**power))
-        needed = estimate(tried, vocabulary, reward_model)
+        needed = estimate(tried, vocabulary, reward_model, shares)
         if needed is None or (chosen is not None and needed.peak > AUTOMATIC * free):
             break
         chosen = 2**power

@@ -46,6 +46,7 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
         self.table = {"reference": Role("base", None)}
         self.compute_dtype = compute_dtype
+        self.sharded = False  # whether the base is spread over processes (`rlhf.models.sharding`)
         self._layers: dict[str, list[LoraLayer]] = {"base": []}
 
     @property
@@ -166,11 +167,11 @@ class Roles(nn.Module):
         """The role's trunk with its adapter added into copies of just the adapted matrices, for decoding.
 
         Each weight tensor is put back afterwards, not computed back, so that nothing drifts. Quantised matrices cannot
-        take an addition: there the adapter stays an adapter.
+        take an addition, and of sharded ones there is but a share: there the adapter stays an adapter.
         """
         trunk, adapter = self.table[role]
         layers = [layer for layer in self._layers[trunk] if adapter in layer.lora_A]
-        if any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
+        if self.sharded or any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
             with self.acting(role) as model:
                 yield model
             return

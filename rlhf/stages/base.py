@@ -166,6 +166,7 @@ class Stage(lightning.LightningModule):
         limit = self.settings.max_grad_norm or math.inf
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         sums: dict[str, Tensor] = {}
+        filling = parallel.to_fill_up(parts)
         for part in parts:
             total, extra = loss(part)
             self.manual_backward(total / count)
@@ -173,6 +174,8 @@ class Stage(lightning.LightningModule):
                 nn.utils.clip_grad_norm_(trained, limit)
             for key, value in {"loss": total, **extra}.items():
                 sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
+        for part in filling:
+            self.manual_backward(0 * loss(part)[0])
         parallel.add_up([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
         refused = self.refusal(norm, sums, count)
