@@ -162,7 +162,7 @@ def test_each_stage_runs_by_itself(workplace: Path, stage: str) -> None:
 
 
 def test_resume_must_fails_in_a_sentence_without_a_checkpoint(workplace: Path) -> None:
-    assert "resume=must" in rlhf(workplace, *QUICK, "name=nothing", "resume=must", code=2)
+    assert "resume=must" in rlhf(workplace, *QUICK, "name=nothing", "seed=9", "resume=must", code=2)
 
 
 def test_gold_and_function_scorers_need_no_reward_model(workplace: Path, tmp_path: Path) -> None:

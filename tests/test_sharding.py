@@ -135,6 +135,7 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
         assert everywhere[0] == everywhere[1]
 
 
+@pytest.mark.long
 def test_the_updates_are_those_of_data_parallel(folders: SimpleNamespace, tmp_path: Path) -> None:
     together(_same_updates, folders, tmp_path)
 
