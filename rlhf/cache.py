@@ -14,17 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf import parallel
-from rlhf.files import (
-    ALPACA_EVAL,
-    ALPACA_EVAL_REFERENCE,
-    BEST_MODEL,
-    LINE_FILES,
-    MODEL,
-    SUMMARY,
-    read_json,
-    tidy,
-    write_json,
-)
+from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, read_json, tidy, write_json
 from rlhf.tracking import read_summary
 
 log = logging.getLogger(__name__)
@@ -89,7 +79,7 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
     `config` and `overrides` are those under which it is known here: another name, another report.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
+    for name in OUTCOME:
         if (found / name).exists():
             shutil.copy2(found / name, folder / name)
     for name in (MODEL, BEST_MODEL):

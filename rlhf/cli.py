@@ -26,19 +26,7 @@ from rich.table import Table
 from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.explaining import explain
 from rlhf.failures import of_the_machine
-from rlhf.files import (
-    ALPACA_EVAL,
-    ALPACA_EVAL_REFERENCE,
-    BEST_MODEL,
-    BUDGET,
-    FAILED,
-    LINE_FILES,
-    MODEL,
-    SUMMARY,
-    read_json,
-    tidy,
-    write_json,
-)
+from rlhf.files import BEST_MODEL, BUDGET, FAILED, MODEL, OUTCOME, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
 from rlhf.slurm import is_first_process
@@ -258,7 +246,7 @@ def _prepare(folder: Path, identity: str, resume: str) -> None:
 
 
 def _start_over(folder: Path) -> None:
-    for name in (SUMMARY, BUDGET, "metrics.csv", *LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
+    for name in (SUMMARY, BUDGET, "metrics.csv", *OUTCOME):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", MODEL, BEST_MODEL, "inspect"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -15,6 +15,7 @@ LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON ob
 BUDGET = "budget.json"  # of a run: what ppo.microbatch_tokens=auto came to, and for which run
 MODEL, BEST_MODEL = "model", "model_best"  # of a run: its last policy, and the best where that is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
+OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # what a run tells, beside its summary and models
 
 
 @contextmanager

@@ -258,5 +258,5 @@ def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase
         return TransformersEngine(tokenizer.eos_token_id, tokenizer.pad_token_id)
     automatic = roles.compute_dtype == torch.float32 and next(roles.parameters()).dtype == torch.float32
     capture = automatic if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"
-    fixed = settings.cuda_graphs == "auto" and roles.device.type == "cuda"
+    fixed = settings.cuda_graphs == "auto" and roles.device.type == "cuda" and not roles.sharded
     return NativeEngine(tokenizer.eos_token_id, capture, fixed)
