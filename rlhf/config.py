@@ -3,9 +3,11 @@
 import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import hydra
 import torch
@@ -24,6 +26,13 @@ from rlhf.vllm_engine import RANKS, TEMPERATURES
 
 # groups that name a class by `_target_`
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
+# what a signature may ask for → what is taken for it, and its name
+NUMBERS: dict[Any, tuple[Any, str]] = {
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    bool: (bool, "true or false"),
+    NoneType: (NoneType, "null"),
+}
 
 
 def settings_of(config: DictConfig) -> Settings:
@@ -58,14 +67,34 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
     """`hydra.utils.instantiate` whose failures name the key.
 
     Raises:
-        ConfigError: the target cannot be imported, or does not take these keys.
+        ConfigError: the target cannot be imported, does not take these keys, or not these numbers.
     """
+    _check_numbers(config, key)
     try:
         return hydra.utils.instantiate(config, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
         if isinstance(error.__cause__, DataError | ConfigError):
             raise error.__cause__ from None
         raise ConfigError(f"{key}: {error.__cause__ or error}".replace("\n", " ")) from error
+
+
+def _check_numbers(config: Any, key: str) -> None:
+    """See that numbers and truth values are what the target's signature says; Python would not look."""
+    hints: dict[str, Any] = {}
+    with suppress(HydraException, ValueError, ImportError, AttributeError, NameError, TypeError, KeyError):
+        target = hydra.utils.get_object(config["_target_"])  # what is wrong with it is told when it is made
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for name, value in config.items() if hints else ():
+        hint = hints.get(name)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if all(kind in NUMBERS for kind in kinds) and not any(_is(value, kind) for kind in kinds):
+            allowed = " or ".join(NUMBERS[kind][1] for kind in kinds)
+            raise ConfigError(f"{key}.{name}={value} is not allowed; allowed: {allowed}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind of number; for Python a bool is an int."""
+    return isinstance(value, NUMBERS[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 
 def data_source(config: DictConfig) -> DataSource:
