@@ -73,7 +73,6 @@ BAD = [
     ("data.people=many", "data.people=many", "a whole number"),
     ("data.people=true", "data.people=True", "a whole number"),
     ("data.label_noise=high", "data.label_noise=high", "a number"),
-    ("trainer.num_nodes=two", "trainer.num_nodes=two", "a whole number"),
     ("generation.engine=foo", "generation.engine=foo", "native"),
     ("generation.temperature=0", "generation.temperature=0", "above 0"),
     ("guards=foo", "guards=foo", "strict"),
