@@ -26,7 +26,7 @@ from transformers import (
 import rlhf.resolvers  # noqa: F401  (Hydra composes with them)
 from rlhf import root
 from rlhf.cli import quieten
-from rlhf.config import instantiate, is_quantized, settings_of
+from rlhf.config import instantiate, settings_of
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import load_tokenizer
@@ -34,7 +34,7 @@ from rlhf.models.roles import Role, Roles
 from rlhf.rollout import make_engine
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
-from rlhf.settings import LoraSettings, Settings
+from rlhf.settings import LoraSettings, Settings, is_quantized
 from rlhf.stages.base import SeededBatches, generator, loader
 from rlhf.stages.ppo import PPO
 from rlhf.tracking import JsonLines, read_metrics

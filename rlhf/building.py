@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf import cache, parallel, tracking
@@ -67,20 +68,27 @@ class Builder:
         metrics = train_supervised(
             self.make_trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder
         )
-        dtype = DTYPES[self.settings.model.dtype]
-        if roles.sharded or (self.quantization and settings.lora.r):
-            # merge into the full-precision weights, not into the rounded ones, and into all of them, not into a share
-            adapter = (roles, "policy", lora_config(settings.lora), folder, tokenizer, folder / "adapter")
-            parallel.from_first(lambda: save_adapter(*adapter))
-            whole = gathered(roles) if roles.sharded else {}
-            roles = Roles(load_causal_lm(self.settings.model, tokenizer))
-            if whole:
-                roles.trunk("reference").load_state_dict(whole)
-            load_adapter(roles, "base", "policy", folder / "adapter")
-            roles.table["policy"] = stage.roles.table["policy"]
-        parallel.from_first(lambda: save_model(roles.copy_trunk("policy").to(dtype), tokenizer, folder / MODEL))
+        whole = gathered(roles) if roles.sharded else None
+        parallel.from_first(lambda: self._save_sft(roles, whole, tokenizer, folder))
         told = {"rows": {"sft": len(train)}, "guards": stage.guards.summary()}
         tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
+
+    def _save_sft(
+        self, roles: Roles, whole: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, folder: Path
+    ) -> None:
+        """`model/`, with the adapter merged in; `whole` are the weights of a base that the processes share out."""
+        lora = self.settings.sft.lora
+        if whole or (self.quantization and lora.r):
+            # merge into the full-precision weights, not into the rounded ones, and into all of them, not into a share
+            save_adapter(roles, "policy", lora_config(lora), folder, tokenizer, folder / "adapter")
+            plain = Roles(load_causal_lm(self.settings.model, tokenizer))
+            if whole:
+                plain.trunk("reference").load_state_dict(whole)
+            load_adapter(plain, "base", "policy", folder / "adapter")
+            plain.table["policy"] = roles.table["policy"]
+            roles = plain
+        merged = roles.copy_trunk("policy").to(DTYPES[self.settings.model.dtype])
+        save_model(merged, tokenizer, folder / MODEL)
 
     @cached_property
     def comparisons(self) -> FromData | Simulated:

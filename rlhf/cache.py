@@ -95,23 +95,24 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
     return summary
 
 
+def missing(folder: Path) -> bool:
+    """Whether what belongs into a folder is not there, or not whole."""
+    return read_summary(folder) is None
+
+
 def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, built if it is not there: in a temporary place, under a file lock, renamed when complete.
 
     A builder that dies leaves its lock to the next one (the system releases it), which continues from the last
     checkpoint, and nothing that could be mistaken for a result. Several processes on one run build together.
     """
-
-    def missing() -> bool:
-        return read_summary(folder) is None
-
-    if not parallel.from_first(missing):
+    if not parallel.from_first(lambda: missing(folder)):
         return folder
     with locked(folder.parent / f"{folder.name}.lock", f"another process builds {folder.name}"):
-        if parallel.from_first(missing):
+        if parallel.from_first(lambda: missing(folder)):
             work = folder.with_name(f".{folder.name}.building")
             work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
-            if parallel.from_first(lambda: read_summary(work) is None):  # else it died here, with all done
+            if parallel.from_first(lambda: missing(work)):  # else it died here, with all done
                 build(work)
             parallel.from_first(lambda: _put(work, folder))
     return folder

@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -15,14 +15,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed.fsdp import fully_shard
 
-from rlhf import parallel, root
+from rlhf import root
+from rlhf.capabilities import check_processes, check_vllm
 from rlhf.data.records import DataError, DataSource
 from rlhf.evaluation.evaluate import logged
 from rlhf.models.loading import linear_names
-from rlhf.settings import ConfigError, Settings, typed
-from rlhf.vllm_engine import RANKS, TEMPERATURES
+from rlhf.settings import ConfigError, Settings, is_quantized, typed
 
 # groups that name a class by `_target_`
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
@@ -166,8 +165,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
     if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: trainer=cpu or trainer=auto")
-    _check_processes(config, settings)
-    _check_vllm(config, settings)
+    check_processes(config, settings)
+    check_vllm(config, settings)
     if settings.model.dtype == "float16":
         raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
@@ -212,92 +211,6 @@ def _check_ppo(settings: Settings) -> None:
     if ppo.warmup_steps >= ppo.steps:
         raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
     _check_function("divergence.function", settings.divergence.function)
-
-
-def _check_processes(config: DictConfig, settings: Settings) -> None:
-    trainer, place = config.trainer, parallel.environment()
-    here, nodes = parallel.wanted(trainer), trainer.get("num_nodes", 1)
-    wanted, started = here * nodes, place.world_size() if place else None
-    if wanted > 1 and not trainer.get("strategy"):
-        raise ConfigError(f"trainer.devices={trainer.devices}: one process uses one device; allowed: 1, or trainer=ddp")
-    if started is not None and started != wanted:
-        raise ConfigError(
-            f"trainer.devices={trainer.get('devices')} on trainer.num_nodes={nodes} makes {wanted} processes, but "
-            f"{started} were started (by torchrun or srun); allowed: as many"
-        )
-    if nodes > 1 and started is None:
-        raise ConfigError(
-            f"trainer.num_nodes={nodes}: processes on other nodes are started by torchrun, or by hydra/launcher=slurm "
-            "with hydra.launcher.nodes and hydra.launcher.tasks_per_node; allowed here: trainer.num_nodes=1"
-        )
-    if trainer.get("accelerator") != "cpu" and 0 < torch.cuda.device_count() < here:
-        raise ConfigError(f"trainer.devices={here}, but there are {torch.cuda.device_count()} GPUs here")
-    smallest = min(settings.sft.batch_size, settings.reward.batch_size, settings.ppo.minibatch_size)
-    if wanted > smallest:
-        raise ConfigError(
-            f"{wanted} processes, but a batch of {smallest} rows (sft.batch_size, reward.batch_size, "
-            "ppo.minibatch_size): each needs a row; allowed: fewer processes or larger batches"
-        )
-    if wanted > 1 and settings.ppo.accumulation == "as_published":
-        raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")
-    if parallel.shares(trainer) > 1:
-        _check_sharding(config.stage.name, settings)
-
-
-def _check_sharding(stage: str, settings: Settings) -> None:
-    """What the processes hold together is a frozen base, in the precision that its adapters are merged into."""
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise ConfigError(
-            f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp"
-        )
-    if is_quantized(settings.quantization):
-        raise ConfigError("trainer=fsdp cannot share out a quantized base; allowed: quantization=none, or trainer=ddp")
-    loras = {"lora@sft.lora": settings.sft.lora, "lora@reward.lora": settings.reward.lora, "lora": settings.lora}
-    for key in list(loras)[: {"sft": 1, "preferences": 1, "reward": 2}.get(stage, 3)]:
-        if loras[key].r == 0:
-            raise ConfigError(
-                f"{key}=none trains the base itself, of which trainer=fsdp leaves each process but a share; "
-                f"allowed: an adapter such as {key}=r8, or trainer=ddp"
-            )
-    if settings.ppo.value == "full" and stage in ("ppo", "evaluate"):
-        raise ConfigError("ppo.value=full trains a whole model, which trainer=fsdp cannot share out; allowed: adapter")
-
-
-def _check_vllm(config: DictConfig, settings: Settings) -> None:
-    """What vLLM cannot do, and what it needs."""
-    if settings.generation.engine != "vllm":
-        return
-    lora, other = settings.lora, "or generation.engine=native"
-    if not 0 < lora.r <= RANKS[-1]:
-        raise ConfigError(
-            f"generation.engine=vllm swaps adapters, and lora.r={lora.r} (lora=none has 0) makes none that it takes; "
-            f"allowed: lora=r8 and others up to {RANKS[-1]}, {other}"
-        )
-    if is_quantized(settings.quantization):
-        raise ConfigError(
-            "generation.engine=vllm would sample from the model before quantization rounds it; "
-            f"allowed: quantization=none, {other}"
-        )
-    if settings.model.dtype != "bfloat16":
-        raise ConfigError(
-            f"generation.engine=vllm runs adapters in 16 bits only, and model.dtype={settings.model.dtype}; "
-            f"allowed: model.dtype=bfloat16, {other}"
-        )
-    if parallel.wanted(config.trainer) * config.trainer.get("num_nodes", 1) > 1:
-        raise ConfigError(f"generation.engine=vllm is built for one process; allowed: trainer.devices=1, {other}")
-    low, high = TEMPERATURES
-    for key in ("generation", "evaluation"):
-        temperature = getattr(settings, key).temperature
-        if not (low <= temperature <= high or temperature == 0):
-            raise ConfigError(
-                f"{key}.temperature={temperature}: generation.engine=vllm takes {low} to {high}; allowed: that, {other}"
-            )
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "generation.engine=vllm, but torch sees no GPU here; allowed: generation.engine=native or transformers"
-        )
 
 
 def _check_function(key: str, path: str) -> None:
@@ -380,8 +293,3 @@ def _check_targets(settings: Settings) -> None:
                 f"{key}.target_modules: the model has no linear layer named {', '.join(absent)}; "
                 f"allowed: {', '.join(sorted(present or ()))}"
             )
-
-
-def is_quantized(quantization: Mapping[str, Any] | None) -> bool:
-    """Whether the frozen base is held in int8 or nf4."""
-    return any(value for key, value in (quantization or {}).items() if key.startswith("load_in_"))

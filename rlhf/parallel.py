@@ -27,6 +27,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rlhf.slurm import processes_per_node
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # the first process may wait long for a lock; one that dies takes the others with it
 GRACE_SECONDS = 20  # for the other processes to leave by themselves, once one has
@@ -215,15 +217,8 @@ def to_fill_up(parts: Sequence[T]) -> list[T]:
 
 
 def wanted(trainer: Mapping[str, Any]) -> int:
-    """Processes per node that a `trainer` configuration asks for."""
-    devices = trainer.get("devices", 1)
-    if isinstance(devices, str) and devices.isdigit():
-        return int(devices)
-    if isinstance(devices, int) and devices >= 0:
-        return devices
-    if isinstance(devices, Sequence) and not isinstance(devices, str):
-        return len(devices)
-    return max(1, torch.cuda.device_count()) if trainer.get("accelerator", "auto") != "cpu" else 1
+    """Processes per node that a `trainer` configuration asks for, here."""
+    return processes_per_node(trainer, torch.cuda.device_count()) or 1
 
 
 def shares(trainer: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import cache, parallel, tracking
 from rlhf.building import Builder, records, short_enough
 from rlhf.checkpoints import Best, StepCheckpoints
-from rlhf.config import best_metric, instantiate, is_quantized, needs, target_class
+from rlhf.config import best_metric, instantiate, needs, target_class
 from rlhf.dashboards import Dashboard
 from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation import alpaca_eval
@@ -35,7 +35,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
 from rlhf.rollout import make_engine
 from rlhf.scorers import Context
-from rlhf.settings import Settings
+from rlhf.settings import Settings, is_quantized
 from rlhf.stages.ppo import PPO
 from rlhf.training import train_ppo
 
@@ -148,7 +148,7 @@ class Run:
         """Build what is missing, then the stage itself; returns the summary."""
         if self.config.stage.name in ("ppo", "evaluate"):
             parallel.from_first(self._ping)
-        missing = parallel.from_first(lambda: [path for path in self.needed() if tracking.read_summary(path) is None])
+        missing = parallel.from_first(lambda: [path for path in self.needed() if cache.missing(path)])
         if self.preferences_folder in missing:
             self._builder.prepare_preferences()
         for folder, build in self.needed().items():

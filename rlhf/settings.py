@@ -339,3 +339,8 @@ def check_values(settings: Any, prefix: str = "") -> None:
             raise ConfigError(f"{key}={value} is not allowed; allowed: {item.metadata.get('allowed', 'a number')}")
         elif "check" in item.metadata and not item.metadata["check"](value):
             raise ConfigError(f"{key}={value} is not allowed; allowed: {item.metadata['allowed']}")
+
+
+def is_quantized(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether the frozen base is held in int8 or nf4."""
+    return any(value for key, value in (quantization or {}).items() if key.startswith("load_in_"))

@@ -51,7 +51,8 @@ def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
     A job of one task starts the processes of its node itself; of several, each task is a process.
     """
     nodes, tasks, wanted = launcher["nodes"], launcher["tasks_per_node"], trainer.get("num_nodes", 1)
-    here = _devices(trainer, launcher.get("gpus_per_node"))
+    gpus = launcher.get("gpus_per_node")
+    here = processes_per_node(trainer, int(str(gpus).rpartition(":")[2]) if gpus else None)
     if (nodes, tasks, wanted) != (1, 1, 1) and (nodes != wanted or here not in (tasks, None)):
         raise ConfigError(
             f"hydra.launcher.nodes={nodes} with hydra.launcher.tasks_per_node={tasks} does not fit trainer.num_nodes="
@@ -60,8 +61,8 @@ def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
         )
 
 
-def _devices(trainer: Mapping[str, Any], gpus: int | str | None) -> int | None:
-    """Processes per node that a trainer asks for, as `rlhf.parallel.wanted`; None if only the node can tell."""
+def processes_per_node(trainer: Mapping[str, Any], gpus: int | None) -> int | None:
+    """Processes that a `trainer` configuration asks for on a node of so many GPUs; None if only the node can tell."""
     devices = trainer.get("devices", 1)
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return len(devices)
@@ -69,7 +70,7 @@ def _devices(trainer: Mapping[str, Any], gpus: int | str | None) -> int | None:
         return int(devices)
     if trainer.get("accelerator") == "cpu":
         return 1
-    return int(str(gpus).rpartition(":")[2]) if gpus else None
+    return gpus
 
 
 def queue(jobs: Iterable[str]) -> dict[str, Queued] | None:

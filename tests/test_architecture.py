@@ -12,10 +12,11 @@ from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = [
-    "files", "parallel", "failures", "code", "dashboards", "resolvers", "settings", "explaining", "objectives",
-    "slurm", "sweep", "guards", "divergence", "ppo", "data", "models", "rollout", "vllm_engine", "scorers",
-    "stages", "evaluation", "checkpoints", "config", "tracking", "cache", "interruption", "training", "building",
-    "pipeline", "preview", "report", "search", "cli", "worker", "finished", "publish", "chat", "finished_judge",
+    "files", "failures", "code", "dashboards", "resolvers", "settings", "explaining", "objectives", "slurm",
+    "parallel", "sweep", "guards", "divergence", "ppo", "data", "models", "rollout", "vllm_engine", "scorers",
+    "stages", "evaluation", "checkpoints", "capabilities", "config", "tracking", "cache", "interruption", "training",
+    "building", "pipeline", "preview", "report", "search", "cli", "worker", "finished", "publish", "chat",
+    "finished_judge",
 ]  # fmt: skip
 
 

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from test_crash import assert_same, remains_of
 from test_parallel import Parrot, cached, run, stop, together
 from tiny_runs import sentence
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from rlhf import parallel
 from rlhf.models.roles import Roles
-from rlhf.models.sharding import gathered, held, shard
+from rlhf.models.sharding import gathered, shard
 from rlhf.rollout import Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.experience import score_values
@@ -48,7 +49,8 @@ def _halves(rank: int, folders: SimpleNamespace, folder: Path) -> None:
 
 def _held(rank: int, whole: Roles, roles: Roles) -> None:
     """Half of every block; together they are the base as it was."""
-    here, everywhere = held(roles)
+    spread = [p for p in roles.trunk("reference").parameters() if isinstance(p, DTensor)]
+    here, everywhere = sum(p.to_local().numel() for p in spread), sum(map(torch.numel, spread))
     blocks = whole.trunk("reference").base_model.layers
     assert everywhere == sum(p.numel() for name, p in blocks.named_parameters() if ".lora_" not in name)
     assert here == everywhere // 2
@@ -207,7 +209,7 @@ def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], word
 
 def test_a_torch_that_shards_all_or_nothing(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.6, whose `fully_shard` cannot leave the adapters out."""
-    monkeypatch.setattr("rlhf.config.fully_shard", lambda module, *, mesh=None: module)
+    monkeypatch.setattr("rlhf.capabilities.fully_shard", lambda module, *, mesh=None: module)
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU)
     assert code == 2
     assert "needs torch 2.7 or later" in sentence(said)

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.config import is_quantized
 from rlhf.finished import FinishedRun, RunError
 from rlhf.models.export import load_adapter, saved_head
 from rlhf.models.loading import DTYPES, load_causal_lm, load_whole
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.settings import is_quantized
 
 
 class Part(NamedTuple):

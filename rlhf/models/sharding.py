@@ -5,7 +5,6 @@ heads, and what lies outside of the blocks (embeddings, the last norm, the langu
 process, so that optimiser, checkpoints and exports are those of data parallel.
 """
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -49,9 +48,3 @@ def gathered(roles: Roles) -> dict[str, Tensor]:
             if parallel.is_first():
                 found[name.replace(".base_layer.", ".")] = whole.cpu()
     return found
-
-
-def held(roles: Roles) -> tuple[int, int]:
-    """Weights of the base's blocks: (in this process, in all together)."""
-    spread = [p for p in roles.trunk("reference").parameters() if isinstance(p, DTensor)]
-    return sum(p.to_local().numel() for p in spread), sum(map(torch.numel, spread))
