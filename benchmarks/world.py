@@ -25,6 +25,7 @@ from transformers import (
 
 import rlhf.resolvers  # noqa: F401  (Hydra composes with them)
 from rlhf import root
+from rlhf.allocation import keep_freed_memory
 from rlhf.cli import quieten
 from rlhf.config import instantiate, settings_of
 from rlhf.models.assembly import lora_config, ppo_roles
@@ -192,6 +193,7 @@ def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str
     quieten()
     lightning.seed_everything(settings.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     tokenizer = load_tokenizer(settings.model)
     quantization = settings.quantization if is_quantized(settings.quantization) else None
     roles = ppo_roles(settings, tokenizer, world.sft, world.reward if reward else None, quantization).to(device)

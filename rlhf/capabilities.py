@@ -53,6 +53,8 @@ def _check_sharding(stage: str, settings: Settings) -> None:
         raise ConfigError(
             f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp"
         )
+    if settings.model.compile:
+        raise ConfigError("model.compile=true was not tried with trainer=fsdp; allowed: false, or trainer=ddp")
     if is_quantized(settings.quantization):
         raise ConfigError("trainer=fsdp cannot share out a quantized base; allowed: quantization=none, or trainer=ddp")
     loras = {"lora@sft.lora": settings.sft.lora, "lora@reward.lora": settings.reward.lora, "lora": settings.lora}

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import cache, parallel, tracking
+from rlhf.allocation import keep_freed_memory
 from rlhf.building import Builder, records, short_enough
 from rlhf.checkpoints import Best, StepCheckpoints
 from rlhf.config import best_metric, instantiate, needs, target_class
@@ -73,6 +74,7 @@ class Run:
         self.dashboard: Dashboard | None = None
         self.offline = False
         torch.set_float32_matmul_precision("high")
+        keep_freed_memory()
 
     # -- what is cached ----------------------------------------------------------------------------------------------
 

@@ -97,7 +97,8 @@ def rollout(
     captured = True
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
-        part = engine.generate(roles, role, [encoded[i] for i in rows], limit, temperature, generator)
+        with roles.uncompiled():
+            part = engine.generate(roles, role, [encoded[i] for i in rows], limit, temperature, generator)
         for i, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
             responses[i] = ids[:length]
         captured = captured and part.logprobs is not None

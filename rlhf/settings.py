@@ -90,6 +90,7 @@ class ModelSettings:
     attention: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = False
     max_prompt_tokens: int = positive()
 
 

@@ -36,7 +36,7 @@ def sft_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, quantizati
     if not full:
         roles.add_adapter("base", "policy", lora_config(settings.sft.lora))
     roles.train_only("policy")
-    return roles
+    return _as_configured(roles, settings)
 
 
 def reward_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, sft: Path, quantization: dict | None) -> Roles:
@@ -51,7 +51,7 @@ def reward_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, sft: Pa
         roles.add_adapter("base", "reward", lora_config(settings.reward.lora))
     roles.add_head("reward", zero=False)
     roles.train_only("reward")
-    return roles
+    return _as_configured(roles, settings)
 
 
 def ppo_roles(
@@ -85,14 +85,20 @@ def ppo_roles(
         _add_value_adapter(roles, settings.lora, reward_config)
     roles.add_head("value", zero=True)
     roles.train_only("policy", "value")
-    if settings.model.gradient_checkpointing:
-        roles.checkpoint_activations()
     bytes_held = sum(p.numel() * p.element_size() for p in roles.parameters())
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
     log.info(
         "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
         len(roles.trunks), ", ".join(roles.trunks), bytes_held / 2**20, f"{trained:,}",
     )  # fmt: skip
+    return _as_configured(roles, settings)
+
+
+def _as_configured(roles: Roles, settings: Settings) -> Roles:
+    if settings.model.gradient_checkpointing:
+        roles.checkpoint_activations()
+    if settings.model.compile:
+        roles.compile_blocks()
     return roles
 
 

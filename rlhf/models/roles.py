@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.models import ModelError
 from rlhf.models.fused_lora import fuse
 from rlhf.models.heads import ScalarHead, TokenStats, token_stats
 from rlhf.models.sequences import Sequences
@@ -46,6 +47,7 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
         self.table = {"reference": Role("base", None)}
         self.compute_dtype = compute_dtype
+        self._compiled: list[nn.Module] = []
         self.sharded = False  # whether the base is spread over processes (`rlhf.models.sharding`)
         self._layers: dict[str, list[LoraLayer]] = {"base": []}
 
@@ -144,6 +146,33 @@ class Roles(nn.Module):
 
             trunk.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # type: ignore[operator]
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have torch.compile fuse what lies between the matrix products of every trunk's blocks.
+
+        Raises:
+            ModelError: a model does not say what its blocks are.
+        """
+        for trunk in self.trunks.values():
+            blocks = blocks_of(trunk)
+            if not blocks:
+                name = type(trunk).__name__
+                raise ModelError(f"model.compile=true: {name} does not say what its blocks are; allowed: false")
+            for block in blocks:
+                block.compile(backend=backend, dynamic=True)
+            self._compiled += blocks
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Blocks as they were, for decoding: its cache grows by a token a step, and each would be compiled anew."""
+        calls = [block._compiled_call_impl for block in self._compiled]
+        for block in self._compiled:
+            block._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for block, call in zip(self._compiled, calls, strict=True):
+                block._compiled_call_impl = call
+
     @contextmanager
     def scoring(self, role: str) -> Iterator[None]:
         """Several passes of a role without gradients: float32 adapters are merged for their duration.
@@ -218,6 +247,12 @@ class Roles(nn.Module):
         """Matrix products in `compute_dtype`."""
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that a model is a stack of; none if it does not say."""
+    kinds = set(model._no_split_modules or ())  # transformers' word for them
+    return [module for module in model.base_model.modules() if type(module).__name__ in kinds]
 
 
 @contextmanager

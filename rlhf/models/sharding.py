@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf import parallel
 from rlhf.models import ModelError
-from rlhf.models.roles import Roles
+from rlhf.models.roles import Roles, blocks_of
 from rlhf.models.sequences import Sequences
 
 
@@ -23,8 +23,7 @@ def shard(roles: Roles, device: str) -> None:
         ModelError: the model does not say what its blocks are.
     """
     base = roles.trunk("reference")
-    kinds = set(base._no_split_modules or ())  # transformers' word for the blocks
-    blocks = [module for module in base.base_model.modules() if type(module).__name__ in kinds]
+    blocks = blocks_of(base)
     if not blocks:
         raise ModelError(f"trainer=fsdp: {type(base).__name__} does not say what its blocks are; allowed: trainer=ddp")
     mesh = init_device_mesh(device, (parallel.size(),))
