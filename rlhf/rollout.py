@@ -26,18 +26,23 @@ CHECK_EVERY = 4
 
 @dataclass
 class Generated:
-    """Sampled ids [batch, time] after the prompts, each row valid up to its length (EOS included), with log-probs."""
+    """Sampled ids [batch, time] after the prompts, each row valid up to its length (EOS included).
+
+    `logprobs` of the ids, and `values` of the states they were chosen in where the value head is on the same trunk.
+    """
 
     ids: Int[Tensor, "batch time"]
     lengths: Int[Tensor, "batch"]
     logprobs: Float[Tensor, "batch time"] | None
+    values: Float[Tensor, "batch time"] | None = None
 
 
 @dataclass
 class Rollouts:
     """Prompts answered by the policy.
 
-    `logprobs` are those the tokens were sampled with, [batch, response], or None when the engine does not tell them.
+    `logprobs` are those the tokens were sampled with, `values` those of the states they were sampled in; both [batch,
+    response], 0 on padding, or None when the engine does not tell them.
     """
 
     sequences: Sequences
@@ -45,6 +50,7 @@ class Rollouts:
     ended: Bool[Tensor, "batch"]
     prompts: list[str]
     responses: list[str]
+    values: Float[Tensor, "batch response"] | None = None
 
     @property
     def mask(self) -> Bool[Tensor, "batch response"]:
@@ -93,23 +99,34 @@ def rollout(
     encoded = encode(tokenizer, prompts)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     responses: list[list[int]] = [[] for _ in encoded]
-    logprobs = torch.zeros(len(encoded), limit)
-    captured = True
+    parts: list[tuple[list[int], Generated]] = []
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
         with roles.uncompiled():
             part = engine.generate(roles, role, [encoded[i] for i in rows], limit, temperature, generator)
         for i, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
             responses[i] = ids[:length]
-        captured = captured and part.logprobs is not None
-        if part.logprobs is not None:
-            logprobs[torch.tensor(rows), : part.logprobs.shape[1]] = part.logprobs.cpu()
+        parts.append((rows, part))
     sequences = Sequences.from_lists(encoded, responses).to(roles.device)
-    mask = sequences.response_mask
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses], device=roles.device)
-    kept = logprobs[:, : mask.shape[1]].to(roles.device).masked_fill(~mask, 0.0) if captured else None
-    return Rollouts(sequences, kept, ended, list(prompts), texts)
+    logprobs = _laid_out([(rows, part.logprobs) for rows, part in parts], sequences)
+    values = _laid_out([(rows, part.values) for rows, part in parts], sequences)
+    return Rollouts(sequences, logprobs, ended, list(prompts), texts, values)
+
+
+def _laid_out(
+    parts: Sequence[tuple[list[int], Tensor | None]], sequences: Sequences
+) -> Float[Tensor, "batch response"] | None:
+    """Numbers per token of some rows each, by row; None if a part has none."""
+    mask = sequences.response_mask
+    result = torch.zeros(mask.shape, device=mask.device)
+    for rows, numbers in parts:
+        if numbers is None:
+            return None
+        known = numbers[:, : mask.shape[1]]
+        result[torch.tensor(rows, device=mask.device), : known.shape[1]] = known
+    return result.masked_fill(~mask, 0.0)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -153,6 +170,8 @@ class NativeEngine:
 
         out = torch.full((batch, max_new_tokens), self.eos, device=device)
         logprobs = torch.zeros(batch, max_new_tokens, device=device)
+        head = roles.heads["value"] if self.capture and roles.table.get("value") == roles.table[role] else None
+        values = torch.zeros(batch, max_new_tokens, device=device)
         ends = torch.full((batch,), max_new_tokens, device=device)
         alive = torch.arange(batch, device=device)
         done = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -170,6 +189,8 @@ class NativeEngine:
                 token, logprob = _choose(logits, temperature, draws[alive, step], self.capture)
                 out[alive, step] = token
                 logprobs[alive, step] = logprob
+                if head is not None:
+                    values[alive, step] = head(last)
                 newly = (token == self.eos) & ~done
                 ends[alive] = torch.where(newly, step + 1, ends[alive])
                 done |= newly
@@ -183,7 +204,7 @@ class NativeEngine:
                         forward.keep(rows)
                         alive, token, done = alive[rows], token[rows], done[rows]
                 last = forward(token, lengths[alive] + step, width + step)
-        return Generated(out, ends, logprobs if self.capture else None)
+        return Generated(out, ends, logprobs if self.capture else None, None if head is None else values)
 
 
 def _choose(

@@ -122,6 +122,7 @@ def test_the_models_load_in_plain_transformers_and_peft(workplace: Path) -> None
     assert scores.abs().item() > 0
 
 
+@pytest.mark.long
 def test_a_sweep_shares_the_stages_and_gives_each_run_a_folder(workplace: Path) -> None:
     cached = {path.name for path in (workplace / "outputs/cache").iterdir() if path.is_dir()}
     rlhf(workplace, "-m", *QUICK, "name=sweep", "divergence=none,exact_kl", "lora=r8,none", "ppo.steps=1")
@@ -151,6 +152,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(workplace: Path) -> None:
         assert (broken / name).read_bytes() == (straight / name).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["sft", "reward", "evaluate"])
 def test_each_stage_runs_by_itself(workplace: Path, stage: str) -> None:
     rlhf(workplace, *QUICK, f"stage={stage}", f"name={stage}")
@@ -161,10 +163,12 @@ def test_each_stage_runs_by_itself(workplace: Path, stage: str) -> None:
     assert expected in summary["metrics"]
 
 
+@pytest.mark.long
 def test_resume_must_fails_in_a_sentence_without_a_checkpoint(workplace: Path) -> None:
     assert "resume=must" in rlhf(workplace, *QUICK, "name=nothing", "seed=9", "resume=must", code=2)
 
 
+@pytest.mark.long
 def test_gold_and_function_scorers_need_no_reward_model(workplace: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def longest(prompts, responses):\n    return [len(r) / 100 for r in responses]\n"

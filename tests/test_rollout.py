@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from rlhf import rollout as module
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import Generated, NativeEngine, TransformersEngine, _choose, encode, make_engine, rollout
+from rlhf.rollout import Generated, NativeEngine, Rollouts, TransformersEngine, _choose, encode, make_engine, rollout
 from rlhf.settings import GenerationSettings
-from rlhf.stages.experience import score_logprobs
+from rlhf.stages.experience import score_logprobs, score_values
 
 EOS, PAD, LIMIT = 1, 0, 20
 KINDS = ["llama", "tied", "neox"]
@@ -84,6 +84,28 @@ def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: flo
         torch.testing.assert_close(generated.logprobs[i, : len(row)], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scored[i, : len(row)], expected, rtol=1e-4, atol=1e-4)
         assert (scored[i, len(row) :] == 0).all()
+
+
+def test_values_of_a_head_on_the_policys_trunk(
+    make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read off while sampling, whichever rows are done and dropped: what a pass over the texts finds."""
+    monkeypatch.setattr("rlhf.rollout.CHECK_EVERY", 2)
+    roles, prompts = make_roles(), [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS]
+    settings = GenerationSettings(max_new_tokens=LIMIT, batch_size=5)
+    engine = make_engine(settings, make_tokenizer(), roles)
+
+    def sampled() -> Rollouts:
+        return rollout(engine, roles, "policy", make_tokenizer(), prompts, settings, torch.Generator().manual_seed(3))
+
+    assert sampled().values is None  # the value function is an adapter of its own
+    roles.table["value"] = roles.table["policy"]
+    roles.add_head("value", zero=False)
+    found = sampled()
+    lengths = found.mask.sum(1)
+    assert lengths.min() < lengths.max()
+    assert found.values is not None
+    torch.testing.assert_close(found.values, score_values(roles, found.sequences, 64), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -1,5 +1,7 @@
 """Batches, packing and heads: what is predicted where, and that padding, packing and chunking change nothing."""
 
+import itertools
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.models import heads
 from rlhf.models.heads import ScalarHead, token_stats
-from rlhf.models.sequences import Sequences, concatenate, length_buckets, pack, spans, unflatten
+from rlhf.models.sequences import PER_GROUP, Sequences, concatenate, length_buckets, pack, spans, unflatten
 
 lists = st.lists(
     st.tuples(
@@ -81,9 +83,25 @@ def test_length_buckets_cover_each_row_once_within_the_budget(lengths: list[int]
     for group in groups:
         assert group
         assert len(group) == 1 or len(group) * max(lengths[row] for row in group) <= budget
-    for before, after in pairwise(groups):  # greedy: the next row would not have fitted
-        assert (len(before) + 1) * lengths[before[0]] > budget
+    for before, after in pairwise(groups):
         assert lengths[before[-1]] >= lengths[after[0]]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 200))
+def test_no_other_buckets_pad_less(lengths: list[int], budget: int) -> None:
+    """Against all ways to cut the sorted rows."""
+
+    def cost(groups: list[list[int]]) -> float:
+        return sum(len(group) * max(group) + budget / PER_GROUP for group in groups)
+
+    descending, cheapest = sorted(lengths, reverse=True), math.inf
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        places = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+        groups = [descending[start:end] for start, end in pairwise(places)]
+        if all(len(group) == 1 or len(group) * group[0] <= budget for group in groups):
+            cheapest = min(cheapest, cost(groups))
+    chosen = [[lengths[row] for row in group] for group in length_buckets(lengths, budget)]
+    assert cost(chosen) == pytest.approx(cheapest)
 
 
 def test_concatenate_undoes_a_grouping() -> None:

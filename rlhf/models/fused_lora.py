@@ -38,6 +38,8 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As peft's."""
+        if self._disable_adapters and not self.merged and not args and not kwargs:
+            return self.get_base_layer()(x)
         adapter = self._single_adapter(x) if not (args or kwargs) else None
         if adapter is None:
             return super().forward(x, *args, **kwargs)

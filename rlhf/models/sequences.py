@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+PER_GROUP = 16  # a pass over a few rows takes as long as one over this share of the budget
+
 
 @dataclass
 class Sequences:
@@ -114,16 +116,26 @@ def unflatten(flat: Float[Tensor, "tokens"], mask: Bool[Tensor, "batch response"
 def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Rows grouped by similar length, so that a group padded to its longest row has at most `budget` tokens.
 
-    A row longer than the budget is a group of its own. The order of the groups depends on the lengths alone.
+    The groups are those of least padding, where a group itself costs as much as `budget / PER_GROUP` tokens. A row
+    longer than the budget is a group of its own. The order of the groups depends on the lengths alone.
     """
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if group and (len(group) + 1) * lengths[group[0]] > budget:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    cost, starts = [0.0], [0]  # of the first i rows: the least, and where their last group starts
+    for end in range(1, len(order) + 1):
+        choices: list[tuple[float, int]] = []
+        for start in range(end - 1, -1, -1):
+            tokens = lengths[order[start]] * (end - start)
+            if tokens > budget and choices:
+                break
+            choices.append((cost[start] + tokens + budget / PER_GROUP, start))
+        least, start = min(choices)
+        cost.append(least)
+        starts.append(start)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[starts[end] : end])
+        end = starts[end]
+    yield from reversed(groups)
 
 
 def pack(batch: Sequences, width: int) -> Sequences:

@@ -160,8 +160,9 @@ class PPO(PolicyEvaluation):
         """
         batch, mask, budget = rollouts.sequences, rollouts.mask, self.ppo.microbatch_tokens
         temperature = self.all.generation.temperature
-        old_values = score_values(self.roles, batch, budget)
-        old_logprobs = rollouts.logprobs
+        old_values, old_logprobs = rollouts.values, rollouts.logprobs
+        if old_values is None:
+            old_values = score_values(self.roles, batch, budget)
         if old_logprobs is None or self.dropout:
             old_logprobs = self.old_logprobs(batch, minibatches, step)
         ref_logprobs, states = None, None
