@@ -11,9 +11,8 @@ import resource, torch
 from rlhf.allocation import keep_freed_memory
 {}
 def faults():
-    for i in range(100):
-        tensors = [torch.ones(2**20 + 2**16 * ((i + j) % 5)) for j in range(16)]
-        del tensors[::2], tensors
+    for _ in range(20):
+        torch.ones(10 * 2**20)  # larger than what glibc ever keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 faults(); before = faults(); print(faults() - before)
 """
@@ -26,4 +25,4 @@ def faults(line: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again() -> None:
-    assert 10 * faults("keep_freed_memory()") < faults("")
+    assert 2 * faults("keep_freed_memory()") < faults("")
