@@ -170,7 +170,8 @@ class NativeEngine:
 
         out = torch.full((batch, max_new_tokens), self.eos, device=device)
         logprobs = torch.zeros(batch, max_new_tokens, device=device)
-        head = roles.heads["value"] if self.capture and roles.table.get("value") == roles.table[role] else None
+        shared = "value" in roles.heads and roles.table["value"] == roles.table[role]
+        head = roles.heads["value"] if self.capture and shared else None
         values = torch.zeros(batch, max_new_tokens, device=device)
         ends = torch.full((batch,), max_new_tokens, device=device)
         alive = torch.arange(batch, device=device)

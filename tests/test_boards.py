@@ -160,6 +160,7 @@ def sent(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
+@pytest.mark.long
 def test_without_a_key_one_sentence_and_the_specifications(sent: Path) -> None:
     done = sync(sent, "--boards")
     assert done.returncode == 2, done.stderr

@@ -77,6 +77,7 @@ def test_its_weight_is_in_the_units_of_the_advantages(
     assert float(weights[0].divergence_weight) > 0
 
 
+@pytest.mark.long
 def test_it_leads_back_to_the_reference(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

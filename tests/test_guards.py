@@ -427,6 +427,7 @@ def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace,
     assert not changed(weights(straight.roles), resumed.roles)
 
 
+@pytest.mark.long
 def test_a_stopped_run_stops_again_until_the_guard_is_milder(folders: SimpleNamespace, tmp_path: Path) -> None:
     options = {"steps": 4, "eval_every": 10, "checkpoint_every": 1, "epochs": 1}
     strict = guarded(only("large_kl", "stop", 2, 0.0), **options)

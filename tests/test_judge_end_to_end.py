@@ -101,6 +101,7 @@ def test_factscore_on_people_of_the_farm(tmp_path: Path) -> None:
     assert "eval/win_rate" not in metrics
 
 
+@pytest.mark.long
 def test_what_is_missing_is_said_before_anything_is_built(tmp_path: Path) -> None:
     said = rlhf(tmp_path, "judge=llm_pool", "judge.model=some", "judge.client.api_key_env=NO_SUCH_KEY", code=2)
     assert "rlhf: judge.client.api_key_env=NO_SUCH_KEY: $NO_SUCH_KEY is not set" in said

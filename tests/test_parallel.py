@@ -137,13 +137,10 @@ def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace
     torch.save(_updates(options, folders, own, **together), folder / f"{rank}.pt")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
-    [
-        {"rollout_batch_size": 10, "minibatch_size": 5},
-        pytest.param({}, marks=pytest.mark.long),
-        pytest.param({"divergence": "exact_kl", "kind": "logits"}, marks=pytest.mark.long),
-    ],
+    [{"rollout_batch_size": 10, "minibatch_size": 5}, {}, {"divergence": "exact_kl", "kind": "logits"}],
 )
 def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleNamespace, tmp_path: Path) -> None:
     """The same global batch: gradients to 1e-5 at every step, uneven shares too; every metric the same in both."""
@@ -178,6 +175,7 @@ def _own_rollouts(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     assert everyone[0][1] != everyone[1][1]
 
 
+@pytest.mark.long
 def test_each_has_its_own_prompts_and_random_numbers(folders: SimpleNamespace, tmp_path: Path) -> None:
     together(_own_rollouts, folders, tmp_path)
 

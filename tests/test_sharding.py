@@ -79,6 +79,7 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
         torch.testing.assert_close(score, score_values(whole.roles, sampled.sequences, 60))
 
 
+@pytest.mark.long
 def test_each_holds_half_and_samples_for_as_long_as_it_takes(folders: SimpleNamespace, tmp_path: Path) -> None:
     together(_halves, folders, tmp_path)
 

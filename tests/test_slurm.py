@@ -235,6 +235,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path) -> 
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.long
 def test_without_multirun_nothing_runs_on_the_login_node(tmp_path: Path) -> None:
     arguments = [word for word in SWEEP if word != "-m"]
     done = subprocess.run(
