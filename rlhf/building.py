@@ -32,7 +32,7 @@ from rlhf.rollout import Rollouts, encode, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import RewardSettings, Settings, SFTSettings
 from rlhf.stages.base import generator
-from rlhf.stages.reward import RewardModeling
+from rlhf.stages.reward import RewardModeling, longer_accuracy
 from rlhf.stages.sft import SupervisedFineTuning
 from rlhf.training import MakeTrainer, train_supervised
 
@@ -173,6 +173,9 @@ class Builder:
         )
         demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
+        metrics["reward/longer_accuracy"] = longer_accuracy(held_out)
+        log.info("the reward model is right on %.1f %% of %d held-out comparisons, always taking the longer answer on %.1f %%",
+                 100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
         if settings.lora.r:
             adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / MODEL)
             parallel.from_first(lambda: save_adapter(*adapter))
