@@ -32,7 +32,7 @@ from rlhf.rollout import Rollouts, encode, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import RewardSettings, Settings, SFTSettings
 from rlhf.stages.base import generator
-from rlhf.stages.reward import RewardModeling
+from rlhf.stages.reward import RewardModeling, longer_accuracy
 from rlhf.stages.sft import SupervisedFineTuning
 from rlhf.training import MakeTrainer, train_supervised
 
@@ -70,7 +70,8 @@ class Builder:
         )
         whole = gathered(roles) if roles.sharded else None
         parallel.from_first(lambda: self._save_sft(roles, whole, tokenizer, folder))
-        told = {"rows": {"sft": len(train)}, "guards": stage.guards.summary()}
+        skipped = skipped_rows(self.source, "sft")
+        told = {"rows": {"sft": len(train)}, "skipped": skipped, "guards": stage.guards.summary()}
         tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
 
     def _save_sft(
@@ -173,12 +174,19 @@ class Builder:
         )
         demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
+        metrics["reward/longer_accuracy"] = longer_accuracy(held_out)
+        log.info("right on %.1f %% of %d held-out comparisons, where the longer answer is on %.1f %%",
+                 100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
         if settings.lora.r:
             adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / MODEL)
             parallel.from_first(lambda: save_adapter(*adapter))
         else:
             parallel.from_first(lambda: _save_full_reward(roles, tokenizer, base, folder / MODEL))
-        told = {"rows": {"preference": len(train)}, "guards": stage.guards.summary()}
+        told = {
+            "rows": {"preference": len(train)},
+            "skipped": skipped_rows(source, "preference"),
+            "guards": stage.guards.summary(),
+        }
         learned = {"preferences": preferences.name} if preferences else {}
         tracking.write_summary(folder, metrics, self.plain, started, stage="reward", **told, **learned)
 
@@ -208,6 +216,12 @@ def divided(source: DataSource, split: Split, held_out: Split, size: int) -> tup
         raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
     everything = records(rows.shuffle(seed=0), split)
     return everything[:-size], everything[-size:]
+
+
+def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
+    """How many rows were bad, by reason, for a summary; {} for a data set that does not count them (`report`)."""
+    report = getattr(source, "report", {}).get(split)
+    return report.counts if report else {}
 
 
 def records(rows: Dataset, split: Split) -> list:

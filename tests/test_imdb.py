@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from rlhf.building import skipped_rows
 from rlhf.data.imdb import Imdb
 from rlhf.data.records import DataError, Demonstration, columns
 from rlhf.models.sequences import pack
@@ -66,6 +67,13 @@ def test_a_word_is_left_to_write(tmp_path):
     rows = reviews(tmp_path, [review("Just  this\nfilm"), review("One two")], "eval", prompt_words=[8, 8]).load("eval")
     assert rows["prompt"] == ["Just  this", "One"]
     assert rows["reference_output"] == ["\nfilm", " two"]
+
+
+def test_a_summary_is_told_of_bad_rows(tmp_path):
+    data = reviews(tmp_path, [*MANY, MANY[0], MANY[7], review("short")], "sft")
+    assert skipped_rows(data, "sft") == {}  # nothing was read yet
+    data.load("sft")
+    assert skipped_rows(data, "sft") == {"duplicate of an earlier row": 2, "`text` is shorter than two words": 1}
 
 
 def test_no_review_is_in_two_splits(tmp_path):

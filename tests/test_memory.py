@@ -49,6 +49,23 @@ def test_what_makes_it_smaller() -> None:
     assert of("generation.batch_size=8").generating < plain.generating
 
 
+LLAMA_7B = "{model_type:llama,hidden_size:4096,intermediate_size:11008,num_hidden_layers:32,num_attention_heads:32}"
+NEOX_20B = "{model_type:gpt_neox,hidden_size:6144,intermediate_size:24576,num_hidden_layers:44,num_attention_heads:64}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "vocabulary", "reward", "card"),
+    [("stackllama", LLAMA_7B, 32_000, True, 40), ("imdb_20b", NEOX_20B, 50_432, False, 24)],
+)
+def test_a_recipe_fits_the_card_that_it_names(
+    recipe: str, config: str, vocabulary: int, reward: bool, card: int
+) -> None:
+    own = settings(f"recipe={recipe}", "model.name_or_path=null", f"model.config={config}")
+    needed = estimate(own, vocabulary, reward)
+    assert needed is not None
+    assert 0.8 * card < (needed.peak - needed.program) / 2**30 < 0.95 * card
+
+
 def test_the_default_run_within_a_fifth() -> None:
     """Measured: 0.91 to 0.94 GiB at commit 77833bb, the peak of a whole run."""
     assert of().peak / 2**30 == pytest.approx(0.93, rel=0.2)

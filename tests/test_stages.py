@@ -20,7 +20,7 @@ from rlhf.models.assembly import reward_roles, sft_roles
 from rlhf.models.roles import Roles
 from rlhf.settings import LoraSettings, OptimizerSettings, RewardSettings, SFTSettings
 from rlhf.stages.base import SeededBatches, Stage, generator, mixed_seed
-from rlhf.stages.reward import RewardModeling
+from rlhf.stages.reward import RewardModeling, longer_accuracy
 from rlhf.stages.sft import SupervisedFineTuning, encode_pairs
 
 NO_CLIPPING = 1e9
@@ -138,6 +138,13 @@ def test_reward_gradient_is_that_of_transformers(
     expected = {f"roles.trunks.base.{name}": p.grad for name, p in model.named_parameters() if name != "score.weight"}
     expected["roles.heads.reward.weight"] = model.score.weight.grad
     assert_close(got, expected)
+
+
+def test_what_length_alone_gets_right() -> None:
+    rows = [Comparison("p", "long answer", "short"), Comparison("p", "ab", "longer"), Comparison("p", "ab", "cd")]
+    assert longer_accuracy(rows) == 0.5
+    assert longer_accuracy(rows[:1]) == 1
+    assert longer_accuracy(rows[1:]) == 0.25
 
 
 def test_baseline_is_the_mean_score_of_demonstrations(folders: SimpleNamespace) -> None:

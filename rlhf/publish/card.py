@@ -22,8 +22,8 @@ TRAINED_BY = {  # the groups of the configuration that made each stage's model
             "scorer", "generation", "evaluation"),
 }  # fmt: skip
 TASKS = {"sft": "text-generation", "reward": "text-classification", "ppo": "text-generation"}
-SHOWN = {"reward/accuracy", "reward/margin", "reward/validation_loss", "reward/baseline", "sft/validation_loss",
-         "sft/perplexity"}  # fmt: skip
+SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
+         "sft/validation_loss", "sft/perplexity"}  # fmt: skip
 TEMPLATE = (Path(__file__).parent / "card.md").read_text()
 _HUB_DATA = re.compile(r"(?:hf://datasets/)?([\w-][\w.-]*/[\w.-]+?)(?:/.*)?")
 _LOCAL = re.compile(r"[/~.].*/")

@@ -1,5 +1,6 @@
 """Reward modelling: a scalar head on the supervised model, trained on pairwise preferences."""
 
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,12 @@ from rlhf.stages.base import Stage
 from rlhf.stages.sft import encode_pairs
 
 Pair = tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]
+
+
+def longer_accuracy(rows: Sequence[Comparison]) -> float:
+    """Share of comparisons whose chosen answer has more characters, a tie counting ½: what length alone gets right."""
+    lengths = [(len(row.chosen), len(row.rejected)) for row in rows]
+    return statistics.fmean(0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in lengths)
 
 
 class RewardModeling(Stage):
