@@ -141,6 +141,7 @@ def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace
 @pytest.mark.parametrize(
     "options",
     [{"rollout_batch_size": 10, "minibatch_size": 5}, {}, {"divergence": "exact_kl", "kind": "logits"}],
+    ids=["uneven", "even", "exact"],
 )
 def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleNamespace, tmp_path: Path) -> None:
     """The same global batch: gradients to 1e-5 at every step, uneven shares too; every metric the same in both."""

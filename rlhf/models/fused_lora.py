@@ -38,12 +38,14 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As peft's."""
-        if self._disable_adapters and not self.merged and not args and not kwargs:
-            return self.get_base_layer()(x)
-        adapter = self._single_adapter(x) if not (args or kwargs) else None
-        if adapter is None:
+        if args or kwargs or self.merged:
             return super().forward(x, *args, **kwargs)
         base: Any = self.get_base_layer()
+        if self._disable_adapters:
+            return base(x)
+        adapter = self._single_adapter(x)
+        if adapter is None:
+            return super().forward(x)
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         flat = _Sum.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[adapter])
         return flat.view(*x.shape[:-1], -1)
@@ -51,7 +53,7 @@ class FusedLinear(Linear):
     def _single_adapter(self, x: Tensor) -> str | None:
         """The active adapter, if it is the only one and the short way gives what peft gives."""
         active = self._active_adapter
-        if self._disable_adapters or self.merged or len(active) != 1 or torch.is_autocast_enabled(x.device.type):
+        if len(active) != 1 or torch.is_autocast_enabled(x.device.type):
             return None
         name = active[0]
         if name not in self.lora_A or name in self.lora_variant or self.lora_B[name].bias is not None:
