@@ -12,15 +12,18 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 MIB = 2**20
+TURN = "turn"
 T = TypeVar("T")
 
 
@@ -65,27 +68,85 @@ def emit(kind: str, **values: Any) -> None:
     print(json.dumps({"kind": kind, **values}), flush=True)
 
 
-def measurements(output: str) -> list[dict[str, Any]]:
-    """The JSON lines of a program's output; whatever else it printed is left out."""
-    return [json.loads(line) for line in output.splitlines() if line.startswith('{"kind"')]
-
-
 def run_script(python: str | Path, script: str, *arguments: str, threads: int, timeout: float) -> list[dict[str, Any]]:
-    """Run a script of this folder in a process of its own; returns its measurements.
+    """Run a script of this folder in a process of its own; returns its measurements (errors as of `Turns`)."""
+    with Turns(python, script, *arguments, threads=threads, timeout=timeout) as process:
+        return process.finish()
+
+
+def turn() -> None:
+    """In a process that takes turns with another: say that a step is done, and wait for the word to go on."""
+    emit(TURN)
+    sys.stdin.readline()
+
+
+class Turns:
+    """A script of this folder in a process of its own that stands still after each step (`turn`) until told to go.
+
+    So two programs can be measured step by step on a machine whose speed changes from minute to minute.
 
     Raises:
-        RuntimeError: it failed; with the end of what it wrote to standard error.
-        subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+        RuntimeError: it failed, or took longer than `timeout` seconds; with the end of what it wrote to standard error.
     """
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-    }  # fmt: skip
-    command = [str(python), str(HERE / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return measurements(done.stdout)
+
+    def __init__(self, python: str | Path, script: str, *arguments: str, threads: int, timeout: float):
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        }  # fmt: skip
+        self.command = [str(python), str(HERE / script), *arguments]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by __exit__)
+        self.process = subprocess.Popen(
+            self.command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors
+        )
+        self.limit = threading.Timer(timeout, self.process.kill)
+        self.limit.start()
+        self.rows: list[dict[str, Any]] = []
+        self.waiting = False
+
+    def __enter__(self) -> "Turns":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.limit.cancel()
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
+
+    def step(self) -> None:
+        """Let it come to the end of its next step (the first time: of its first)."""
+        if not self._read():
+            self._fail("ended before its time")
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Let it come to its end, and return all its measurements."""
+        while self._read():
+            pass
+        if self.process.wait():
+            self._fail(f"ended with {self.process.returncode}")
+        return self.rows
+
+    def _read(self) -> bool:
+        """What it says up to its next turn; False if it said no more."""
+        assert self.process.stdin
+        assert self.process.stdout
+        if self.waiting:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith('{"kind"'):  # whatever else it prints is left out
+                row = json.loads(line)
+                if row["kind"] == TURN:
+                    self.waiting = True
+                    return True
+                self.rows.append(row)
+        self.waiting = False
+        return False
+
+    def _fail(self, how: str) -> NoReturn:
+        self.process.wait()
+        self.errors.seek(0)
+        raise RuntimeError(f"{shlex.join(self.command)} {how}:\n{self.errors.read()[-2000:]}")
 
 
 def isolated(function: Callable[..., T], *arguments: Any, method: str = "fork", timeout: float = 3600.0) -> T:

@@ -6,7 +6,8 @@
 
 What differs is what each system does: TRL trains a full value model (it has no adapter for it), ours an adapter on the
 shared base, and TRL's reward model is a model of its own where ours is another adapter that gives the same scores.
-Every measurement is a process of its own, whose first step is a warm-up. TRL lives in an environment that this script
+Each side is a process of its own; they take turns step by step, so that a machine that changes its speed changes both,
+and a ratio is of two steps beside each other. The first step is a warm-up. TRL lives in an environment that this script
 makes at --venv, with the versions of torch, transformers and peft that are installed here.
 """
 
@@ -22,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import MIB, report, run_script, spread, table
+from common import MIB, Turns, report, run_script, spread, table
 
 TRL = "1.12.0"
 TIMEOUT = 3600.0
@@ -38,8 +39,8 @@ class Case:
     tokens: int = 48
     epochs: int = 1
     eos: float | None = None
-    rounds: int = 3
-    steps: int = 4
+    rounds: int = 1
+    steps: int = 12
     rollouts: int = 64
     minibatch: int = 16
     prompt: int = 32
@@ -52,7 +53,7 @@ CASES = {
     "forced_4": Case("3.7M, 48 tokens, 4 epochs", epochs=4, target="1.5x"),
     "natural": Case("3.7M, ending by themselves, at most 96 tokens, 1 epoch", tokens=96, eos=3.55, target="2.5x"),
     "trunk_head": Case("3.7M, 48 tokens, 1 epoch, ours with ppo.value=trunk_head", ours=("ppo.value=trunk_head",)),
-    "large": Case("110M, 48 tokens, 1 epoch", "110M", rounds=2, steps=2, target="2x, memory 0.5x"),
+    "large": Case("110M, 48 tokens, 1 epoch", "110M", steps=4, target="2x, memory 0.5x"),
     "toy": Case("toy", "toy", tokens=8, eos=3.0, rounds=1, steps=1, rollouts=16, minibatch=8, prompt=8),
 }
 DEFAULT = ("forced_1", "forced_4", "natural")
@@ -61,7 +62,7 @@ DEFAULT = ("forced_1", "forced_4", "natural")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT)
-    parser.add_argument("--rounds", type=int, help="of ours, TRL; each case has its own number")
+    parser.add_argument("--rounds", type=int, help="pairs of processes; each case has its own number")
     parser.add_argument("--steps", type=int, help="measured steps of a process")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides")
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache" / "rlhf-bench" / f"trl-{TRL}")
@@ -98,7 +99,7 @@ def trl_environment(folder: Path) -> Path:
 
 def compare(case: Case, python: Path, options: argparse.Namespace) -> tuple[Side, Side]:
     """Rounds of ours and TRL's in turn, on one world."""
-    rounds, steps = options.rounds or case.rounds, str(options.steps or case.steps)
+    rounds, steps = options.rounds or case.rounds, options.steps or case.steps
     ours: Side = []
     trl: Side = []
     overrides = [
@@ -108,13 +109,20 @@ def compare(case: Case, python: Path, options: argparse.Namespace) -> tuple[Side
         f"generation.batch_size={case.rollouts}", *case.ours, *options.ours,
     ]  # fmt: skip
     shape = [str(n) for n in (case.rollouts, case.minibatch, case.epochs, case.tokens)]
+    how = {"threads": options.threads, "timeout": TIMEOUT}
     with tempfile.TemporaryDirectory() as folder:
-        how = {"threads": options.threads, "timeout": TIMEOUT}
         eos = [] if case.eos is None else [str(case.eos)]
         run_script(sys.executable, "peer_ours.py", "make", folder, case.shape, str(case.prompt), *eos, **how)
         for number in range(rounds):
-            ours.append(run_script(sys.executable, "peer_ours.py", "run", folder, steps, *overrides, **how))
-            trl.append(run_script(python, "peer_trl.py", folder, steps, *shape, **how))
+            with (
+                Turns(sys.executable, "peer_ours.py", "run", folder, str(steps), *overrides, **how) as our_side,
+                Turns(python, "peer_trl.py", folder, str(steps), *shape, **how) as their_side,
+            ):
+                for _ in range(1 + steps):  # the first is a warm-up
+                    our_side.step()
+                    their_side.step()
+                ours.append(our_side.finish())
+                trl.append(their_side.finish())
             print(f"{case.about}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return ours, trl
 
@@ -130,23 +138,20 @@ def memory(rounds: Side, key: str = "peak") -> list[float]:
 
 
 def rate_row(case: Case, ours: Side, trl: Side) -> dict[str, Any]:
-    """Rollouts per second and peak memory, with the ratios of the rounds (each against the one beside it)."""
+    """Rollouts per second and peak memory, with their ratios: of each step to the one beside it, of each process."""
 
-    def ratios(values: Iterable[tuple[float, float]]) -> str:
-        return f"{spread(a / b for a, b in values)}x"
+    def ratios(above: Iterable[float], below: Iterable[float]) -> str:
+        return f"{spread(a / b for a, b in zip(above, below, strict=True))}x"
 
-    pairs = list(zip(ours, trl, strict=True))
-    seconds = [(spread(column([b], "seconds")).median, spread(column([a], "seconds")).median) for a, b in pairs]
-    peaks = list(zip(memory(ours), memory(trl), strict=True))
     return {
         "case": case.about,
         "ours (rollouts/s)": spread(case.rollouts / s for s in column(ours, "seconds")),
         "TRL": spread(case.rollouts / s for s in column(trl, "seconds")),
-        "ratio": ratios(seconds),
+        "ratio": ratios(column(trl, "seconds"), column(ours, "seconds")),
         "target": case.target or "–",
         "memory ours (MiB)": f"{spread(memory(ours)).median:.0f}",
         "memory TRL": f"{spread(memory(trl)).median:.0f}",
-        "memory ratio": ratios(peaks),
+        "memory ratio": ratios(memory(ours), memory(trl)),
     }
 
 

@@ -1,5 +1,7 @@
 """Our side of `peer.py`, and the world that both sides read: a JSON line per PPO step after the warm-up.
 
+`run` stands still after each step until a line comes from standard input.
+
 peer_ours.py make FOLDER SHAPE PROMPT_TOKENS [EOS_LOGIT]
 peer_ours.py run FOLDER STEPS [OVERRIDE ...]
 """
@@ -8,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import emit, peak_rss
+from common import emit, peak_rss, turn
 from world import NEVER, SHAPES, World, make_stage, make_world, train
 
 
@@ -16,7 +18,7 @@ def run(folder: str, steps: str, *overrides: str) -> None:
     imported, world = peak_rss(), World(Path(folder))
     with tempfile.TemporaryDirectory() as out:
         stage = make_stage(world, [*overrides, f"ppo.steps={int(steps) + 1}"], Path(out))
-        for line in train(stage, world.prompts, Path(out)):
+        for line in train(stage, world.prompts, Path(out), pause=turn):
             phases = {phase: line[f"time/{phase}"] for phase in ("generate", "score", "update")}
             emit("step", seconds=line["seconds"], cpu=line["cpu"], **phases, tokens=line["ppo/response_tokens"],
                  reward=line["ppo/reward"])  # fmt: skip

@@ -2,6 +2,7 @@
 
 `trl.experimental.ppo` has one long `train`: its phases are timed at the functions it calls. Generation is
 `batch_generation`; updates begin at the first `accumulate`; the rest of a step, housekeeping too, counts as `score`.
+After each step it stands still until a line comes from standard input.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import emit, peak_rss
+from common import emit, peak_rss, turn
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -61,7 +62,8 @@ class Phases(TrainerCallback):
             row = {"generate": self.generate, "score": self.updating - self.last - self.generate}
             row |= {"update": now - self.updating, "seconds": now - self.last, "cpu": cpu - self.cpu}
             self.rows.append({**row, "tokens": self.tokens})
-        self.last, self.cpu, self.steps = now, cpu, self.steps + 1
+        turn()
+        self.last, self.cpu, self.steps = time.perf_counter(), time.process_time(), self.steps + 1
 
 
 def mean_length(responses: Tensor, eos: int) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -209,25 +209,39 @@ def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str
 
 
 class Clock(lightning.Callback):
-    """Wall and processor time at the end of each step; peak GPU memory counts from the end of the first."""
+    """Wall and processor time of each step after the first; peak GPU memory counts from the end of the first.
 
-    def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []
+    `pause` is called between steps, unmeasured.
+    """
+
+    def __init__(self, pause: Callable[[], None]) -> None:
+        self.pause, self.started = pause, (0.0, 0.0)
+        self.laps: list[tuple[float, float]] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time; the first step is a warm-up."""
-        self.ends.append((time.perf_counter(), time.process_time()))
-        if len(self.ends) == 1 and torch.cuda.is_available():
+        """Note the lap; the first step is a warm-up."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        if self.started[0]:
+            self.laps.append((wall - self.started[0], cpu - self.started[1]))
+        elif torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        self.pause()
+        self.started = time.perf_counter(), time.process_time()
 
 
-def train(stage: PPO, prompts: Sequence[str], folder: Path, seconds: float | None = None) -> list[dict[str, float]]:
+def train(
+    stage: PPO,
+    prompts: Sequence[str],
+    folder: Path,
+    seconds: float | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> list[dict[str, float]]:
     """Train to the end, or until `seconds` are over: each step's metrics after the first, with wall and `cpu` seconds.
 
     Raises:
         RuntimeError: the time was over before a second step.
     """
-    clock, settings = Clock(), stage.ppo
+    clock, settings = Clock(pause), stage.ppo
     trainer = lightning.Trainer(
         accelerator="gpu" if stage.roles.device.type == "cuda" else "cpu", devices=1, max_epochs=1, callbacks=[clock],
         logger=[JsonLines(folder)], enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -235,8 +249,7 @@ def train(stage: PPO, prompts: Sequence[str], folder: Path, seconds: float | Non
     )  # fmt: skip
     batches = SeededBatches(len(prompts), settings.rollout_batch_size, stage.all.seed, settings.steps)
     trainer.fit(stage, loader(prompts, list, batches))
-    lines = read_metrics(folder)
-    if len(clock.ends) < 2:
+    if not clock.laps:
         raise RuntimeError(f"no step was measured: the warm-up alone took longer than {seconds} seconds")
-    laps = zip(lines[1:], clock.ends, clock.ends[1:], strict=False)
-    return [{**line, "seconds": end[0] - start[0], "cpu": end[1] - start[1]} for line, start, end in laps]
+    lines = zip(read_metrics(folder)[1:], clock.laps, strict=False)
+    return [{**line, "seconds": wall, "cpu": cpu} for line, (wall, cpu) in lines]

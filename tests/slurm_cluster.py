@@ -93,22 +93,37 @@ class Cluster:
             )
 
     def kill_node(self) -> None:
-        """As a power failure does: the node's daemon and all that it runs are gone at once."""
-        self.processes["slurmd"].kill()
-        self.processes.pop("slurmd").wait()
-        for pid in self._on_the_node():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """As a power failure does: the node's daemon and all that it runs are gone at once.
 
-    def _on_the_node(self) -> Iterator[int]:
-        """Step daemons and what runs in jobs: known by this cluster's configuration in their environment."""
+        All are stopped before the first is killed: an `srun` that sees its step's daemon die tells the controller,
+        which keeps "kill step 0 of this job" for the dead node and, a minute later, kills with it the job started anew.
+        Children die before their parents: the kernel wakes a stopped process group that loses its last parent.
+        """
+        slurmd = self.processes.pop("slurmd")
+        slurmd.send_signal(signal.SIGSTOP)
+        stopped: dict[int, int] = {}
+        while found := {pid: born for pid, born in self._on_the_node() if pid not in stopped}:
+            for pid in found:
+                _send(pid, signal.SIGSTOP)
+            stopped |= found  # and again: what was being started while these were looked for
+        for pid in sorted(stopped, key=lambda pid: (stopped[pid], pid), reverse=True):
+            _send(pid, signal.SIGKILL)
+        slurmd.kill()
+        slurmd.wait()
+
+    def _on_the_node(self) -> Iterator[tuple[int, int]]:
+        """Step daemons and what runs in jobs, with the tick each was born in.
+
+        They are known by this cluster's configuration in their environment.
+        """
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 environment, name = (place / "environ").read_bytes(), (place / "comm").read_text().strip()
                 if str(self.folder).encode() in environment and (
                     name.startswith("slurmstepd") or b"\0SLURM_JOB_ID=" in environment
                 ):
-                    yield int(place.name)
+                    # proc(5): the 22nd field of stat; the second, a name in brackets, may hold spaces
+                    yield int(place.name), int((place / "stat").read_text().rpartition(")")[2].split()[19])
 
     def run(self, *command: str, check: bool = True) -> str:
         """A command of SLURM; what it prints."""
@@ -128,6 +143,11 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def free_ports(number: int) -> list[int]:
