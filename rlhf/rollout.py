@@ -18,6 +18,7 @@ from rlhf.models.decoding import FixedStep, GrowingStep
 from rlhf.models.kv_cache import BufferCache
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
+from rlhf.models.unpadded import takes_boolean_masks
 from rlhf.settings import GenerationSettings
 
 # How often the native engine looks which rows are done: each look waits for the device.
@@ -183,7 +184,7 @@ class NativeEngine:
             hidden = model.base_model(input_ids=padded, past_key_values=cache, use_cache=True).last_hidden_state
             last = hidden[torch.arange(batch, device=device), lengths - 1]
             forward = GrowingStep(model, cache, visible)
-            if self.fixed and model.config._attn_implementation == "sdpa":
+            if self.fixed and takes_boolean_masks(model):
                 forward = FixedStep(model, cache, visible, capture=device.type == "cuda")
             for step in range(max_new_tokens):
                 logits = model.get_output_embeddings()(last).float()

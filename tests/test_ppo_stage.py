@@ -134,7 +134,7 @@ def test_without_divergence_no_reference_pass(
 ) -> None:
     settings = ppo_settings("none", "none", steps=4, yardstick_every=2, epochs=1)
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    calls = spy(monkeypatch, stage.roles, "hidden")
+    calls = spy(monkeypatch, stage.roles, "states")
     made, ends = [], spy(monkeypatch, stage, "update")
     monkeypatch.setattr(stage.scorer, "function", lambda p, r: made.append(len(calls)) or count_low_words(p, r))
     metrics = train(stage, tmp_path)

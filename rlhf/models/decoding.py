@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.models.kv_cache import BufferCache
+from rlhf.models.unpadded import takes_boolean_masks
 
 log = logging.getLogger(__name__)
 WARM_UP = 2  # steps before a capture: libraries set themselves up in their first
@@ -30,8 +31,7 @@ class GrowingStep:
         mask = self.visible[..., : place + 1]
         return self.model.base_model(
             input_ids=token[:, None],
-            # only sdpa takes the boolean mask as it is (eager attention would add it to the scores)
-            attention_mask=mask if self.model.config._attn_implementation == "sdpa" else mask[:, 0, 0],
+            attention_mask=mask if takes_boolean_masks(self.model) else mask[:, 0, 0],
             position_ids=positions[:, None],
             past_key_values=self.cache,
             use_cache=True,

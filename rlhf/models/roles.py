@@ -11,21 +11,21 @@ adapter, so that a reference pass would silently freeze the value function. Ours
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models import ModelError
+from rlhf.models import ModelError, unpadded
 from rlhf.models.fused_lora import fuse
 from rlhf.models.heads import ScalarHead, TokenStats, token_stats
-from rlhf.models.sequences import Sequences
+from rlhf.models.sequences import Sequences, filled, length_buckets, spans
 
 
 class Role(NamedTuple):
@@ -50,6 +50,7 @@ class Roles(nn.Module):
         self._compiled: list[nn.Module] = []
         self.sharded = False  # whether the base is spread over processes (`rlhf.models.sharding`)
         self._layers: dict[str, list[LoraLayer]] = {"base": []}
+        self._unpadded: dict[str, bool] = {}  # of the trunks that were tried out
 
     @property
     def device(self) -> torch.device:
@@ -225,11 +226,34 @@ class Roles(nn.Module):
                 input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
 
+    def states(self, role: str, batch: Sequences, where: Bool[Tensor, "batch time"]) -> Float[Tensor, "marked hidden"]:
+        """Last hidden states of the marked positions, row after row: without a pass over padding where that pays."""
+        if not (batch.ragged and self.unpadded):
+            return self.hidden(role, batch)[where]
+        with self.acting(role) as model, self.autocast():
+            return unpadded.hidden_states(model, batch, where)
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether rows of different lengths go through the trunks end to end: on a CPU, if all of them allow it.
+
+        Not where blocks are compiled: attention to one sequence at a time would cut each into pieces, which cost more.
+        """
+        if self.sharded or self._compiled or self.device.type != "cpu":
+            return False
+        for name in self.trunks.keys() - self._unpadded.keys():
+            with _switched(self._layers[name], None):
+                self._unpadded[name] = unpadded.allow(self.trunks[name])
+        return all(self._unpadded.values())
+
+    def groups(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
+        """Which rows go through a trunk together, for passes of at most `budget` tokens, padding included."""
+        return list(filled(lengths, budget) if self.unpadded else length_buckets(lengths, budget))
+
     def scalars(self, role: str, batch: Sequences) -> Float[Tensor, "batch"]:
         """The role's head at each row's last token: a reward model's score, uncentred."""
-        hidden = self.hidden(role, batch)
-        last: Int[Tensor, " batch"] = batch.lengths - 1
-        return self.heads[role](hidden[torch.arange(len(batch), device=last.device), last])
+        last = spans(batch.lengths - 1, batch.lengths, batch.ids.shape[1])
+        return self.heads[role](self.states(role, batch, last))
 
     def token_stats(
         self,

@@ -77,6 +77,11 @@ class Sequences:
         return [row[start:end] for row, (start, end) in zip(self.ids.tolist(), bounds, strict=True)]
 
     @property
+    def ragged(self) -> bool:
+        """Whether a pass over whole rows would be one over padding, or over several sequences in a row."""
+        return self.position_ids is not None or int(self.lengths.min()) < self.ids.shape[1]
+
+    @property
     def predicting(self) -> Bool[Tensor, "batch time"]:
         """The positions whose hidden state predicts a target: one to the left of each."""
         shifted = torch.zeros_like(self.targets)
@@ -136,6 +141,20 @@ def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         groups.append(order[starts[end] : end])
         end = starts[end]
     yield from reversed(groups)
+
+
+def filled(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Rows in their order, cut into groups of at most `budget` tokens; a longer row is a group of its own."""
+    group: list[int] = []
+    room = budget
+    for row, length in enumerate(lengths):
+        if group and length > room:
+            yield group
+            group, room = [], budget
+        group.append(row)
+        room -= length
+    if group:
+        yield group
 
 
 def pack(batch: Sequences, width: int) -> Sequences:

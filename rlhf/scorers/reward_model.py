@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.models.sequences import Sequences, concatenate, length_buckets
+from rlhf.models.sequences import Sequences, concatenate
 from rlhf.rollout import Rollouts
 from rlhf.scorers import Context
 
@@ -30,7 +30,7 @@ class RewardModelScorer:
     @torch.no_grad()
     def score(self, batch: Sequences) -> Float[Tensor, "batch"]:
         """Scores of token sequences, in the order of the rows."""
-        groups = list(length_buckets(batch.lengths.tolist(), self.context.microbatch_tokens))
+        groups = self.context.roles.groups(batch.lengths.tolist(), self.context.microbatch_tokens)
         rows = (torch.tensor(group, device=batch.ids.device) for group in groups)
         with self.context.roles.scoring("reward"):
             scores = [self.context.roles.scalars("reward", batch.rows(index)) for index in rows]

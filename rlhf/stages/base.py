@@ -18,7 +18,8 @@ from rlhf import parallel
 from rlhf.dashboards import Dashboard
 from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED
-from rlhf.models.sequences import Sequences, length_buckets
+from rlhf.models.roles import Roles
+from rlhf.models.sequences import Sequences
 from rlhf.settings import ConfigError, OptimizerSettings
 
 
@@ -84,6 +85,8 @@ class Step(NamedTuple):
 class Stage(lightning.LightningModule):
     """Manual optimisation: micro-batches by token budget, normalised by the whole minibatch, one clip, one step."""
 
+    roles: Roles
+
     def __init__(self, settings: OptimizerSettings, total_steps: int):
         super().__init__()
         self.automatic_optimization = False
@@ -144,8 +147,8 @@ class Stage(lightning.LightningModule):
         ]
 
     def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Row indices of `batch` grouped by length, each group at most `microbatch_tokens` when padded."""
-        groups = length_buckets(batch.lengths.tolist(), self.settings.microbatch_tokens)
+        """Row indices of `batch` in groups of at most `microbatch_tokens`, padding included."""
+        groups = self.roles.groups(batch.lengths.tolist(), self.settings.microbatch_tokens)
         return [torch.tensor(group, device=batch.ids.device) for group in groups]
 
     def accumulate(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.models.heads import token_divergence
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences, length_buckets, unflatten
+from rlhf.models.sequences import Sequences, unflatten
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,10 +58,10 @@ def by_rows(
 @torch.no_grad()
 def score_values(roles: Roles, batch: Sequences, budget: int) -> Float[Tensor, "batch response"]:
     """Value of the state in which each response token was chosen."""
-    groups = list(length_buckets(batch.lengths.tolist(), budget))
+    groups = roles.groups(batch.lengths.tolist(), budget)
     with roles.scoring("value"):
         return by_rows(
-            batch, groups, lambda _, part: roles.heads["value"](roles.hidden("value", part)[part.predicting])
+            batch, groups, lambda _, part: roles.heads["value"](roles.states("value", part, part.predicting))
         )
 
 
@@ -70,13 +70,13 @@ def score_logprobs(
     roles: Roles, role: str, batch: Sequences, budget: int, temperature: float
 ) -> Float[Tensor, "batch response"]:
     """Log-probability of each response token under a role, in nats at the sampling temperature."""
-    groups = list(length_buckets(batch.lengths.tolist(), budget))
+    groups = roles.groups(batch.lengths.tolist(), budget)
     return by_rows(batch, groups, lambda _, part: logprobs_of(roles, role, part, temperature))
 
 
 def logprobs_of(roles: Roles, role: str, part: Sequences, temperature: float) -> Float[Tensor, "tokens"]:
     """Log-probabilities of a part's response tokens, one after the other."""
-    hidden = roles.hidden(role, part)[part.predicting]
+    hidden = roles.states(role, part, part.predicting)
     return roles.token_stats(role, hidden, part.target_ids, temperature).logprobs
 
 
@@ -84,9 +84,9 @@ def logprobs_of(roles: Roles, role: str, part: Sequences, temperature: float) ->
 def reference_states(roles: Roles, batch: Sequences, budget: int) -> list[Float[Tensor, "response hidden"]]:
     """For each row the reference's hidden states that predict the response tokens."""
     states: list[Tensor] = [torch.empty(0)] * len(batch)
-    for group in length_buckets(batch.lengths.tolist(), budget):
+    for group in roles.groups(batch.lengths.tolist(), budget):
         part = batch.rows(torch.tensor(group, device=batch.ids.device))
-        hidden = roles.hidden("reference", part)[part.predicting]
+        hidden = roles.states("reference", part, part.predicting)
         for row, own in zip(group, hidden.split(part.response_mask.sum(1).tolist()), strict=True):
             states[row] = own
     return states
@@ -114,13 +114,13 @@ def score_exact(
 
     `states` are the reference's (`reference_states`), made here if not given. Logits exist for a chunk of tokens.
     """
-    groups = list(length_buckets(batch.lengths.tolist(), budget))
+    groups = roles.groups(batch.lengths.tolist(), budget)
     known = reference_states(roles, batch, budget) if states is None else states
 
     def passes(number: int, part: Sequences) -> Tensor:
         reference = torch.cat([known[row] for row in groups[number]])
         return exact_divergence(
-            roles, roles.hidden("policy", part)[part.predicting], reference, temperature, divergence
+            roles, roles.states("policy", part, part.predicting), reference, temperature, divergence
         )
 
     return by_rows(batch, groups, passes)

@@ -274,9 +274,9 @@ class PPO(PolicyEvaluation):
             return x[rows, : mask.shape[1]][mask]
 
         with self.masks_of(step, number):
-            states = self.roles.hidden("policy", part)[part.predicting]
+            states = self.roles.states("policy", part, part.predicting)
             stats = self.roles.token_stats("policy", states, part.target_ids, temperature, entropy=True)
-            value_states = states if self.shared_trunk else self.roles.hidden("value", part)[part.predicting]
+            value_states = states if self.shared_trunk else self.roles.states("value", part, part.predicting)
             values = self.roles.heads["value"](value_states)
         old_logprobs, advantages = flat(experience.old_logprobs), flat(experience.advantages)
         penalised: Tensor | float = 0.0

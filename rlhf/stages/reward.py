@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import parallel
 from rlhf.data.records import Comparison, Demonstration
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences, length_buckets
+from rlhf.models.sequences import Sequences
 from rlhf.settings import RewardSettings
 from rlhf.stages.base import Stage
 from rlhf.stages.sft import encode_pairs
@@ -52,7 +52,7 @@ class RewardModeling(Stage):
     def microbatches(self, batch: Sequences) -> list[Tensor]:
         """Pairs stay together: groups by the longer text of each."""
         longest = batch.lengths.view(-1, 2).max(1).values.tolist()
-        groups = length_buckets(longest, self.settings.microbatch_tokens // 2)
+        groups = self.roles.groups([2 * length for length in longest], self.settings.microbatch_tokens)
         return [
             torch.tensor([2 * i + side for i in group for side in (0, 1)], device=batch.ids.device) for group in groups
         ]
@@ -111,7 +111,7 @@ class RewardModeling(Stage):
             self.tokenizer, [row.prompt for row in rows], [row.response for row in rows], self.reward.max_length
         )
         total = 0.0
-        for group in length_buckets([len(p) + len(r) for p, r in pairs], self.settings.microbatch_tokens):
+        for group in self.roles.groups([len(p) + len(r) for p, r in pairs], self.settings.microbatch_tokens):
             batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group]).to(
                 self.roles.device
             )

@@ -64,8 +64,8 @@ class SupervisedFineTuning(Stage):
 
     def loss_sum(self, batch: Sequences) -> Tensor:
         """Negative log-likelihood summed over the targets, in nats."""
-        hidden = self.roles.hidden("policy", batch)
-        return -self.roles.token_stats("policy", hidden[batch.predicting], batch.target_ids).logprobs.sum()
+        states = self.roles.states("policy", batch, batch.predicting)
+        return -self.roles.token_stats("policy", states, batch.target_ids).logprobs.sum()
 
     def training_step(self, batch: Sequences, index: int) -> None:
         """One optimiser step."""

@@ -1,0 +1,116 @@
+"""Sequences laid end to end in one row, so that nothing is computed on padding.
+
+Attention then goes over one sequence at a time. On a CPU that costs little; a GPU, which would wait for each of the
+many small kernels, is given padded rows of similar length instead (`rlhf.models.sequences.length_buckets`).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf.models.sequences import Sequences, spans
+
+ATTENTION = "rlhf_unpadded"
+TRIED = 4  # tokens of each sequence that a model is tried out on
+CLOSE = {torch.float32: 1e-4}  # of the largest hidden state; a model in lower precision may differ by more:
+CLOSE_IN_LOW_PRECISION = 3e-2
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: list[int] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' sdpa; given the lengths of the sequences in a row, of each of them alone.
+
+    `query`, `key` and `value` are [batch, heads, time, width], the result [batch, time, heads, width].
+    """
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    parts = zip(*(states.split(segments, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def takes_boolean_masks(model: PreTrainedModel) -> bool:
+    """Whether its attention takes a mask [batch, 1, query, key] of what is visible: eager adds it to the scores."""
+    return model.config._attn_implementation in ("sdpa", ATTENTION)
+
+
+def hidden_states(
+    model: PreTrainedModel, batch: Sequences, where: Bool[Tensor, "batch time"]
+) -> Float[Tensor, "marked hidden"]:
+    """Last hidden states of the marked positions, row after row."""
+    time = batch.ids.shape[1]
+    kept = spans(torch.zeros_like(batch.lengths), batch.lengths, time)
+    positions = batch.position_ids
+    if positions is None:
+        positions = torch.arange(time, device=batch.ids.device).expand_as(batch.ids)
+    return _run(model, batch.ids[kept], positions[kept])[where[kept]]
+
+
+def _run(
+    model: PreTrainedModel, ids: Int[Tensor, "tokens"], positions: Int[Tensor, "tokens"]
+) -> Float[Tensor, "tokens hidden"]:
+    starts = (positions == 0).nonzero().squeeze(1)
+    segments = torch.diff(starts, append=starts.new_tensor([len(ids)]))
+    return model.base_model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        # transformers leaves a mask of four dimensions as it is: it would make one of [tokens, tokens] otherwise
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        segments=segments.tolist(),
+        use_cache=False,
+    ).last_hidden_state[0]
+
+
+@torch.no_grad()
+def allow(model: PreTrainedModel) -> bool:
+    """Let a model run so if it can: what is tried out on it is whether a sequence is what it is alone.
+
+    A model whose attention is not sdpa, slides over the text, or is none at all (a state space) is left as it was.
+    """
+    before, training = model.config._attn_implementation, model.training
+    if before == ATTENTION:
+        return True
+    if before != "sdpa":
+        return False
+    model.eval()
+    try:
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation == ATTENTION and not _slides(model) and _isolates(model):
+            return True
+    except (TypeError, ValueError, RuntimeError):  # whatever its code says to arguments it does not know
+        pass
+    finally:
+        model.train(training)
+    model.set_attn_implementation(before)
+    return False
+
+
+def _slides(model: PreTrainedModel) -> bool:
+    """Whether a layer sees only the last tokens: more than are tried out, so it would not be noticed."""
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    return kinds != {"full_attention"} or bool(getattr(model.config, "sliding_window", None))
+
+
+def _isolates(model: PreTrainedModel) -> bool:
+    ids = torch.arange(3 * TRIED, device=model.device) % model.config.vocab_size
+    first, second, other = ids.split(TRIED)
+    positions = torch.arange(TRIED, device=ids.device).repeat(2)
+    alone = model.base_model(input_ids=second[None], use_cache=False).last_hidden_state[0]
+    behind = [_run(model, torch.cat([before, second]), positions)[TRIED:] for before in (first, other)]
+    room = CLOSE.get(alone.dtype, CLOSE_IN_LOW_PRECISION) * alone.abs().max()
+    return all(bool((found - alone).abs().max() <= room) for found in behind)
