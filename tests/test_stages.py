@@ -107,6 +107,21 @@ def test_sft_adapter_trains_alone(folders: SimpleNamespace, tmp_path: Path) -> N
     assert changed(before, stage.roles) == {name for name in before if "lora_B" in name}  # A follows once B is not 0
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("make", "rows"), [(sft_stage, DEMONSTRATIONS), (reward_stage, COMPARISONS)])
+def test_checkpointed_activations_are_made_again(
+    folders: SimpleNamespace, tmp_path: Path, make: Any, rows: list, checkpointed: bool
+) -> None:
+    stage, calls = make(folders, replace(LORA, dropout=0.5), microbatch_tokens=100000), []
+    if checkpointed:
+        stage.roles.checkpoint_activations()
+    assert stage.roles.unpadded  # tried out before the calls are counted
+    projection = stage.roles.trunk("reference").model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(lambda module, *_: calls.append(module.lora_dropout.training))
+    one_step(stage, rows, tmp_path)
+    assert calls == [True] * (2 if checkpointed else 1)
+
+
 def test_encode_pairs_cuts_without_an_eos(folders: SimpleNamespace) -> None:
     prompts, responses = ["w3 w4", "w3 w4", "w3 w4 w5 w6 w7 w8"], ["w9", "w9 w10 w11 w12", "w9 w10"]
     expected = [([3, 4], [9, EOS]), ([3, 4], [9, 10, 11]), ([5, 6, 7, 8], [9])]

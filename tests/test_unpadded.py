@@ -135,6 +135,17 @@ def test_eager_attention_is_left_alone(make_roles: Callable) -> None:
     assert roles.trunk("policy").config._attn_implementation == "eager"
 
 
+def test_trying_it_out_leaves_dropout_as_it_was(make_roles: Callable) -> None:
+    roles = make_roles(dropout=0.5)
+    trained = [module for name, module in roles.named_modules() if "lora_dropout.policy" in name]
+    for module in trained:
+        module.train()
+    assert roles.unpadded
+    assert len(trained) > 4
+    assert all(module.training for module in trained)
+    assert not roles.trunk("policy").training
+
+
 def test_generate_masks_its_padding_as_before() -> None:
     ids = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]])
     options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

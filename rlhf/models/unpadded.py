@@ -82,11 +82,12 @@ def allow(model: PreTrainedModel) -> bool:
 
     A model whose attention is not sdpa, slides over the text, or is none at all (a state space) is left as it was.
     """
-    before, training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
     if before == ATTENTION:
         return True
     if before != "sdpa":
         return False
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         model.set_attn_implementation(ATTENTION)
@@ -95,7 +96,8 @@ def allow(model: PreTrainedModel) -> bool:
     except (TypeError, ValueError, RuntimeError):  # whatever its code says to arguments it does not know
         pass
     finally:
-        model.train(training)
+        for module, training in modes:  # adapters may train in a trunk that does not
+            module.training = training
     model.set_attn_implementation(before)
     return False
 

@@ -64,6 +64,7 @@ class RewardModeling(Stage):
 
     def training_step(self, batch: Sequences, index: int) -> None:
         """One optimiser step."""
+        self.roles.train()
         lr = self.current_lr
 
         def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

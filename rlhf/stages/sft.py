@@ -69,6 +69,7 @@ class SupervisedFineTuning(Stage):
 
     def training_step(self, batch: Sequences, index: int) -> None:
         """One optimiser step."""
+        self.roles.train()
         count = batch.targets_predicted.sum()
         lr = self.current_lr
         result = self.accumulate(self.microbatches(batch), lambda rows: (self.loss_sum(batch.rows(rows)), {}), count)
