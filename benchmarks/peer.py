@@ -52,7 +52,9 @@ CASES = {
     "forced_1": Case("3.7M, 48 tokens, 1 epoch", target="1.5x"),
     "forced_4": Case("3.7M, 48 tokens, 4 epochs", epochs=4, target="1.5x"),
     "natural": Case("3.7M, ending by themselves, at most 96 tokens, 1 epoch", tokens=96, eos=3.55, target="2.5x"),
-    "trunk_head": Case("3.7M, 48 tokens, 1 epoch, ours with ppo.value=trunk_head", ours=("ppo.value=trunk_head",)),
+    "trunk_head": Case(
+        "3.7M, 48 tokens, 1 epoch, ours with ppo.value=trunk_head", ours=("ppo.value=trunk_head",), target="3x"
+    ),
     "large": Case("110M, 48 tokens, 1 epoch", "110M", steps=4, target="2x, memory 0.5x"),
     "toy": Case("toy", "toy", tokens=8, eos=3.0, rounds=1, steps=1, rollouts=16, minibatch=8, prompt=8),
 }

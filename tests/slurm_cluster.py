@@ -18,8 +18,9 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# cred_expire: a job put back may start after so many seconds (120 by default)
-AuthInfo=cred_expire=5,socket={folder}/munge.socket
+# cred_expire: a job put back may start after so many seconds (120 by default): not before a node that died and came
+# back was sent what the controller still had for it, among that "end this job"
+AuthInfo=cred_expire=12,socket={folder}/munge.socket
 CryptoType=crypto/munge
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
