@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -131,8 +132,9 @@ class Turns:
         assert self.process.stdin
         assert self.process.stdout
         if self.waiting:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
+            with suppress(BrokenPipeError):  # it was ended while it waited: `_fail` says so
+                self.process.stdin.write("\n")
+                self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith('{"kind"'):  # whatever else it prints is left out
                 row = json.loads(line)
@@ -140,7 +142,6 @@ class Turns:
                     self.waiting = True
                     return True
                 self.rows.append(row)
-        self.waiting = False
         return False
 
     def _fail(self, how: str) -> NoReturn:

@@ -17,8 +17,7 @@ from rlhf.models.sequences import Sequences, spans
 
 ATTENTION = "rlhf_unpadded"
 TRIED = 4  # tokens of each sequence that a model is tried out on
-CLOSE = {torch.float32: 1e-4}  # of the largest hidden state; a model in lower precision may differ by more:
-CLOSE_IN_LOW_PRECISION = 3e-2
+CLOSE, CLOSE_IN_16_BITS = 1e-4, 3e-2  # how far its states may be from those alone, of the largest
 
 
 def attention(
@@ -114,5 +113,5 @@ def _isolates(model: PreTrainedModel) -> bool:
     positions = torch.arange(TRIED, device=ids.device).repeat(2)
     alone = model.base_model(input_ids=second[None], use_cache=False).last_hidden_state[0]
     behind = [_run(model, torch.cat([before, second]), positions)[TRIED:] for before in (first, other)]
-    room = CLOSE.get(alone.dtype, CLOSE_IN_LOW_PRECISION) * alone.abs().max()
+    room = (CLOSE if alone.dtype.itemsize > 2 else CLOSE_IN_16_BITS) * alone.abs().max()
     return all(bool((found - alone).abs().max() <= room) for found in behind)
