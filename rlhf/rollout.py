@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.models.decoding import FixedStep, GrowingStep
+from rlhf.models.decoding import CompiledStep, FixedStep, GrowingStep
 from rlhf.models.kv_cache import BufferCache
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
@@ -103,7 +103,7 @@ def rollout(
     parts: list[tuple[list[int], Generated]] = []
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
-        with roles.uncompiled():
+        with roles.plain_blocks():
             part = engine.generate(roles, role, [encoded[i] for i in rows], limit, temperature, generator)
         for i, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
             responses[i] = ids[:length]
@@ -186,6 +186,8 @@ class NativeEngine:
             forward = GrowingStep(model, cache, visible)
             if self.fixed and takes_boolean_masks(model):
                 forward = FixedStep(model, cache, visible, capture=device.type == "cuda")
+            elif roles.compiled and takes_boolean_masks(model):
+                forward = CompiledStep(model, cache, visible, roles.compiled)
             for step in range(max_new_tokens):
                 logits = model.get_output_embeddings()(last).float()
                 token, logprob = _choose(logits, temperature, draws[alive, step], self.capture)

@@ -123,7 +123,7 @@ def test_a_model_that_loses_the_lengths_on_the_way_is_found_out(monkeypatch: pyt
     model = small("llama")
     layer = model.model.layers[1].self_attn
     forward = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda *args, segments=None, **options: forward(*args, **options))
+    monkeypatch.setattr(layer, "forward", lambda *args, bounds=None, **options: forward(*args, **options))
     assert not unpadded.allow(model)
     assert model.config._attn_implementation == "sdpa"
     assert not model.training

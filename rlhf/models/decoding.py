@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,6 +46,55 @@ class GrowingStep:
         """Drop all rows but these."""
         self.cache.keep(rows)
         self.visible = self.visible[rows]
+
+
+class CompiledStep(GrowingStep):
+    """As `GrowingStep`, compiled as a whole, once for any number of rows and any place. Only for sdpa attention.
+
+    `compiled` are the options of torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: BufferCache,
+        visible: Bool[Tensor, "batch 1 1 capacity"],
+        compiled: dict[str, Any],
+    ):
+        super().__init__(model, cache, visible)
+        self.run = torch.compile(_step, **compiled)
+
+    def __call__(
+        self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
+    ) -> Float[Tensor, "batch hidden"]:
+        """As `GrowingStep`."""
+        end = place + 1
+        buffers = [(layer.keys[:, :, :end], layer.values[:, :, :end]) for layer in self.cache.layers]
+        where = token.new_tensor([place])
+        return self.run(self.model, token[:, None], positions[:, None], self.visible[..., :end], buffers, where)
+
+    def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
+        """Those that are not done; with a last one another, since one row would be compiled anew."""
+        left = super().remaining(done)
+        return torch.cat([left, done.nonzero().squeeze(1)[:1]]) if len(left) == 1 else left
+
+
+def _step(
+    model: PreTrainedModel,
+    token: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    buffers: list[tuple[Tensor, Tensor]],
+    place: Tensor,
+) -> Tensor:
+    """A function of tensors, in which the compiler finds no number that changes from step to step."""
+    return model.base_model(
+        input_ids=token,
+        attention_mask=visible,
+        position_ids=positions,
+        past_key_values=BufferCache.of(buffers, place),
+        use_cache=True,
+    ).last_hidden_state[:, -1]
 
 
 class FixedStep(GrowingStep):

@@ -1,5 +1,7 @@
 """A preallocated key/value cache whose rows can be dropped: what the native engine decodes with."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -67,6 +69,14 @@ class BufferCache(Cache):
 
     def __init__(self, layers: int, capacity: int):
         super().__init__(layers=[_BufferLayer(capacity) for _ in range(layers)])
+
+    @classmethod
+    def of(cls, buffers: Sequence[tuple[Tensor, Tensor]], place: Tensor) -> "BufferCache":
+        """One over the keys and values [batch, heads, time, width] of each layer that are there, fixed at `place`."""
+        cache = cls(len(buffers), buffers[0][0].shape[2])
+        for layer, (keys, values) in zip(cache.layers, buffers, strict=True):
+            layer.keys, layer.values, layer.place, layer.is_initialized = keys, values, place, True
+        return cache
 
     @torch.no_grad()
     def fix(self, place: Tensor) -> None:

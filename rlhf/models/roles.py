@@ -47,7 +47,8 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
         self.table = {"reference": Role("base", None)}
         self.compute_dtype = compute_dtype
-        self._compiled: list[nn.Module] = []
+        self.compiled: dict[str, Any] | None = None  # how torch.compile was called, if it was
+        self._blocks: list[nn.Module] = []  # the compiled ones
         self.sharded = False  # whether the base is spread over processes (`rlhf.models.sharding`)
         self._layers: dict[str, list[LoraLayer]] = {"base": []}
         self._unpadded: dict[str, bool] = {}  # of the trunks that were tried out
@@ -146,32 +147,38 @@ class Roles(nn.Module):
                 return nullcontext(), _switched(layers, None if off else layers[0]._active_adapter[0])
 
             trunk.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # type: ignore[operator]
+            for block in trunk.modules():
+                if (checkpoint := getattr(block, "_gradient_checkpointing_func", None)) is not None:
+                    # the compiler, which would take it in, knows no `contexts`: such updates are not compiled
+                    block._gradient_checkpointing_func = torch.compiler.disable(checkpoint)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Have torch.compile fuse what lies between the matrix products of every trunk's blocks.
+        """Have torch.compile fuse what lies between the matrix products: of every trunk's blocks, and of decoding.
 
         Raises:
             ModelError: a model does not say what its blocks are.
         """
+        _ = self.unpadded  # tried out before, since it changes what is compiled
+        self.compiled = {"backend": backend, "dynamic": True}
         for trunk in self.trunks.values():
             blocks = blocks_of(trunk)
             if not blocks:
                 name = type(trunk).__name__
                 raise ModelError(f"model.compile=true: {name} does not say what its blocks are; allowed: false")
             for block in blocks:
-                block.compile(backend=backend, dynamic=True)
-            self._compiled += blocks
+                block.compile(**self.compiled)
+            self._blocks += blocks
 
     @contextmanager
-    def uncompiled(self) -> Iterator[None]:
-        """Blocks as they were, for decoding: its cache grows by a token a step, and each would be compiled anew."""
-        calls = [block._compiled_call_impl for block in self._compiled]
-        for block in self._compiled:
+    def plain_blocks(self) -> Iterator[None]:
+        """Blocks as they were, for what runs once at its shapes, or is compiled as a whole (`CompiledStep`)."""
+        calls = [block._compiled_call_impl for block in self._blocks]
+        for block in self._blocks:
             block._compiled_call_impl = None
         try:
             yield
         finally:
-            for block, call in zip(self._compiled, calls, strict=True):
+            for block, call in zip(self._blocks, calls, strict=True):
                 block._compiled_call_impl = call
 
     @contextmanager
@@ -227,19 +234,19 @@ class Roles(nn.Module):
             ).last_hidden_state
 
     def states(self, role: str, batch: Sequences, where: Bool[Tensor, "batch time"]) -> Float[Tensor, "marked hidden"]:
-        """Last hidden states of the marked positions, row after row: without a pass over padding where that pays."""
-        if not (batch.ragged and self.unpadded):
+        """Last hidden states of the marked positions, row after row: without a pass over padding where that pays.
+
+        Compiled blocks see rows of one length end to end as well: they would be compiled once more for [rows, time].
+        """
+        if not ((batch.ragged or self.compiled) and self.unpadded):
             return self.hidden(role, batch)[where]
         with self.acting(role) as model, self.autocast():
             return unpadded.hidden_states(model, batch, where)
 
     @property
     def unpadded(self) -> bool:
-        """Whether rows of different lengths go through the trunks end to end: on a CPU, if all of them allow it.
-
-        Not where blocks are compiled: attention to one sequence at a time would cut each into pieces, which cost more.
-        """
-        if self.sharded or self._compiled or self.device.type != "cpu":
+        """Whether rows of different lengths go through the trunks end to end: on a CPU, if all of them allow it."""
+        if self.sharded or self.device.type != "cpu":
             return False
         for name in self.trunks.keys() - self._unpadded.keys():
             with _switched(self._layers[name], None):

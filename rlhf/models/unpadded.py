@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.isolated_attention import isolated_attention
 from rlhf.models.sequences import Sequences, spans
 
 ATTENTION = "rlhf_unpadded"
@@ -26,17 +27,22 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    segments: list[int] | None = None,
+    bounds: Tensor | None = None,
+    scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' sdpa; given the lengths of the sequences in a row, of each of them alone.
+    """As transformers' sdpa; given where the sequences in a row begin and end, of each of them alone.
 
     `query`, `key` and `value` are [batch, heads, time, width], the result [batch, time, heads, width].
     """
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    parts = zip(*(states.split(segments, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
+    if bounds is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    assert not options.get("dropout"), "a base's dropout is switched off when it is loaded"
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return isolated_attention(query, key, value, bounds, scale), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -64,13 +70,12 @@ def _run(
     model: PreTrainedModel, ids: Int[Tensor, "tokens"], positions: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "tokens hidden"]:
     starts = (positions == 0).nonzero().squeeze(1)
-    segments = torch.diff(starts, append=starts.new_tensor([len(ids)]))
     return model.base_model(
         input_ids=ids[None],
         position_ids=positions[None],
         # transformers leaves a mask of four dimensions as it is: it would make one of [tokens, tokens] otherwise
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        segments=segments.tolist(),
+        bounds=torch.cat([starts, starts.new_tensor([len(ids)])]),
         use_cache=False,
     ).last_hidden_state[0]
 

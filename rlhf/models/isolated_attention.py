@@ -1,0 +1,101 @@
+"""Causal attention over each of several sequences in a row alone, as one operator: `isolated_attention`.
+
+The compiler and the backward pass then see one step where there are as many as there are sequences. What computes is
+torch's own attention for the CPU; sequences of one length that stand side by side go through it as a batch.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def isolated_attention(
+    query: Float[Tensor, "1 heads time width"],
+    key: Float[Tensor, "1 heads time width"],
+    value: Float[Tensor, "1 heads time width"],
+    bounds: Int[Tensor, "bounds"],
+    scale: float,
+) -> Float[Tensor, "1 time heads width"]:
+    """softmax(scale · query keyᵀ) value among the tokens of a sequence up to each; differentiable.
+
+    `bounds` are where each sequence begins and the last one ends: 0, …, time.
+    """
+    return _attend(*(x.transpose(1, 2) for x in (query, key, value)), bounds, scale)[0]
+
+
+@torch.library.custom_op("rlhf::attend", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The result [1, time, heads, width] and the log-sum-exps of the scores [1, time, heads], from states like it."""
+    batches = _batches(bounds)
+    inputs = zip(*(_cut(x, batches) for x in (query, key, value)), strict=True)
+    parts = zip(*(_FORWARD(*states, 0.0, True, scale=scale) for states in inputs), strict=True)
+    out, sums = (_join(part) for part in parts)
+    return out, sums
+
+
+@torch.library.custom_op("rlhf::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, bounds: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batches = _batches(bounds)
+    inputs = zip(*(_cut(x, batches) for x in (grad, query, key, value, out, sums)), strict=True)
+    parts = zip(*(_BACKWARD(*states, 0.0, True, scale=scale) for states in inputs), strict=True)
+    by_query, by_key, by_value = (_join(part) for part in parts)
+    return by_query, by_key, by_value
+
+
+def _batches(bounds: Tensor) -> list[tuple[int, int]]:
+    """(count, length) of each run of sequences of one length."""
+    values, counts = torch.unique_consecutive(bounds.diff(), return_counts=True)
+    return list(zip(counts.tolist(), values.tolist(), strict=True))
+
+
+def _cut(states: Tensor, batches: list[tuple[int, int]]) -> list[Tensor]:
+    """[1, time, heads, ...] as views [count, heads, length, ...] of a run each."""
+    parts = states.split([count * length for count, length in batches], dim=1)
+    return [
+        (part if count == 1 else part[0].unflatten(0, (count, length))).transpose(1, 2)
+        for part, (count, length) in zip(parts, batches, strict=True)
+    ]
+
+
+def _join(parts: tuple[Tensor, ...]) -> Tensor:
+    """The way back."""
+    rows = [part.transpose(1, 2) for part in parts]
+    rows = [row if len(row) == 1 else row.flatten(0, 1)[None] for row in rows]
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0].contiguous()
+
+
+def _like(states: Tensor) -> Tensor:
+    return torch.empty_like(states, memory_format=torch.contiguous_format)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _like(query), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, bounds: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(query), _like(key), _like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *states, bounds, ctx.scale = inputs
+    ctx.save_for_backward(*states, *output, bounds)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, out, sums, bounds = ctx.saved_tensors
+    return *_attend_backward(grad, query, key, value, out, sums, bounds, ctx.scale), None, None
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
