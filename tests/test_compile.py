@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import gradients, make_ppo, ppo_settings, train
+from harness import PROMPTS, gradients, make_ppo, ppo_settings, train
 from tiny_runs import sentence
 from torch._dynamo.utils import counters
 
+from rlhf.rollout import rollout
 from rlhf.stages.ppo import PPO
 
 
@@ -28,8 +29,8 @@ def _compare(_: int, options: dict, backend: str, checkpointing: bool, folders: 
     expected, theirs = updates(plain, folder / "plain")
     assert not counters["stats"]
     lines, ours = updates(compiled, folder / "compiled")
-    # scoring, the policy's update, the value function's (of each the first block, whose input has no gradient): one
-    # more for each text's length, block or role would be many
+    # scoring, the policy's update, the value function's (of each the first block, whose input has no gradient) and
+    # decoding: one more for each text's length, block or role would be many
     assert 3 <= counters["stats"]["unique_graphs"] <= 9
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
@@ -52,6 +53,33 @@ def test_the_same_updates(
 ) -> None:
     """In a process of its own, without the checks of shapes, which the compiler cannot see through."""
     torch.multiprocessing.spawn(_compare, (options, backend, checkpointing, folders, tmp_path))
+
+
+def _decode(_: int, folders: SimpleNamespace, folder: Path) -> None:
+    settings = ppo_settings()
+    stage = make_ppo(settings, folders, folder)
+    roles, sampled = stage.roles, []
+    roles.compile_blocks("eager")
+    for compiled in (roles.compiled, None) * 2:
+        roles.compiled = compiled
+        seeded = torch.Generator().manual_seed(len(sampled) // 2)
+        sampled.append(rollout(stage.engine, roles, "policy", stage.tokenizer, PROMPTS, settings.generation, seeded))
+        if len(sampled) == 2:  # another adapter, merged into the weights at another place
+            for parameter in roles.adapter_parameters("base", "policy").values():
+                parameter.data.add_(0.05)
+    assert sampled[0].responses != sampled[2].responses
+    for ours, plain in (sampled[:2], sampled[2:]):
+        assert len(set(ours.mask.sum(1).tolist())) > 3  # rows were dropped on the way
+        assert ours.responses == plain.responses
+        torch.testing.assert_close(ours.logprobs, plain.logprobs, rtol=1e-4, atol=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.long
+def test_the_same_tokens(folders: SimpleNamespace, tmp_path: Path) -> None:
+    """Decoding as one program for all batch sizes and places, whatever is merged into the weights."""
+    torch.multiprocessing.spawn(_decode, (folders, tmp_path))
 
 
 def test_what_cannot_be_compiled(command: Callable) -> None:

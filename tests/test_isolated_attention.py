@@ -1,0 +1,52 @@
+"""Attention over each sequence in a row alone, against torch's over each by itself."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rlhf.models import isolated_attention as module
+from rlhf.models.isolated_attention import isolated_attention
+
+SCALE = 0.3
+
+
+def states(time: int, heads: int = 2, width: int = 8, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query, key and value [1, heads, time, width] as projections leave them in memory."""
+    generator = torch.Generator().manual_seed(time)
+    made = torch.randn(3, 1, time, heads, width, generator=generator, dtype=dtype).transpose(2, 3)
+    return [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in made]
+
+
+def bounds_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([scaled_dot_product_attention(*part, is_causal=True, scale=SCALE) for part in parts], dim=2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from([1, 1, 2, 3, 3, 3, 17]), min_size=1, max_size=8))
+def test_each_sequence_is_what_it_is_alone(lengths: list[int]) -> None:
+    """Runs of equal lengths, which go as a batch, and others; values and all three gradients."""
+    inputs = states(sum(lengths))
+    out = isolated_attention(*inputs, bounds_of(lengths), SCALE)
+    expected = one_by_one(*inputs, lengths).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    ours, theirs = (torch.autograd.grad(x.sin().sum(), inputs) for x in (out, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [5], [3, 3, 7, 1]])
+def test_what_the_compiler_is_told_of_it_is_true(lengths: list[int], dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides of the results and of the gradients, and that nothing is changed in place."""
+    inputs = [x.detach().transpose(1, 2).requires_grad_() for x in states(sum(lengths), dtype=dtype)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    close = {} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.library.opcheck(module._attend, (*inputs, bounds_of(lengths), SCALE), test_utils=tests, **close)
