@@ -52,6 +52,18 @@ def test_states_and_gradients_are_those_of_padded_rows(
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_under_autocast(make_roles: Callable, make_texts: Callable, base: torch.dtype) -> None:
+    roles, batch = make_roles().to(base), make_texts(9, seed=1)
+    roles.compute_dtype = torch.bfloat16
+    assert roles.unpadded
+    with torch.no_grad():
+        ours = roles.states("policy", batch, batch.predicting)
+        padded = roles.hidden("policy", batch)[batch.predicting]
+    assert ours.dtype == padded.dtype
+    torch.testing.assert_close(ours, padded, rtol=0.1, atol=0.1)
+
+
 def test_the_last_token_is_scored(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch = make_roles(), make_texts(7, seed=3)
     with torch.no_grad():

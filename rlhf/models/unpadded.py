@@ -41,6 +41,7 @@ def attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast does so for sdpa; positions may be in float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return isolated_attention(query, key, value, bounds, scale), None
 
