@@ -30,17 +30,16 @@ class GrowingStep:
     ) -> Float[Tensor, "batch hidden"]:
         """The hidden states after each row's `token`, which is put at `place` of the cache."""
         mask = self.visible[..., : place + 1]
-        return self.model.base_model(
-            input_ids=token[:, None],
-            attention_mask=mask if takes_boolean_masks(self.model) else mask[:, 0, 0],
-            position_ids=positions[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        mask = mask if takes_boolean_masks(self.model) else mask[:, 0, 0]
+        return _forward(self.model, token[:, None], positions[:, None], mask, self.cache)
 
     def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
-        """The rows worth going on with; none once all are done."""
-        return (~done).nonzero().squeeze(1)
+        """The rows worth going on with, filled up with others to a batch of `size`; none once all are done."""
+        return done.argsort(stable=True)[: self.size(int((~done).sum()))]
+
+    def size(self, left: int) -> int:
+        """How large a batch to go on with when `left` rows are not done."""
+        return left
 
     def keep(self, rows: Int[Tensor, "rows"]) -> None:
         """Drop all rows but these."""
@@ -73,10 +72,9 @@ class CompiledStep(GrowingStep):
         where = token.new_tensor([place])
         return self.run(self.model, token[:, None], positions[:, None], self.visible[..., :end], buffers, where)
 
-    def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
-        """Those that are not done; with a last one another, since one row would be compiled anew."""
-        left = super().remaining(done)
-        return torch.cat([left, done.nonzero().squeeze(1)[:1]]) if len(left) == 1 else left
+    def size(self, left: int) -> int:
+        """Not one row, which would be compiled anew."""
+        return 2 if left == 1 else left
 
 
 def _step(
@@ -88,12 +86,13 @@ def _step(
     place: Tensor,
 ) -> Tensor:
     """A function of tensors, in which the compiler finds no number that changes from step to step."""
+    return _forward(model, token, positions, visible, BufferCache.of(buffers, place))
+
+
+def _forward(model: PreTrainedModel, token: Tensor, positions: Tensor, mask: Tensor, cache: BufferCache) -> Tensor:
+    """Hidden states [rows, hidden] after a token [rows, 1] of each row."""
     return model.base_model(
-        input_ids=token,
-        attention_mask=visible,
-        position_ids=positions,
-        past_key_values=BufferCache.of(buffers, place),
-        use_cache=True,
+        input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, -1]
 
 
@@ -133,19 +132,11 @@ class FixedStep(GrowingStep):
     def step(self) -> Float[Tensor, "batch hidden"]:
         """A function of the buffers alone; done twice it is the same."""
         self.visible.index_fill_(-1, self.place, True)
-        return self.model.base_model(
-            input_ids=self.token,
-            attention_mask=self.visible,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        return _forward(self.model, self.token, self.positions, self.visible, self.cache)
 
-    def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
-        """Those that are not done, filled up with others to a power of two."""
-        left = super().remaining(done)
-        size = 1 << (len(left) - 1).bit_length() if len(left) else 0
-        return torch.cat([left, done.nonzero().squeeze(1)])[:size]
+    def size(self, left: int) -> int:
+        """A power of two."""
+        return 1 << (left - 1).bit_length() if left else 0
 
     def keep(self, rows: Int[Tensor, "rows"]) -> None:
         """Drop all rows but these, which are captured anew."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.isolated_attention import isolated_attention
@@ -39,8 +39,7 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert not options.get("dropout"), "a base's dropout is switched off when it is loaded"
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast does so for sdpa; positions may be in float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return isolated_attention(query, key, value, bounds, scale), None
