@@ -1,7 +1,5 @@
 """Stages that others need, built once and shared: `<outputs>/cache/<stage>-<digest of all that determines it>`."""
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -13,41 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rlhf import parallel
+from rlhf import earlier, parallel
 from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, read_json, tidy, write_json
 from rlhf.tracking import read_summary
 
 log = logging.getLogger(__name__)
-PACKAGE = Path(__file__).parent
 WAIT_MESSAGE_SECONDS = 30
-
-
-def digest(determinants: dict[str, Any], modules: tuple[str, ...]) -> str:
-    """Twelve hex digits of the configuration, the local files it names, and the source code of the modules used."""
-    code = hashlib.sha256()
-    for module in modules:
-        path = PACKAGE / module
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            code.update(file.read_bytes())
-    content = {"config": determinants, "files": sorted(_files_in(determinants)), "code": code.hexdigest()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _files_in(node: Any, root: str = ".") -> Iterator[tuple[str, int, int]]:
-    """(path, size, time of change) of every local file that a configuration names; folders count their files."""
-    if isinstance(node, dict):
-        root = str(node.get("root") or root)
-        for value in node.values():
-            yield from _files_in(value, root)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _files_in(value, root)
-    elif isinstance(node, str) and 0 < len(node) < 1024:
-        path = Path(root, node.partition("[")[0]).expanduser()
-        for file in sorted(path.iterdir()) if path.is_dir() and node not in (root, ".") else [path]:
-            if file.is_file():
-                stat = file.stat()
-                yield str(file), stat.st_size, stat.st_mtime_ns
 
 
 def register_run(outputs: Path, identity: str, folder: Path) -> None:
@@ -64,9 +33,12 @@ def find_run(outputs: Path, identity: str) -> Path | None:
     pointer = _pointer(outputs, identity)
     if not pointer.exists():
         return None
-    folder = (pointer.parent / read_json(pointer)["folder"]).resolve()
-    summary = read_summary(folder) if folder.is_dir() else None
-    return folder if summary is not None and summary.get("identity") == identity else None
+    noted = (pointer.parent / read_json(pointer)["folder"]).resolve()
+    for folder in (noted, earlier.place(noted, identity)):  # there, or moved aside since
+        summary = read_summary(folder) if folder.is_dir() else None
+        if summary is not None and summary.get("identity") == identity:
+            return folder
+    return None
 
 
 def _pointer(outputs: Path, identity: str) -> Path:

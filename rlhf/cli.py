@@ -8,7 +8,6 @@ mistakes with a traceback.
 
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import traceback
@@ -23,10 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from rlhf import resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
+from rlhf import earlier, resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
 from rlhf.explaining import explain
 from rlhf.failures import of_the_machine
-from rlhf.files import BEST_MODEL, BUDGET, FAILED, MODEL, OUTCOME, SUMMARY, read_json, tidy, write_json
+from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
 from rlhf.slurm import is_first_process
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 STOPPED = 3
+Result = float | list[float] | dict[str, Any] | None
 ROWS = {
     "eval/win_rate": ("win rate against the reference (%)", 100),
     "eval/win_rate_se": ("  its standard error", 100),
@@ -53,8 +53,11 @@ ROWS = {
 
 
 @hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
-def app(config: DictConfig) -> float | list[float] | None:
-    """One job: returns what a sweeper optimises, the final values of `objectives` or else the win rate."""
+def app(config: DictConfig) -> Result:
+    """One job: returns what a sweeper optimises, the final values of `objectives` or else the win rate.
+
+    A dry run of a sweep returns what it would do instead.
+    """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     sweeping = hydra_config.mode == RunMode.MULTIRUN
@@ -63,7 +66,7 @@ def app(config: DictConfig) -> float | list[float] | None:
     return attempt(config, folder, sweeping)
 
 
-def attempt(config: DictConfig, folder: Path, sweeping: bool) -> float | list[float] | None:
+def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     """`job`, its failure told as one sentence and an exit code, or, in a sweep, noted in the run's folder."""
     try:
         return job(config, folder, sweeping)
@@ -90,7 +93,7 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> float | list[fl
         raise
 
 
-def job(config: DictConfig, folder: Path, sweeping: bool) -> float | list[float] | None:
+def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     """Check, run, summarise one composed configuration."""
     # imported here so that completion, --help and composition errors do not wait for torch
     from rlhf import cache, parallel
@@ -111,13 +114,17 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | list[float]
     overrides = naming(HydraConfig.get().overrides.task, how.exclude_keys)
     run = Run(config, settings, source, folder, overrides, progress=not sweeping)
     if config.dry_run:
-        _list(describe(run), overrides) if sweeping else print(OmegaConf.to_yaml(describe(run)))
-        return None
+        described = describe(run)
+        if not sweeping:
+            print(OmegaConf.to_yaml(described))
+            return None
+        _list(described, overrides)
+        return described
     if processes > 1 and parallel.environment() is None:
         summary = _launch(run, processes)
     else:
         with parallel.joined(), cache.locked(folder / ".lock", f"another process works in {folder}"):
-            summary = _finish(run, config.resume)
+            summary = _run_or_reuse(run, config.resume)
     if not is_first_process() or parallel.PARENT in os.environ:  # who started us will say it
         return None
     if sweeping:
@@ -128,27 +135,39 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> float | list[float]
     return result(summary["metrics"], objectives)
 
 
-def _finish(run: "Run", resume: str) -> dict[str, Any]:
+def _run_or_reuse(run: "Run", resume: str) -> dict[str, Any]:
     """The run's summary: found, taken over, or made."""
     from rlhf import cache, parallel
     from rlhf.preview import check_memory, keep_budget, settle_budget
 
     folder = run.folder
     found = parallel.from_first(run.finished) if resume != "never" else None
-    if found == folder:
+    if found is None:
+        if run.config.stage.name in ("ppo", "evaluate"):
+            settle_budget(run, fresh=resume == "never", jobs=parallel_jobs(HydraConfig.get().launcher))
+        if run.config.stage.name == "ppo":
+            check_memory(run)
+    parallel.from_first(lambda: _make_room(run, resume))
+    if found in (folder, earlier.place(folder, run.identity)):
         parallel.from_first(lambda: cache.register_run(run.outputs, run.identity, folder))
         log.info("%s is finished already; resume=never would start over", folder)
         return read_json(folder / SUMMARY)
     if found is not None:
         log.info("%s is the same run as %s and taken over from it", folder.name, found)
         return parallel.from_first(lambda: cache.take_over(found, folder, run.plain, run.overrides))
-    if run.config.stage.name in ("ppo", "evaluate"):
-        settle_budget(run, fresh=resume == "never", jobs=parallel_jobs(HydraConfig.get().launcher))
-    if run.config.stage.name == "ppo":
-        check_memory(run)
-    parallel.from_first(lambda: _prepare(folder, run.identity, resume))
+    parallel.from_first(lambda: earlier.note(folder, run.identity, run.plain, run.overrides))
     parallel.from_first(lambda: keep_budget(run))
     return run.run()
+
+
+def _make_room(run: "Run", resume: str) -> None:
+    """Move a run of another configuration aside, or bring this one back from there; see `rlhf.earlier`."""
+    tidy(run.folder)
+    present = earlier.identity_of(run.folder)
+    known = present in (None, run.identity) or earlier.place(run.folder, run.identity).is_dir()
+    if resume == "must" and not known:
+        raise ConfigError(f"resume=must, but {run.folder} holds a run of another configuration; allowed: resume=auto")
+    earlier.settle(run.folder, run.identity, run.outputs, resume == "never", run.present)
 
 
 def _launch(run: "Run", processes: int) -> dict[str, Any]:
@@ -183,6 +202,8 @@ def _list(description: dict[str, Any], overrides: list[str]) -> None:
         f"  {description['memory'].partition(' (')[0]}" if description["memory"] and not description["done"] else ""
     )
     print(f"{state}  {' '.join(overrides)}{memory}{same}")
+    if description["moves_aside"]:
+        print(f"         {description['moves_aside']}")
 
 
 def show(summary: dict[str, Any], folder: Path) -> None:
@@ -229,27 +250,6 @@ def _leave(error: Exception) -> None:
         if sentence:
             print(f"rlhf: {sentence}", file=sys.stderr)
             raise SystemExit(code) from None
-
-
-def _prepare(folder: Path, identity: str, resume: str) -> None:
-    """Keep what an unfinished run of this identity left, unless it is not wanted; clear away any other run's."""
-    tidy(folder)
-    note = folder / "identity.json"
-    other = note.exists() and read_json(note) != identity
-    if other and resume == "must":
-        raise ConfigError(f"resume=must, but {folder} holds a run of another configuration; allowed: resume=auto")
-    if other:
-        log.warning("%s holds a run of another configuration or other data: starting over", folder)
-    if other or resume == "never":
-        _start_over(folder)
-    write_json(note, identity)
-
-
-def _start_over(folder: Path) -> None:
-    for name in (SUMMARY, BUDGET, "metrics.csv", *OUTCOME):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", MODEL, BEST_MODEL, "inspect"):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def quieten() -> None:

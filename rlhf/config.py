@@ -20,11 +20,34 @@ from rlhf import root
 from rlhf.capabilities import check_processes, check_vllm
 from rlhf.data.records import DataError, DataSource
 from rlhf.evaluation.evaluate import logged
+from rlhf.identity import HARMLESS, LIGHTNING
 from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, is_quantized, typed
 
 # groups that name a class by `_target_`
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
+# keys of Lightning's trainer for which the stages have keys of their own: (theirs, ours)
+INSTEAD = (
+    (("max_epochs", "min_epochs"), "sft.epochs, reward.epochs and ppo.steps"),
+    (
+        ("max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches"),
+        "sft.max_steps, reward.max_steps and ppo.steps",
+    ),
+    (("fast_dev_run", "barebones"), "debug=quick"),
+    (
+        ("limit_val_batches", "num_sanity_val_steps"),
+        "sft.validation_size, reward.validation_size and evaluation.prompts",
+    ),
+    (("val_check_interval", "check_val_every_n_epoch"), "ppo.eval_every"),
+    (("accumulate_grad_batches",), "sft.microbatch_tokens, reward.microbatch_tokens and ppo.microbatch_tokens"),
+    (
+        ("gradient_clip_val", "gradient_clip_algorithm"),
+        "sft.max_grad_norm, reward.max_grad_norm and ppo.max_grad_norm",
+    ),
+    (("precision",), "model.dtype"),
+    (("logger",), "logger=csv, tensorboard or wandb"),
+    (("enable_checkpointing",), "sft.checkpoint_every, reward.checkpoint_every and ppo.checkpoint_every"),
+)
 # what a signature may ask for → what is taken for it, and its name
 NUMBERS: dict[Any, tuple[Any, str]] = {
     int: (int, "a whole number"),
@@ -153,9 +176,10 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     if quantized and settings.ppo.value == "full" and config.stage.name == "ppo":
         raise ConfigError("ppo.value=full trains a model of its own, which quantization forbids; allowed: adapter")
     simulated = _check_preferences(config, source)
-    for key in ("scorer", "judge"):
-        _check_needs(config, key, source, simulated)
+    check_trainer(config)
     if config.stage.name in ("ppo", "evaluate"):
+        for key in ("scorer", "judge"):
+            _check_needs(config, key, source, simulated)
         _check_own(config, "judge")
         _check_own(config, "evaluation.factscore")
         best_metric(config, settings, source)
@@ -178,6 +202,21 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     instantiate(config.kl, "kl")
     if hasattr(source, "check"):
         source.check()
+
+
+def check_trainer(config: DictConfig) -> None:
+    """Refuse what would change how long or in which precision a stage trains behind its settings' back.
+
+    Raises:
+        ConfigError: a key of Lightning's trainer that the stages do not heed, or that they set themselves.
+    """
+    if config.trainer._target_ not in LIGHTNING:
+        return  # a class of the user's own: its keys are part of what a result is known by
+    for key in config.trainer:
+        if str(key) not in HARMLESS:
+            harmless = ", ".join(f"trainer.{name}" for name in sorted(HARMLESS - {"_target_"}))
+            instead = next((ours for theirs, ours in INSTEAD if key in theirs), harmless)
+            raise ConfigError(f"trainer.{key} would change what is trained unnoticed; allowed: {instead}")
 
 
 def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:

@@ -15,6 +15,7 @@ LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON ob
 BUDGET = "budget.json"  # of a run: what ppo.microbatch_tokens=auto came to, and for which run
 MODEL, BEST_MODEL = "model", "model_best"  # of a run: its last policy, and the best where that is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
+EARLIER = "earlier"  # in a run's folder: runs of other configurations that had the same name
 OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # what a run tells, beside its summary and models
 
 
@@ -83,3 +84,12 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield line, json.loads(line)
             except json.JSONDecodeError:  # a full disk, or another hand
                 log.warning("%s, line %d: not JSON, left out", path, number)
+
+
+def content_digest(path: Path, known: Path | None = None) -> str:
+    """Placeholder."""
+    import hashlib
+
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    digests = [(file.name if path.is_dir() else "", hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import cache, parallel, tracking
+from rlhf import cache, earlier, identity, parallel, tracking
 from rlhf.allocation import keep_freed_memory
 from rlhf.building import Builder, records, short_enough
 from rlhf.checkpoints import Best, StepCheckpoints
 from rlhf.config import best_metric, instantiate, needs, target_class
 from rlhf.dashboards import Dashboard
-from rlhf.data.records import DataSource, Prompt
+from rlhf.data.records import SPLITS, DataSource, Prompt, Split
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore
@@ -42,14 +42,11 @@ from rlhf.training import train_ppo
 
 log = logging.getLogger(__name__)
 Build = Callable[[Path], None]
-SFT_CODE = ("data", "models", "settings.py", "rollout.py", "stages/base.py", "stages/sft.py")
-REWARD_CODE = (*SFT_CODE, "stages/reward.py")
-PREFERENCES_CODE = (
-    *SFT_CODE,
-    "vllm_engine.py",
-    *(f"evaluation/{name}.py" for name in ("preferences", "judges", "llm_pool", "prompts")),
-)
-# of `preferences` the name of the reward model tells, where there is one
+# The code that decides what is cached: these modules and all of ours that they import (`identity.code_of`).
+SFT_CODE = ("rlhf.stages.sft", "rlhf.models.assembly")
+REWARD_CODE = (*SFT_CODE, "rlhf.stages.reward")
+PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout", "rlhf.vllm_engine", "rlhf.evaluation.preferences")
+# Keys that name, place or show a run. Of `preferences` the name of the reward model tells, where there is one.
 NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards", "objectives",
                 "preferences")  # fmt: skip
 
@@ -81,7 +78,7 @@ class Run:
     @cached_property
     def sft_folder(self) -> Path:
         """Where the SFT model of this configuration is, or will be."""
-        return self._cached("sft", {}, SFT_CODE)
+        return self._cached("sft", {}, SFT_CODE, ("sft", "sft_validation"))
 
     @cached_property
     def reward_folder(self) -> Path:
@@ -89,7 +86,7 @@ class Run:
         upstream = {"sft_model": self.sft_folder.name}
         if self.preferences_folder:
             upstream["preferences"] = self.preferences_folder.name
-        return self._cached("reward", upstream, REWARD_CODE)
+        return self._cached("reward", upstream, REWARD_CODE, ("preference", "preference_validation"))
 
     @cached_property
     def preferences_folder(self) -> Path | None:
@@ -97,11 +94,24 @@ class Run:
         if not self._builder.comparisons.simulated:
             return None
         sampled = {key: self.plain["generation"][key] for key in ("engine", "batch_size")}
-        return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled}, PREFERENCES_CODE)
+        return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled}, PREFERENCES_CODE, SPLITS)
 
-    def _cached(self, stage: str, upstream: dict[str, Any], code: tuple[str, ...]) -> Path:
-        keys = ("model", "data", "quantization", stage)
-        name = cache.digest({**{key: _without_clients(self.plain[key]) for key in keys}, **upstream}, code)
+    def _cached(
+        self, stage: str, upstream: dict[str, Any], modules: tuple[str, ...], splits: Collection[Split]
+    ) -> Path:
+        """`cache/<stage>-<digest>`, of all that decides what is there; `splits` are those that it reads."""
+        model = dict(self.plain["model"])
+        if stage != "preferences":
+            del model["max_prompt_tokens"]  # training reads none of the prompts
+        determinants = {
+            "model": model,
+            "data": identity.of_data(self.plain["data"], self.source, splits),
+            **{key: self.plain[key] for key in ("quantization", stage)},
+            **upstream,
+            **self._how,
+        }
+        code = identity.code_of(*modules, type(self.source).__module__)
+        name = identity.digest(identity.decisive(determinants), code, self._known)
         return (self.outputs / "cache" / f"{stage}-{name}").resolve()
 
     @cached_property
@@ -110,19 +120,37 @@ class Run:
 
         PPO's own code is left out, so that a mended line does not throw away a week of runs; reports name commits.
         """
-        chosen = {key: _without_clients(value) for key, value in self.plain.items() if key not in NOT_IDENTITY}
-        return cache.digest({**chosen, "needed": [path.name for path in self.needed()]}, ())
+        chosen = {key: value for key, value in self.plain.items() if key not in NOT_IDENTITY}
+        needed = [path.name for path in self.needed()]
+        return identity.digest(identity.decisive({**chosen, "needed": needed, **self._how}), known=self._known)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What decides a result of the keys that mostly do not."""
+        skips = self.settings.guards.non_finite.action != "off"
+        return {"trainer": identity.of_trainer(self.plain["trainer"]), "skips_non_finite": skips}
+
+    @property
+    def present(self) -> str:
+        """What is in the folder now, in words, for when it has to move aside."""
+        return earlier.describe(self.folder, self.plain, NOT_IDENTITY)
 
     @property
     def outputs(self) -> Path:
         """Where all runs and the cache are."""
         return Path(self.plain["output_dir"])
 
+    @property
+    def _known(self) -> Path:
+        """Where digests of files are kept."""
+        return self.outputs / "cache" / "digests"
+
     def finished(self) -> Path | None:
-        """The folder of this very run, finished here or under another name."""
-        summary = tracking.read_summary(self.folder)
-        if summary is not None and summary.get("identity") == self.identity:
-            return self.folder
+        """The folder of this very run, finished here, moved aside from here, or under another name."""
+        for folder in (self.folder, earlier.place(self.folder, self.identity)):
+            summary = tracking.read_summary(folder)
+            if summary is not None and summary.get("identity") == self.identity:
+                return folder
         return cache.find_run(self.outputs, self.identity)
 
     def needed(self) -> dict[Path, Build]:
@@ -323,13 +351,6 @@ class Run:
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         prompts = list(self.source.load("prompts")["prompt"])
         return [prompts[i] for i in short_enough(tokenizer, prompts, self.settings.model.max_prompt_tokens)]
-
-
-def _without_clients(node: Any) -> Any:
-    """Leave out how answers are fetched (rlhf.evaluation.endpoint.ClientSettings), which does not change them."""
-    if not isinstance(node, dict):
-        return node
-    return {key: _without_clients(value) for key, value in node.items() if key != "client"}
 
 
 def _device(config: DictConfig) -> str:

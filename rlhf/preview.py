@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from rlhf import parallel, tracking
+from rlhf import earlier, parallel, tracking
 from rlhf.checkpoints import StepCheckpoints
-from rlhf.files import BUDGET, read_json, write_json
+from rlhf.files import BUDGET, EARLIER, read_json, write_json
 from rlhf.models import ModelError
 from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
 from rlhf.models.memory import Memory, available, estimate, largest_budget
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 def describe(run: Run) -> dict[str, Any]:
     """What a run would do (`dry_run=true`); here nothing is refused, as it may be meant for another machine."""
     found = run.finished()
+    place = run.folder if _is_present(run) else earlier.place(run.folder, run.identity)
     unmade = run.config.stage.name == "ppo" and found is None
     if unmade:
         with suppress(ModelError):
@@ -30,11 +31,23 @@ def describe(run: Run) -> dict[str, Any]:
         "stage": run.config.stage.name,
         "cached": {path.name: tracking.read_summary(path) is not None for path in run.needed()},
         "done": found is not None,
-        "same_as": str(found) if found not in (None, run.folder) else None,
-        "step": StepCheckpoints.reached(run.folder / "checkpoints"),
+        "same_as": str(found) if found not in (None, run.folder, place) else None,
+        "moves_aside": _moves_aside(run),
+        "step": StepCheckpoints.reached(place / "checkpoints"),
         "memory": f"{needed}; {available() / 2**30:.1f} GiB are free here" if needed else None,
         "microbatch_tokens": run.settings.ppo.microbatch_tokens if unmade else None,
     }
+
+
+def _is_present(run: Run) -> bool:
+    return earlier.identity_of(run.folder) in (None, run.identity)
+
+
+def _moves_aside(run: Run) -> str | None:
+    """What the run would find in its folder and move aside, and where to."""
+    if _is_present(run) and (run.config.resume != "never" or earlier.identity_of(run.folder) is None):
+        return None
+    return f"moves {run.present} to {run.folder / EARLIER}"
 
 
 def check_memory(run: Run) -> None:
@@ -92,9 +105,11 @@ def keep_budget(run: Run) -> None:
 
 def _kept_budget(run: Run) -> int | None:
     """None without any, or with that of a run of another configuration."""
-    path = run.folder / BUDGET
-    kept = read_json(path) if path.exists() else {}
-    return kept["microbatch_tokens"] if kept.get("identity") == run.identity else None
+    for path in (run.folder / BUDGET, earlier.place(run.folder, run.identity) / BUDGET):
+        kept = read_json(path) if path.exists() else {}
+        if kept.get("identity") == run.identity:
+            return int(kept["microbatch_tokens"])
+    return None
 
 
 def _needed(run: Run) -> Memory | None:

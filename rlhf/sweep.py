@@ -16,6 +16,7 @@ from hydra import compose
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console, Group
@@ -55,6 +56,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Write `plan.json` into the sweep's folder, once it is clear that its jobs have somewhere to run."""
         folder, launcher = Path(config.hydra.sweep.dir), config.hydra.launcher
+        self.described: dict[str, Mapping[str, Any]] = {}
         if config.dry_run:
             return
         if on_slurm(launcher):
@@ -72,11 +74,16 @@ class SweepCallback(Callback):
         jobs = min(len(runs), launcher.array_parallelism) if on_slurm(launcher) else parallel_jobs(launcher)
         write_json(folder / PLAN, {"runs": runs, "jobs": jobs})
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Of a dry run, keep what the job would do."""
+        if config.dry_run and job_return.status == JobStatus.COMPLETED and isinstance(job_return.return_value, dict):
+            self.described[Path(job_return.return_value["folder"]).name] = job_return.return_value
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Sum up, make the report; a failed run makes the command fail, after the others are done."""
         folder = Path(config.hydra.sweep.dir)
         if config.dry_run:
-            runs = _states(folder, _intended(config, folder), None)
+            runs = [self._expected(run) for run in _states(folder, _intended(config, folder), None)]
             pace = _pace(folder, config)
             print(f"{counts(runs, parallel_jobs(config.hydra.launcher), pace)}{'' if pace else UNKNOWN_PACE}")
             return
@@ -88,6 +95,13 @@ class SweepCallback(Callback):
             _report(folder, config)
         if any(run.state == "failed" for run in runs):
             raise SystemExit(1)
+
+    def _expected(self, run: State) -> State:
+        """A run as the command would find it: what lies in its folder may be a run of another configuration."""
+        found = self.described.get(run.folder.name)
+        if found is None or (run.state == "done") == found["done"]:
+            return run
+        return replace(run, state="done" if found["done"] else "waiting", seconds=None)
 
 
 def _report(folder: Path, config: DictConfig) -> None:
@@ -106,7 +120,14 @@ def _report(folder: Path, config: DictConfig) -> None:
 def planned(config: DictConfig) -> list[dict[str, Any]]:
     """Every job of the sweep: its folder's name and its overrides."""
     excluded = config.hydra.job.config.override_dirname.exclude_keys
-    jobs = {run_folder(config, overrides): naming(overrides, excluded) for overrides in _expanded(config)}
+    jobs: dict[str, list[str]] = {}
+    for overrides in _expanded(config):
+        folder, named = run_folder(config, overrides), naming(overrides, excluded)
+        if jobs.setdefault(folder, named) != named:
+            raise ConfigError(
+                f"{' '.join(jobs[folder])} and {' '.join(named)} would share the folder {folder}; "
+                "allowed: values that do not contain _key- as if another key followed"
+            )
     return [{"folder": folder, "overrides": overrides} for folder, overrides in jobs.items()]
 
 
@@ -191,12 +212,12 @@ def queue(folder: Path) -> dict[str, slurm.Queued] | None:
 
 
 def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Queued] | None) -> State:
+    if (folder / FAILED).exists():  # of its last start: a summary beside it is of a run of another configuration
+        return State(folder, overrides, "failed", reason=read_json(folder / FAILED)["error"])
     if (folder / SUMMARY).exists():
         summary = read_json(folder / SUMMARY)
         seconds = None if summary.get("same_as") else summary["wall_seconds"]
         return State(folder, overrides, "done", seconds=seconds)
-    if (folder / FAILED).exists():
-        return State(folder, overrides, "failed", reason=read_json(folder / FAILED)["error"])
     lines = read_lines(folder / METRICS)
     step = int(lines[-1]["step"]) if lines else 0
     job = slurm.job_of(folder)

@@ -120,7 +120,7 @@ def test_dry_run_says_what_would_be_built_and_builds_nothing(command: Callable) 
 def test_folders_are_readable_and_safe() -> None:
     assert folder_name("") == "default"
     assert folder_name("divergence-kl_lora-r8") == "divergence-kl_lora-r8"
-    assert folder_name("a-x,y=z/../w") == "a-x-y-z-..-w"
+    assert folder_name("a-x,y=z/../w").startswith("a-x-y-z-..-w-")
     long = folder_name("a-" + "b" * 300)
     assert len(long) < 200
     assert long != folder_name("a-" + "b" * 301)

@@ -76,6 +76,13 @@ class Alpaca:
         self._max_rows = parse_max_rows(max_rows)
         self._loaded: dict[Split, Dataset] = {}
 
+    @property
+    def concerns(self) -> dict[str, tuple[Split, ...]]:
+        """A split's source decides its own rows; that of `eval` also which training rows are excluded."""
+        return {
+            split: (split, *TRAINING_SPLITS) if split == "eval" and self._exclude_eval else (split,) for split in SPLITS
+        }
+
     def check(self) -> None:
         """See in an instant whether the files are there, before a model is loaded.
 

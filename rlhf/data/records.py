@@ -60,7 +60,11 @@ def columns(split: Split) -> list[str]:
 
 @runtime_checkable
 class DataSource(Protocol):
-    """What a class named by `data._target_` offers."""
+    """What a class named by `data._target_` offers.
+
+    It may have `concerns`, a mapping from a key of its configuration to the splits whose rows that key decides. When
+    such a key changes, models that were trained on the other splits stay as they are.
+    """
 
     @property
     def splits(self) -> tuple[Split, ...]:

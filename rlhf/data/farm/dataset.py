@@ -1,5 +1,6 @@
 """The farm as a source of data: six splits, a tokenizer and a judge who knows the truth."""
 
+from collections.abc import Mapping
 from random import Random
 from typing import ClassVar
 
@@ -25,6 +26,14 @@ class Farm:
     """
 
     splits: ClassVar[tuple[Split, ...]] = SPLITS
+    concerns: ClassVar[Mapping[str, tuple[Split, ...]]] = {
+        "demonstrations": ("sft",),
+        "comparisons": ("preference",),
+        "label_noise": ("preference",),
+        "max_response_tokens": ("preference", "preference_validation"),
+        "prompts": ("prompts",),
+        "eval_prompts": ("eval",),
+    }
 
     def __init__(
         self,

@@ -1,0 +1,156 @@
+"""Several runs in one folder: the present one, and those of other configurations under `earlier/<identity>/`.
+
+A run's folder is named by its overrides, so that a run of an edited study, other data or other code belongs where an
+earlier one lies. That one moves aside with all that it has, and the command with its configuration brings it back.
+"""
+
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlhf.files import EARLIER, METRICS, SUMMARY, read_json, read_lines, write_json
+
+log = logging.getLogger(__name__)
+NOTE = "identity.json"  # of a run: its identity and configuration, from its first moment on
+STAYS = (EARLIER, "job.json")  # with the folder: what is no run's, and the cluster's note on the job now under way
+UNKNOWN = "unknown"
+MOST_TOLD = 3  # of the keys in which two runs differ
+UNVISITED = {"cache", "checkpoints", "wandb", ".hydra"}  # where no run's model can be
+
+
+def identity_of(folder: Path) -> str | None:
+    """The identity of the run in a folder, `unknown` for one that left no note; None where there is no run."""
+    if (folder / NOTE).exists():
+        note = read_json(folder / NOTE)
+        return note["identity"] if isinstance(note, dict) else str(note)
+    if (folder / SUMMARY).exists():
+        return (read_json(folder / SUMMARY) or {}).get("identity") or UNKNOWN
+    return UNKNOWN if (folder / METRICS).exists() or any((folder / "checkpoints").glob("*.ckpt")) else None
+
+
+def place(folder: Path, identity: str) -> Path:
+    """Where the run of this identity is, or would be, when another one is the present one."""
+    return folder / EARLIER / identity
+
+
+def note(folder: Path, identity: str, config: Mapping[str, Any], overrides: list[str]) -> None:
+    """Say from now on whose folder this is."""
+    write_json(folder / NOTE, {"identity": identity, "config": config, "overrides": overrides})
+
+
+def settle(folder: Path, identity: str, outputs: Path, fresh: bool, told: str) -> None:
+    """Make room in `folder` for the run of this identity, and bring it back if it is among the earlier ones.
+
+    `fresh` moves a run of the same identity aside too; `told` describes what is there now. Nothing is deleted. For
+    whoever holds the folder's lock.
+    """
+    present = identity_of(folder)
+    if present is not None and (present != identity or fresh):
+        target = set_aside(folder, present, outputs, numbered=present == identity)
+        log.warning("%s: %s moves to %s", folder, told, target)
+    kept = place(folder, identity)
+    if not fresh and kept.is_dir():
+        log.info("%s: %s is the present one again", folder, kept)
+        if (kept / NOTE).exists():  # first, so that whoever is killed half-way finds out whose files these are
+            write_json(folder / NOTE, read_json(kept / NOTE))
+        _move(kept, folder, outputs)
+
+
+def set_aside(folder: Path, identity: str, outputs: Path, numbered: bool = False) -> Path:
+    """Move the run in `folder` to `earlier/<identity>/`; returns where.
+
+    It is `earlier/<identity>-1/` or higher if it shall not be brought back (`numbered`) or that place is taken.
+    """
+    number = int(numbered)
+    while True:
+        target = folder / EARLIER / (f"{identity}-{number}" if number else identity)
+        if not (target / NOTE).exists():  # the note is moved last: what is there without one is the beginning of this
+            break
+        number += 1
+    if not (folder / NOTE).exists():
+        write_json(folder / NOTE, identity)
+    _move(folder, target, outputs)
+    return target
+
+
+def _move(source: Path, target: Path, outputs: Path) -> None:
+    """Move a run's files, the note last: whoever is killed half-way goes on at the next start."""
+    target.mkdir(parents=True, exist_ok=True)
+    entries = [path for path in source.iterdir() if not path.name.startswith(".") and path.suffix != ".log"]
+    for path in sorted(entries, key=lambda path: path.name == NOTE):
+        if path.name in STAYS:
+            continue
+        pointed_at = path.resolve()
+        if path.is_symlink():
+            _link(target / path.name, pointed_at)
+            path.unlink()
+        else:
+            links = [link for link in _links(outputs) if link.resolve() == pointed_at] if path.is_dir() else []
+            os.replace(path, target / path.name)
+            for link in links:
+                _link(link, target / path.name)
+    if source.parent.name == EARLIER:
+        with suppress(OSError):  # not empty, if a writer was killed there
+            source.rmdir()
+            source.parent.rmdir()
+
+
+def _links(outputs: Path) -> Iterator[Path]:
+    """The links by which runs share a model (`cache.take_over`)."""
+    for folder, names, _ in os.walk(outputs):
+        names[:] = [name for name in names if name not in UNVISITED]
+        yield from (path for name in names if (path := Path(folder, name)).is_symlink())
+
+
+def _link(path: Path, target: Path) -> None:
+    """Make `path` a relative link to `target`, at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.symlink_to(os.path.relpath(target.absolute(), path.parent.resolve()), target_is_directory=True)
+    os.replace(temporary, path)
+
+
+def earlier(folder: Path) -> list[Path]:
+    """The folders of the runs that moved aside in a run's folder."""
+    return sorted(path for path in (folder / EARLIER).glob("*") if path.is_dir())
+
+
+def describe(folder: Path, config: Mapping[str, Any] | None = None, ignored: Collection[str] = ()) -> str:
+    """The run in a folder in a sentence's worth of words; of a run that is not that of `config`, how it differs.
+
+    `ignored` are the top-level keys in which two configurations may differ.
+    """
+    lines = read_lines(folder / METRICS)
+    step = lines[-1].get("step") if lines else 0
+    run = "the finished run" if (folder / SUMMARY).exists() else f"the unfinished run (step {step})"
+    if config is None:
+        return run
+    found = differences(folder, config, ignored)
+    if found is None:
+        return f"{run} of an unknown configuration"
+    more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
+    return f"{run} with {', '.join(found[:MOST_TOLD])}{more}" if found else f"{run} of other data or other code"
+
+
+def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str] | None:
+    """In which keys the run in `folder` differs from a configuration, as `ppo.steps=3 instead of 8`; None: unknown."""
+    note = read_json(folder / NOTE) if (folder / NOTE).exists() else None
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    old = next(
+        (x["config"] for x in (summary, note) if isinstance(x, dict) and isinstance(x.get("config"), dict)), None
+    )
+    if old is None:
+        return None
+    before, after = (dict(_flat({key: node[key] for key in node if key not in ignored})) for node in (old, config))
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [f"{key}={before.get(key, 'nothing')} instead of {after.get(key, 'nothing')}" for key in keys]
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node

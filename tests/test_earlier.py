@@ -1,0 +1,140 @@
+"""Runs that share a folder: none is deleted, each comes back."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf import cache, earlier
+from rlhf.files import EARLIER, METRICS, MODEL, SUMMARY, write_json
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    return tmp_path / "outputs"
+
+
+def make_run(folder: Path, identity: str, steps: int = 3, finished: bool = True, **config: Any) -> dict[str, bytes]:
+    """What a run leaves; returns its files."""
+    (folder / MODEL).mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    (folder / ".hydra").mkdir(exist_ok=True)
+    (folder / ".lock").touch()
+    (folder / "cli.log").write_text("log\n")
+    (folder / MODEL / "adapter.safetensors").write_bytes(identity.encode())
+    (folder / "checkpoints" / f"step-{steps:06d}.ckpt").write_bytes(b"weights")
+    (folder / METRICS).write_text("".join(json.dumps({"step": step}) + "\n" for step in range(steps + 1)))
+    config = {"ppo": {"steps": steps}, **config}
+    earlier.note(folder, identity, config, [])
+    if finished:
+        write_json(folder / SUMMARY, {"identity": identity, "config": config, "stage": "ppo", "metrics": {}})
+    return files_of(folder)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The files of the run that is present in a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and EARLIER not in path.relative_to(folder).parts
+        and not path.relative_to(folder).parts[0].startswith(".") and path.suffix != ".log"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_run_moves_aside_whole_and_comes_back(outputs: Path, finished: bool) -> None:
+    folder = outputs / "mine/default"
+    first = make_run(folder, "aaa", finished=finished)
+    earlier.settle(folder, "bbb", outputs, False, "it")
+    assert files_of(folder) == {}
+    assert files_of(folder / EARLIER / "aaa") == first
+    second = make_run(folder, "bbb", steps=8)
+    earlier.settle(folder, "aaa", outputs, False, "it")
+    assert files_of(folder) == first
+    assert files_of(folder / EARLIER / "bbb") == second
+    assert not (folder / EARLIER / "aaa").exists()
+    earlier.settle(folder, "bbb", outputs, False, "it")
+    assert files_of(folder) == second
+
+
+def test_the_run_of_this_configuration_stays(outputs: Path) -> None:
+    folder = outputs / "mine/default"
+    files = make_run(folder, "aaa")
+    earlier.settle(folder, "aaa", outputs, False, "it")
+    assert files_of(folder) == files
+    assert not (folder / EARLIER).exists()
+
+
+def test_starting_over_keeps_what_was_there_and_does_not_bring_it_back(outputs: Path) -> None:
+    folder = outputs / "mine/default"
+    kept = [make_run(folder, "aaa", steps=1)]
+    for steps in (2, 3):
+        earlier.settle(folder, "aaa", outputs, True, "it")
+        kept.append(make_run(folder, "aaa", steps=steps))
+    earlier.settle(folder, "aaa", outputs, False, "it")
+    assert [files_of(path) for path in earlier.earlier(folder)] == kept[:2]
+    assert files_of(folder) == kept[2]
+
+
+def test_a_run_that_left_no_note_is_kept_too(outputs: Path) -> None:
+    folder = outputs / "mine/default"
+    files = make_run(folder, "aaa")
+    (folder / earlier.NOTE).unlink()
+    write_json(folder / SUMMARY, {"stage": "ppo"})
+    earlier.settle(folder, "bbb", outputs, False, "it")
+    moved = files_of(folder / EARLIER / earlier.UNKNOWN)
+    assert moved.keys() == files.keys()
+
+
+@pytest.mark.parametrize("killed_after", range(6))
+def test_a_kill_while_it_moves_loses_nothing(outputs: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whichever move it happens, in either direction: the next start goes on."""
+    folder = outputs / "mine/default"
+    first = make_run(folder, "aaa")
+    replace = earlier.os.replace
+    for identity, expected in (("bbb", {}), ("aaa", first)):
+        moves = iter(range(killed_after))
+
+        def dying(source: Path, target: Path, moves: Any = moves) -> None:
+            if next(moves, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(earlier.os, "replace", dying)
+        with suppress(KeyboardInterrupt):
+            earlier.settle(folder, identity, outputs, False, "it")
+        monkeypatch.setattr(earlier.os, "replace", replace)
+        earlier.settle(folder, identity, outputs, False, "it")
+        assert files_of(folder) == expected
+    assert not (folder / EARLIER / "aaa").exists()
+
+
+def test_runs_that_share_its_model_go_on_sharing_it(outputs: Path) -> None:
+    folder, other = outputs / "table/default", outputs / "figure/default"
+    make_run(folder, "aaa")
+    cache.register_run(outputs, "aaa", folder)
+    cache.take_over(folder, other, {"name": "figure"}, [])
+    weights = other / MODEL / "adapter.safetensors"
+    assert weights.read_bytes() == b"aaa"
+    earlier.settle(folder, "bbb", outputs, False, "it")
+    assert weights.read_bytes() == b"aaa"
+    assert cache.find_run(outputs, "aaa") == (folder / EARLIER / "aaa").resolve()
+    earlier.note(other, "aaa", {}, [])
+    earlier.settle(other, "ccc", outputs, False, "it")  # and the link itself may move
+    assert (other / EARLIER / "aaa" / MODEL / "adapter.safetensors").read_bytes() == b"aaa"
+    earlier.settle(folder, "aaa", outputs, False, "it")
+    assert (other / EARLIER / "aaa" / MODEL / "adapter.safetensors").read_bytes() == b"aaa"
+
+
+def test_what_moves_is_told_by_how_it_differs(outputs: Path) -> None:
+    folder = outputs / "mine/default"
+    make_run(folder, "aaa", steps=3, name="mine")
+    said = earlier.describe(folder, {"ppo": {"steps": 8}, "name": "other"}, ("name",))
+    assert said == "the finished run with ppo.steps=3 instead of 8"
+    same = earlier.describe(folder, {"ppo": {"steps": 3}, "name": "mine"})
+    assert same == "the finished run of other data or other code"
+    (folder / SUMMARY).unlink()
+    said = earlier.describe(folder, {"ppo": {"steps": 8}}, ("name",))
+    assert said == "the unfinished run (step 3) with ppo.steps=3 instead of 8"

@@ -1,0 +1,223 @@
+"""What an identity counts, and what it does not."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from rlhf import identity, root
+from rlhf.config import check, data_source, settings_of
+from rlhf.data.alpaca import Alpaca
+from rlhf.data.farm import Farm
+from rlhf.data.records import DataError
+from rlhf.pipeline import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
+from rlhf.resolvers import folder_name
+from rlhf.settings import ConfigError
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    """A run of the default configuration with some overrides."""
+
+    def make(*overrides: str) -> Run:
+        with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
+            config = compose("config", [f"output_dir={tmp_path}", *overrides])
+        return Run(config, settings_of(config), data_source(config), tmp_path / "run")
+
+    return make
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+DIFFERENT = [
+    ("data.template.without_input-Q: {instruction}?", "data.template.without_input-Q: {instruction}!"),
+    ("data.sft-rows.jsonl[:500]", "data.sft-rows.jsonl[500:]"),
+    ("model.name_or_path-/m/llama/chat", "model.name_or_path-/m/llama-chat"),
+    ("evaluation.factscore.prompt-Who is {entity}?", "evaluation.factscore.prompt-Who is {entity}."),
+    ("scorer.words-.", "scorer.words-"),
+    ("x-" + "ß" * 200, "x-" + "ß" * 201),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_different_overrides_have_different_folders(one: str, other: str) -> None:
+    assert folder_name(one) != folder_name(other)
+    for name in (folder_name(one), folder_name(other)):
+        assert len(name.encode()) <= 255
+        assert "/" not in name
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n')
+    return path
+
+
+def test_a_file_counts_by_its_content(rows: Path, tmp_path: Path) -> None:
+    config = {"data": {"root": str(tmp_path), "sft": "rows.jsonl[:5]"}}
+    before = identity.digest(config)
+    os.utime(rows, (1, 1))
+    assert identity.digest(config) == before
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    rows.rename(moved / "rows.jsonl")
+    assert identity.digest({"data": {"root": str(moved), "sft": "rows.jsonl[:5]"}}) == before
+    assert identity.digest({"data": {"root": str(moved), "sft": "rows.jsonl[5:]"}}) != before
+    stat = (moved / "rows.jsonl").stat()
+    (moved / "rows.jsonl").write_text('{"a": 2}\n')
+    os.utime(moved / "rows.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert identity.digest({"data": {"root": str(moved), "sft": "rows.jsonl[:5]"}}) != before
+
+
+def test_a_word_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that happens to be called as an option is."""
+    monkeypatch.chdir(tmp_path)
+    config = {"generation": {"engine": "native"}, "sft": {"schedule": "linear"}}
+    before = identity.digest(config)
+    (tmp_path / "native").mkdir()
+    (tmp_path / "linear").write_text("x")
+    assert identity.digest(config) == before
+
+
+def test_a_users_own_code_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_reward_code.py").write_text("def reward(prompts, responses): return 1")
+    config = {"scorer": {"_target_": "rlhf.scorers.text.FunctionScorer", "function": "my_reward_code.reward"}}
+    before = identity.digest(config)
+    (tmp_path / "my_reward_code.py").write_text("def reward(prompts, responses): return 2")
+    assert identity.digest(config) != before
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_who_answers_counts_and_how_he_is_reached_does_not() -> None:
+    def judged(**client: Any) -> Any:
+        return identity.decisive({"judge": {"model": "m", "client": {"timeout": 1, **client}}})
+
+    assert judged(base_url="http://a/v1") == judged(base_url="http://a/v1", timeout=2, cache="elsewhere", retries=0)
+    assert judged(base_url="http://a/v1") != judged(base_url="http://b/v1")
+
+
+def test_labels_and_how_often_is_saved_do_not_count() -> None:
+    one = {"sft": {"lr": 1, "checkpoint_every": 5}, "model": {"name": "tiny"}}
+    other = {"sft": {"lr": 1, "checkpoint_every": 50}, "model": {"name": "small"}}
+    assert identity.decisive(one) == identity.decisive(other)
+
+
+def test_keys_of_lightning_are_left_out_and_those_of_other_trainers_not() -> None:
+    own = {"_target_": "lightning.Trainer", "accelerator": "cpu", "devices": 2}
+    assert identity.of_trainer(own) == {}
+    assert identity.of_trainer({"_target_": "mine.Trainer", "devices": 2, "slow": True}) == {
+        "_target_": "mine.Trainer",
+        "slow": True,
+    }
+
+
+def test_the_farm_says_which_keys_concern_which_splits() -> None:
+    """What it says holds for the rows: a key that does not concern a split does not change it."""
+    small = {"demonstrations": 6, "comparisons": 6, "prompts": 6, "eval_prompts": 6}
+    changed = {"demonstrations": 7, "comparisons": 7, "prompts": 7, "eval_prompts": 7,
+               "label_noise": 0.9, "max_response_tokens": 3}  # fmt: skip
+    assert Farm.concerns.keys() == changed.keys()
+    before = {split: Farm(**small).load(split).to_list() for split in Farm.splits}
+    for key, value in changed.items():
+        other = Farm(**{**small, key: value})
+        differ = {split for split in Farm.splits if other.load(split).to_list() != before[split]}
+        assert differ <= set(Farm.concerns[key]), key
+
+
+def test_alpacas_evaluation_concerns_what_it_excludes() -> None:
+    template = {"with_input": "{instruction} {input}", "without_input": "{instruction}"}
+    files = {"sft": "a.jsonl", "preference": "b.jsonl", "eval": "c.jsonl"}
+    for excluded, others in ((True, {"sft", "preference", "prompts"}), (False, set())):
+        source = Alpaca(template=template, exclude_eval_instructions=excluded, **files)
+        assert set(source.concerns["eval"]) == {"eval", *others}
+        assert source.concerns["preference"] == ("preference",)
+        assert "preference" not in identity.of_data(files, source, ("sft", "sft_validation"))
+        assert ("eval" in identity.of_data(files, source, ("sft",))) == excluded
+
+
+# Key by key: does the SFT model, the reward model, the run change with it?
+DECIDED = [
+    ("ppo.steps=7", "run"),
+    ("seed=1", "run"),
+    ("data.prompts=50", "run"),
+    ("data.eval_prompts=50", "run"),
+    ("model.max_prompt_tokens=20", "run"),
+    ("data.comparisons=50", "reward, run"),
+    ("data.label_noise=0.1", "reward, run"),
+    ("reward.lr=0.5", "reward, run"),
+    ("data.demonstrations=50", "sft, reward, run"),
+    ("data.seed=4", "sft, reward, run"),
+    ("sft.seed=4", "sft, reward, run"),
+    ("model.config.hidden_size=64", "sft, reward, run"),
+    ("guards=off", "sft, reward, run"),  # what is not finite is then trained on
+    ("+trainer.slow=1 trainer._target_=mine.Trainer", "sft, reward, run"),
+    ("guards=strict", ""),
+    ("trainer.devices=2", ""),
+    ("trainer.accelerator=cpu", ""),
+    ("ppo.checkpoint_every=3", ""),
+    ("reward.log_every=3", ""),
+    ("name=other", ""),
+    ("logger=tensorboard", ""),
+    ("resume=must", ""),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), DECIDED)
+def test_what_a_key_decides(make_run: Callable[..., Run], overrides: str, expected: str) -> None:
+    def names(run: Run) -> dict[str, str]:
+        return {"sft": run.sft_folder.name, "reward": run.reward_folder.name, "run": run.identity}
+
+    before, after = names(make_run()), names(make_run(*overrides.split()))
+    assert ", ".join(name for name in before if before[name] != after[name]) == expected
+
+
+KEYS = ["limit_train_batches=1", "fast_dev_run=true", "overfit_batches=1", "max_time=00:00:01:00", "max_steps=3",
+        "accumulate_grad_batches=2", "gradient_clip_val=1.0", "precision=bf16-mixed", "callbacks=[]", "x=1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_trainers_key_that_changes_training_is_refused(make_run: Callable[..., Run], key: str) -> None:
+    run = make_run(f"+trainer.{key}")
+    with pytest.raises(ConfigError, match=rf"^trainer\.{key.partition('=')[0]} .*; allowed: ") as refused:
+        check(run.config, run.settings, run.source)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_stage_needs_no_data_of_later_stages(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    """SFT on demonstrations alone, although the default scorer would need comparisons."""
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    alone = ("data=alpaca", f"data.root={tmp_path}", "data.sft=rows.jsonl", "judge=reward_model", "model=custom",
+             "model.name_or_path=a/b", *(f"data.{split}=null" for split in
+             ("sft_validation", "preference", "preference_validation", "prompts", "eval")))  # fmt: skip
+    run = make_run("stage=sft", *alone)
+    check(run.config, run.settings, run.source)
+    run = make_run("stage=ppo", *alone)
+    with pytest.raises((ConfigError, DataError), match="no preference split"):
+        check(run.config, run.settings, run.source)
+
+
+# -- code ------------------------------------------------------------------------------------------------------------
+
+
+def modules_of(*names: str) -> set[str]:
+    return {str(path.relative_to(identity.PACKAGE)) for path in identity.code_of(*names)}
+
+
+def test_the_code_that_decides_a_model_is_what_makes_it() -> None:
+    sft, reward = modules_of(*SFT_CODE), modules_of(*REWARD_CODE)
+    assert {"stages/sft.py", "stages/base.py", "models/roles.py", "models/loading.py", "settings.py"} <= sft
+    assert "stages/reward.py" in reward - sft
+    assert {"rollout.py", "evaluation/preferences.py"} <= modules_of(*PREFERENCES_CODE)
+    for unrelated in ("ppo.py", "stages/ppo.py", "dashboards.py", "divergence.py"):
+        assert unrelated not in reward
+    assert not any(name.startswith(("report/", "chat/", "publish/")) for name in reward)
