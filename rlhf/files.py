@@ -84,12 +84,3 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield line, json.loads(line)
             except json.JSONDecodeError:  # a full disk, or another hand
                 log.warning("%s, line %d: not JSON, left out", path, number)
-
-
-def content_digest(path: Path, known: Path | None = None) -> str:
-    """Placeholder."""
-    import hashlib
-
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    digests = [(file.name if path.is_dir() else "", hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

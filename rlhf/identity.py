@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.records import Split
-from rlhf.files import content_digest
+from rlhf.digests import content_digest
 
 PACKAGE = Path(__file__).parent
 LIGHTNING = ("lightning.Trainer", "lightning.pytorch.Trainer", "pytorch_lightning.Trainer")
@@ -32,8 +32,8 @@ PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function
 # What watches a run or tells of it, and what only names paths and errors, does not decide it.
 WATCHING = frozenset({
-    "rlhf", "rlhf.cache", "rlhf.checkpoints", "rlhf.code", "rlhf.dashboards", "rlhf.failures", "rlhf.files",
-    "rlhf.identity", "rlhf.interruption", "rlhf.slurm", "rlhf.tracking",
+    "rlhf", "rlhf.cache", "rlhf.checkpoints", "rlhf.code", "rlhf.dashboards", "rlhf.digests", "rlhf.failures",
+    "rlhf.files", "rlhf.identity", "rlhf.interruption", "rlhf.slurm", "rlhf.tracking",
 })  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_what_a_key_decides(make_run: Callable[..., Run], overrides: str, expect
 
 
 KEYS = ["limit_train_batches=1", "fast_dev_run=true", "overfit_batches=1", "max_time=00:00:01:00", "max_steps=3",
-        "accumulate_grad_batches=2", "gradient_clip_val=1.0", "precision=bf16-mixed", "callbacks=[]", "x=1"]  # fmt: skip
+        "accumulate_grad_batches=2", "gradient_clip_val=1.0", "precision=bf16-mixed", "callbacks=[]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", KEYS)
