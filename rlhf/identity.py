@@ -15,6 +15,7 @@ from typing import Any
 
 from rlhf.data.records import Split
 from rlhf.digests import content_digest
+from rlhf.evaluation.endpoint import answerer
 
 PACKAGE = Path(__file__).parent
 LIGHTNING = ("lightning.Trainer", "lightning.pytorch.Trainer", "pytorch_lightning.Trainer")
@@ -25,8 +26,6 @@ HARMLESS = frozenset({
 })  # fmt: skip
 # Labels, and how often a stage saves or logs.
 UNDECIDING = frozenset({"name", "checkpoint_every", "log_every"})
-# How a judge is reached does not change what it says; who it is (`base_url`) does.
-CLIENT = frozenset({"base_url"})
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function
@@ -114,11 +113,14 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decisive(node: Any) -> Any:
-    """A part of the configuration without labels and without how often something is saved, logged or asked again."""
+    """A part of the configuration without labels and how often something is saved or logged.
+
+    Of the client of a judge it is who answers, and not how he is reached.
+    """
     if not isinstance(node, Mapping):
         return node
     return {
-        key: {name: part for name, part in value.items() if name in CLIENT} if key == "client" else decisive(value)
+        key: answerer(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
         for key, value in node.items()
         if key not in UNDECIDING
     }

@@ -98,12 +98,17 @@ def test_a_users_own_code_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_who_answers_counts_and_how_he_is_reached_does_not() -> None:
+def test_who_answers_counts_and_how_he_is_reached_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(**client: Any) -> Any:
         return identity.decisive({"judge": {"model": "m", "client": {"timeout": 1, **client}}})
 
     assert judged(base_url="http://a/v1") == judged(base_url="http://a/v1", timeout=2, cache="elsewhere", retries=0)
     assert judged(base_url="http://a/v1") != judged(base_url="http://b/v1")
+    moved = [judged(base_url=url, known_as="llama") for url in ("http://a/v1", "http://b/v1")]
+    assert moved[0] == moved[1] != judged(base_url="http://a/v1")
+    before = judged()
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://a/v1/")
+    assert judged() == judged(base_url="http://a/v1") != before
 
 
 def test_labels_and_how_often_is_saved_do_not_count() -> None:

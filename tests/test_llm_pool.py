@@ -133,7 +133,7 @@ def test_an_outage_ends_in_a_sentence_and_the_rest_is_asked_later(tmp_path: Path
             gate.wait(2)
         return 503, {"error": {"message": "out of order"}}
 
-    options = {"concurrency": 1, "retries": 1, "timeout": 0.3}
+    options = {"concurrency": 1, "retries": 1, "timeout": 0.3, "known_as": "the one that moves"}
     with serving(breaks) as server:
         judge = make(server, tmp_path, client=options)
         if failure == "refused":
@@ -234,6 +234,15 @@ def test_the_cache_knows_all_that_determines_an_answer_and_nothing_else(tmp_path
             assert judge(PROMPTS[:4], GOOD[:4]) == [1.0] * 4
             assert len(server.requests) - before == new, keys
             assert judge.report["judge/from_cache"] == judge.report["judge/answers"] - new
+
+
+def test_another_endpoint_is_asked_anew(tmp_path: Path) -> None:
+    with serving(prefers_good) as one, serving(lambda request, number: "Verdict: draw") as other:
+        for server in (one, other, one):
+            before = len(server.requests)
+            make(server, tmp_path)(PROMPTS[:4], GOOD[:4])
+            asked = len(server.requests) - before
+        assert (len(one.requests), len(other.requests), asked) == (4, 4, 0)
 
 
 def test_tokens_and_cost(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Request
+from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Request, answerer
 
 
 @dataclass
@@ -37,8 +37,7 @@ class ChatClient:
 
     An unparsable answer is counted and asked again, `attempts` times in all, from the second time on at
     `reask_temperature` (a judge at temperature 0 would say the same again). Several processes may share the cache, in
-    which a question is known by its model, messages, sampling and repetition: endpoints that serve different models
-    under one name need a cache each.
+    which a question is known by who is asked, its model, messages, sampling and repetition.
 
     Raises:
         ConfigError: a package or the key is missing, or the endpoint refuses a request for good.
@@ -103,7 +102,7 @@ class ChatClient:
 
     def _answer(self, request: Request, repeat: int) -> str | None:
         """The text, from the cache or from the endpoint; what is no chat completion is not stored."""
-        key = digest(request, repeat)
+        key = digest(request, repeat, answerer(vars(self.settings)))
         stored = self._cache.get(key, retry=True)
         answer = self.endpoint.fetch(request) if stored is None else json.loads(stored)
         if answer is None:
@@ -121,9 +120,9 @@ class ChatClient:
         return answer["text"]
 
 
-def digest(request: Request, repeat: int) -> str:
-    """Of all that determines an answer: model, messages, sampling, and which repetition it is."""
-    content = [request.model, request.messages, request.sampling, repeat]
+def digest(request: Request, repeat: int, who: str | None = None) -> str:
+    """Of all that determines an answer: who gives it, model, messages, sampling, and which repetition it is."""
+    content = [request.model, request.messages, request.sampling, repeat, *([who] if who else [])]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

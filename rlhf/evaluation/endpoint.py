@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,11 +19,12 @@ PING_SECONDS = 10.0
 
 @dataclass
 class ClientSettings:
-    """How answers are fetched; nothing here changes what they are, so none of it is part of a run's identity.
+    """How answers are fetched. Only who gives them (`answerer`) is part of a run's identity and of the cache's keys.
 
     `base_url` null is the `openai` package's own choice (OpenAI, or $OPENAI_BASE_URL); `api_key_env` names an
     environment variable, null for a server without keys; `timeout` is in seconds a request; `retries` follow after
     0.5, 1, 2, 4, 8, 8 … seconds or what the server's Retry-After says; `cache` null is `<output_dir>/cache/judge`.
+    `known_as` is a name for what answers, for a server whose address changes; null: the address is the name.
     """
 
     base_url: str | None = None
@@ -33,6 +34,13 @@ class ClientSettings:
     concurrency: int = positive(8)
     ping: bool = True
     cache: str | None = None
+    known_as: str | None = None
+
+
+def answerer(client: Mapping[str, Any]) -> str | None:
+    """Who answers, as far as a client's settings say: a name, an address, or None for OpenAI itself."""
+    named = client.get("known_as") or client.get("base_url") or os.environ.get("OPENAI_BASE_URL")
+    return str(named).rstrip("/") if named else None
 
 
 @dataclass
