@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.models.decoding import CompiledStep, FixedStep, GrowingStep
+from rlhf.models.decoding import CompiledStep, FixedStep, GrowingStep, prefill
 from rlhf.models.kv_cache import BufferCache
+from rlhf.models.logits import head_of
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.models.unpadded import takes_boolean_masks
+from rlhf.models.unpadded import takes_visible
 from rlhf.settings import GenerationSettings
 
 # How often the native engine looks which rows are done: each look waits for the device.
@@ -140,8 +141,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[l
 class NativeEngine:
     """Our own decoding loop, on any causal model of transformers.
 
-    Prompts are padded on the right and their padding is masked out of the cache, the adapter is merged into copies of
-    the adapted matrices, keys and values lie in one buffer, and rows that are done are dropped from the batch. Each row
+    Padding is masked out of the cache, the adapter is merged into copies of the adapted matrices, keys and values lie in
+    one buffer, and rows that are done are dropped from the batch. Prompts are padded on the right where a mask of ours
+    says all (`takes_visible`), and else on the left, so that places in the cache are as far apart as the tokens, and
+    the model makes its own masks. Each row
     draws its own numbers, so what it says does not depend on which other rows are still there. `fixed` decodes at fixed
     shapes, on a GPU as CUDA graphs.
     """
@@ -163,9 +166,10 @@ class NativeEngine:
         device = roles.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width, batch = int(lengths.max()), len(prompts)
+        ours = takes_visible(roles.trunk(role))
         padded = torch.zeros(batch, width, dtype=torch.long)
         for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
+            row[slice(len(prompt)) if ours else slice(width - len(prompt), width)] = torch.tensor(prompt)
         padded, lengths = padded.to(device), lengths.to(device)
         draws = torch.rand(batch, max_new_tokens, generator=generator, device=generator.device).to(device)
 
@@ -178,18 +182,24 @@ class NativeEngine:
         alive = torch.arange(batch, device=device)
         done = torch.zeros(batch, dtype=torch.bool, device=device)
         with roles.merged(role) as model, roles.autocast():
-            cache = BufferCache(model.config.num_hidden_layers, width + max_new_tokens)
-            visible = torch.ones(batch, 1, 1, width + max_new_tokens, dtype=torch.bool, device=device)
-            visible[:, 0, 0, :width] = torch.arange(width, device=device) < lengths[:, None]
-            hidden = model.base_model(input_ids=padded, past_key_values=cache, use_cache=True).last_hidden_state
-            last = hidden[torch.arange(batch, device=device), lengths - 1]
-            forward = GrowingStep(model, cache, visible)
-            if self.fixed and takes_boolean_masks(model):
-                forward = FixedStep(model, cache, visible, capture=device.type == "cuda")
-            elif roles.compiled and takes_boolean_masks(model):
-                forward = CompiledStep(model, cache, visible, roles.compiled)
+            capacity = width + max_new_tokens
+            cache = BufferCache(model.config.get_text_config().num_hidden_layers, capacity)
+            place = torch.arange(capacity, device=device)
+            if ours:
+                held = (place < lengths[:, None]) | (place >= width)
+                last = prefill(model, padded, cache)[torch.arange(batch, device=device), lengths - 1]
+                held = held[:, None, None]
+            else:
+                held = place >= width - lengths[:, None]
+                last = prefill(model, padded, cache, held[:, :width])[:, -1]
+            forward = GrowingStep(model, cache, held)
+            if self.fixed and ours:
+                forward = FixedStep(model, cache, held, capture=device.type == "cuda")
+            elif roles.compiled and ours:
+                forward = CompiledStep(model, cache, held, roles.compiled)
+            output = head_of(model)
             for step in range(max_new_tokens):
-                logits = model.get_output_embeddings()(last).float()
+                logits = output(last).float()
                 token, logprob = _choose(logits, temperature, draws[alive, step], self.capture)
                 out[alive, step] = token
                 logprobs[alive, step] = logprob

@@ -109,7 +109,7 @@ def stream(
     for _ in range(most):
         with torch.no_grad(), roles.acting(part.role) as model, roles.autocast():
             states = model.base_model(input_ids=ids.to(roles.device), past_key_values=cache, use_cache=True)
-            logits = model.get_output_embeddings()(states.last_hidden_state[0, -1]).float().cpu()
+            logits = roles.output(part.role)(states.last_hidden_state[0, -1]).float().cpu()
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.models.kv_cache import BufferCache
-from rlhf.models.unpadded import takes_boolean_masks
 
 log = logging.getLogger(__name__)
 WARM_UP = 2  # steps before a capture: libraries set themselves up in their first
@@ -19,10 +18,11 @@ WARM_UP = 2  # steps before a capture: libraries set themselves up in their firs
 class GrowingStep:
     """Attends over the tokens there are so far; rows that are done are dropped as they come.
 
-    `visible` [batch, 1, 1, capacity] says which places of the cache a row sees.
+    `visible` [batch, 1, 1, capacity] says which places of the cache a row sees; as [batch, capacity] it says which of
+    them hold a token, and the model sees to its windows and distances itself.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: BufferCache, visible: Bool[Tensor, "batch 1 1 capacity"]):
+    def __init__(self, model: PreTrainedModel, cache: BufferCache, visible: Bool[Tensor, "batch *one_one capacity"]):
         self.model, self.cache, self.visible = model, cache, visible
 
     def __call__(
@@ -30,7 +30,6 @@ class GrowingStep:
     ) -> Float[Tensor, "batch hidden"]:
         """The hidden states after each row's `token`, which is put at `place` of the cache."""
         mask = self.visible[..., : place + 1]
-        mask = mask if takes_boolean_masks(self.model) else mask[:, 0, 0]
         return _forward(self.model, token[:, None], positions[:, None], mask, self.cache)
 
     def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
@@ -94,6 +93,22 @@ def _forward(model: PreTrainedModel, token: Tensor, positions: Tensor, mask: Ten
     return model.base_model(
         input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, -1]
+
+
+def prefill(
+    model: PreTrainedModel,
+    prompts: Int[Tensor, "batch width"],
+    cache: BufferCache,
+    held: Bool[Tensor, "batch width"] | None = None,
+) -> Float[Tensor, "batch width hidden"]:
+    """Hidden states of prompts, whose keys and values go into the cache.
+
+    `held` marks the tokens of prompts that are padded on the left; on the right no mask is needed.
+    """
+    options = {}
+    if held is not None:
+        options = {"attention_mask": held.long(), "position_ids": (held.long().cumsum(1) - 1).clamp(min=0)}
+    return model.base_model(input_ids=prompts, past_key_values=cache, use_cache=True, **options).last_hidden_state
 
 
 class FixedStep(GrowingStep):

@@ -21,6 +21,7 @@ from transformers import (
 
 from rlhf.data.records import DataSource
 from rlhf.models import ModelError, explained
+from rlhf.models.logits import head_of
 from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,7 +119,9 @@ def load_causal_lm(
         _keep_nf4_differentiable(lm)
     _switch_off_dropout(lm)
     lm.config.use_cache = True
-    return lm.eval()
+    lm.eval()
+    head_of(lm)  # refused here if it cannot be
+    return lm
 
 
 def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from rlhf.models import ModelError, unpadded
 from rlhf.models.fused_lora import fuse
 from rlhf.models.heads import ScalarHead, TokenStats, token_stats
+from rlhf.models.logits import head_of
 from rlhf.models.sequences import Sequences, filled, length_buckets, spans
 
 
@@ -60,16 +61,16 @@ class Roles(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states."""
-        return self.trunk("reference").config.hidden_size
+        """Width of the last hidden states."""
+        return width_of(self.trunk("reference"))
 
     def trunk(self, role: str) -> PreTrainedModel:
         """The language model that `role` runs on."""
         return self.trunks[self.table[role].trunk]
 
     def output(self, role: str) -> nn.Module:
-        """The language-model head of the role's trunk."""
-        return self.trunk(role).get_output_embeddings()
+        """What makes logits of the last hidden states of the role's trunk."""
+        return head_of(self.trunk(role))
 
     def add_trunk(self, name: str, model: PreTrainedModel) -> None:
         """Take in another model; a role that shall run on it is entered in `table`."""
@@ -112,7 +113,7 @@ class Roles(nn.Module):
 
     def add_head(self, role: str, zero: bool) -> ScalarHead:
         """A scalar head on the role's hidden states, trainable."""
-        self.heads[role] = ScalarHead(self.trunk(role).config.hidden_size, zero).to(self.device)
+        self.heads[role] = ScalarHead(width_of(self.trunk(role)), zero).to(self.device)
         return self.heads[role]  # type: ignore[return-value]
 
     def copy_trunk(self, role: str) -> PreTrainedModel:
@@ -278,6 +279,12 @@ class Roles(nn.Module):
         """Matrix products in `compute_dtype`."""
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """Width of the last hidden states, which some models project down from that inside (OPT-350M)."""
+    head = model.get_output_embeddings() or getattr(model, "score", None)
+    return int(getattr(head, "in_features", None) or model.config.get_text_config().hidden_size)
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:

@@ -49,9 +49,14 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def takes_boolean_masks(model: PreTrainedModel) -> bool:
-    """Whether its attention takes a mask [batch, 1, query, key] of what is visible: eager adds it to the scores."""
-    return model.config._attn_implementation in ("sdpa", ATTENTION)
+def takes_visible(model: PreTrainedModel) -> bool:
+    """Whether all its attention is over what a boolean mask [batch, 1, query, key] says is visible, and nothing else.
+
+    Eager attention adds a mask to the scores, sliding windows would vanish under a mask of ours, and ALiBi counts
+    distances off a mask [batch, key].
+    """
+    alibi = getattr(model.config.get_text_config(), "alibi", False)
+    return model.config._attn_implementation in ("sdpa", ATTENTION) and not alibi and not _slides(model)
 
 
 def hidden_states(
@@ -108,8 +113,9 @@ def allow(model: PreTrainedModel) -> bool:
 
 def _slides(model: PreTrainedModel) -> bool:
     """Whether a layer sees only the last tokens: more than are tried out, so it would not be noticed."""
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    return kinds != {"full_attention"} or bool(getattr(model.config, "sliding_window", None))
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
 
 
 def _isolates(model: PreTrainedModel) -> bool:

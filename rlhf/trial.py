@@ -1,0 +1,121 @@
+"""A model tried out before anything is trained: is what is sampled and scored here what the model itself would say?
+
+A few tokens are sampled, scored and, where that is wanted, packed, and their log-probs are compared with those of the
+model's own forward pass over each text alone. What turns out to be another distribution is refused.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.models import ModelError, first_line
+from rlhf.models.roles import Roles
+from rlhf.models.sequences import Sequences, pack
+from rlhf.rollout import NativeEngine
+
+PROMPTS = (5, 11)  # their lengths: padding has to be told from text
+NEW_TOKENS = 12
+LARGEST_WINDOW = 128  # tokens of a sliding window that is looked beyond
+CLOSE, CLOSE_IN_16_BITS = 1e-3, 0.25  # mean distance of log-probs in nats; bf16 and int8 scatter by some hundredths
+NEVER = -1  # an EOS that no model samples
+SEED = 0
+
+
+@torch.no_grad()
+def try_out(roles: Roles, role: str, native: bool = True, packing: bool = False) -> None:
+    """See that the log-probs of a role are its model's own: as they are scored, sampled (`native`) and packed.
+
+    Takes a few short passes. Random states, modes and what trains are as they were before.
+
+    Raises:
+        ModelError: they are those of another distribution, or the model cannot be run so at all.
+    """
+    name = type(roles.trunk(role)).__name__
+    compiled, roles.compiled = roles.compiled, None  # a compiled step would be compiled for the trial alone
+    try:
+        with _evaluating(roles), roles.plain_blocks():
+            _try_out(roles, role, name, native, packing)
+    finally:
+        roles.compiled = compiled
+
+
+def _try_out(roles: Roles, role: str, name: str, native: bool, packing: bool) -> None:
+    draws = torch.Generator().manual_seed(SEED)
+    count, vocabulary = _new_tokens(roles, role), roles.output(role).weight.shape[0]
+    prompts = [torch.randint(vocabulary, (length,), generator=draws).tolist() for length in PROMPTS]
+    responses = torch.randint(vocabulary, (len(prompts), count), generator=draws).tolist()
+    if native:
+        other = "generation.engine=transformers or another model"
+        with _refusing(f"generation.engine=native cannot sample from {name}", other):
+            said = NativeEngine(NEVER).generate(roles, role, prompts, count, 1.0, draws)
+            responses = said.ids.tolist()
+            sampled = torch.cat(list(said.logprobs))  # type: ignore[arg-type]
+            _compare(roles, sampled, _alone(roles, role, prompts, responses))
+    with _refusing(f"{name} cannot be scored in batches", "another model"):
+        own = _alone(roles, role, prompts, responses)
+        batch = Sequences.from_lists(prompts, responses).to(roles.device)
+        _compare(roles, _scored(roles, role, batch), own)
+    if packing:
+        with _refusing(f"sft.packing=true does not keep texts apart in {name}", "sft.packing=false or another model"):
+            packed = pack(Sequences.from_lists(prompts, responses), sum(PROMPTS) + len(PROMPTS) * count)
+            parts = own.split(count)
+            longest_first = [parts[row] for row in sorted(range(len(prompts)), key=lambda row: -PROMPTS[row])]
+            _compare(roles, _scored(roles, role, packed.to(roles.device)), torch.cat(longest_first))
+
+
+def _new_tokens(roles: Roles, role: str) -> int:
+    """So many that a small sliding window is left behind, but no more than the model has positions for."""
+    config = roles.trunk(role).config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    wanted = window + NEW_TOKENS if 0 < window <= LARGEST_WINDOW else NEW_TOKENS
+    room = getattr(config, "max_position_embeddings", None) or wanted + max(PROMPTS)
+    return max(1, min(wanted, room - max(PROMPTS)))
+
+
+def _alone(
+    roles: Roles, role: str, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> Float[Tensor, "tokens"]:
+    """Log-probs of the response tokens by the model's own forward pass over one text after the other."""
+    found = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([[*prompt, *response]], device=roles.device)
+        with roles.acting(role) as model, roles.autocast():
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        found.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0])
+    return torch.cat(found)
+
+
+def _scored(roles: Roles, role: str, batch: Sequences) -> Float[Tensor, "tokens"]:
+    return roles.token_stats(role, roles.states(role, batch, batch.predicting), batch.target_ids).logprobs
+
+
+def _compare(roles: Roles, found: Float[Tensor, "tokens"], own: Float[Tensor, "tokens"]) -> None:
+    exact = roles.compute_dtype == torch.float32 and all(p.dtype == torch.float32 for p in roles.parameters())
+    apart = float((found.to(own) - own).abs().mean())
+    if not apart <= (CLOSE if exact else CLOSE_IN_16_BITS):
+        raise ModelError(f"log-probs are {apart:.2g} nats from the model's own")
+
+
+@contextmanager
+def _refusing(failure: str, allowed: str) -> Iterator[None]:
+    """Whatever goes wrong within is a failure of this kind: which error it is depends on the architecture."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{failure} ({reason}); allowed: {allowed}") from error
+
+
+@contextmanager
+def _evaluating(roles: Roles) -> Iterator[None]:
+    """Without dropout, and afterwards each module in the mode that it was in."""
+    training = [module for module in roles.modules() if module.training]
+    roles.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
