@@ -23,7 +23,8 @@ from common import isolated, report, spread, table
 from world import NEVER, SHAPES, World, make_stage, make_world
 
 from rlhf.models.roles import Roles
-from rlhf.rollout import Engine, TransformersEngine, encode
+from rlhf.models.tokenizing import encode
+from rlhf.rollout import Engine, TransformersEngine
 from rlhf.stages.base import generator
 
 ENGINES = ("native", "generate", "generate, merged")

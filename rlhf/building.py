@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from rlhf import cache, parallel, tracking
 from rlhf.config import instantiate
 from rlhf.data.options import parse_template
-from rlhf.data.records import RECORDS, DataError, DataSource, Split
+from rlhf.data.records import RECORDS, DataError, DataSource, SampledComparison, Split
 from rlhf.data.templates import Template
 from rlhf.evaluation.evaluate import Judge
 from rlhf.evaluation.preferences import FromData, SavedPreferences, Simulated
@@ -28,7 +28,8 @@ from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import gathered
-from rlhf.rollout import Rollouts, encode, make_engine, rollout
+from rlhf.models.tokenizing import encode
+from rlhf.rollout import Rollouts, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import RewardSettings, Settings, SFTSettings
 from rlhf.stages.base import generator
@@ -226,7 +227,8 @@ def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
 
 def records(rows: Dataset, split: Split) -> list:
     """The rows as records of their split."""
-    return [RECORDS[split](**row) for row in rows]
+    kind = SampledComparison if "chosen_ended" in rows.column_names else RECORDS[split]
+    return [kind(**row) for row in rows]
 
 
 def short_enough(tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from rlhf.chat.models import Models
 from rlhf.evaluation.judges import RewardModelJudge
 from rlhf.finished import FinishedRun, RunError
+from rlhf.models.tokenizing import keep_template
 from rlhf.scorers import Context
 from rlhf.settings import ConfigError
 
@@ -23,12 +24,14 @@ class FinishedRewardModelJudge(RewardModelJudge):
     """
 
     needs_reward_model: ClassVar[bool] = False
+    same_tokenizer: ClassVar[bool] = False
 
     def __init__(self, context: Context, folder: str, tie: float = 0.0, max_tokens: int = 512):
         run = _reward_model(folder)
         roles, role = Models().reward(run)
         roles.table["reward"], roles.heads["reward"] = roles.table[role], roles.heads[role]
-        super().__init__(replace(context, tokenizer=run.tokenizer(), roles=roles), tie, max_tokens)
+        tokenizer = keep_template(run.tokenizer(), context.source)
+        super().__init__(replace(context, tokenizer=tokenizer, roles=roles), tie, max_tokens)
 
     @classmethod
     def check(cls, keys: Mapping[str, Any]) -> None:

@@ -1,24 +1,27 @@
 """The rollout batch and the engines that sample it.
 
-Sampling is plain: softmax of the logits over the temperature, no top-k, top-p or minimum length, because log-probs of
-another distribution than the sampled one would bias every divergence. An EOS counts as a response token when it was
-sampled, and is never appended.
+Sampling is plain: softmax of the logits over the temperature, no top-k, top-p or minimum length, whatever the
+generation_config of a checkpoint asks for, because log-probs of another distribution than the sampled one would bias
+every divergence. A response ends at any of the ids that the model stops at (`stop_ids`), each of them an EOS here. An
+EOS counts as a response token when it was sampled, and is never appended.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.models.decoding import CompiledStep, FixedStep, GrowingStep, prefill
 from rlhf.models.kv_cache import BufferCache
 from rlhf.models.logits import head_of
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
+from rlhf.models.tokenizing import encode
+from rlhf.models.tokens import stop_ids
 from rlhf.models.unpadded import takes_visible
 from rlhf.settings import GenerationSettings
 
@@ -39,12 +42,25 @@ class Generated:
     values: Float[Tensor, "batch time"] | None = None
 
 
+class Response(str):
+    """The text of a sampled response, with its ids and whether it `ended` by itself, which no text tells."""
+
+    ids: tuple[int, ...]
+    ended: bool
+
+    def __new__(cls, text: str, ids: Sequence[int] = (), ended: bool = True) -> "Response":
+        """A text that knows where it comes from."""
+        response = super().__new__(cls, text)
+        response.ids, response.ended = tuple(ids), ended
+        return response
+
+
 @dataclass
 class Rollouts:
     """Prompts answered by the policy.
 
     `logprobs` are those the tokens were sampled with, `values` those of the states they were sampled in; both [batch,
-    response], 0 on padding, or None when the engine does not tell them.
+    response], 0 on padding, or None when the engine does not tell them. `responses` are of the class `Response`.
     """
 
     sequences: Sequences
@@ -110,11 +126,14 @@ def rollout(
             responses[i] = ids[:length]
         parts.append((rows, part))
     sequences = Sequences.from_lists(encoded, responses).to(roles.device)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses], device=roles.device)
+    stops = stop_ids(tokenizer, roles.trunk(role))
+    ended = [ids[-1] in stops for ids in responses]
+    decoded = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    texts: list[str] = [Response(*told) for told in zip(decoded, responses, ended, strict=True)]
     logprobs = _laid_out([(rows, part.logprobs) for rows, part in parts], sequences)
     values = _laid_out([(rows, part.values) for rows, part in parts], sequences)
-    return Rollouts(sequences, logprobs, ended, list(prompts), texts, values)
+    flags = torch.tensor(ended, device=roles.device)
+    return Rollouts(sequences, logprobs, flags, list(prompts), texts, values)
 
 
 def _laid_out(
@@ -131,26 +150,23 @@ def _laid_out(
     return result.masked_fill(~mask, 0.0)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompt ids, with the tokenizer's own special tokens in front and no EOS behind."""
-    eos = tokenizer.eos_token_id
-    rows = tokenizer(list(prompts))["input_ids"]
-    return [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in rows]
+def _listed(ids: int | Sequence[int]) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 class NativeEngine:
     """Our own decoding loop, on any causal model of transformers.
 
-    Padding is masked out of the cache, the adapter is merged into copies of the adapted matrices, keys and values lie in
-    one buffer, and rows that are done are dropped from the batch. Prompts are padded on the right where a mask of ours
+    Padding is masked out of the cache, the adapter is merged into copies of the adapted matrices, keys and values lie
+    in one buffer, and rows that are done are dropped from the batch. Prompts are padded on the right where a mask of ours
     says all (`takes_visible`), and else on the left, so that places in the cache are as far apart as the tokens, and
     the model makes its own masks. Each row
     draws its own numbers, so what it says does not depend on which other rows are still there. `fixed` decodes at fixed
     shapes, on a GPU as CUDA graphs.
     """
 
-    def __init__(self, eos_token_id: int, capture_logprobs: bool = True, fixed: bool = False):
-        self.eos, self.capture, self.fixed = eos_token_id, capture_logprobs, fixed
+    def __init__(self, eos_token_id: int | Sequence[int], capture_logprobs: bool = True, fixed: bool = False):
+        self.stops, self.capture, self.fixed = _listed(eos_token_id), capture_logprobs, fixed
 
     @torch.no_grad()
     def generate(
@@ -173,7 +189,8 @@ class NativeEngine:
         padded, lengths = padded.to(device), lengths.to(device)
         draws = torch.rand(batch, max_new_tokens, generator=generator, device=generator.device).to(device)
 
-        out = torch.full((batch, max_new_tokens), self.eos, device=device)
+        out = torch.full((batch, max_new_tokens), self.stops[0], device=device)
+        stops = torch.tensor(self.stops, device=device)
         logprobs = torch.zeros(batch, max_new_tokens, device=device)
         shared = "value" in roles.heads and roles.table["value"] == roles.table[role]
         head = roles.heads["value"] if self.capture and shared else None
@@ -205,7 +222,7 @@ class NativeEngine:
                 logprobs[alive, step] = logprob
                 if head is not None:
                     values[alive, step] = head(last)
-                newly = (token == self.eos) & ~done
+                newly = (token[:, None] == stops).any(1) & ~done
                 ends[alive] = torch.where(newly, step + 1, ends[alive])
                 done |= newly
                 if step + 1 == max_new_tokens:
@@ -241,8 +258,8 @@ def _choose(
 class TransformersEngine:
     """Hugging Face `generate`: the reference that the native engine is tested against. Tells no log-probs."""
 
-    def __init__(self, eos_token_id: int, pad_token_id: int):
-        self.eos, self.pad = eos_token_id, pad_token_id
+    def __init__(self, eos_token_id: int | Sequence[int], pad_token_id: int):
+        self.stops, self.pad = _listed(eos_token_id), pad_token_id
 
     @torch.no_grad()
     def generate(
@@ -261,21 +278,23 @@ class TransformersEngine:
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt) :] = torch.tensor(prompt)
             seen[i, width - len(prompt) :] = 1
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        plain = GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=self.stops, pad_token_id=self.pad,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )  # fmt: skip
         devices = [roles.device] if roles.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), roles.acting(role) as model, roles.autocast():
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-            output = model.generate(
-                ids.to(roles.device),
-                attention_mask=seen.to(roles.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=self.pad,
-                eos_token_id=self.eos,
-                **sampling,
-            )[:, width:]
-        ended = output == self.eos
+            # `generate` takes what its argument leaves open from the model's own configuration
+            own, model.generation_config = model.generation_config, plain
+            try:
+                output = model.generate(
+                    ids.to(roles.device), attention_mask=seen.to(roles.device), generation_config=plain
+                )[:, width:]
+            finally:
+                model.generation_config = own
+        ended = torch.isin(output, torch.tensor(self.stops, device=output.device))
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, output.shape[1])
         return Generated(output, lengths, None)
 
@@ -290,9 +309,10 @@ def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase
         from rlhf.vllm_engine import VllmEngine
 
         return VllmEngine(settings, tokenizer, roles)
+    stops = stop_ids(tokenizer, roles.trunk("reference"))
     if settings.engine == "transformers":
-        return TransformersEngine(tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return TransformersEngine(stops, tokenizer.pad_token_id)
     automatic = roles.compute_dtype == torch.float32 and next(roles.parameters()).dtype == torch.float32
     capture = automatic if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"
     fixed = settings.cuda_graphs == "auto" and roles.device.type == "cuda" and not roles.sharded
-    return NativeEngine(tokenizer.eos_token_id, capture, fixed)
+    return NativeEngine(stops, capture, fixed)

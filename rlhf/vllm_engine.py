@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.models import explained
 from rlhf.models.export import save_adapter
 from rlhf.models.roles import Roles
+from rlhf.models.tokens import stop_ids
 from rlhf.rollout import Generated
 from rlhf.settings import GenerationSettings
 
@@ -41,8 +42,8 @@ class VllmEngine:
     """
 
     def __init__(self, settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, roles: Roles):
-        self.eos, self.capture = tokenizer.eos_token_id, settings.capture_logprobs == "always"
         base = roles.trunk("reference")
+        self.stops, self.capture = stop_ids(tokenizer, base), settings.capture_logprobs == "always"
         adapters = getattr(base, "peft_config", {})
         rank = adapters["policy"].r if "policy" in adapters else 1
         self.llm = _serve(
@@ -78,8 +79,8 @@ class VllmEngine:
                 top_k=0,
                 max_tokens=max_new_tokens,
                 seed=seed,
-                ignore_eos=True,  # the model's files may name several: ours alone ends a row, and stays in it
-                stop_token_ids=[self.eos],
+                ignore_eos=True,  # else vLLM's own reading of the model's files would decide; ours stay in the row
+                stop_token_ids=list(self.stops),
                 detokenize=False,
                 logprobs=0 if self.capture else None,  # of the sampled token, and of no other
             )
@@ -94,7 +95,7 @@ class VllmEngine:
                 lora_request=LoRARequest(f"{role}-{version}", version, folder) if adapted else None,
             )
         completions = [output.outputs[0] for output in outputs]
-        ids = torch.full((len(prompts), max_new_tokens), self.eos)
+        ids = torch.full((len(prompts), max_new_tokens), self.stops[0])
         logprobs = torch.zeros(len(prompts), max_new_tokens)
         for i, completion in enumerate(completions):
             tokens = list(completion.token_ids)

@@ -19,9 +19,10 @@ from test_llm_pool import context
 from tiny_runs import TINY, rlhf, sentence
 
 from rlhf import root
+from rlhf.building import records
 from rlhf.chat.models import Models, score
 from rlhf.data.farm import Farm
-from rlhf.data.records import DataError, Prompt
+from rlhf.data.records import DataError, Prompt, SampledComparison
 from rlhf.data.templates import Template
 from rlhf.evaluation import preferences
 from rlhf.evaluation.llm_pool import LLMPool
@@ -190,9 +191,12 @@ def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, mon
     }  # fmt: skip
     saved = SavedPreferences(tmp_path)
     assert saved.load("preference").to_list() == [
-        {"prompt": f"long {i}", "chosen": "x", "rejected": "xxx"} for i in (0, 4, 5)
+        {"prompt": f"long {i}", "chosen": "x", "rejected": "xxx", "chosen_ended": True, "rejected_ended": False}
+        for i in (0, 4, 5)
     ]
-    assert saved.load("preference_validation").to_list() == [{"prompt": "long 6", "chosen": "xxx", "rejected": "x"}]
+    held_out = {"prompt": "long 6", "chosen": "xxx", "rejected": "x", "chosen_ended": False, "rejected_ended": True}
+    assert saved.load("preference_validation").to_list() == [held_out]
+    assert records(saved.load("preference_validation"), "preference_validation") == [SampledComparison(**held_out)]
     rows = read_lines(tmp_path / "preference_pairs.jsonl")
     assert [row["dropped"] for row in rows] == [None, "identical", "tie", "unjudged", None, None]
     assert [row["outcome"] for row in rows] == [0.0, None, 0.5, None, 0.0, 0.0]

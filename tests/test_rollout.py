@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf import rollout as module
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import Generated, NativeEngine, Rollouts, TransformersEngine, _choose, encode, make_engine, rollout
+from rlhf.rollout import Generated, NativeEngine, Rollouts, TransformersEngine, _choose, make_engine, rollout
 from rlhf.settings import GenerationSettings
 from rlhf.stages.experience import score_logprobs, score_values
 
@@ -260,7 +260,3 @@ def test_capture_only_where_it_is_exact(make_roles: Callable, tokenizer: PreTrai
     assert not captured(torch.bfloat16, "auto")
     assert captured(torch.bfloat16, "always")
     assert not captured(torch.float32, "never")
-
-
-def test_encode_drops_an_appended_eos(make_tokenizer: Callable) -> None:
-    assert encode(make_tokenizer(), ["w3 w4", "w3 <eos>", "<eos>", "w5"]) == [[3, 4], [3], [EOS], [5]]

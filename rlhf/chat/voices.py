@@ -1,7 +1,7 @@
 """What a run says to a prompt, token by token, and what its scorers think of it."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -15,7 +15,8 @@ from rlhf.config import data_source
 from rlhf.data.options import parse_template
 from rlhf.data.records import DataError, DataSource
 from rlhf.finished import FinishedRun, RunError
-from rlhf.rollout import encode
+from rlhf.models.tokenizing import encode, keep_template
+from rlhf.models.tokens import stop_ids
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class Voice:
     def __init__(self, run: FinishedRun, label: str, models: Models, scored: bool):
         self.label, self.settings, self.evaluation = label, run.settings, run.config["evaluation"]
         self.policy: Part = models.policy(run)
-        self.tokenizer: PreTrainedTokenizerBase = run.tokenizer()
         source = data_source(OmegaConf.create({"data": run.config["data"]}))
+        self.tokenizer: PreTrainedTokenizerBase = keep_template(run.tokenizer(), source)
+        self.stops = stop_ids(self.tokenizer, self.policy.roles.trunk(self.policy.role))
         self.render = template_of(run.config["data"], source)
         self.utility: Callable[[str, str], float] | None = getattr(source, "utility", None) if scored else None
         reward = run.reward if scored else None
@@ -78,7 +80,7 @@ class Voice:
         )
         said: list[int] = []
         now = Answer()
-        for token in stream(self.policy, ids, most, temperature, self.generator, self.tokenizer.eos_token_id):
+        for token in stream(self.policy, ids, most, temperature, self.generator, self.stops):
             said.append(token)
             # half a character is shown when it is whole
             now = Answer(self.tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd"), len(said))
@@ -98,7 +100,7 @@ class Voice:
 
 
 def stream(
-    part: Part, prompt: list[int], most: int, temperature: float, generator: torch.Generator, eos: int
+    part: Part, prompt: list[int], most: int, temperature: float, generator: torch.Generator, stops: Collection[int]
 ) -> Iterator[int]:
     """Sampled ids, one after the other, an EOS included. The adapter is switched on for each of them by itself.
 
@@ -115,7 +117,7 @@ def stream(
         else:
             token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
         yield token
-        if token == eos:
+        if token in stops:
             return
         ids = torch.tensor([[token]])
 

@@ -58,7 +58,7 @@ class Alpaca:
         Raises:
             DataError: a malformed template, source, `on_bad_row` or `max_rows`.
         """
-        self._template = parse_template(template)
+        self.template = parse_template(template)
         given: dict[Split, Any] = {
             "sft": sft,
             "sft_validation": sft_validation,
@@ -112,7 +112,7 @@ class Alpaca:
                 excluded = {_key(instruction) for instruction in self._read("eval")["instruction"]}
             self._loaded[split], self.report[split] = read_records(
                 self.sources[split],
-                _ToRecord(split, self._template, excluded),
+                _ToRecord(split, self.template, excluded),
                 split,
                 on_bad_row=self._on_bad_row,
                 deduplicate=self._deduplicate,

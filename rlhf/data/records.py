@@ -31,6 +31,14 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class SampledComparison(Comparison):
+    """A comparison of sampled answers: one that was cut off has no end, and gets no EOS."""
+
+    chosen_ended: bool = True
+    rejected_ended: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What PPO and the evaluation answer.
 

@@ -101,7 +101,7 @@ class StackExchange:
         Raises:
             DataError: a malformed template, source, `shares`, `max_pairs_per_question`, `on_bad_row` or `max_rows`.
         """
-        self._template = parse_template(template)
+        self.template = parse_template(template)
         if type(max_pairs_per_question) is not int or max_pairs_per_question < 1:
             raise DataError(f"max_pairs_per_question is a positive number, not {max_pairs_per_question!r}.")
         self.sources = tuple(_parse(spec, Path(root).expanduser()) for spec in as_list(sources))
@@ -132,7 +132,7 @@ class StackExchange:
         if split not in self.splits:
             raise DataError(f"data.shares gives nothing to {split}: there is {', '.join(self.splits)}.")
         threads, self.report[split] = self._threads()
-        records = _ToRecords(split, self._template, self._shares)
+        records = _ToRecords(split, self.template, self._shares)
         needs = f" that has {NEEDS[split]}" if split in NEEDS else ""
         nothing = f"{split}: its share of the {len(threads):,} questions holds none{needs}."
         rows = expand(threads, records, Features(dict.fromkeys(columns(split), TEXT)), split, nothing)

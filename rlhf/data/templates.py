@@ -27,6 +27,20 @@ class Template:
             return self.with_input.format(instruction=instruction, input=input)
         return self.without_input.format(instruction=instruction)
 
+    @property
+    def fixed_texts(self) -> tuple[tuple[str, ...], ...]:
+        """Of each string what stands before, between and behind its placeholders."""
+        return _around_placeholders(self.with_input), _around_placeholders(self.without_input)
+
+
+def _around_placeholders(template: str) -> tuple[str, ...]:
+    texts = [""]
+    for literal, field, _, _ in Formatter().parse(template):
+        texts[-1] += literal
+        if field is not None:
+            texts.append("")
+    return tuple(texts)
+
 
 def _require(name: str, template: str, expected: set[str]) -> None:
     try:

@@ -36,7 +36,7 @@ class Evaluation:
         if self.export:
             self.export(prompts, responses)  # before the judge, which may fail
         records: list[dict[str, Any]] = [
-            {"prompt": row.prompt, "response": response, "reference_output": row.reference_output}
+            {"prompt": row.prompt, "response": str(response), "reference_output": row.reference_output}
             for row, response in zip(prompts, responses, strict=True)
         ]
         if self.factscore:

@@ -10,7 +10,8 @@ import torch
 
 from rlhf.data.records import Prompt
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import encode
+from rlhf.models.tokenizing import encode, encode_texts
+from rlhf.rollout import Response
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
 
@@ -39,9 +40,14 @@ class GoldJudge:
 
 
 class RewardModelJudge:
-    """The learned reward decides. Biased towards policies trained on it: a yardstick for lack of a better one."""
+    """The learned reward decides. Biased towards policies trained on it: a yardstick for lack of a better one.
+
+    A sampled response is scored by the ids that were sampled, so one that was cut off has no EOS. A written one, such
+    as a reference output from a file, is taken to end where its text ends, as demonstrations do.
+    """
 
     needs_reward_model: ClassVar[bool] = True
+    same_tokenizer: ClassVar[bool] = True  # whether sampled ids are those of the reward model's tokenizer
 
     def __init__(self, context: Context, tie: float = 0.0, max_tokens: int = 512):
         self.context, self.tie, self.max_tokens = context, tie, max_tokens
@@ -54,12 +60,21 @@ class RewardModelJudge:
         return [outcome(a, b, self.tie) for a, b in zip(ours, theirs, strict=True)]
 
     def _scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        tokenizer = self.context.tokenizer
-        answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-        ended = [[*answer, tokenizer.eos_token_id][: self.max_tokens] for answer in answers]
-        batch = Sequences.from_lists(encode(tokenizer, [row.prompt for row in prompts]), ended)
+        answers = [ids[: self.max_tokens] for ids in self._ids(responses)]
+        batch = Sequences.from_lists(encode(self.context.tokenizer, [row.prompt for row in prompts]), answers)
         with torch.no_grad():
             return self.scorer.score(batch.to(self.context.roles.device)).tolist()
+
+    def _ids(self, responses: Sequence[str]) -> list[list[int]]:
+        """Sampled ids as they are where that is possible; else those of the text, with an EOS if it is whole."""
+        tokenizer = self.context.tokenizer
+        found = []
+        for text, ids in zip(responses, encode_texts(tokenizer, responses), strict=True):
+            if isinstance(text, Response) and text.ids and self.same_tokenizer:
+                found.append(list(text.ids))
+            else:
+                found.append([*ids, *[tokenizer.eos_token_id] * getattr(text, "ended", True)])
+        return found
 
 
 class NoJudge:

@@ -18,14 +18,14 @@ import hydra
 import torch
 from datasets import Dataset
 
-from rlhf.data.records import Comparison, DataError, DataSource, Prompt, Split
+from rlhf.data.records import DataError, DataSource, Prompt, SampledComparison, Split
 from rlhf.data.templates import Template
 from rlhf.evaluation.client import uniform
 from rlhf.evaluation.evaluate import Judge
 from rlhf.evaluation.judges import NoJudge
 from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import aside, read_json, read_lines, write_json
-from rlhf.rollout import Rollouts
+from rlhf.rollout import Response, Rollouts
 from rlhf.settings import ConfigError, choice, fraction, optional_positive, positive, seed, typed
 from rlhf.stages.base import generator
 
@@ -75,10 +75,10 @@ class Annotated:
     flipped: bool = False
 
     @property
-    def comparison(self) -> Comparison:
+    def comparison(self) -> SampledComparison:
         """What the reward model learns from it."""
         texts = (self.first, self.second) if self.preferred == "first" else (self.second, self.first)
-        return Comparison(self.prompt, *texts)
+        return SampledComparison(self.prompt, *texts, *(getattr(text, "ended", True) for text in texts))
 
 
 class Simulated:
@@ -212,10 +212,15 @@ class Simulated:
             if not path.exists():
                 prompts = [row.prompt for row in asked[start : start + PAIRS_AT_ONCE] for _ in range(2)]
                 answers = answer(prompts, start // PAIRS_AT_ONCE)
-                write_json(path, {"answers": answers.responses, "cut": int((~answers.ended).sum())})
+                ended = answers.ended.tolist()
+                told = [
+                    (str(text), getattr(text, "ids", ()), end)
+                    for text, end in zip(answers.responses, ended, strict=True)
+                ]
+                write_json(path, {"answers": told, "cut": int((~answers.ended).sum())})
                 log.info("%d of %d pairs sampled", min(start + PAIRS_AT_ONCE, len(asked)), len(asked))
             parts.append(read_json(path))
-        texts = [text for part in parts for text in part["answers"]]
+        texts = [Response(*told) for part in parts for told in part["answers"]]
         return list(zip(texts[::2], texts[1::2], strict=True)), sum(part["cut"] for part in parts)
 
     def annotated(

@@ -11,15 +11,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models import ModelError, explained
 from rlhf.models.roles import Roles
+from rlhf.models.tokens import settle_tokens
 
 ADAPTER, ADAPTER_CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 PREFIX = "base_model.model."
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A full model with its tokenizer: `AutoModelForCausalLM.from_pretrained(folder)`."""
+    """A full model, with a language-model head or a score, and its tokenizer, for transformers' `from_pretrained`.
+
+    Its configuration names the EOS that it was trained to say and the tokenizer's pad token (`settle_tokens`).
+    """
+    settle_tokens(model, tokenizer)
     model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, scoring=not model.can_generate())
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, scoring: bool) -> None:
+    """A tokenizer that pads texts on the left, to be continued, or on the right, to be scored.
+
+    Behind padding on the left a model with absolute positions would read a text as if it began later, and score it
+    differently; `generate` takes care of that, a classifier's forward pass does not.
+    """
+    before = tokenizer.padding_side
+    # what `init_kwargs` does not mention is not written
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if scoring else "left"
     tokenizer.save_pretrained(folder)
+    tokenizer.padding_side = before
 
 
 def save_adapter(
@@ -49,7 +67,7 @@ def save_adapter(
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, default=str))
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder, scoring=has_head)
 
 
 def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfig:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +24,8 @@ from transformers import (
 from rlhf.data.records import DataSource
 from rlhf.models import ModelError, explained
 from rlhf.models.logits import head_of
+from rlhf.models.tokenizing import keep_template
+from rlhf.models.tokens import give_pad, stops_of
 from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,8 +36,8 @@ _DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdr
 def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
     """The model's own tokenizer; for a model made from a configuration the data set's, or a BPE trained on it.
 
-    A pad token distinct from EOS is chosen among the tokens that exist (no row is added to the embedding, so none can
-    receive probability untrained); our own batches never look at it, but exported models and other programs do.
+    It has a pad token (`give_pad`): our own batches never look at it, but exported models and other programs do. And it
+    knows the prompt template of the data set, whose special tokens are such.
 
     Raises:
         ModelError: none can be loaded, or it has no EOS token, without which no response could end.
@@ -52,10 +56,9 @@ def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> Pr
         tokenizer = train_tokenizer(text for row in source.load("sft") for text in row.values())
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {model.name_or_path} has no EOS token, so that no response could end")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = _spare_token(tokenizer)
+    give_pad(tokenizer, stops_of(tokenizer, *_declared(model)))
     tokenizer.padding_side = "left"
-    return tokenizer
+    return keep_template(tokenizer, source)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = BPE_VOCABULARY) -> PreTrainedTokenizerFast:
@@ -180,11 +183,15 @@ def _config_of(model: ModelSettings) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code, **gguf)
 
 
-def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token that is not EOS and that no text needs: unk, bos, another special one, or the first of the vocabulary."""
-    candidates = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens]
-    candidates += tokenizer.convert_ids_to_tokens([0, 1])
-    return next(token for token in candidates if token is not None and token != tokenizer.eos_token)
+def _declared(model: ModelSettings) -> tuple[PreTrainedConfig | None, GenerationConfig | None]:
+    """The model's config and generation_config, as far as they can be read: what is wrong with them is said later."""
+    config, generation = None, None
+    if model.name_or_path is not None:
+        with suppress(Exception):
+            config = _config_of(model)
+        with suppress(Exception):
+            generation = GenerationConfig.from_pretrained(model.name_or_path)
+    return config, generation
 
 
 def _switch_off_dropout(lm: PreTrainedModel) -> None:

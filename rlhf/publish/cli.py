@@ -106,6 +106,7 @@ def _describe(run: FinishedRun, options: argparse.Namespace) -> None:
 def _write(run: FinishedRun, options: argparse.Namespace) -> None:
     # imported here so that mistakes do not wait for torch
     from rlhf.cli import quieten
+    from rlhf.models.export import save_tokenizer
     from rlhf.models.loading import DTYPES as TORCH
     from rlhf.publish.merging import merged, write_adapter
 
@@ -116,7 +117,7 @@ def _write(run: FinishedRun, options: argparse.Namespace) -> None:
             write_adapter(run, options.base, dtype, folder)
         else:
             merged(run, dtype).save_pretrained(folder)
-        run.tokenizer().save_pretrained(folder)
+        save_tokenizer(run.tokenizer(), folder, scoring=run.stage == "reward")
         (folder / "README.md").write_text(_card(run, options), encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from rlhf.finished import ADAPTER_CONFIG, FinishedRun
 from rlhf.models import explained
 from rlhf.models.export import ADAPTER, HEAD, saved_head
 from rlhf.models.loading import load_whole
+from rlhf.models.tokens import settle_tokens
 
 
 def merged(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
@@ -44,7 +45,7 @@ def merged(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
             logging.set_verbosity_error()  # of a reward model's base, that it has no score yet
             base = kind.from_pretrained(run.base, **options)
             model = PeftModel.from_pretrained(base, run.model).merge_and_unload()
-    model.config.pad_token_id = run.tokenizer().pad_token_id  # by which a classifier finds a text's last token
+    settle_tokens(model, run.tokenizer())
     return model.to(dtype).eval()
 
 

@@ -39,10 +39,11 @@ class RewardModeling(Stage):
 
     def encode(self, rows: Sequence[Comparison]) -> list[Pair]:
         """Token ids of comparisons: (chosen, rejected), each (prompt, response)."""
-        prompts = [row.prompt for row in rows]
-        chosen = encode_pairs(self.tokenizer, prompts, [row.chosen for row in rows], self.reward.max_length)
-        rejected = encode_pairs(self.tokenizer, prompts, [row.rejected for row in rows], self.reward.max_length)
-        return list(zip(chosen, rejected, strict=True))
+        prompts, sides = [row.prompt for row in rows], []
+        for side in ("chosen", "rejected"):
+            texts, ended = [getattr(row, side) for row in rows], [getattr(row, f"{side}_ended", True) for row in rows]
+            sides.append(encode_pairs(self.tokenizer, prompts, texts, self.reward.max_length, ended))
+        return list(zip(*sides, strict=True))
 
     def collate(self, rows: list[Pair]) -> Sequences:
         """Row 2i is pair i's chosen text, row 2i + 1 its rejected one."""

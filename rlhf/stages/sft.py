@@ -12,7 +12,7 @@ from rlhf import parallel
 from rlhf.data.records import Demonstration
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
-from rlhf.rollout import encode
+from rlhf.models.tokenizing import encode, encode_texts, last_tokens, spelt
 from rlhf.settings import SFTSettings
 from rlhf.stages.base import Stage
 
@@ -20,21 +20,32 @@ log = logging.getLogger(__name__)
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    ended: Sequence[bool] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, response ids) a row, encoded apart as at generation, the response ending in EOS.
 
-    A response that does not fit into `max_length` tokens is cut and gets no EOS: its end was not seen. A prompt that
-    leaves no room keeps its last tokens and one of the response. How many are cut is logged.
+    A response that does not fit into `max_length` tokens is cut and gets no EOS: its end was not seen. No more has a
+    sampled one that has not `ended` by itself. A prompt that leaves no room keeps its BOS, its last tokens and one of
+    the response. How many are cut is logged, and how many spell a special token, which is read as text.
     """
-    rows = []
-    answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-    for prompt, answer in zip(encode(tokenizer, prompts), answers, strict=True):
-        prompt = prompt[-(max_length - 1) :]
-        rows.append((prompt, [*answer, tokenizer.eos_token_id][: max_length - len(prompt)]))
-    cut = sum(len(response) <= len(answer) for (_, response), answer in zip(rows, answers, strict=True))
+    rows, cut = [], 0
+    whole = [True] * len(responses) if ended is None else ended
+    for prompt, answer, end in zip(encode(tokenizer, prompts), encode_texts(tokenizer, responses), whole, strict=True):
+        if len(prompt) >= max_length:
+            prompt = last_tokens(tokenizer, prompt, max_length - 1)
+        wanted = [*answer, tokenizer.eos_token_id] if end else answer
+        rows.append((prompt, wanted[: max_length - len(prompt)]))
+        cut += len(prompt) + len(wanted) > max_length
     if cut:
         log.warning("%d of %d texts are longer than max_length=%d tokens and cut", cut, len(rows), max_length)
+    found = spelt(tokenizer, prompts) + spelt(tokenizer, responses)
+    if found:
+        log.warning("%d of %d prompts and responses contain the name of a special token, which is read as text",
+                    found, 2 * len(rows))  # fmt: skip
     return rows
 
 
