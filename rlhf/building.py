@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Builder:
     """What building takes: the settings, the same as plain values, the data, how the base is held, a trainer.
 
-    `shard` spreads a base over the processes, where that is wanted.
+    `place` tries models out and puts them where they will train.
     """
 
     settings: Settings
@@ -52,7 +52,7 @@ class Builder:
     source: DataSource
     quantization: dict[str, Any] | None
     make_trainer: MakeTrainer
-    shard: Callable[[Roles], None]
+    place: Callable[[Roles, bool], None]
 
     def sft(self, folder: Path) -> None:
         """The SFT model: `model/`, whole."""
@@ -61,7 +61,7 @@ class Builder:
         lightning.seed_everything(settings.seed, verbose=False)
         tokenizer = load_tokenizer(self.settings.model, self.source)
         roles = sft_roles(self.settings, tokenizer, self.quantization)
-        self.shard(roles)
+        self.place(roles, settings.packing)
         train, held_out = divided(self.source, "sft", "sft_validation", settings.validation_size)
         steps = steps_of(settings, len(train))
         stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
@@ -164,7 +164,7 @@ class Builder:
         base = sft / MODEL
         tokenizer = load_tokenizer(self.settings.model, self.source)
         roles = reward_roles(self.settings, tokenizer, base, self.quantization)
-        self.shard(roles)
+        self.place(roles, False)
         source = SavedPreferences(preferences) if preferences else self.source
         train, held_out = divided(source, "preference", "preference_validation", settings.validation_size)
         steps = steps_of(settings, len(train))

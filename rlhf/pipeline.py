@@ -39,6 +39,7 @@ from rlhf.scorers import Context
 from rlhf.settings import Settings, is_quantized
 from rlhf.stages.ppo import PPO
 from rlhf.training import train_ppo
+from rlhf.trial import try_out
 
 log = logging.getLogger(__name__)
 Build = Callable[[Path], None]
@@ -67,7 +68,7 @@ class Run:
         self.overrides, self.progress = list(overrides), progress
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         self.quantization = settings.quantization if is_quantized(settings.quantization) else None
-        self._builder = Builder(settings, self.plain, source, self.quantization, self._trainer, self._shard)
+        self._builder = Builder(settings, self.plain, source, self.quantization, self._trainer, self._place)
         self.dashboard: Dashboard | None = None
         self.offline = False
         torch.set_float32_matmul_precision("high")
@@ -203,8 +204,7 @@ class Run:
         baseline = tracking.read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         quantization = self.quantization
         roles = ppo_roles(settings, tokenizer, self.sft_folder / MODEL, reward and reward / MODEL, quantization)
-        self._shard(roles)
-        roles.to(_device(self.config))
+        self._place(roles)
         cached = self.outputs / "cache"
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
         scored = self.config.evaluation.get("factscore")
@@ -295,8 +295,14 @@ class Run:
         options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": self._loggers(folder), **options}
         return instantiate(self.config.trainer, "trainer", **options)
 
-    def _shard(self, roles: Roles) -> None:
-        if parallel.shares(self.config.trainer) > 1:
+    def _place(self, roles: Roles, packing: bool = False) -> None:
+        """Put the models where they will train, tried out before (`rlhf.trial`): a base that is spread cannot be."""
+        spread = parallel.shares(self.config.trainer) > 1
+        if not spread:
+            roles.to(_device(self.config))
+        engine = "" if self.config.stage.name == "sft" else self.settings.generation.engine
+        try_out(roles, "reference", engine, packing)
+        if spread:
             shard(roles, _device(self.config))
 
     def _loggers(self, folder: Path) -> list[Logger]:

@@ -158,9 +158,9 @@ class NativeEngine:
     """Our own decoding loop, on any causal model of transformers.
 
     Padding is masked out of the cache, the adapter is merged into copies of the adapted matrices, keys and values lie
-    in one buffer, and rows that are done are dropped from the batch. Prompts are padded on the right where a mask of ours
-    says all (`takes_visible`), and else on the left, so that places in the cache are as far apart as the tokens, and
-    the model makes its own masks. Each row
+    in one buffer, and rows that are done are dropped from the batch. Prompts are padded on the right where a mask of
+    ours says all (`takes_visible`), and else on the left, so that places in the cache are as far apart as the tokens,
+    and the model makes its own masks. Each row
     draws its own numbers, so what it says does not depend on which other rows are still there. `fixed` decodes at fixed
     shapes, on a GPU as CUDA graphs.
     """

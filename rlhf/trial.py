@@ -14,21 +14,23 @@ from torch import Tensor
 from rlhf.models import ModelError, first_line
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
-from rlhf.rollout import NativeEngine
+from rlhf.rollout import NativeEngine, TransformersEngine
 
 PROMPTS = (5, 11)  # their lengths: padding has to be told from text
 NEW_TOKENS = 12
 LARGEST_WINDOW = 128  # tokens of a sliding window that is looked beyond
-CLOSE, CLOSE_IN_16_BITS = 1e-3, 0.25  # mean distance of log-probs in nats; bf16 and int8 scatter by some hundredths
+# Nats that log-probs may be apart: in float32 each of them, else their mean (bf16 and int8 scatter by some hundredths).
+CLOSE, CLOSE_IN_16_BITS = 1e-3, 0.25
 NEVER = -1  # an EOS that no model samples
 SEED = 0
 
 
 @torch.no_grad()
-def try_out(roles: Roles, role: str, native: bool = True, packing: bool = False) -> None:
-    """See that the log-probs of a role are its model's own: as they are scored, sampled (`native`) and packed.
+def try_out(roles: Roles, role: str, engine: str = "", packing: bool = False) -> None:
+    """See that the log-probs of a role are its model's own: as they are scored, sampled (`engine`) and packed.
 
-    Takes a few short passes. Random states, modes and what trains are as they were before.
+    `engine` is native, transformers, or another one, which is not tried. Takes a few short passes. Random states, modes
+    and what trains are as they were before.
 
     Raises:
         ModelError: they are those of another distribution, or the model cannot be run so at all.
@@ -37,25 +39,30 @@ def try_out(roles: Roles, role: str, native: bool = True, packing: bool = False)
     compiled, roles.compiled = roles.compiled, None  # a compiled step would be compiled for the trial alone
     try:
         with _evaluating(roles), roles.plain_blocks():
-            _try_out(roles, role, name, native, packing)
+            _try_out(roles, role, name, engine, packing)
     finally:
         roles.compiled = compiled
 
 
-def _try_out(roles: Roles, role: str, name: str, native: bool, packing: bool) -> None:
+def _try_out(roles: Roles, role: str, name: str, engine: str, packing: bool) -> None:
     draws = torch.Generator().manual_seed(SEED)
-    count, vocabulary = _new_tokens(roles, role), roles.output(role).weight.shape[0]
+    count, vocabulary = _new_tokens(roles, role), roles.trunk(role).get_input_embeddings().num_embeddings
     prompts = [torch.randint(vocabulary, (length,), generator=draws).tolist() for length in PROMPTS]
     responses = torch.randint(vocabulary, (len(prompts), count), generator=draws).tolist()
-    if native:
+    if engine == "transformers":
+        with _refusing(f"generation.engine=transformers cannot sample from {name}", "another model"):
+            said = TransformersEngine(NEVER, 0).generate(roles, role, prompts, count, 0.0, draws)
+            chosen, best = _alone(roles, role, prompts, said.ids.tolist())
+            _compare(roles, chosen, best)  # as it takes the likeliest tokens, if it sees what the model sees
+    if engine == "native":
         other = "generation.engine=transformers or another model"
         with _refusing(f"generation.engine=native cannot sample from {name}", other):
             said = NativeEngine(NEVER).generate(roles, role, prompts, count, 1.0, draws)
             responses = said.ids.tolist()
             sampled = torch.cat(list(said.logprobs))  # type: ignore[arg-type]
-            _compare(roles, sampled, _alone(roles, role, prompts, responses))
+            _compare(roles, sampled, _alone(roles, role, prompts, responses)[0])
     with _refusing(f"{name} cannot be scored in batches", "another model"):
-        own = _alone(roles, role, prompts, responses)
+        own = _alone(roles, role, prompts, responses)[0]
         batch = Sequences.from_lists(prompts, responses).to(roles.device)
         _compare(roles, _scored(roles, role, batch), own)
     if packing:
@@ -77,15 +84,20 @@ def _new_tokens(roles: Roles, role: str) -> int:
 
 def _alone(
     roles: Roles, role: str, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> Float[Tensor, "tokens"]:
-    """Log-probs of the response tokens by the model's own forward pass over one text after the other."""
-    found = []
+) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+    """By the model's own forward pass over one text after the other, log-probs of the response tokens.
+
+    Second, those of the likeliest tokens in their places.
+    """
+    chosen, best = [], []
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response]], device=roles.device)
         with roles.acting(role) as model, roles.autocast():
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        found.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0])
-    return torch.cat(found)
+        logprobs = logits.log_softmax(-1)
+        chosen.append(logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0])
+        best.append(logprobs.amax(-1))
+    return torch.cat(chosen), torch.cat(best)
 
 
 def _scored(roles: Roles, role: str, batch: Sequences) -> Float[Tensor, "tokens"]:
@@ -94,7 +106,8 @@ def _scored(roles: Roles, role: str, batch: Sequences) -> Float[Tensor, "tokens"
 
 def _compare(roles: Roles, found: Float[Tensor, "tokens"], own: Float[Tensor, "tokens"]) -> None:
     exact = roles.compute_dtype == torch.float32 and all(p.dtype == torch.float32 for p in roles.parameters())
-    apart = float((found.to(own) - own).abs().mean())
+    gaps = (found.to(own) - own).abs()
+    apart = float(gaps.max() if exact else gaps.mean())
     if not apart <= (CLOSE if exact else CLOSE_IN_16_BITS):
         raise ModelError(f"log-probs are {apart:.2g} nats from the model's own")
 

@@ -14,9 +14,9 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = [
     "files", "digests", "allocation", "failures", "earlier", "code", "dashboards", "resolvers", "settings",
     "explaining", "objectives", "slurm", "parallel", "sweep", "guards", "divergence", "ppo", "data", "models",
-    "rollout", "vllm_engine", "scorers", "stages", "evaluation", "identity", "checkpoints", "capabilities", "config",
-    "tracking", "cache", "interruption", "training", "building", "pipeline", "preview", "report", "search", "cli",
-    "worker", "finished", "publish", "chat", "finished_judge",
+    "rollout", "vllm_engine", "trial", "scorers", "stages", "evaluation", "identity", "checkpoints", "capabilities",
+    "config", "tracking", "cache", "interruption", "training", "building", "pipeline", "preview", "report", "search",
+    "cli", "worker", "finished", "publish", "chat", "finished_judge",
 ]  # fmt: skip
 
 

@@ -41,7 +41,9 @@ class Logits(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The output embedding [vocabulary, hidden]."""
-        return self.output.weight  # type: ignore[return-value]
+        weight = self.output.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape vocabulary"]:
         """Logits in the dtype of the head."""
@@ -56,7 +58,8 @@ def head_of(model: PreTrainedModel) -> nn.Module:
     """
     transform = getattr(model, "_rlhf_transform", None)
     if transform is None:
-        transform = model._rlhf_transform = transform_of(model)  # type: ignore[assignment]
+        transform = transform_of(model)
+        vars(model)["_rlhf_transform"] = transform
     output = model.get_output_embeddings()
     return output if transform == Transform() else Logits(output, transform)
 
