@@ -1,5 +1,6 @@
 """RLHF experiments: supervised fine-tuning, reward modelling and LoRA-PPO, composed by Hydra."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,3 +15,6 @@ def root() -> Path:
 
 # Hydra resolves its search path before any of our code runs in a job, so the root travels in the environment.
 os.environ["RLHF_ROOT"] = str(root())
+
+# peft imports bitsandbytes, which tells of each kernel that it could not download, even if nothing is quantized.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ from rlhf.config import data_source
 from rlhf.data.options import parse_template
 from rlhf.data.records import DataError, DataSource
 from rlhf.finished import FinishedRun, RunError
+from rlhf.models.kv_cache import cache_argument
 from rlhf.models.tokenizing import encode, keep_template
 from rlhf.models.tokens import stop_ids
 
@@ -110,7 +111,8 @@ def stream(
     ids = torch.tensor([prompt])
     for _ in range(most):
         with torch.no_grad(), roles.acting(part.role) as model, roles.autocast():
-            states = model.base_model(input_ids=ids.to(roles.device), past_key_values=cache, use_cache=True)
+            argument = cache_argument(model.base_model)
+            states = model.base_model(input_ids=ids.to(roles.device), use_cache=True, **{argument: cache})
             logits = roles.output(part.role)(states.last_hidden_state[0, -1]).float().cpu()
         if temperature == 0:
             token = int(logits.argmax())

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.models.kv_cache import BufferCache
+from rlhf.models.kv_cache import BufferCache, cache_argument
 
 log = logging.getLogger(__name__)
 WARM_UP = 2  # steps before a capture: libraries set themselves up in their first
@@ -24,13 +24,14 @@ class GrowingStep:
 
     def __init__(self, model: PreTrainedModel, cache: BufferCache, visible: Bool[Tensor, "batch *one_one capacity"]):
         self.model, self.cache, self.visible = model, cache, visible
+        self.argument = cache_argument(model.base_model)
 
     def __call__(
         self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
     ) -> Float[Tensor, "batch hidden"]:
         """The hidden states after each row's `token`, which is put at `place` of the cache."""
         mask = self.visible[..., : place + 1]
-        return _forward(self.model, token[:, None], positions[:, None], mask, self.cache)
+        return _forward(self.model, token[:, None], positions[:, None], mask, self.argument, self.cache)
 
     def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
         """The rows worth going on with, filled up with others to a batch of `size`; none once all are done."""
@@ -69,7 +70,8 @@ class CompiledStep(GrowingStep):
         end = place + 1
         buffers = [(layer.keys[:, :, :end], layer.values[:, :, :end]) for layer in self.cache.layers]
         where = token.new_tensor([place])
-        return self.run(self.model, token[:, None], positions[:, None], self.visible[..., :end], buffers, where)
+        visible = self.visible[..., :end]
+        return self.run(self.model, token[:, None], positions[:, None], visible, self.argument, buffers, where)
 
     def size(self, left: int) -> int:
         """Not one row, which would be compiled anew."""
@@ -81,17 +83,20 @@ def _step(
     token: Tensor,
     positions: Tensor,
     visible: Tensor,
+    argument: str,
     buffers: list[tuple[Tensor, Tensor]],
     place: Tensor,
 ) -> Tensor:
     """A function of tensors, in which the compiler finds no number that changes from step to step."""
-    return _forward(model, token, positions, visible, BufferCache.of(buffers, place))
+    return _forward(model, token, positions, visible, argument, BufferCache.of(buffers, place))
 
 
-def _forward(model: PreTrainedModel, token: Tensor, positions: Tensor, mask: Tensor, cache: BufferCache) -> Tensor:
-    """Hidden states [rows, hidden] after a token [rows, 1] of each row."""
+def _forward(
+    model: PreTrainedModel, token: Tensor, positions: Tensor, mask: Tensor, argument: str, cache: BufferCache
+) -> Tensor:
+    """Hidden states [rows, hidden] after a token [rows, 1] of each row; `argument` is `cache_argument`."""
     return model.base_model(
-        input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        input_ids=token, attention_mask=mask, position_ids=positions, use_cache=True, **{argument: cache}
     ).last_hidden_state[:, -1]
 
 
@@ -105,10 +110,10 @@ def prefill(
 
     `held` marks the tokens of prompts that are padded on the left; on the right no mask is needed.
     """
-    options = {}
+    options: dict[str, Any] = {cache_argument(model.base_model): cache}
     if held is not None:
-        options = {"attention_mask": held.long(), "position_ids": (held.long().cumsum(1) - 1).clamp(min=0)}
-    return model.base_model(input_ids=prompts, past_key_values=cache, use_cache=True, **options).last_hidden_state
+        options |= {"attention_mask": held.long(), "position_ids": (held.long().cumsum(1) - 1).clamp(min=0)}
+    return model.base_model(input_ids=prompts, use_cache=True, **options).last_hidden_state
 
 
 class FixedStep(GrowingStep):
@@ -147,7 +152,7 @@ class FixedStep(GrowingStep):
     def step(self) -> Float[Tensor, "batch hidden"]:
         """A function of the buffers alone; done twice it is the same."""
         self.visible.index_fill_(-1, self.place, True)
-        return _forward(self.model, self.token, self.positions, self.visible, self.cache)
+        return _forward(self.model, self.token, self.positions, self.visible, self.argument, self.cache)
 
     def size(self, left: int) -> int:
         """A power of two."""

@@ -1,10 +1,17 @@
 """A preallocated key/value cache whose rows can be dropped: what the native engine decodes with."""
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """By which name a model takes its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
 
 
 class _BufferLayer(CacheLayerMixin):
