@@ -31,8 +31,9 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.models.tokenizing import Response
 from rlhf.models.tokens import stop_ids, stops_of
-from rlhf.rollout import NativeEngine, Response, TransformersEngine, make_engine, rollout
+from rlhf.rollout import NativeEngine, TransformersEngine, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import GenerationSettings, ModelSettings
 from rlhf.stages.reward import RewardModeling

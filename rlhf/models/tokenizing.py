@@ -1,4 +1,4 @@
-"""From texts to ids. Text is text: what is spelt like a special token in the data stands for its letters.
+"""From texts to ids, and texts that keep theirs. Text is text: what is spelt like a special token in the data stands for its letters.
 
 Special are the tokens that the tokenizer puts around a text and those that the prompt template of the data set writes.
 """
@@ -11,6 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.templates import Template
 from rlhf.models.tokens import special_ids
+
+
+class Response(str):
+    """The text of a sampled response, with its ids and whether it `ended` by itself, which no text tells."""
+
+    ids: tuple[int, ...]
+    ended: bool
+
+    def __new__(cls, text: str, ids: Sequence[int] = (), ended: bool = True) -> "Response":
+        """A text that knows where it comes from."""
+        response = super().__new__(cls, text)
+        response.ids, response.ended = tuple(ids), ended
+        return response
 
 
 def keep_template(tokenizer: PreTrainedTokenizerBase, source: Any) -> PreTrainedTokenizerBase:
