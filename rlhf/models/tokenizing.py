@@ -1,4 +1,4 @@
-"""From texts to ids, and texts that keep theirs. Text is text: what is spelt like a special token in the data stands for its letters.
+"""From texts to ids. Text is text: what is spelt like a special token in the data stands for its letters.
 
 Special are the tokens that the tokenizer puts around a text and those that the prompt template of the data set writes.
 """
