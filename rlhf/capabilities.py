@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rlhf import parallel
 from rlhf.settings import ConfigError, Settings, is_quantized
-from rlhf.vllm_engine import RANKS, TEMPERATURES
+from rlhf.vllm_engine import NOT_YOURS, RANKS, TEMPERATURES
 
 
 def check_processes(config: DictConfig, settings: Settings) -> None:
@@ -94,6 +94,11 @@ def check_vllm(config: DictConfig, settings: Settings) -> None:
         )
     if parallel.wanted(config.trainer) * config.trainer.get("num_nodes", 1) > 1:
         raise ConfigError(f"generation.engine=vllm is built for one process; allowed: trainer.devices=1, {other}")
+    for key in settings.generation.vllm.keys() & set(NOT_YOURS):
+        raise ConfigError(
+            f"generation.vllm.{key}={settings.generation.vllm[key]} is not allowed; allowed: keywords of vllm.LLM but "
+            f"{', '.join(NOT_YOURS)}, which the engine sets itself or which would change what is sampled"
+        )
     low, high = TEMPERATURES
     for key in ("generation", "evaluation"):
         temperature = getattr(settings, key).temperature

@@ -20,7 +20,7 @@ from rlhf.models.kv_cache import BufferCache
 from rlhf.models.logits import head_of
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.models.tokenizing import encode
+from rlhf.models.tokenizing import Response, encode
 from rlhf.models.tokens import stop_ids
 from rlhf.models.unpadded import takes_visible
 from rlhf.settings import GenerationSettings
@@ -40,19 +40,6 @@ class Generated:
     lengths: Int[Tensor, "batch"]
     logprobs: Float[Tensor, "batch time"] | None
     values: Float[Tensor, "batch time"] | None = None
-
-
-class Response(str):
-    """The text of a sampled response, with its ids and whether it `ended` by itself, which no text tells."""
-
-    ids: tuple[int, ...]
-    ended: bool
-
-    def __new__(cls, text: str, ids: Sequence[int] = (), ended: bool = True) -> "Response":
-        """A text that knows where it comes from."""
-        response = super().__new__(cls, text)
-        response.ids, response.ended = tuple(ids), ended
-        return response
 
 
 @dataclass

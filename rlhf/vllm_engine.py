@@ -24,6 +24,9 @@ from rlhf.settings import GenerationSettings
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM can be made ready for
 TEMPERATURES = (0.01, 2.0)  # vLLM raises what is lower, but not 0, to the first, and refuses what is higher
+# what this engine decides, and what would make samples of another distribution than the plain softmax
+NOT_YOURS = ("model", "dtype", "enable_lora", "max_loras", "max_lora_rank", "enable_prefix_caching", "logprobs_mode",
+             "generation_config", "logits_processors")  # fmt: skip
 _serving: dict[str, Any] = {}  # the one `vllm.LLM` of this process: two would not fit
 _versions = itertools.count(1)  # vLLM knows an adapter by its number, which must never come back with other weights
 

@@ -31,8 +31,9 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.models.tokenizing import Response
 from rlhf.models.tokens import stop_ids, stops_of
-from rlhf.rollout import NativeEngine, Response, TransformersEngine, make_engine, rollout
+from rlhf.rollout import NativeEngine, TransformersEngine, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import GenerationSettings, ModelSettings
 from rlhf.stages.reward import RewardModeling
@@ -41,6 +42,13 @@ OTHER = 17  # a second id to stop at
 PROMPTS = [[5, 9, 7], [3], [11, 4, 4, 30, 8, 22, 17], [40, 41]] * 5
 FILTERS = {"top_k": 3, "top_p": 0.5, "min_p": 0.2, "typical_p": 0.5, "epsilon_cutoff": 0.01, "min_new_tokens": 9,
            "suppress_tokens": [EOS], "repetition_penalty": 2.0, "temperature": 0.3, "do_sample": True}  # fmt: skip
+
+
+def seeded_roles() -> Roles:
+    """The same whatever ran before: peft draws its A matrices from the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny_roles()
 
 
 def rows_of(engine: Any, roles: Roles, temperature: float = 1.0) -> list[list[int]]:
@@ -74,7 +82,7 @@ def test_the_ids_that_end_a_response(config: Any, generation: Any, expected: tup
 @pytest.mark.parametrize("make", [NativeEngine, lambda ids: TransformersEngine(ids, PAD)], ids=["native", "hf"])
 def test_a_response_ends_at_whichever_of_the_ids_comes_first(make: Callable) -> None:
     """The same draws as with one id, up to the other."""
-    roles = tiny_roles()
+    roles = seeded_roles()
     long, short = rows_of(make(EOS), roles), rows_of(make([EOS, OTHER]), roles)
     assert short == [row[: row.index(OTHER) + 1] if OTHER in row else row for row in long]
     assert any(row[-1] == OTHER for row in short)
@@ -83,7 +91,7 @@ def test_a_response_ends_at_whichever_of_the_ids_comes_first(make: Callable) -> 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_a_rollout_has_ended_at_any_of_them(engine: str) -> None:
-    roles, tokenizer = tiny_roles(), word_tokenizer()
+    roles, tokenizer = seeded_roles(), word_tokenizer()
     roles.trunk("policy").generation_config = GenerationConfig(eos_token_id=[EOS, OTHER])
     settings = GenerationSettings(engine=engine, max_new_tokens=12, batch_size=7)
     prompts = [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS]
@@ -101,7 +109,7 @@ def test_a_rollout_has_ended_at_any_of_them(engine: str) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_what_the_checkpoint_recommends_does_not_change_what_is_sampled(temperature: float) -> None:
-    roles, engine = tiny_roles(), TransformersEngine(EOS, PAD)
+    roles, engine = seeded_roles(), TransformersEngine(EOS, PAD)
     expected = rows_of(engine, roles, temperature)
     recommended = roles.trunk("policy").generation_config = GenerationConfig(**FILTERS)
     assert rows_of(engine, roles, temperature) == expected
@@ -109,7 +117,7 @@ def test_what_the_checkpoint_recommends_does_not_change_what_is_sampled(temperat
 
 
 def test_chat_stops_at_any_of_them() -> None:
-    roles = tiny_roles()
+    roles = seeded_roles()
     for prompt, row in zip(PROMPTS, rows_of(NativeEngine([EOS, OTHER]), roles, 0.0), strict=True):
         said = stream(Part(roles, "policy"), prompt, 20, 0.0, torch.Generator(), (EOS, OTHER))
         assert list(said) == row
@@ -155,7 +163,7 @@ def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pyte
 @pytest.mark.parametrize("same", [True, False], ids=["own", "finished"])
 def test_a_judge_scores_what_was_sampled(same: bool) -> None:
     """By hand: the reward at the last sampled token, and at the EOS of a reference, which is a whole text."""
-    roles, tokenizer = tiny_roles(), word_tokenizer()
+    roles, tokenizer = seeded_roles(), word_tokenizer()
     kind = RewardModelJudge if same else FinishedRewardModelJudge
     judge = object.__new__(kind)
     RewardModelJudge.__init__(judge, Context(NoSource(), tokenizer, roles))
@@ -251,7 +259,7 @@ def test_a_padded_batch_of_an_exported_reward_model_is_scored_as_here(
 
 
 def test_the_tokenizer_beside_a_reward_adapter_pads_for_scoring(tmp_path: Path) -> None:
-    roles, tokenizer = tiny_roles(), word_tokenizer()
+    roles, tokenizer = seeded_roles(), word_tokenizer()
     for role, side in (("policy", "left"), ("reward", "right")):
         save_adapter(roles, role, tiny_lora(), tmp_path, tokenizer, tmp_path / role)
         assert AutoTokenizer.from_pretrained(tmp_path / role).padding_side == side

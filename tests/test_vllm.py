@@ -30,6 +30,7 @@ REFUSED = [
     ("evaluation.temperature=0.001", "evaluation.temperature=0.001: .* takes 0.01 to 2.0"),
     ("generation.vllm.gpu_memory_utilization=1.5", "allowed: keywords of vllm.LLM, gpu_memory_utilization being"),
     ("generation.vllm.gpu_memory_utilization=most", "allowed: keywords of vllm.LLM, gpu_memory_utilization being"),
+    ("+generation.vllm.generation_config=auto", "generation.vllm.generation_config=auto .* keywords of vllm.LLM but "),
     ("generation.vllm=0.5", "generation.vllm=0.5 is not allowed; allowed: keys below it"),
 ]
 

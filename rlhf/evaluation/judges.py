@@ -10,8 +10,7 @@ import torch
 
 from rlhf.data.records import Prompt
 from rlhf.models.sequences import Sequences
-from rlhf.models.tokenizing import encode, encode_texts
-from rlhf.rollout import Response
+from rlhf.models.tokenizing import Response, encode, encode_texts
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
 

@@ -13,6 +13,19 @@ from rlhf.data.templates import Template
 from rlhf.models.tokens import special_ids
 
 
+class Response(str):
+    """The text of a sampled response, with its ids and whether it `ended` by itself, which no text tells."""
+
+    ids: tuple[int, ...]
+    ended: bool
+
+    def __new__(cls, text: str, ids: Sequence[int] = (), ended: bool = True) -> "Response":
+        """A text that knows where it comes from."""
+        response = super().__new__(cls, text)
+        response.ids, response.ended = tuple(ids), ended
+        return response
+
+
 def keep_template(tokenizer: PreTrainedTokenizerBase, source: Any) -> PreTrainedTokenizerBase:
     """Let `encode` take the special tokens for such that the template of the data set `source`, if it has one, writes.
 
