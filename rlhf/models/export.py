@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.failures import writing
 from rlhf.models import ModelError, explained
 from rlhf.models.roles import Roles
 
@@ -18,8 +19,9 @@ PREFIX = "base_model.model."
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A full model with its tokenizer: `AutoModelForCausalLM.from_pretrained(folder)`."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def save_adapter(
@@ -38,7 +40,8 @@ def save_adapter(
     if has_head:
         tensors[PREFIX + "score.weight"] = roles.heads[role].weight  # type: ignore[assignment]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / ADAPTER)
+    with writing(folder / ADAPTER):
+        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / ADAPTER)
     settings = {
         **{key: value for key, value in config.to_dict().items() if not isinstance(value, set)},
         "target_modules": sorted(config.target_modules or []),
