@@ -1,6 +1,5 @@
 """Checkpoints at step boundaries: written aside, synced, renamed, with a checksum; the last few and the best stay."""
 
-import hashlib
 import logging
 import math
 import re
@@ -11,9 +10,11 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from rlhf import parallel
+from rlhf.checksums import sha256
 from rlhf.files import METRICS, aside, read_lines
 from rlhf.stages.base import Stage
 
@@ -36,10 +37,19 @@ class Best:
 
         Step 0 does not count, as nothing was trained yet, and no value that is no finite number.
         """
-        lines = [line for line in read_lines(self.folder / METRICS) if "time/evaluate" in line and line["step"]]
+        lines = [line for line in read_lines(self.folder / METRICS, "step") if "time/evaluate" in line and line["step"]]
         sign = 1 if self.mode == "max" else -1
         found = [(sign * line.get(self.metric, math.nan), line["step"]) for line in lines]
         return max((pair for pair in found if math.isfinite(pair[0])), default=(None, None))[1]
+
+
+class WrittenInPlace(TorchCheckpointIO):
+    """Lightning's own way makes two copies in memory, and one in $TMPDIR, which is another disk and may be small."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write to `path` and nowhere else; by Python's own file, whose errors say what is wrong with the disk."""
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class StepCheckpoints(Callback):
@@ -54,6 +64,10 @@ class StepCheckpoints(Callback):
     def __init__(self, folder: Path, every: int, keep: int = 2, best: Best | None = None, also_every: int = 0):
         self.folder, self.keep, self.best = folder, keep, best
         self.every = (every, also_every) if best else (every,)
+
+    def setup(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Have checkpoints written where they shall be."""
+        trainer.strategy.checkpoint_io = WrittenInPlace()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
         """Save at a step boundary."""
@@ -79,7 +93,7 @@ class StepCheckpoints(Callback):
             trainer.save_checkpoint(temporary)
             # the checksum first: a checkpoint without one never has its final name
             with aside(_checksum_file(path)) as note:
-                note.write_text(_checksum(temporary))
+                note.write_text(sha256(temporary))
         self.prune()
         return step
 
@@ -137,18 +151,13 @@ class StepCheckpoints(Callback):
 def _sound(path: Path) -> bool:
     """Whether it is what was written, and nothing but tensors and numbers: a checksum is no proof of who made it."""
     note = _checksum_file(path)
-    if not (path.exists() and note.exists()) or note.read_text() != _checksum(path):
+    if not (path.exists() and note.exists()) or note.read_text() != sha256(path):
         return False
     try:
         torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (UnpicklingError, RuntimeError, ValueError):
         return False
     return True
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum_file(path: Path) -> Path:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import EARLIER, METRICS, SUMMARY, read_json, read_lines, write_json
+from rlhf.files import EARLIER, METRICS, SUMMARY, DamagedError, read_json, read_lines, write_json
 
 log = logging.getLogger(__name__)
 NOTE = "identity.json"  # of a run: its identity and configuration, from its first moment on
@@ -22,12 +22,12 @@ UNVISITED = {"cache", "checkpoints", "wandb", ".hydra"}  # where no run's model 
 
 
 def identity_of(folder: Path) -> str | None:
-    """The identity of the run in a folder, `unknown` for one that left no note; None where there is no run."""
+    """The identity of the run in a folder, `unknown` for one that left no sound note; None where there is no run."""
     if (folder / NOTE).exists():
-        note = read_json(folder / NOTE)
-        return note["identity"] if isinstance(note, dict) else str(note)
+        note = _readable(folder / NOTE)
+        return note if isinstance(note, str) else str((note or {}).get("identity") or UNKNOWN)
     if (folder / SUMMARY).exists():
-        return (read_json(folder / SUMMARY) or {}).get("identity") or UNKNOWN
+        return (_readable(folder / SUMMARY) or {}).get("identity") or UNKNOWN
     return UNKNOWN if (folder / METRICS).exists() or any((folder / "checkpoints").glob("*.ckpt")) else None
 
 
@@ -136,16 +136,23 @@ def describe(folder: Path, config: Mapping[str, Any] | None = None, ignored: Col
 
 def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str] | None:
     """In which keys the run in `folder` differs from a configuration, as `ppo.steps=3 instead of 8`; None: unknown."""
-    note = read_json(folder / NOTE) if (folder / NOTE).exists() else None
-    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
-    old = next(
-        (x["config"] for x in (summary, note) if isinstance(x, dict) and isinstance(x.get("config"), dict)), None
-    )
-    if old is None:
+    told = [_readable(folder / name) for name in (SUMMARY, NOTE)]
+    found = [said["config"] for said in told if isinstance(said, dict) and isinstance(said.get("config"), dict)]
+    if not found:
         return None
-    before, after = (dict(_flat({key: node[key] for key in node if key not in ignored})) for node in (old, config))
+    before, after = (dict(_flat({key: node[key] for key in node if key not in ignored})) for node in (found[0], config))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [f"{key}={before.get(key, 'nothing')} instead of {after.get(key, 'nothing')}" for key in keys]
+
+
+def _readable(path: Path) -> Any:
+    """The object or text that a JSON file holds; None without one, or where a machine that died left something else."""
+    try:
+        content = read_json(path) if path.exists() else None
+    except DamagedError as error:
+        log.warning("%s", error)
+        return None
+    return content if isinstance(content, dict | str) else None
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import root
+from rlhf.files import DamagedError
 from rlhf.settings import ConfigError, Stopped
 
 _NO_OPTION = "Config group override must be a string or a list."  # Hydra's words, in a bare ValueError
@@ -20,7 +21,7 @@ def is_mistake(error: BaseException) -> bool:
     from rlhf.data.records import DataError
     from rlhf.models import ModelError
 
-    return isinstance(error, ConfigError | DataError | ModelError)
+    return isinstance(error, ConfigError | DataError | ModelError | DamagedError)
 
 
 def explain(error: BaseException) -> str | None:

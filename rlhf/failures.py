@@ -4,11 +4,18 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _OF_THE_MACHINE = {
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM")
-}
+    for name in (
+        "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM",
+        "ENOLCK", "EOPNOTSUPP", "ENOSYS",
+    )
+}  # fmt: skip
+_OF_THE_DATABASE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY",
+                    "SQLITE_LOCKED", "SQLITE_PROTOCOL", "SQLITE_CORRUPT", "SQLITE_NOTADB")  # fmt: skip
 
 
 def of_the_machine(error: BaseException) -> str | None:
@@ -18,8 +25,25 @@ def of_the_machine(error: BaseException) -> str | None:
         if number is not None and number in _OF_THE_MACHINE:
             file = getattr(link, "filename", None)
             what = f"{os.strerror(number)}: {file}" if file else os.strerror(number)
-            return f"{what} (once this is mended, the same command continues)"
+        elif getattr(link, "sqlite_errorname", "").startswith(_OF_THE_DATABASE):
+            what = f"an SQLite database: {link}"
+        else:
+            continue
+        return f"{what} (once this is mended, the same command continues)"
     return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name what is written here in a failure of the machine that names no file, as those of most libraries do."""
+    try:
+        yield
+    except Exception as error:
+        found = [(_errno(link), getattr(link, "filename", None)) for link in _chain(error)]
+        number, file = next(((n, file) for n, file in found if n in _OF_THE_MACHINE), (None, None))
+        if number is None or file:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _errno(error: BaseException) -> int | None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.checksums import damage
 from rlhf.explaining import is_mistake
 from rlhf.failures import of_the_machine
-from rlhf.files import MODEL, SUMMARY, read_json
+from rlhf.files import MODEL, SUMMARY, read_object
 from rlhf.settings import ModelSettings, typed
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ class FinishedRun:
             raise RunError(f"{folder}: there is no such folder; allowed: a run, such as outputs/rlhf/default")
         if not (folder / SUMMARY).exists():
             raise RunError(f"{folder} holds no {SUMMARY}: it is not the folder of a finished run")
-        run = cls(folder, read_json(folder / SUMMARY))
+        run = cls(folder, read_object(folder / SUMMARY, stage=str, config=dict, metrics=dict))
         if not run.model.is_dir():
             raise RunError(f"{folder} has no model; allowed: a run of stage=sft, stage=reward or stage=ppo")
+        _check(run.model)
         return run
 
     @property
@@ -78,12 +80,15 @@ class FinishedRun:
         """The SFT model below the run's adapter; None where `model` is whole.
 
         Raises:
-            RunError: it is gone.
+            RunError: it is gone, or damaged.
         """
         if not (self.model / ADAPTER_CONFIG).exists():
             return None
-        noted = Path(read_json(self.model / ADAPTER_CONFIG)["base_model_name_or_path"])
-        return noted if noted.is_dir() else self._cached(noted.parent.name) / MODEL
+        told = read_object(self.model / ADAPTER_CONFIG, base_model_name_or_path=str)
+        noted = Path(told["base_model_name_or_path"])
+        base = noted if noted.is_dir() else self._cached(noted.parent.name) / MODEL
+        _check(base)
+        return base
 
     @property
     def reward(self) -> "FinishedRun | None":
@@ -115,6 +120,14 @@ class FinishedRun:
         if found is None:
             raise RunError(f"{self.folder} was trained on {name}, which is not in the cache beside it any more")
         return found
+
+
+def _check(model: Path) -> None:
+    """See whether a model is what was written; one that was taken over lies with the run that it was taken from."""
+    folder = model.resolve().parent
+    wrong = damage(folder) if (folder / SUMMARY).exists() else None
+    if wrong:
+        raise RunError(f"{folder} is damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it whole")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Puts a run together: data, models, stage, trainer, evaluation. The only place that knows all of them."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
@@ -27,7 +26,7 @@ from rlhf.data.records import SPLITS, DataSource, Prompt, Split
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore
-from rlhf.files import BEST_MODEL, MODEL
+from rlhf.files import BEST_MODEL, MODEL, copy_folder
 from rlhf.interruption import Interruption
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
@@ -180,6 +179,7 @@ class Run:
         if self.config.stage.name in ("ppo", "evaluate"):
             parallel.from_first(self._ping)
         missing = parallel.from_first(lambda: [path for path in self.needed() if cache.missing(path)])
+        parallel.from_first(lambda: cache.check_writable(missing))
         if self.preferences_folder in missing:
             self._builder.prepare_preferences()
         for folder, build in self.needed().items():
@@ -189,7 +189,7 @@ class Run:
         stage = self.config.stage.name
         if stage in ("sft", "preferences", "reward"):
             last = list(self.needed())[-1]
-            parallel.from_first(lambda: shutil.copytree(last, self.folder, dirs_exist_ok=True))
+            parallel.from_first(lambda: copy_folder(last, self.folder))
             return tracking.read_summary(self.folder) or {}
         summary = self._ppo(train=stage == "ppo")
         parallel.from_first(lambda: cache.register_run(self.outputs, self.identity, self.folder))

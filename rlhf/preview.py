@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from rlhf import earlier, parallel, tracking
+from rlhf import cache, earlier, parallel
 from rlhf.checkpoints import StepCheckpoints
-from rlhf.files import BUDGET, EARLIER, read_json, write_json
+from rlhf.files import BUDGET, EARLIER, read_object, write_json
 from rlhf.models import ModelError
 from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
 from rlhf.models.memory import Memory, available, estimate, largest_budget
@@ -29,7 +29,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "folder": str(run.folder),
         "stage": run.config.stage.name,
-        "cached": {path.name: tracking.read_summary(path) is not None for path in run.needed()},
+        "cached": {path.name: cache.known(path) for path in run.needed()},
         "done": found is not None,
         "same_as": str(found) if found not in (None, run.folder, place) else None,
         "moves_aside": _moves_aside(run),
@@ -106,7 +106,7 @@ def keep_budget(run: Run) -> None:
 def _kept_budget(run: Run) -> int | None:
     """None without any, or with that of a run of another configuration."""
     for path in (run.folder / BUDGET, earlier.place(run.folder, run.identity) / BUDGET):
-        kept = read_json(path) if path.exists() else {}
+        kept = read_object(path, microbatch_tokens=int) if path.exists() else {}
         if kept.get("identity") == run.identity:
             return int(kept["microbatch_tokens"])
     return None

@@ -7,7 +7,7 @@ import platform
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from rlhf import __version__, parallel
+from rlhf.checksums import seal
 from rlhf.code import git_commit
 from rlhf.dashboards import Dashboard
-from rlhf.files import LINE_FILES, METRICS, SUMMARY, keep_lines, read_json, read_lines, write_json
+from rlhf.failures import writing
+from rlhf.files import LINE_FILES, METRICS, SUMMARY, keep_lines, read_lines, read_object, write_json
 from rlhf.models import first_line
 
 log = logging.getLogger(__name__)
+WANDB_UNSENT_SECONDS = 60
 WANDB_SECONDS = 20  # to connect in
 WANDB_FINISH_SECONDS = 60  # to send the rest in
 # what lines of an evaluation have: those of PPO's three files, of SFT and of the reward model
@@ -52,13 +55,13 @@ class JsonLines(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
-    return read_lines(folder / METRICS)
+    return read_lines(folder / METRICS, "step")
 
 
 def forget_after(folder: Path, step: int, evaluated: bool) -> None:
@@ -68,7 +71,7 @@ def forget_after(folder: Path, step: int, evaluated: bool) -> None:
     """
     for name in LINE_FILES:
         if (folder / name).exists():
-            keep_lines(folder / name, lambda line: _stays(line, step, evaluated))
+            keep_lines(folder / name, lambda line: _stays(line, step, evaluated), "step")
 
 
 def _stays(line: dict[str, Any], step: int, evaluated: bool) -> bool:
@@ -80,6 +83,16 @@ def evaluated_at(folder: Path, step: int) -> dict[str, float]:
     """The metrics of the evaluation at `step`, {} if it was not finished."""
     found = [line for line in read_metrics(folder) if line["step"] == step and "time/evaluate" in line]
     return numbers(found[-1]) if found else {}
+
+
+def maybe_unsent(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the lines that a resumed run keeps, those of its last minute: W&B, killed, loses what it had not written yet.
+
+    It writes every 15 seconds. A line that is sent twice is one point of a curve.
+    """
+    return [line for line in lines if line.get("time", 0) > lines[-1].get("time", 0) - WANDB_UNSENT_SECONDS] or [
+        *lines[-1:]
+    ]
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
@@ -135,14 +148,19 @@ def write_summary(
     }
     if parallel.size() > 1:
         summary["processes"] = parallel.size()
+    parallel.from_first(lambda: seal(folder))
     parallel.from_first(lambda: write_json(folder / SUMMARY, summary))
     return summary
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """A run's summary, or None while it is not complete."""
+    """A run's summary, or None while it is not complete.
+
+    Raises:
+        DamagedError: it is no summary.
+    """
     path = folder / SUMMARY
-    return read_json(path) if path.exists() else None
+    return read_object(path, metrics=dict) if path.exists() else None
 
 
 def run_id(summary: Mapping[str, Any]) -> str:

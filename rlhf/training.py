@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from rlhf import parallel, tracking
 from rlhf.checkpoints import Best, StepCheckpoints
+from rlhf.dashboards import Dashboard
 from rlhf.interruption import Interruption
 from rlhf.settings import ConfigError, RewardSettings, SFTSettings
 from rlhf.stages.base import SeededBatches, loader
@@ -41,6 +42,7 @@ def train_supervised(
         trainer.validate(stage, validation, verbose=False)
     else:
         log.info("continuing from step %d", start)
+        _send_again(trainer, kept)
         stage.guards.replay(kept)
         stage.guards.check()
     if start < stage.total_steps:
@@ -60,6 +62,14 @@ def _kept(folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
     """Forget what comes after a step; what is left of the metrics."""
     tracking.forget_after(folder, step, evaluated)
     return tracking.read_metrics(folder)
+
+
+def _send_again(trainer: lightning.Trainer, kept: list[dict[str, Any]]) -> None:
+    """Send to dashboards what may have been lost with the process before; a step's samples and histograms are not."""
+    for dashboard in (logger for logger in trainer.loggers if isinstance(logger, Dashboard)):
+        for line in tracking.maybe_unsent(kept):
+            numbers = {key: value for key, value in line.items() if key not in ("step", "time")}
+            dashboard.log_metrics(numbers, line["step"])
 
 
 def train_ppo(
@@ -92,6 +102,7 @@ def train_ppo(
     if last:
         log.info("continuing from step %d", start)
         stage.last_evaluation = evaluated
+        _send_again(trainer, metrics)
         stage.guards.replay(metrics)
         stage.guards.check()
         if due or start == ppo.steps:

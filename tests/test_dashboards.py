@@ -195,7 +195,7 @@ def test_a_continued_run_goes_on_under_its_id(study: SimpleNamespace) -> None:
     (run,) = study.resumed
     assert run.resumed
     assert run.id in {run.id for run in of_stage(study.runs, "ppo")}
-    assert [step for step, _ in run.values("ppo/reward")] == [2]
+    assert [step for step, _ in run.values("ppo/reward")] == [1, 2], "what W&B may have lost is sent again"
     assert not run.alerts, "it was alerted of before"
 
 

@@ -18,7 +18,7 @@ import pytest
 from test_crash import assert_same, remains
 from tiny_runs import TINY, before_call, command, sentence  # noqa: F401
 
-from rlhf import building, cache, tracking
+from rlhf import building, cache, locks, tracking
 from rlhf.checkpoints import StepCheckpoints
 from rlhf.failures import of_the_machine
 from rlhf.files import keep_lines, read_json, write_json
@@ -193,7 +193,7 @@ def test_a_cache_folder_of_a_group_is_written_by_all_of_it(tmp_path: Path) -> No
 def test_a_builder_that_waits_says_so_and_takes_over_from_a_dead_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "WAIT_MESSAGE_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "WAIT_MESSAGE_SECONDS", 0.1)
     folder = tmp_path / "cache" / "sft-1"
     half = folder.parent / ".sft-1.building" / "half"
 
@@ -215,15 +215,15 @@ def test_a_builder_that_waits_says_so_and_takes_over_from_a_dead_one(
                 other.kill()
 
     handler = KillWhenWaitedFor()
-    monkeypatch.setattr(cache.log, "level", logging.INFO)
-    cache.log.addHandler(handler)
+    monkeypatch.setattr(locks.log, "level", logging.INFO)
+    locks.log.addHandler(handler)
     try:
         cache.ensure(folder, lambda work: built(work) if (work / "half").exists() else pytest.fail("begun anew"))
     finally:
-        cache.log.removeHandler(handler)
+        locks.log.removeHandler(handler)
         other.kill()
         other.join()
     assert len(said) >= 3
-    assert all(line.endswith("another process builds sft-1") for line in said)
+    assert all(f"another process builds sft-1 (process {other.pid} on " in line for line in said)
     assert sorted(path.name for path in folder.iterdir()) == ["half", "summary.json"]
     assert not half.parent.exists()

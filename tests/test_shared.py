@@ -16,7 +16,8 @@ from conftest import tiny_model, word_tokenizer
 from hydra.core.hydra_config import HydraConfig
 from tiny_runs import TINY, command  # noqa: F401
 
-from rlhf.checkpoints import StepCheckpoints, _checksum, _checksum_file
+from rlhf.checkpoints import StepCheckpoints, _checksum_file
+from rlhf.checksums import sha256
 from rlhf.models import ModelError
 from rlhf.models.export import save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
@@ -150,7 +151,7 @@ def test_a_pickle_in_a_checkpoint_folder_is_not_executed(tmp_path: Path) -> None
     torch.save({"state_dict": {}}, sound)
     torch.save({"state_dict": Evil(trace)}, evil)
     for path in (sound, evil):  # whoever can write here can write the checksum too
-        _checksum_file(path).write_text(_checksum(path))
+        _checksum_file(path).write_text(sha256(path))
     assert checkpoints.latest() == sound
     assert not trace.exists()
     torch.load(sound, weights_only=True)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.failures import writing
 from rlhf.models import ModelError, explained
 from rlhf.models.roles import Roles
 from rlhf.models.tokens import settle_tokens
@@ -23,8 +24,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     Its configuration names the EOS that it was trained to say and the tokenizer's pad token (`settle_tokens`).
     """
     settle_tokens(model, tokenizer)
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder, scoring=not model.can_generate())
+    with writing(folder):
+        model.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder, scoring=not model.can_generate())
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, scoring: bool) -> None:
@@ -56,7 +58,8 @@ def save_adapter(
     if has_head:
         tensors[PREFIX + "score.weight"] = roles.heads[role].weight  # type: ignore[assignment]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / ADAPTER)
+    with writing(folder / ADAPTER):
+        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / ADAPTER)
     settings = {
         **{key: value for key, value in config.to_dict().items() if not isinstance(value, set)},
         "target_modules": sorted(config.target_modules or []),
