@@ -329,6 +329,7 @@ def _check_targets(settings: Settings) -> None:
         absent = sorted(set(lora.target_modules) - present) if present is not None and lora.r else []
         if absent:
             raise ConfigError(
-                f"{key}.target_modules: the model has no linear layer named {', '.join(absent)}; "
+                f"{key}.target_modules: between embeddings and last hidden states is no linear layer named "
+                f"{', '.join(absent)}; "
                 f"allowed: {', '.join(sorted(present or ()))}"
             )

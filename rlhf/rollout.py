@@ -169,7 +169,7 @@ class NativeEngine:
         device = roles.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width, batch = int(lengths.max()), len(prompts)
-        ours = takes_visible(roles.trunk(role))
+        ours = takes_visible(roles.trunk(role), width + max_new_tokens)
         padded = torch.zeros(batch, width, dtype=torch.long)
         for row, prompt in zip(padded, prompts, strict=True):
             row[slice(len(prompt)) if ours else slice(width - len(prompt), width)] = torch.tensor(prompt)

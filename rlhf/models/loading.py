@@ -145,7 +145,11 @@ def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTr
 
 
 def linear_names(model: ModelSettings) -> set[str] | None:
-    """Last names of the model's linear layers, found without weights; None where its configuration cannot be got.
+    """Last names of the linear layers that an adapter can be on; None where the model's configuration cannot be got.
+
+    They are found without weights. Those outside of the layers that make hidden states are left out (the language-model
+    head): an adapter there would be no part of what is computed of the states, and with tied embeddings it could not be
+    merged without changing them.
 
     Raises:
         ModelError: no causal language model can be made of its configuration.
@@ -153,7 +157,12 @@ def linear_names(model: ModelSettings) -> set[str] | None:
     lm = skeleton(model)
     if lm is None:
         return None
-    return {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+    inside, outside = set[str](), set[str]()
+    layers = set(lm.base_model.modules()) - {lm.get_output_embeddings()}
+    for name, module in lm.named_modules():
+        if isinstance(module, nn.Linear):
+            (inside if module in layers else outside).add(name.rpartition(".")[2])
+    return inside - outside
 
 
 def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedModel | None:

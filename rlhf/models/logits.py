@@ -1,119 +1,125 @@
 """From hidden states to logits as the model itself goes: some models scale or cap what their output embedding gives.
 
-Log-probs are computed from hidden states, chunk by chunk, so what a model does to its logits afterwards has to be done
-here too. Which transform that is its configuration says, and the model's own logits prove it.
+Log-probs are computed from hidden states, chunk by chunk, so what a model does on that way has to be done here too. It
+is the model's own code that does it, whatever that is.
 """
 
-import itertools
-from typing import NamedTuple
+import copy
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.models import ModelError
 
-TRIED = 4  # tokens that the transform is tried out on
-CLOSE, CLOSE_IN_16_BITS = 1e-4, 3e-2  # how far logits may be off, of the largest
+TRIED = 4  # tokens that a head is tried out on
+LARGE = 300.0  # logits at which a cap shows: those of a new model are far below it
+CLOSE = 1e-5  # how far logits may be apart that the same code made, of the largest
 
 
-class Transform(NamedTuple):
-    """logits = cap · tanh(scale · (output embedding · hidden) / cap); without a cap, scale · (…)."""
+class LanguageHead(nn.Module):
+    """The way from hidden states to logits through the model's own forward: output embedding, scale, cap and all.
 
-    scale: float = 1.0
-    cap: float | None = None
+    It runs on a shallow copy of the model in which the layers are replaced by the given states.
+    """
 
-    def __call__(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The model's logits; differentiable, and what it was given where there is nothing to do."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+    shell: Any
+    output: Any
 
-
-class Logits(nn.Module):
-    """A language-model head and what the model does to its logits; `weight` is the head's."""
-
-    def __init__(self, output: nn.Module, transform: Transform):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.output, self.transform = output, transform
+        shell = copy.copy(model)
+        vars(shell)["_modules"] = {**vars(model)["_modules"], model.base_model_prefix: _GivenStates(model.base_model)}
+        # not as submodules, which would count the weights twice
+        vars(self).update(shell=shell, output=model.get_output_embeddings())
 
     @property
     def weight(self) -> Tensor:
         """The output embedding [vocabulary, hidden]."""
-        weight = self.output.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.output.weight
 
     def forward(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape vocabulary"]:
-        """Logits in the dtype of the head."""
-        return self.transform(self.output(hidden))
+        """The model's own logits."""
+        logits = self.shell(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+
+class _GivenStates(nn.Module):
+    """In the place of a model's layers, of which it has all attributes but what they compute."""
+
+    def __init__(self, layers: nn.Module):
+        super().__init__()
+        vars(self)["layers"] = layers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["layers"], name)
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> "_States":
+        return _States([inputs_embeds])
+
+
+class _States(tuple):
+    """What a model's head looks for in the output of its layers: the states, and nothing else."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """What makes logits of the model's last hidden states: its output embedding, with its transform if it has one.
+    """What makes logits of the model's last hidden states: its output embedding, if that is all, or its own way.
 
     Raises:
-        ModelError: the model makes its logits otherwise.
+        ModelError: the model's logits are made of something else.
     """
-    transform = getattr(model, "_rlhf_transform", None)
-    if transform is None:
-        transform = transform_of(model)
-        vars(model)["_rlhf_transform"] = transform
-    output = model.get_output_embeddings()
-    return output if transform == Transform() else Logits(output, transform)
+    own = getattr(model, "_rlhf_own_logits", None)
+    if own is None:
+        own = makes_its_own(model)
+        vars(model)["_rlhf_own_logits"] = own
+    return LanguageHead(model) if own else model.get_output_embeddings()
 
 
 @torch.no_grad()
-def transform_of(model: PreTrainedModel) -> Transform:
-    """The transform under which output embedding and last hidden states give the model's own logits.
+def makes_its_own(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are more than its output embedding of its last hidden states, however large these are.
 
     Raises:
-        ModelError: none that is known does.
+        ModelError: its own code makes other logits of these states than of a text.
     """
     output = model.get_output_embeddings()
     ids = torch.arange(TRIED, device=model.device)[None]
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        hidden, expected = _last_hidden(model, ids), model(input_ids=ids, use_cache=False).logits.float()
+        states = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        expected = model(input_ids=ids, use_cache=False).logits
+        if output is not None and states is not None:
+            own = LanguageHead(model)
+            if _same(own, states, expected):
+                large = states * (LARGE / expected.abs().max().clamp(min=1e-3))
+                return not _same(output, large, own(large))
+            if _same(output, states, expected):
+                return False
     finally:
         for module in was_training:
             module.training = True
-    raw = None if output is None or hidden is None else output(hidden.to(output.weight.dtype)).float()
-    if raw is not None and raw.shape == expected.shape:
-        room = (CLOSE if output.weight.dtype.itemsize > 2 else CLOSE_IN_16_BITS) * expected.abs().max()
-        for scale, cap in itertools.product(*_candidates(model)):
-            transform = Transform(scale, cap)
-            if bool((transform(raw) - expected).abs().max() <= room):
-                return transform
     raise ModelError(
-        f"{type(model).__name__} makes its logits in a way of its own from its last hidden states, so that log-probs "
-        "would be those of another distribution; allowed: models whose logits are an output embedding times the last "
-        "hidden state, scaled or capped as in Cohere, Granite or Gemma 2"
+        f"{type(model).__name__} makes its logits of more than its last hidden states, so that log-probs would be of "
+        "another distribution; allowed: a model with a language-model head on its layers"
     )
 
 
-def _last_hidden(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> Tensor | None:
-    states = model.base_model(input_ids=ids, use_cache=False)
-    return getattr(states, "last_hidden_state", None)
-
-
-def _candidates(model: PreTrainedModel) -> tuple[list[float], list[float | None]]:
-    """Scales and caps that the configuration may mean; those of no effect first."""
-    config = model.config.get_text_config()
-
-    def number(key: str) -> float | None:
-        value = getattr(config, key, None)
-        return float(value) if isinstance(value, int | float) and value else None
-
-    multiplied = [number(key) for key in ("logit_scale", "lm_head_multiplier", "output_multiplier_scale")]
-    divided = number("logits_scaling")
-    base, width = number("dim_model_base"), number("hidden_size")  # MiniCPM's
-    scales = [1.0, *filter(None, multiplied)]
-    scales += [1 / divided] if divided else []
-    scales += [base / width] if base and width else []
-    return scales, [
-        None,
-        *filter(None, map(number, ("final_logit_softcapping", "logits_soft_cap"))),
-    ]
+def _same(head: nn.Module, states: Tensor, expected: Tensor) -> bool:
+    try:
+        found = head(states).float()
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # its forward wants more than states
+        return False
+    return found.shape == expected.shape and bool(
+        (found - expected.float()).abs().max() <= CLOSE * expected.float().abs().max()
+    )

@@ -4,6 +4,7 @@ Attention then goes over one sequence at a time. On a CPU that costs little; a G
 many small kernels, is given padded rows of similar length instead (`rlhf.models.sequences.length_buckets`).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -49,14 +50,14 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def takes_visible(model: PreTrainedModel) -> bool:
+def takes_visible(model: PreTrainedModel, tokens: int) -> bool:
     """Whether all its attention is over what a boolean mask [batch, 1, query, key] says is visible, and nothing else.
 
     Eager attention adds a mask to the scores, sliding windows would vanish under a mask of ours, and ALiBi counts
-    distances off a mask [batch, key].
+    distances off a mask [batch, key]. A window that reaches further than the longest text, of `tokens`, does nothing.
     """
     alibi = getattr(model.config.get_text_config(), "alibi", False)
-    return model.config._attn_implementation in ("sdpa", ATTENTION) and not alibi and not _slides(model)
+    return model.config._attn_implementation in ("sdpa", ATTENTION) and not alibi and not _slides(model, tokens)
 
 
 def hidden_states(
@@ -111,11 +112,14 @@ def allow(model: PreTrainedModel) -> bool:
     return False
 
 
-def _slides(model: PreTrainedModel) -> bool:
-    """Whether a layer sees only the last tokens: more than are tried out, so it would not be noticed."""
+def _slides(model: PreTrainedModel, tokens: float = math.inf) -> bool:
+    """Whether a layer sees only the last of so many tokens; by default more than are tried out, where it would hide."""
     config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or math.inf
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
+    if window < math.inf:
+        kinds.discard("sliding_attention")
+    return tokens > window or not kinds <= {"full_attention"}
 
 
 def _isolates(model: PreTrainedModel) -> bool:
