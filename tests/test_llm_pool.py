@@ -310,7 +310,7 @@ def test_a_refused_pair_is_counted_and_the_run_goes_on(
 def test_if_all_is_refused_the_run_ends(tmp_path: Path) -> None:
     with serving(lambda request, number: (400, {"error": {"message": "filtered"}})) as server:
         judge = make(server, tmp_path, client={"concurrency": 1})
-        with pytest.raises(ConfigError, match="refuses all of 20 requests: .*filtered"):
+        with pytest.raises(ConfigError, match=r"refuses all of 20 requests: .*filtered"):
             judge(PROMPTS, GOOD)
         with pytest.raises(ConfigError, match="refuses all of 3 requests"):
             make(server, tmp_path)(PROMPTS[:3], GOOD[:3])
@@ -318,8 +318,8 @@ def test_if_all_is_refused_the_run_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "refusal",
-    [(401, {"error": {"message": "key"}}), (403, {"error": {"message": "country"}}), (404, {"error": {"message": "no"}}),
-     (400, {"error": {"message": "invalid", "code": "model_not_found"}})],
+    [(401, {"error": {"message": "key"}}), (403, {"error": {"message": "country"}}),
+     (404, {"error": {"message": "no"}}), (400, {"error": {"message": "invalid", "code": "model_not_found"}})],
 )  # fmt: skip
 def test_what_concerns_every_request_ends_the_run_at_once(tmp_path: Path, refusal: Any) -> None:
     with serving(lambda request, number: prefers_good(request) if number < 5 else refusal) as server:

@@ -146,7 +146,7 @@ def _chosen_and_rejected(row: Mapping[str, Any]) -> tuple[str, str]:
     if first == second:
         raise RowError("`output_1` and `output_2` are identical")
     try:
-        number = float("nan" if isinstance(preference, bool) else preference)  # type: ignore[arg-type]  (CSV has text)
+        number = math.nan if preference is None or isinstance(preference, bool) else float(preference)  # CSV has text
     except (TypeError, ValueError):
         number = math.nan
     if number in (0, 1.5):  # what AlpacaFarm and AlpacaEval write for a draw

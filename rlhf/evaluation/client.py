@@ -27,7 +27,10 @@ UNFINISHED = re.compile(rf"(?is)^\s*(?:<(?:{TAGS})>|\[think\]|◁think▷).*")
 
 @dataclass
 class Usage:
-    """Sums over answers; `refused` counts questions. `cost` (US dollars) counts cached answers too, `paid` only those that were asked now."""
+    """Sums over answers; `refused` counts questions.
+
+    `cost` (US dollars) counts cached answers too, `paid` only those that were asked now.
+    """
 
     answers: int = 0
     from_cache: int = 0
@@ -46,10 +49,11 @@ class Usage:
 class ChatClient:
     """`ask` and `ask_all` return answers as the requests parse them, None where none could be parsed or was given.
 
-    What the endpoint refuses to answer (a content filter, a text that is too long) is counted, said and left out, unless
-    it has refused everything so far. An unparsable answer is counted and asked again, `attempts` times in all, from the second time on at
-    `reask_temperature` (a judge at temperature 0 would say the same again), or at its own if it takes no other. Several
-    processes may share the cache, in which a question is known by who answers, model, messages, sampling and repetition.
+    What the endpoint refuses to answer (a content filter, a text that is too long) is counted, logged and left out,
+    unless it has refused everything so far. An unparsable answer is counted and asked again, `attempts` times in all,
+    from the second time on at `reask_temperature` (a judge at temperature 0 would say the same again), or at its own
+    if it takes no other. Several processes may share the cache, in which a question is known by who answers, model,
+    messages, sampling and repetition.
 
     Raises:
         ConfigError: a package or the key is missing, or the endpoint refuses all requests or a key of `sampling`.

@@ -68,13 +68,13 @@ class Request:
 def answering(client: Mapping[str, Any]) -> str:
     """Who answers, of all the keys of a `client`: its `name`, or its address; "" is OpenAI.
 
-    Together with everything beside `client` this decides the answers. Time-outs, retries, concurrency, ping, the place of
-    the cache and the name of the key's variable do not.
+    Together with everything beside `client` this decides the answers. Time-outs, retries, concurrency, ping, the
+    place of the cache and the name of the key's variable do not.
     """
     return client.get("name") or client.get("base_url") or os.environ.get("OPENAI_BASE_URL") or ""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818  (one question fewer)
     """The endpoint answers others, but not this request; `parameter` is the key of `sampling` that it does not take."""
 
     def __init__(self, reason: str, parameter: str | None = None):
@@ -116,6 +116,7 @@ class Endpoint:
 
         options = {name: value for name, value in request.sampling.items() if value is not None}
         try:
+            status = 0
             for retry in range(self.settings.retries + 1):
                 found: Any = self._client.chat.completions.create(
                     model=request.model, messages=request.messages, **options
@@ -123,11 +124,12 @@ class Endpoint:
                 error = _error_inside(found)
                 if error is None:
                     return self._answer(found)
-                if not _transient(_status(error)):
-                    raise self._refusal(request, _status(error), error, self._hidden(error.get("message", error)))
+                status = _status(error)
+                if not _transient(status):
+                    raise self._refusal(request, status, error, self._hidden(error.get("message", error)))
                 if retry < self.settings.retries:
                     time.sleep(min(0.5 * 2**retry, 8.0))
-            raise Interrupted(self._outage(f"answers {_status(error)}"))
+            raise Interrupted(self._outage(f"answers {status}"))
         except openai.APIStatusError as error:
             if _transient(error.status_code):
                 raise Interrupted(self._outage(f"answers {error.status_code}")) from None
@@ -209,8 +211,8 @@ def _error_inside(found: Any) -> dict[str, Any] | None:
 
 def _status(error: Mapping[str, Any]) -> int:
     """What an error sent with status 200 would have had; 400 if it does not say."""
-    code = error.get("code") or error.get("status")
-    return int(code) if str(code).isdecimal() and 400 <= int(code) < 600 else 400
+    code = str(error.get("code") or error.get("status"))
+    return int(code) if code.isdecimal() and 400 <= int(code) < 600 else 400
 
 
 def _text(content: Any) -> str:

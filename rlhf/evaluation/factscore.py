@@ -43,7 +43,8 @@ HEDGE = re.compile(
 )
 FACTS = r"(?:(?:atomic|independent|factual|verifiable|checkable|such)\s+)*(?:facts?|claims?|statements?|information)"
 NO_FACTS = re.compile(
-    rf"(?i)\W*(?:none|nothing|n/?a|(?:(?:there (?:are|is)|(?:the|this) (?:sentence|text) (?:contains|states|has|makes)) )?"
+    rf"(?i)\W*(?:none|nothing|n/?a|"
+    rf"(?:(?:there (?:are|is)|(?:the|this) (?:sentence|text) (?:contains|states|has|makes)) )?"
     rf"(?:no|not any) {FACTS}(?: (?:(?:is|are) )?(?:stated|found|given|present|made))?"
     r"(?: (?:here|in (?:it|(?:this|the) (?:sentence|text))))?)\W*"
 )
@@ -118,7 +119,7 @@ class FactScore:
     def files(cls, keys: Mapping[str, Any]) -> list[Path]:
         """The files whose contents decide the scores: entities, pages, and prompts that are not the project's own.
 
-        With `answering(client)` and every key beside `client`, they are what decides them; prices change `judge/cost` alone.
+        With `answering(client)` and all keys beside `client` they decide them; prices change `judge/cost` alone.
         """
         settings = _read(keys)
         data = [settings.entities, *([settings.knowledge] if settings.knowledge else [])]
@@ -231,7 +232,7 @@ def length_penalty(facts: int, gamma: float) -> float:
 
 
 def read_facts(text: str) -> list[str] | None:
-    """The items of a list with dashes, stars or numbers; [] for "none", "no facts" and the like, None for anything else.
+    """The items of a list with dashes, stars or numbers; [] for "none", "no facts" and the like, else None.
 
     An item that says there are none is no fact.
     """

@@ -104,7 +104,7 @@ class LLMPool:
     def files(cls, keys: Mapping[str, Any]) -> list[Path]:
         """The files whose contents decide the verdicts: prompts that are not the project's own.
 
-        With `answering(client)` and every key beside `client`, they are what decides them; prices change `judge/cost` alone.
+        With `answering(client)` and all keys beside `client` they decide them; prices change `judge/cost` alone.
         """
         return own_files([one.prompt for one in _read(keys)[0].pool.values()])
 
