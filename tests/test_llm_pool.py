@@ -22,7 +22,7 @@ import rlhf
 from rlhf import root
 from rlhf.data.records import Prompt
 from rlhf.evaluation.client import ChatClient, spoken, uniform
-from rlhf.evaluation.endpoint import ClientSettings, Request
+from rlhf.evaluation.endpoint import ClientSettings, Request, answering
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, reader
 from rlhf.evaluation.prompts import load_template
@@ -374,6 +374,28 @@ def test_another_endpoint_is_not_answered_from_the_cache_of_the_first(tmp_path: 
         assert make(first, tmp_path)(PROMPTS[:4], GOOD[:4]) == [0.5] * 4
         assert make(second, tmp_path)(PROMPTS[:4], GOOD[:4]) == [1.0] * 4
         assert len(second.requests) == 4
+
+
+def test_a_prompt_without_a_reference_is_not_judged_and_the_others_are(tmp_path: Path) -> None:
+    rows = [PROMPTS[0], Prompt("Q", "", "Question?"), PROMPTS[1]]
+    with serving(prefers_good) as server:
+        metrics, records = Evaluation(NoSource(), make(server, tmp_path))(rows, GOOD[:3])
+        assert len(server.requests) == 2
+    assert [record["win"] for record in records] == [1.0, None, 1.0]
+    assert metrics["eval/win_rate"] == 1.0
+
+
+def test_what_decides_the_answers_is_who_answers_and_files_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    fetched = {"timeout": 1.0, "retries": 0, "concurrency": 1, "ping": False, "cache": "x", "api_key_env": "KEY"}
+    assert answering(fetched) == answering({}) == ""
+    assert answering({"base_url": "http://a/v1"}) == "http://a/v1"
+    assert answering({"base_url": "http://a/v1", "name": "own"}) == "own"
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1")
+    assert answering({}) == "http://b/v1"
+    mine = str(root() / "conf/judge/prompts/compare.txt")
+    pool = {"one": {"prompt": "compare"}, "two": {"prompt": mine}, "three": {"prompt": mine}}
+    assert LLMPool.files({"_target_": "x", "model": "m", "pool": pool}) == [Path(mine)]
 
 
 @pytest.mark.parametrize(
