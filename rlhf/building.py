@@ -182,7 +182,7 @@ class Builder:
             adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / MODEL)
             parallel.from_first(lambda: save_adapter(*adapter))
         else:
-            parallel.from_first(lambda: _save_full_reward(roles, tokenizer, base, folder / MODEL))
+            parallel.from_first(lambda: save_full_reward(roles, tokenizer, base, folder / MODEL))
         told = {
             "rows": {"preference": len(train)},
             "skipped": skipped_rows(source, "preference"),
@@ -192,7 +192,7 @@ class Builder:
         tracking.write_summary(folder, metrics, self.plain, started, stage="reward", **told, **learned)
 
 
-def _save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+def save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
     model.score.weight.data = roles.heads["reward"].weight.data.to(model.dtype)

@@ -5,9 +5,10 @@ Two runs of one identity are the same run, so whatever changes a result must cha
 
 import ast
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from rlhf.data.records import Split
 from rlhf.digests import content_digest
-from rlhf.evaluation.endpoint import answerer
+from rlhf.evaluation.endpoint import answering
 
 PACKAGE = Path(__file__).parent
 LIGHTNING = ("lightning.Trainer", "lightning.pytorch.Trainer", "pytorch_lightning.Trainer")
@@ -36,13 +37,13 @@ WATCHING = frozenset({
 })  # fmt: skip
 
 
-def digest(determinants: Mapping[str, Any], code: Iterable[Path] = (), known: Path | None = None) -> str:
+def digest(determinants: Mapping[str, Any], code: Iterable[bytes] = (), known: Path | None = None) -> str:
     """Twelve hex digits of configuration keys, the local files that they name, and source code.
 
     A file counts by its content, wherever it lies. `known` is where digests of files are kept, so that a large one is
     read once (`content_digest`).
     """
-    source = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(code)))
+    source = hashlib.sha256(b"".join(code))
     content = {"config": by_content(dict(determinants), known), "code": source.hexdigest()}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -120,10 +121,16 @@ def decisive(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     return {
-        key: answerer(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
+        key: answering(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
         for key, value in node.items()
         if key not in UNDECIDING
     }
+
+
+def source_of(modules: Iterable[str], functions: Iterable[Callable[..., Any]]) -> list[bytes]:
+    """The source code of modules, with what they import (`code_of`), and of functions by themselves."""
+    parts = [file.read_bytes() for file in code_of(*modules)]
+    return parts + [inspect.getsource(function).encode() for function in functions]
 
 
 def code_of(*modules: str) -> list[Path]:

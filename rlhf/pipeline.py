@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import cache, earlier, identity, parallel, tracking
 from rlhf.allocation import keep_freed_memory
-from rlhf.building import Builder, records, short_enough
+from rlhf.building import Builder, divided, records, save_full_reward, short_enough, steps_of
 from rlhf.checkpoints import Best, StepCheckpoints
 from rlhf.config import best_metric, instantiate, needs, target_class
 from rlhf.dashboards import Dashboard
@@ -37,7 +37,7 @@ from rlhf.rollout import make_engine
 from rlhf.scorers import Context
 from rlhf.settings import Settings, is_quantized
 from rlhf.stages.ppo import PPO
-from rlhf.training import train_ppo
+from rlhf.training import train_ppo, train_supervised
 from rlhf.trial import try_out
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,13 @@ Build = Callable[[Path], None]
 SFT_CODE = ("rlhf.stages.sft", "rlhf.models.assembly")
 REWARD_CODE = (*SFT_CODE, "rlhf.stages.reward")
 PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout", "rlhf.vllm_engine", "rlhf.evaluation.preferences")
+# The functions of modules that hold others too which decide it as well.
+_TRAINING = (train_supervised, divided, records, steps_of)
+BUILDING = {
+    "sft": (Builder.sft, Builder._save_sft, *_TRAINING),
+    "reward": (Builder.reward, save_full_reward, *_TRAINING),
+    "preferences": (Builder._simulate, short_enough),
+}
 # Keys that name, place or show a run. Of `preferences` the name of the reward model tells, where there is one.
 NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards", "objectives",
                 "preferences")  # fmt: skip
@@ -110,7 +117,7 @@ class Run:
             **upstream,
             **self._how,
         }
-        code = identity.code_of(*modules, type(self.source).__module__)
+        code = identity.source_of((*modules, type(self.source).__module__), BUILDING[stage])
         name = identity.digest(identity.decisive(determinants), code, self._known)
         return (self.outputs / "cache" / f"{stage}-{name}").resolve()
 

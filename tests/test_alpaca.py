@@ -65,17 +65,23 @@ def test_demonstrations_prompts_and_evaluation_share_the_prompt(tmp_path):
     assert source.load("prompts").to_list() == [{**prompt, "reference_output": ""} for prompt in prompts]
 
 
-def test_prompts_need_no_output_but_evaluation_does(tmp_path):
+def test_evaluation_rows_need_no_output(tmp_path):
+    bare = {"instruction": "C"}
+    source = alpaca(tmp_path, eval=[demonstration("A"), {**bare, "output": None}, {**bare, "instruction": "D"}])
+    assert [bool(row["reference_output"]) for row in source.load("eval")] == [True, False, False]
+
+
+def test_an_empty_output_is_no_reference(tmp_path):
     source = alpaca(tmp_path, prompts=[demonstration("A", output="")], eval=[demonstration("B", output="")])
     with pytest.raises(DataError, match=r"^eval: no row of eval\.json can be used \(1 × empty `output`\)\.$"):
         source.load("eval")
     assert len(alpaca(tmp_path, prompts="prompts.json").load("prompts")) == 1
 
 
-@pytest.mark.parametrize("preference", [1, 2, 1.0, 2.0, "1", " 2", "1.0"])
+@pytest.mark.parametrize("preference", [1, 2, 1.0, 2.0, "1", " 2", "1.0", 1.02, 1.98, 1.4999, "1.98"])
 def test_preference_chooses(tmp_path, preference):
     rows = alpaca(tmp_path, preference=[comparison(preference)]).load("preference")
-    chosen, rejected = ("one", "two") if float(preference) == 1 else ("two", "one")
+    chosen, rejected = ("one", "two") if float(preference) < 1.5 else ("two", "one")
     assert rows.to_list() == [{"prompt": "Q: Do (it)\nA:", "chosen": chosen, "rejected": rejected}]
 
 
@@ -84,8 +90,11 @@ def test_preference_chooses(tmp_path, preference):
     [
         (comparison(0), "`preference` is a tie"),
         (comparison(1.5), "`preference` is a tie"),
-        *((comparison(value), "`preference` is neither 1 nor 2") for value in (3, -1, 1.2, True, None, "x", [1], {})),
-        (comparison(float("nan")), "`preference` is neither 1 nor 2"),
+        *(
+            (comparison(value), "`preference` is not between 1 and 2")
+            for value in (3, -1, 2.01, 0.98, True, None, "x", [1], {})
+        ),
+        (comparison(float("nan")), "`preference` is not between 1 and 2"),
         ({k: v for k, v in comparison(1).items() if k != "preference"}, "no `preference`"),
         (comparison(1, output_2="one "), "`output_1` and `output_2` are identical"),
         (comparison(1, output_2=""), "empty `output_2`"),

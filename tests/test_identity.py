@@ -104,7 +104,7 @@ def test_who_answers_counts_and_how_he_is_reached_does_not(monkeypatch: pytest.M
 
     assert judged(base_url="http://a/v1") == judged(base_url="http://a/v1", timeout=2, cache="elsewhere", retries=0)
     assert judged(base_url="http://a/v1") != judged(base_url="http://b/v1")
-    moved = [judged(base_url=url, known_as="llama") for url in ("http://a/v1", "http://b/v1")]
+    moved = [judged(base_url=url, name="llama") for url in ("http://a/v1", "http://b/v1")]
     assert moved[0] == moved[1] != judged(base_url="http://a/v1")
     before = judged()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://a/v1/")
@@ -223,6 +223,25 @@ def test_the_code_that_decides_a_model_is_what_makes_it() -> None:
     assert {"stages/sft.py", "stages/base.py", "models/roles.py", "models/loading.py", "settings.py"} <= sft
     assert "stages/reward.py" in reward - sft
     assert {"rollout.py", "evaluation/preferences.py"} <= modules_of(*PREFERENCES_CODE)
-    for unrelated in ("ppo.py", "stages/ppo.py", "dashboards.py", "divergence.py"):
+    for unrelated in (
+        "rollout.py",
+        "models/decoding.py",
+        "models/kv_cache.py",
+        "vllm_engine.py",
+        "ppo.py",
+        "stages/ppo.py",
+        "dashboards.py",
+        "divergence.py",
+    ):
         assert unrelated not in reward
     assert not any(name.startswith(("report/", "chat/", "publish/")) for name in reward)
+
+
+def test_a_change_of_what_trains_it_is_another_model(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make_run()
+    monkeypatch.setattr(identity.inspect, "getsource", lambda function: function.__name__ * 2)
+    after = make_run()
+    assert before.sft_folder != after.sft_folder
+    assert before.reward_folder != after.reward_folder

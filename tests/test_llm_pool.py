@@ -21,10 +21,10 @@ from openai_server import Server, serving, text_of
 import rlhf
 from rlhf import root
 from rlhf.data.records import Prompt
-from rlhf.evaluation.client import ChatClient, uniform
-from rlhf.evaluation.endpoint import ClientSettings, Request
+from rlhf.evaluation.client import ChatClient, spoken, uniform
+from rlhf.evaluation.endpoint import ClientSettings, Request, answering
 from rlhf.evaluation.evaluate import Evaluation
-from rlhf.evaluation.llm_pool import LLMPool, reader
+from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, reader
 from rlhf.evaluation.prompts import load_template
 from rlhf.models.roles import Roles
 from rlhf.report.runs import _per_prompt
@@ -133,7 +133,7 @@ def test_an_outage_ends_in_a_sentence_and_the_rest_is_asked_later(tmp_path: Path
             gate.wait(2)
         return 503, {"error": {"message": "out of order"}}
 
-    options = {"concurrency": 1, "retries": 1, "timeout": 0.3, "known_as": "the one that moves"}
+    options = {"concurrency": 1, "retries": 1, "timeout": 0.3, "name": "own"}  # known by its name at either address
     with serving(breaks) as server:
         judge = make(server, tmp_path, client=options)
         if failure == "refused":
@@ -160,7 +160,7 @@ def test_a_refused_request_is_not_retried_and_no_key_is_shown(tmp_path: Path, mo
     monkeypatch.setenv("MY_JUDGE_KEY", "sk-very-secret")
 
     def refuses(request: dict[str, Any], number: int) -> Any:
-        return 400, {"error": {"message": "no model some for the key sk-very-secret"}}
+        return 401, {"error": {"message": "no model some for the key sk-very-secret"}}
 
     with serving(refuses) as server:
         with pytest.raises(ConfigError, match="refuses some") as caught:
@@ -236,15 +236,6 @@ def test_the_cache_knows_all_that_determines_an_answer_and_nothing_else(tmp_path
             assert judge.report["judge/from_cache"] == judge.report["judge/answers"] - new
 
 
-def test_another_endpoint_is_asked_anew(tmp_path: Path) -> None:
-    with serving(prefers_good) as one, serving(lambda request, number: "Verdict: draw") as other:
-        for server in (one, other, one):
-            before = len(server.requests)
-            make(server, tmp_path)(PROMPTS[:4], GOOD[:4])
-            asked = len(server.requests) - before
-        assert (len(one.requests), len(other.requests), asked) == (4, 4, 0)
-
-
 def test_tokens_and_cost(tmp_path: Path) -> None:
     with serving(prefers_good) as server:
         keys: dict[str, Any] = {"price": {"input": 2.0, "output": 8.0}}
@@ -284,6 +275,145 @@ def test_two_processes_share_a_cache(tmp_path: Path) -> None:
         assert len(server.requests) == before
 
 
+# -- what an endpoint refuses ------------------------------------------------------------------------------------------
+
+ONE_REFUSED: list[Any] = [
+    (400, {"error": {"message": "filtered", "code": "content_filter"}}),
+    (400, {"error": {"message": "maximum context length is 512 tokens", "param": "max_tokens"}}),
+    (403, {"error": {"message": "your input was flagged"}}),
+    (413, {"error": {"message": "too large"}}),
+    (413, "<html>too large</html>"),
+    (422, {"detail": "unprocessable"}),
+    (200, {"error": {"message": "filtered", "code": 400}}),
+    (200, {"choices": [{"finish_reason": "content_filter", "message": {"content": "Verdict: 1"}}]}),
+    (200, {"choices": [{"finish_reason": "stop", "message": {"content": None, "refusal": "I will not."}}]}),
+]
+
+
+@pytest.mark.parametrize("refusal", ONE_REFUSED, ids=str)
+def test_a_refused_pair_is_counted_and_the_run_goes_on(
+    tmp_path: Path, refusal: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def picky(request: dict[str, Any], number: int) -> Any:
+        return refusal if "Question 1?" in text_of(request) else prefers_good(request)
+
+    with serving(picky) as server:
+        for asked in (8, 1):  # and again on resuming, when the others come from the cache
+            before = len(server.requests)
+            judge = make(server, tmp_path, sampling={"temperature": 0.0, "max_tokens": 9}, client={"concurrency": 1})
+            assert judge(PROMPTS[:8], GOOD[:8]) == [1.0, None, *[1.0] * 6]
+            assert (judge.report["judge/refused"], judge.report["judge/unjudged"]) == (1, 1)
+            assert len(server.requests) - before == asked
+    assert "judge.client: refused 1 of 8 questions" in caplog.text
+
+
+def test_if_all_is_refused_the_run_ends(tmp_path: Path) -> None:
+    with serving(lambda request, number: (400, {"error": {"message": "filtered"}})) as server:
+        judge = make(server, tmp_path, client={"concurrency": 1})
+        with pytest.raises(ConfigError, match=r"refuses all of 20 requests: .*filtered"):
+            judge(PROMPTS, GOOD)
+        with pytest.raises(ConfigError, match="refuses all of 3 requests"):
+            make(server, tmp_path)(PROMPTS[:3], GOOD[:3])
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [(401, {"error": {"message": "key"}}), (403, {"error": {"message": "country"}}),
+     (404, {"error": {"message": "no"}}), (400, {"error": {"message": "invalid", "code": "model_not_found"}})],
+)  # fmt: skip
+def test_what_concerns_every_request_ends_the_run_at_once(tmp_path: Path, refusal: Any) -> None:
+    with serving(lambda request, number: prefers_good(request) if number < 5 else refusal) as server:
+        with pytest.raises(ConfigError, match="refuses some"):
+            make(server, tmp_path, client={"concurrency": 1})(PROMPTS, GOOD)
+        assert len(server.requests) == 5
+
+
+def test_a_judge_that_takes_one_temperature_is_asked_again_at_it(tmp_path: Path) -> None:
+    def fixed(request: dict[str, Any], number: int) -> Any:
+        if request.get("temperature", 1) != 1:
+            return 400, {"error": {"message": "Unsupported value: 'temperature'", "param": "temperature"}}
+        return "Well." if number == 1 else prefers_good(request)
+
+    with serving(fixed) as server:
+        judge = make(server, tmp_path, sampling={"temperature": None}, client={"concurrency": 1})
+        assert judge(PROMPTS[:4], GOOD[:4]) == [1.0] * 4
+        assert [request.get("temperature") for request in server.requests] == [None, 0.7, *[None] * 4]
+        with pytest.raises(
+            ConfigError, match=r"judge.sampling.temperature=0.0 is refused by some: .*null leaves it out"
+        ):
+            make(server, tmp_path)(PROMPTS, GOOD)
+
+
+def test_an_answer_in_parts_is_read_and_a_key_in_it_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_JUDGE_KEY", "sk-very-secret")
+    parts = [{"type": "thinking", "thinking": "Verdict: 2"}, {"type": "text", "text": "sk-very-secret\nVerdict: draw"}]
+    body = {"choices": [{"finish_reason": "stop", "message": {"role": "assistant", "content": parts}}]}
+    with serving(lambda request, number: (200, body)) as server:
+        assert make(server, tmp_path, client={"api_key_env": "MY_JUDGE_KEY"})(PROMPTS[:2], GOOD[:2]) == [0.5] * 2
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"Verdict" in written
+    assert b"sk-very-secret" not in written
+
+
+def test_a_key_is_hidden_before_a_message_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_JUDGE_KEY", "sk-very-secret")
+    for filler in range(200, 300, 7):
+        said = {"error": {"message": "x" * filler + "sk-very-secret"}}
+        with (
+            serving(lambda request, number, said=said: (401, said)) as server,
+            pytest.raises(ConfigError) as caught,
+        ):
+            make(server, tmp_path, client={"api_key_env": "MY_JUDGE_KEY"})(PROMPTS[:1], GOOD[:1])
+        assert "sk-" not in str(caught.value)
+
+
+def test_another_endpoint_is_not_answered_from_the_cache_of_the_first(tmp_path: Path) -> None:
+    with serving(lambda request, number: "Verdict: draw") as first, serving(prefers_good) as second:
+        assert make(first, tmp_path)(PROMPTS[:4], GOOD[:4]) == [0.5] * 4
+        assert make(second, tmp_path)(PROMPTS[:4], GOOD[:4]) == [1.0] * 4
+        assert len(second.requests) == 4
+
+
+def test_a_prompt_without_a_reference_is_not_judged_and_the_others_are(tmp_path: Path) -> None:
+    rows = [PROMPTS[0], Prompt("Q", "", "Question?"), PROMPTS[1]]
+    with serving(prefers_good) as server:
+        metrics, records = Evaluation(NoSource(), make(server, tmp_path))(rows, GOOD[:3])
+        assert len(server.requests) == 2
+    assert [record["win"] for record in records] == [1.0, None, 1.0]
+    assert metrics["eval/win_rate"] == 1.0
+
+
+def test_what_decides_the_answers_is_who_answers_and_files_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    fetched = {"timeout": 1.0, "retries": 0, "concurrency": 1, "ping": False, "cache": "x", "api_key_env": "KEY"}
+    assert answering(fetched) == answering({}) == ""
+    assert answering({"base_url": "http://a/v1"}) == "http://a/v1"
+    assert answering({"base_url": "http://a/v1", "name": "own"}) == "own"
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1")
+    assert answering({}) == "http://b/v1"
+    mine = str(root() / "conf/judge/prompts/compare.txt")
+    pool = {"one": {"prompt": "compare"}, "two": {"prompt": mine}, "three": {"prompt": mine}}
+    assert LLMPool.files({"_target_": "x", "model": "m", "pool": pool}) == [Path(mine)]
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ("Final verdict: 1", 1.0), ("Verdict: tie", 0.5), ("**Final Verdict:** 2", 0.0), ("Verdict: **2**", 0.0),
+        ("<think>\nVerdict: 2\n</think>\nVerdict: 1", 1.0), ("Verdict: 2</think>Verdict: 1", 1.0),
+        ("<think>Verdict: 2", None), ("[THINK]Verdict: 2[/THINK]Verdict: draw", 0.5), ("Verdict: Output (b)", 0.0),
+        ("Verdict: Answer 1.", 1.0), ("My verdict is 2", 0.0), ("__Verdict__: a", 1.0), ("Verdict: A draw", 0.5),
+        ("Verdict: 1 or 2", None), ("Verdict: not 1", None), ("Verdict: 1/2", None), ("Verdict: 1.5", None),
+        ("Verdict: 12", None), ("Final verdict: 1\nVerdict: 2", None), ("The verdict: a better answer", None),
+        ("1", None),
+    ],
+)  # fmt: skip
+def test_verdicts_are_read_after_the_thoughts(said: str, value: float | None) -> None:
+    assert reader(PoolSettings().answer, "judge.answer")(spoken(said)) == value
+
+
 # -- what is refused before a model is loaded ------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -301,6 +431,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"client": {"base_url": "http://user:sk-abc@host/v1"}}, "judge.client.base_url is no address"),
     ({"client": {"api_key_env": "NO_SUCH_KEY_HERE"}}, r"\$NO_SUCH_KEY_HERE is not set"),
     ({"client": {"api_key_env": "sk-abc"}}, "judge.client.api_key_env is no name"),
+    ({"client": {"base_url": "http://host/v1?key=sk-abc"}}, "judge.client.base_url is no address"),
+    ({"sampling": {"top_k": 5}}, "judge.sampling.top_k is no key of .*extra_body"),
     ({"client": {"retries": -1}}, "judge.client.retries=-1"),
     ({"nonsense": 1}, "judge.nonsense: there is no such key; allowed: .*pool"),
 ]

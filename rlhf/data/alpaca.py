@@ -1,5 +1,6 @@
 """Data in the format of Alpaca and AlpacaFarm, from JSON, JSONL, CSV or Parquet files or the Hub."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ class Alpaca:
     A split's source is a file below `root`, a Hub id `owner/name[:config][:split]`, either with a slice of its rows
     `[start:stop]`, a mapping of arguments for `datasets.load_dataset`, or a list of these; a split without a source is
     not offered. Fields: `instruction` and `input` (may be missing) everywhere; `output` for demonstrations and, as
-    the reference output, for `eval`; `output_1`, `output_2` and `preference` (1 or 2) for comparisons.
+    the reference output, for `eval`; `output_1`, `output_2` and `preference` (1 or 2, or between) for
+    comparisons. Without `output`, `eval` has no reference output, and the row is not judged.
 
     Rows of the training splits whose instruction is in the `eval` source are skipped, as it would be trained on
     what it is tested on; the validation splits train nothing and may hold the evaluation instructions.
@@ -140,7 +142,8 @@ class _ToRecord:
             case "preference" | "preference_validation":
                 return Comparison(prompt, *_chosen_and_rejected(row))
             case "eval":
-                return Prompt(prompt, reference_output=text(row, "output"), instruction=bare)
+                reference = "" if row.get("output") is None else text(row, "output")
+                return Prompt(prompt, reference_output=reference, instruction=bare)
             case _:
                 return Prompt(prompt, instruction=bare)
 
@@ -149,13 +152,15 @@ def _chosen_and_rejected(row: Mapping[str, Any]) -> tuple[str, str]:
     first, second, preference = text(row, "output_1"), text(row, "output_2"), row.get("preference")
     if first == second:
         raise RowError("`output_1` and `output_2` are identical")
-    if isinstance(preference, str):  # CSV knows nothing else
-        preference = {"0": 0, "1": 1, "1.0": 1, "1.5": 1.5, "2": 2, "2.0": 2}.get(preference.strip())
-    if isinstance(preference, bool) or preference not in (0, 1, 1.5, 2):
-        raise RowError("`preference` is neither 1 nor 2" if "preference" in row else "no `preference`")
-    if preference in (0, 1.5):  # what AlpacaFarm and AlpacaEval write for a draw
+    try:
+        number = math.nan if preference is None or isinstance(preference, bool) else float(preference)  # CSV has text
+    except (TypeError, ValueError):
+        number = math.nan
+    if number in (0, 1.5):  # what AlpacaFarm and AlpacaEval write for a draw
         raise RowError("`preference` is a tie")
-    return (first, second) if preference == 1 else (second, first)
+    if not 1 <= number <= 2:  # between them, AlpacaEval 2 writes how sure the annotator is
+        raise RowError("`preference` is not between 1 and 2" if "preference" in row else "no `preference`")
+    return (first, second) if number < 1.5 else (second, first)
 
 
 def _key(instruction: str) -> str:

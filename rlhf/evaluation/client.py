@@ -5,23 +5,37 @@ Every answer is stored the moment it arrives, so a stopped evaluation goes on wh
 
 import hashlib
 import json
+import logging
+import re
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Request, answerer
+from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Refused, Request, answering
+from rlhf.settings import ConfigError
+
+log = logging.getLogger(__name__)
+ALL_REFUSED = 20  # refusals without a single answer after which no other question is asked
+TAGS = r"think|thinking|thought|reasoning"
+THOUGHTS = re.compile(rf"(?is)^.*(?:</(?:{TAGS})>|\[/think\]|◁/think▷)")
+UNFINISHED = re.compile(rf"(?is)^\s*(?:<(?:{TAGS})>|\[think\]|◁think▷).*")
 
 
 @dataclass
 class Usage:
-    """Sums over answers: `cost` (US dollars) counts cached answers too, `paid` only those that were asked now."""
+    """Sums over answers; `refused` counts questions.
+
+    `cost` (US dollars) counts cached answers too, `paid` only those that were asked now.
+    """
 
     answers: int = 0
     from_cache: int = 0
     unparsable: int = 0
+    refused: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float = 0.0
@@ -33,14 +47,16 @@ class Usage:
 
 
 class ChatClient:
-    """`ask` and `ask_all` return answers as the requests parse them, None where none could be parsed.
+    """`ask` and `ask_all` return answers as the requests parse them, None where none could be parsed or was given.
 
-    An unparsable answer is counted and asked again, `attempts` times in all, from the second time on at
-    `reask_temperature` (a judge at temperature 0 would say the same again). Several processes may share the cache, in
-    which a question is known by who is asked, its model, messages, sampling and repetition.
+    What the endpoint refuses to answer (a content filter, a text that is too long) is counted, logged and left out,
+    unless it has refused everything so far. An unparsable answer is counted and asked again, `attempts` times in all,
+    from the second time on at `reask_temperature` (a judge at temperature 0 would say the same again), or at its own
+    if it takes no other. Several processes may share the cache, in which a question is known by who answers, model,
+    messages, sampling and repetition.
 
     Raises:
-        ConfigError: a package or the key is missing, or the endpoint refuses a request for good.
+        ConfigError: a package or the key is missing, or the endpoint refuses all requests or a key of `sampling`.
         Interrupted: the endpoint cannot be reached, or fails, after all retries.
     """
 
@@ -48,8 +64,12 @@ class ChatClient:
         self, settings: ClientSettings, folder: Path, key: str, attempts: int = 3, reask_temperature: float = 0.7
     ):
         self.settings, self.attempts, self.reask_temperature = settings, attempts, reask_temperature
-        self.endpoint = Endpoint(settings, key)
+        self.endpoint, self.key = Endpoint(settings, key), key
+        self.place = answering(vars(settings))
         self.usage = Usage()
+        self._answered = False
+        self._own_temperature = False  # the judge takes no other
+        self._refusals: Counter[str] = Counter()
         self._lock = threading.Lock()
         import diskcache
 
@@ -80,19 +100,62 @@ class ChatClient:
                 stop.set()  # also on an interruption by hand
                 pool.shutdown(wait=True, cancel_futures=True)
         failed = [future for future in futures if not future.cancelled() and future.exception()]
-        return [future.result() for future in failed or futures]
+        answers = [future.result() for future in failed or futures]
+        if self._refusals and not self._answered:
+            raise self._all_refused()
+        for reason, times in self._refusals.items():
+            log.warning(
+                "%s: refused %d of %d questions, which are left out: %s", self.key, times, len(requests), reason
+            )
+        self._refusals.clear()
+        return answers
 
     def ask(self, request: Request) -> Any:
         """One answer, parsed."""
-        for repeat in range(self.attempts):
-            again = {"temperature": self.reask_temperature} if repeat else {}
-            text = self._answer(replace(request, sampling={**request.sampling, **again}), repeat)
-            value = None if text is None else request.parse(text)
-            if value is not None:
-                return value
-            with self._lock:
-                self.usage.unparsable += 1
+        try:
+            for repeat in range(self.attempts):
+                text = self._answer_again(request, repeat) if repeat else self._answer(request, repeat)
+                value = None if text is None else request.parse(spoken(text))
+                if value is not None:
+                    return value
+                with self._lock:
+                    self.usage.unparsable += 1
+        except Refused as refused:
+            self._count(request, refused)
         return None
+
+    def _answer_again(self, request: Request, repeat: int) -> str | None:
+        """At the temperature of re-asking; at the request's own if the judge takes no other."""
+        if not self._own_temperature:
+            try:
+                warmer = {**request.sampling, "temperature": self.reask_temperature}
+                return self._answer(replace(request, sampling=warmer), repeat)
+            except Refused as refused:
+                if refused.parameter != "temperature":
+                    raise
+                self._own_temperature = True
+        return self._answer(request, repeat)
+
+    def _count(self, request: Request, refused: Refused) -> None:
+        """Count a refusal.
+
+        Raises:
+            ConfigError: it concerns a key of `sampling`, or everything so far was refused.
+        """
+        if refused.parameter:
+            key = f"{self.key.removesuffix('.client')}.sampling.{refused.parameter}"
+            value = request.sampling.get(refused.parameter)
+            raise ConfigError(f"{key}={value} is refused by {request.model}: {refused}; null leaves it out")
+        with self._lock:
+            self.usage.refused += 1
+            self._refusals[str(refused)] += 1
+            hopeless = not self._answered and self._refusals.total() >= ALL_REFUSED
+        if hopeless:
+            raise self._all_refused()
+
+    def _all_refused(self) -> ConfigError:
+        reason, _ = self._refusals.most_common(1)[0]
+        return ConfigError(f"{self.key}: the endpoint refuses all of {self._refusals.total()} requests: {reason}")
 
     def take_usage(self) -> Usage:
         """What was used since the last call."""
@@ -102,7 +165,7 @@ class ChatClient:
 
     def _answer(self, request: Request, repeat: int) -> str | None:
         """The text, from the cache or from the endpoint; what is no chat completion is not stored."""
-        key = digest(request, repeat, answerer(vars(self.settings)))
+        key = digest(request, repeat, self.place)
         stored = self._cache.get(key, retry=True)
         answer = self.endpoint.fetch(request) if stored is None else json.loads(stored)
         if answer is None:
@@ -111,6 +174,7 @@ class ChatClient:
             self._cache.set(key, json.dumps(answer), retry=True)
         cost = (answer["input_tokens"] * request.price.input + answer["output_tokens"] * request.price.output) / 1e6
         with self._lock:
+            self._answered = True
             self.usage.answers += 1
             self.usage.from_cache += stored is not None
             self.usage.input_tokens += answer["input_tokens"]
@@ -120,9 +184,14 @@ class ChatClient:
         return answer["text"]
 
 
-def digest(request: Request, repeat: int, who: str | None = None) -> str:
-    """Of all that determines an answer: who gives it, model, messages, sampling, and which repetition it is."""
-    content = [request.model, request.messages, request.sampling, repeat, *([who] if who else [])]
+def spoken(text: str) -> str:
+    """An answer without the thoughts that a reasoning model puts before it; nothing if it never got beyond them."""
+    return UNFINISHED.sub("", THOUGHTS.sub("", text))
+
+
+def digest(request: Request, repeat: int, place: str = "") -> str:
+    """Of all that determines an answer: who answers, model, messages, sampling, and which repetition it is."""
+    content = [request.model, request.messages, request.sampling, repeat, *([place] if place else [])]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

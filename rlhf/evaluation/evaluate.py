@@ -43,7 +43,7 @@ class Evaluation:
             metrics, found = self.factscore(prompts, responses)
             return metrics, [{**record, **more} for record, more in zip(records, found, strict=True)]
         metrics = {}
-        outcomes = self.judge(prompts, responses) if all(row.reference_output for row in prompts) else []
+        outcomes = self._judged(prompts, responses)
         if outcomes:
             metrics |= win_rates(prompts, responses, outcomes) | getattr(self.judge, "report", {})
             _add(records, "win", outcomes)
@@ -61,6 +61,13 @@ class Evaluation:
             _add(records, "stated", [f.stated for f in facts])
             _add(records, "true", [f.true for f in facts])
         return metrics, records
+
+    def _judged(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        """The judge's outcomes; None for a prompt without a reference output, nothing if no prompt has one."""
+        compared = [i for i, row in enumerate(prompts) if row.reference_output]
+        found = self.judge([prompts[i] for i in compared], [responses[i] for i in compared]) if compared else []
+        by_place = dict(zip(compared, found, strict=True)) if found else {}
+        return [by_place.get(i) for i in range(len(prompts))] if by_place else []
 
 
 def logged(source: DataSource, judged: bool, factscore: bool) -> list[str]:

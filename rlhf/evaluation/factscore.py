@@ -14,13 +14,40 @@ from typing import Any, NamedTuple
 
 from rlhf.data.records import Prompt
 from rlhf.data.templates import Template
+from rlhf.evaluation.abstention import abstains
 from rlhf.evaluation.client import ChatClient
-from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Price, Request, check_client, check_package
+from rlhf.evaluation.endpoint import (
+    ClientSettings,
+    Endpoint,
+    Price,
+    Request,
+    check_client,
+    check_package,
+    check_sampling,
+)
 from rlhf.evaluation.knowledge import Knowledge, read_entities, sentences
-from rlhf.evaluation.prompts import load_template
+from rlhf.evaluation.prompts import load_template, own_files
 from rlhf.settings import ConfigError, at_least_zero, positive, typed
 
 KEY = "evaluation.factscore"
+PLAIN = re.compile(r"(?i)\W*(?:answer\W+)?(true|false)\b(?=\W*$|\W*[,*)\]—–-]|\s+(?:because|since|as)\b)")
+TRUTH = re.compile(r"(?i)\b(true|false|untrue)\b")
+CLAUSE = re.compile(r"(?i),\s*(?:so|but|and|hence|therefore|thus)\b|\b(?:but|because|since)\b")
+NEGATION = re.compile(
+    r"(?i)\b(?:not?|never|cannot|neither|nor|nothing|nobody|hardly|unable|unlikely|fails?|far from|without|contrary"
+    r"|unverifiable|unsupported|doubt\w*)\b|n't\b"
+)
+HEDGE = re.compile(
+    r"(?i)\b(?:if|whether|may|might|could|would|perhaps|probably|possibly|likely|seems?|partly|partially|partial|half|mostly"
+    r"|unclear|unknown|either|not only)\b"
+)
+FACTS = r"(?:(?:atomic|independent|factual|verifiable|checkable|such)\s+)*(?:facts?|claims?|statements?|information)"
+NO_FACTS = re.compile(
+    rf"(?i)\W*(?:none|nothing|n/?a|"
+    rf"(?:(?:there (?:are|is)|(?:the|this) (?:sentence|text) (?:contains|states|has|makes)) )?"
+    rf"(?:no|not any) {FACTS}(?: (?:(?:is|are) )?(?:stated|found|given|present|made))?"
+    r"(?: (?:here|in (?:it|(?:this|the) (?:sentence|text))))?)\W*"
+)
 SPLIT, CHECK = {"entity", "sentence"}, {"entity", "passages", "fact"}
 
 
@@ -37,7 +64,7 @@ class FactScoreSettings:
     gamma: float = at_least_zero(10.0)
     passages: int = positive(5)
     passage_words: int = positive(180)
-    abstention: list[str] = field(default_factory=list)
+    abstention: list[str] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     attempts: int = positive(3)
     reask_temperature: float = at_least_zero(0.7)
@@ -80,12 +107,23 @@ class FactScore:
         """
         settings = _read(keys)
         check_client(settings.client, f"{KEY}.client")
+        check_sampling(settings.sampling, f"{KEY}.sampling")
         for package in ("bm25s", "pysbd"):
             check_package(package, KEY)
         entities = read_entities(Path(settings.entities).expanduser())
         Knowledge(entities, Path(settings.knowledge).expanduser() if settings.knowledge else None, 1)
         load_template(settings.split_prompt, SPLIT, f"{KEY}.split_prompt")
         load_template(settings.check_prompt, CHECK, f"{KEY}.check_prompt")
+
+    @classmethod
+    def files(cls, keys: Mapping[str, Any]) -> list[Path]:
+        """The files whose contents decide the scores: entities, pages, and prompts that are not the project's own.
+
+        With `answering(client)` and all keys beside `client` they decide them; prices change `judge/cost` alone.
+        """
+        settings = _read(keys)
+        data = [settings.entities, *([settings.knowledge] if settings.knowledge else [])]
+        return [*own_files([settings.split_prompt, settings.check_prompt]), *(Path(one).expanduser() for one in data)]
 
     @classmethod
     def ping(cls, keys: Mapping[str, Any]) -> None:
@@ -136,7 +174,9 @@ class FactScore:
         return metrics, records
 
     def _answers(self, response: str) -> bool:
-        return bool(response.strip()) and not any(re.search(phrase, response) for phrase in self.settings.abstention)
+        phrases = self.settings.abstention
+        silent = abstains(response) if phrases is None else any(re.search(phrase, response) for phrase in phrases)
+        return bool(response.strip()) and not silent
 
     def _facts(self, entities: Sequence[str], responses: Sequence[str]) -> list[list[str]]:
         """The atomic facts of each response, each once; none of an abstention."""
@@ -192,17 +232,40 @@ def length_penalty(facts: int, gamma: float) -> float:
 
 
 def read_facts(text: str) -> list[str] | None:
-    """The lines of a list with dashes, stars or numbers; [] for the word "none", None for anything else."""
-    found = re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+(.+?)\s*$", text, re.MULTILINE)
+    """The items of a list with dashes, stars or numbers; [] for "none", "no facts" and the like, else None.
+
+    An item that says there are none is no fact.
+    """
+    found = re.findall(r"^\s*(?:[-–*•+]|\d+[.)])\s+(.+?)\s*$", text, re.MULTILINE)
     if found:
-        return found
-    return [] if re.fullmatch(r"\W*none\W*", text, re.IGNORECASE) else None
+        return [item for item in found if not NO_FACTS.fullmatch(item)]
+    return [] if NO_FACTS.fullmatch(text) else None
 
 
 def read_truth(text: str) -> bool | None:
-    """Whether the answer says true or false; None if neither or both."""
-    said = {word.lower() for word in re.findall(r"\b(true|false)\b", text, re.IGNORECASE)}
-    return said == {"true"} if len(said) == 1 else None
+    """Whether an answer says true or false; None if it says neither, both, or hedges.
+
+    A verdict at the start is taken as it stands. Elsewhere, "true" in one clause with a word that negates is false;
+    a hedge, a negated "false", and a word that negates in another clause of the sentence leave the answer unreadable.
+    """
+    said = set()
+    for place, sentence in enumerate(re.split(r"[.!?;:\n]+", text.replace("’", "'"))):
+        if place == 0 and (plain := PLAIN.match(sentence)):
+            said.add(plain[1].lower() == "true")
+            sentence = sentence[plain.end() :]
+        said |= {_verdict(clause, sentence) for clause in CLAUSE.split(sentence) if TRUTH.search(clause)}
+    return said.pop() if len(said) == 1 else None
+
+
+def _verdict(clause: str, sentence: str) -> bool | None:
+    words = {word.lower() for word in TRUTH.findall(clause)}
+    if len(words) > 1 or HEDGE.search(clause):
+        return None
+    if words != {"true"}:
+        return None if NEGATION.search(clause) else False
+    if NEGATION.search(clause):
+        return False
+    return None if NEGATION.search(sentence) else True
 
 
 def _read(keys: Mapping[str, Any]) -> FactScoreSettings:
@@ -211,7 +274,7 @@ def _read(keys: Mapping[str, Any]) -> FactScoreSettings:
         raise ConfigError(f"{KEY}.model has no value; allowed: the name under which the endpoint knows a model")
     if "{entity}" not in settings.prompt:
         raise ConfigError(f"{KEY}.prompt={settings.prompt} must hold {{entity}}")
-    for phrase in settings.abstention:
+    for phrase in settings.abstention or []:
         try:
             re.compile(phrase)
         except re.error as error:

@@ -7,12 +7,13 @@ pair. (Its noise of 25 % flipped labels belongs to training data only.)
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rlhf.data.records import Prompt
 from rlhf.evaluation.client import ChatClient, uniform
-from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Price, Request, check_client
-from rlhf.evaluation.prompts import ChatTemplate, load_template
+from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Price, Request, check_client, check_sampling
+from rlhf.evaluation.prompts import ChatTemplate, load_template, own_files
 from rlhf.scorers import Context
 from rlhf.settings import ConfigError, at_least_zero, choice, positive, typed
 
@@ -42,7 +43,10 @@ class PoolSettings:
     vote: str = choice("one", "all")
     order: str = choice("random", "both")
     sampling: dict[str, Any] = field(default_factory=dict)
-    answer: str = r"(?im)^\W*verdict\W*(1|2|draw)\W*$"
+    answer: str = (
+        r"(?im)^[\W_]*(?:final\s+|my\s+)*verdict[\W_]*(?:is[\W_]+)?(?:(?:answer|output|response|option|writer)[\W_]*)?"
+        r"(?:a\s+)?(1|2|a|b|draw|tie)[\W_]*$"
+    )
     attempts: int = positive(3)
     reask_temperature: float = at_least_zero(0.7)
     price: Price = field(default_factory=Price)
@@ -90,7 +94,19 @@ class LLMPool:
         Raises:
             ConfigError: one of them is not.
         """
-        check_client(_read(keys)[0].client, "judge.client")
+        settings, _ = _read(keys)
+        check_client(settings.client, "judge.client")
+        check_sampling(settings.sampling, "judge.sampling")
+        for name, one in settings.pool.items():
+            check_sampling(one.sampling, f"judge.pool.{name}.sampling")
+
+    @classmethod
+    def files(cls, keys: Mapping[str, Any]) -> list[Path]:
+        """The files whose contents decide the verdicts: prompts that are not the project's own.
+
+        With `answering(client)` and all keys beside `client` they decide them; prices change `judge/cost` alone.
+        """
+        return own_files([one.prompt for one in _read(keys)[0].pool.values()])
 
     @classmethod
     def ping(cls, keys: Mapping[str, Any]) -> None:
@@ -107,7 +123,7 @@ class LLMPool:
         """The outcome of each comparison.
 
         Raises:
-            ConfigError: the endpoint refuses the requests, or not a single answer could be read.
+            ConfigError: the endpoint refuses all requests, or not a single answer could be read.
             Interrupted: the endpoint is out; what was judged is kept.
         """
         questions = [

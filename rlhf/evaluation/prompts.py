@@ -1,6 +1,7 @@
 """Prompt templates as files: chat messages with placeholders, for annotators and fact checkers."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -50,6 +51,11 @@ def load_template(name: str, expected: set[str], key: str) -> ChatTemplate:
         wanted, has = (", ".join(f"{{{field}}}" for field in sorted(fields)) for fields in (expected, found))
         raise ConfigError(f"{key}={name} must use exactly {wanted}; it has {has or 'no placeholder'}")
     return ChatTemplate(messages)
+
+
+def own_files(names: Iterable[str]) -> list[Path]:
+    """Those of the templates that are files of the user's, each once."""
+    return [Path(name).expanduser() for name in dict.fromkeys(names) if Path(name).suffix]
 
 
 def bare_instruction(prompt: str, template: Template | None) -> str:
