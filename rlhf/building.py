@@ -193,6 +193,7 @@ class Builder:
 
 
 def save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """A whole reward model, as transformers' sequence classifier on the architecture of the model at `base`."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
     model.score.weight.data = roles.heads["reward"].weight.data.to(model.dtype)

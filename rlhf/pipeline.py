@@ -48,7 +48,7 @@ REWARD_CODE = (*SFT_CODE, "rlhf.stages.reward")
 PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout", "rlhf.vllm_engine", "rlhf.evaluation.preferences")
 # The functions of modules that hold others too which decide it as well.
 _TRAINING = (train_supervised, divided, records, steps_of)
-BUILDING = {
+BUILDING: dict[str, tuple[Callable[..., Any], ...]] = {
     "sft": (Builder.sft, Builder._save_sft, *_TRAINING),
     "reward": (Builder.reward, save_full_reward, *_TRAINING),
     "preferences": (Builder._simulate, short_enough),
