@@ -17,10 +17,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
-from rlhf.capabilities import check_processes, check_vllm
+from rlhf.capabilities import check_model, check_processes, check_vllm
 from rlhf.data.records import DataError, DataSource
 from rlhf.evaluation.evaluate import logged
-from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, is_quantized, typed
 
 # groups that name a class by `_target_`
@@ -124,6 +123,11 @@ def needs(config: DictConfig, key: str, what: str) -> bool:
     return any(getattr(target_class(node, key), what, False) for node in nested)
 
 
+def needs_reward_model(config: DictConfig) -> bool:
+    """Whether the scorer or the judge reads a reward model."""
+    return any(needs(config, key, "needs_reward_model") for key in ("scorer", "judge"))
+
+
 def _nodes(node: Any) -> Iterator[DictConfig]:
     if isinstance(node, DictConfig):
         yield node
@@ -156,6 +160,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     for key in ("scorer", "judge"):
         _check_needs(config, key, source, simulated)
     if config.stage.name in ("ppo", "evaluate"):
+        _check_own(config, "scorer")
         _check_own(config, "judge")
         _check_own(config, "evaluation.factscore")
         best_metric(config, settings, source)
@@ -174,7 +179,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"
         )
     _check_model(settings)
-    _check_targets(settings)
+    check_model(config, settings, needs_reward_model(config), simulated)
     instantiate(config.kl, "kl")
     if hasattr(source, "check"):
         source.check()
@@ -264,11 +269,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
 
 
 def _check_own(config: DictConfig, key: str) -> None:
-    """What the class itself can see to be wrong."""
-    node = OmegaConf.select(config, key)
-    check = getattr(target_class(node, key), "check", None) if node else None
-    if check:
-        check(OmegaConf.to_container(node, resolve=True))
+    """What the class itself, and those inside its configuration, can see to be wrong."""
+    for node in _nodes(OmegaConf.select(config, key)):
+        check = getattr(target_class(node, key), "check", None) if "_target_" in node else None
+        if check:
+            check(OmegaConf.to_container(node, resolve=True))
 
 
 def _check_model(settings: Settings) -> None:
@@ -281,15 +286,3 @@ def _check_model(settings: Settings) -> None:
             raise ConfigError(f"model.gguf_file={settings.model.gguf_file}: there is no such file in {name}")
     if settings.model.gguf_file and importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
-
-
-def _check_targets(settings: Settings) -> None:
-    loras = {"lora": settings.lora, "lora@reward.lora": settings.reward.lora, "lora@sft.lora": settings.sft.lora}
-    present = linear_names(settings.model)
-    for key, lora in loras.items():
-        absent = sorted(set(lora.target_modules) - present) if present is not None and lora.r else []
-        if absent:
-            raise ConfigError(
-                f"{key}.target_modules: the model has no linear layer named {', '.join(absent)}; "
-                f"allowed: {', '.join(sorted(present or ()))}"
-            )

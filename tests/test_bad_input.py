@@ -29,7 +29,7 @@ from rlhf.data.stack_exchange import StackExchange
 from rlhf.explaining import explain
 from rlhf.models import ModelError
 from rlhf.models.export import load_adapter, save_model, saved_head
-from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer
+from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
 from rlhf.pipeline import Run
 from rlhf.settings import ModelSettings, Settings
 from rlhf.stages.sft import encode_pairs
@@ -400,11 +400,11 @@ def test_texts_that_are_cut_and_prompts_that_are_left_out_are_counted(caplog: py
 
 
 def test_what_cannot_be_got_yet_is_no_mistake_and_what_is_one_is_told_early(tmp_path: Path, model: Path) -> None:
-    assert linear_names(ModelSettings("x", "owner/not-here", max_prompt_tokens=8)) is None
-    assert "q_proj" in linear_names(ModelSettings("x", str(model), max_prompt_tokens=8))
+    assert skeleton(ModelSettings("x", "owner/not-here", max_prompt_tokens=8)) is None
+    assert "q_proj" in linear_names(skeleton(ModelSettings("x", str(model), max_prompt_tokens=8)))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError) as failure:
-        linear_names(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
+        skeleton(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
     one_sentence(failure.value, "no causal language model can be made of this configuration")
 
 

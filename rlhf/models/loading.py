@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.data.records import DataSource
 from rlhf.models import ModelError, explained
@@ -25,7 +27,7 @@ from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BPE_VOCABULARY = 4096
-_DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+LINEAR = (nn.Linear, Conv1D)  # GPT-2 has its linear layers transposed
 
 
 def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
@@ -116,7 +118,7 @@ def load_causal_lm(
         _forget_gguf(lm)
     if quantization:
         _keep_nf4_differentiable(lm)
-    _switch_off_dropout(lm)
+    switch_off_dropout(lm)
     lm.config.use_cache = True
     return lm.eval()
 
@@ -138,16 +140,9 @@ def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTr
     return model
 
 
-def linear_names(model: ModelSettings) -> set[str] | None:
-    """Last names of the model's linear layers, found without weights; None where its configuration cannot be got.
-
-    Raises:
-        ModelError: no causal language model can be made of its configuration.
-    """
-    lm = skeleton(model)
-    if lm is None:
-        return None
-    return {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+def linear_names(lm: nn.Module) -> set[str]:
+    """Last names of the model's linear layers, which an adapter can be on."""
+    return {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, LINEAR)}
 
 
 def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedModel | None:
@@ -184,15 +179,20 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return next(token for token in candidates if token is not None and token != tokenizer.eos_token)
 
 
-def _switch_off_dropout(lm: PreTrainedModel) -> None:
-    for key in _DROPOUT_KEYS:
-        if isinstance(getattr(lm.config, key, None), float):
-            setattr(lm.config, key, 0.0)
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Make the model the same function in training as in evaluation: no dropout, no noise in a router's input.
+
+    Architectures keep the rates in `nn.Dropout`, in attributes of their own that they hand to `F.dropout`, and in the
+    configuration, which some read again in each forward pass.
+    """
+    text: Any = model.config.get_text_config()
+    for owner in (model.config, text, *model.modules()):
+        for key, value in list(vars(owner).items()):
+            if isinstance(value, float) and ("drop" in key or "jitter" in key):
+                setattr(owner, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _keep_nf4_differentiable(lm: PreTrainedModel) -> None:
