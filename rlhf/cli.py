@@ -267,7 +267,7 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
         ".*exists and is not empty", ".*`srun` command is available", ".*sync_dist=True",
-        "Already found a `peft_config`", ".*weights_only",
+        "Already found a `peft_config`", ".*weights_only", "fan_in_fan_out is set to",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it
