@@ -56,7 +56,7 @@ class Builder:
 
     def sft(self, folder: Path) -> None:
         """The SFT model: `model/`, whole."""
-        started, settings = time.time(), self.settings.sft
+        started, settings = time.monotonic(), self.settings.sft
         log.info("training the SFT model (%s)", cache.name_of(folder))
         lightning.seed_everything(settings.seed, verbose=False)
         tokenizer = load_tokenizer(self.settings.model, self.source)
@@ -114,7 +114,7 @@ class Builder:
         parallel.from_first(lambda: self._simulate(folder, sft, device))
 
     def _simulate(self, folder: Path, sft: Path, device: str) -> None:
-        started, simulated = time.time(), self._simulated
+        started, simulated = time.monotonic(), self._simulated
         log.info("simulating preferences (%s)", cache.name_of(folder))
         tokenizer = load_tokenizer(self.settings.model, self.source)
         base = load_causal_lm(self.settings.model, tokenizer, sft / MODEL, self.quantization)
@@ -158,7 +158,7 @@ class Builder:
 
         It learns from the simulated `preferences`, or else from those of the data set.
         """
-        started, settings = time.time(), self.settings.reward
+        started, settings = time.monotonic(), self.settings.reward
         log.info("training the reward model (%s)", cache.name_of(folder))
         lightning.seed_everything(settings.seed, verbose=False)
         base = sft / MODEL

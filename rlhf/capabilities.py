@@ -1,4 +1,4 @@
-"""What several processes on one run, and vLLM, can do: checked before any model is loaded."""
+"""What the model, several processes on one run, and vLLM can do: checked before any model is loaded."""
 
 import importlib.util
 import inspect
@@ -8,8 +8,52 @@ from omegaconf import DictConfig
 from torch.distributed.fsdp import fully_shard
 
 from rlhf import parallel
+from rlhf.models.architecture import check_architecture
+from rlhf.models.loading import linear_names, skeleton
 from rlhf.settings import ConfigError, Settings, is_quantized
 from rlhf.vllm_engine import NOT_YOURS, RANKS, TEMPERATURES
+
+
+def check_model(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> None:
+    """See that the architecture can do what is asked of it, and has the layers that adapters shall be on.
+
+    Where the configuration of the model cannot be got, nothing is checked.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    lm = skeleton(settings.model)
+    if lm is None:
+        return
+    check_architecture(lm, settings.model, _lengths(config, settings, reward_model, simulated))
+    loras = {"lora": settings.lora, "lora@reward.lora": settings.reward.lora, "lora@sft.lora": settings.sft.lora}
+    present = linear_names(lm)
+    for key, lora in loras.items():
+        absent = sorted(set(lora.target_modules) - present) if lora.r else []
+        if absent:
+            raise ConfigError(
+                f"{key}.target_modules: between embeddings and last hidden states is no linear layer named "
+                f"{', '.join(absent)}; "
+                f"allowed: {', '.join(sorted(present))}"
+            )
+
+
+def _lengths(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> dict[str, int]:
+    """The tokens of the longest sequence of each stage that will run, by the keys that say so and their values."""
+    stage, prompt = config.stage.name, settings.model.max_prompt_tokens
+    reward = stage == "reward" or (stage in ("ppo", "evaluate") and reward_model)
+    answers = {}
+    if simulated and (reward or stage == "preferences"):
+        answers["preferences"] = config.preferences.max_new_tokens
+    if stage in ("ppo", "evaluate"):
+        answers |= {key: getattr(settings, key).max_new_tokens for key in ("generation", "evaluation")}
+    lengths = {f"sft.max_length={settings.sft.max_length}": settings.sft.max_length}
+    if reward:
+        lengths[f"reward.max_length={settings.reward.max_length}"] = settings.reward.max_length
+    for key, new in answers.items():
+        both = f"model.max_prompt_tokens={prompt} and {key}.max_new_tokens={new} ({prompt + new} tokens together)"
+        lengths[both] = prompt + new
+    return lengths
 
 
 def check_processes(config: DictConfig, settings: Settings) -> None:

@@ -104,7 +104,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     quieten()
     processes = parallel.wanted(config.trainer)
     if sweeping:
-        _share_cores(parallel_jobs(HydraConfig.get().launcher) * processes)
+        _share_cores(parallel_jobs(HydraConfig.get().launcher), processes)
     elif on_slurm(HydraConfig.get().launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
     settings, objectives = settings_of(config), objectives_of(config)
@@ -186,12 +186,18 @@ def _launch(run: "Run", processes: int) -> dict[str, Any]:
     return read_json(run.folder / SUMMARY)
 
 
-def _share_cores(jobs: int) -> None:
-    """Give each of `jobs` jobs its share of the cores: two threads on one core are slower than one."""
+def _share_cores(jobs: int, processes: int) -> None:
+    """Give each process of each job its share of the cores at most: two threads on one core are slower than one.
+
+    Another number of threads gives other last bits. So a sweep's run has as many as the same run by itself where
+    OMP_NUM_THREADS says how many, or where it has the machine to itself, and never more.
+    """
     import torch
 
+    if processes == 1 and "OMP_NUM_THREADS" in os.environ:  # joblib's workers have it set to their share
+        return
     cores = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1))
-    torch.set_num_threads(max(1, cores // jobs))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // (jobs * processes))))
 
 
 def _list(description: dict[str, Any], overrides: list[str]) -> None:
@@ -261,7 +267,7 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
         ".*exists and is not empty", ".*`srun` command is available", ".*sync_dist=True",
-        "Already found a `peft_config`", ".*weights_only",
+        "Already found a `peft_config`", ".*weights_only", "fan_in_fan_out is set to",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it

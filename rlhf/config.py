@@ -17,11 +17,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
-from rlhf.capabilities import check_processes, check_vllm
+from rlhf.capabilities import check_model, check_processes, check_vllm
 from rlhf.data.records import DataError, DataSource
 from rlhf.evaluation.evaluate import logged
 from rlhf.identity import HARMLESS, LIGHTNING
-from rlhf.models.loading import linear_names
 from rlhf.settings import ConfigError, Settings, is_quantized, typed
 
 # groups that name a class by `_target_`
@@ -147,6 +146,11 @@ def needs(config: DictConfig, key: str, what: str) -> bool:
     return any(getattr(target_class(node, key), what, False) for node in nested)
 
 
+def needs_reward_model(config: DictConfig) -> bool:
+    """Whether the scorer or the judge reads a reward model."""
+    return any(needs(config, key, "needs_reward_model") for key in ("scorer", "judge"))
+
+
 def _nodes(node: Any) -> Iterator[DictConfig]:
     if isinstance(node, DictConfig):
         yield node
@@ -180,6 +184,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     if config.stage.name in ("ppo", "evaluate"):
         for key in ("scorer", "judge"):
             _check_needs(config, key, source, simulated)
+        _check_own(config, "scorer")
         _check_own(config, "judge")
         _check_own(config, "evaluation.factscore")
         best_metric(config, settings, source)
@@ -198,7 +203,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"
         )
     _check_model(settings)
-    _check_targets(settings)
+    check_model(config, settings, needs_reward_model(config), simulated)
     instantiate(config.kl, "kl")
     if hasattr(source, "check"):
         source.check()
@@ -303,11 +308,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
 
 
 def _check_own(config: DictConfig, key: str) -> None:
-    """What the class itself can see to be wrong."""
-    node = OmegaConf.select(config, key)
-    check = getattr(target_class(node, key), "check", None) if node else None
-    if check:
-        check(OmegaConf.to_container(node, resolve=True))
+    """What the class itself, and those inside its configuration, can see to be wrong."""
+    for node in _nodes(OmegaConf.select(config, key)):
+        check = getattr(target_class(node, key), "check", None) if "_target_" in node else None
+        if check:
+            check(OmegaConf.to_container(node, resolve=True))
 
 
 def _check_model(settings: Settings) -> None:
@@ -320,16 +325,3 @@ def _check_model(settings: Settings) -> None:
             raise ConfigError(f"model.gguf_file={settings.model.gguf_file}: there is no such file in {name}")
     if settings.model.gguf_file and importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
-
-
-def _check_targets(settings: Settings) -> None:
-    loras = {"lora": settings.lora, "lora@reward.lora": settings.reward.lora, "lora@sft.lora": settings.sft.lora}
-    present = linear_names(settings.model)
-    for key, lora in loras.items():
-        absent = sorted(set(lora.target_modules) - present) if present is not None and lora.r else []
-        if absent:
-            raise ConfigError(
-                f"{key}.target_modules: between embeddings and last hidden states is no linear layer named "
-                f"{', '.join(absent)}; "
-                f"allowed: {', '.join(sorted(present or ()))}"
-            )

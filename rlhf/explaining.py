@@ -6,7 +6,7 @@ import sys
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import root
@@ -28,9 +28,23 @@ def explain(error: BaseException) -> str | None:
     """One sentence for an error that is the user's to mend, None for one that is ours."""
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, OverrideParseException):
+        return _explain_grammar(str(error.override))
     if isinstance(error, HydraException | OmegaConfBaseException) or _NO_OPTION in str(error):
         return _explain_composition(str(error), str(error.__cause__ or ""))
     return str(error) if isinstance(error, Stopped) or is_mistake(error) else None
+
+
+def _explain_grammar(override: str) -> str:
+    """For a word of the command line that Hydra's grammar cannot read, such as a slice without quotes."""
+    key, _, value = override.partition("=")
+    parts = ["…", "…"] if value[:1] in ("[", "{") else [part.strip(" '\"") for part in value.split(",")]
+    quoted = ",".join(f'"{part}"' for part in parts)
+    word = f"{key}=[{quoted}]" if value[:1] in ("[", "{") else f"{key}={quoted}"
+    return (
+        f"{override}: the command line cannot be read here, because text with brackets, braces, parentheses or quotes "
+        f"in it must be quoted; allowed: '{word}', with both kinds of quotes"
+    )
 
 
 def _explain_composition(message: str, cause: str) -> str:

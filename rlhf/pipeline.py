@@ -204,7 +204,7 @@ class Run:
         return summary
 
     def _ppo(self, train: bool) -> dict[str, Any]:
-        started, settings = time.time(), self.settings
+        started, settings = time.monotonic(), self.settings
         lightning.seed_everything(settings.seed, verbose=False)
         tokenizer = load_tokenizer(settings.model, self.source)
         reward = self.reward_folder if self.needs_reward_model else None

@@ -225,7 +225,7 @@ def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Q
         return _state_of_job(State(folder, overrides, "begun" if lines else "waiting", step), job, queue, lines)
     if not lines:
         return State(folder, overrides, "waiting")
-    silent = time.time() - (folder / METRICS).stat().st_mtime
+    silent = abs(time.time() - (folder / METRICS).stat().st_mtime)  # the file's clock may be ahead of ours
     running = silent < SILENT_SECONDS
     left = _seconds_left(folder, lines) if running else None
     return State(folder, overrides, "running" if running else "begun", step, node=job.get("node", ""), left=left)
@@ -250,7 +250,7 @@ def _seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None:
     marks = [(line["step"], line["time"]) for line in lines if line["step"] is not None and "ppo/reward" in line][-20:]
     if len(marks) < 2 or not config.exists():
         return None
-    paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a]
+    paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a and t > s]  # a clock may be set back
     steps = OmegaConf.load(config).ppo.steps
     return statistics.median(paces) * max(0, steps - marks[-1][0]) if paces else None
 
@@ -262,7 +262,7 @@ def jobs_of(plan: Path) -> int:
 
 def seconds_left(runs: list[State], jobs: int, pace: float | None = None) -> float | None:
     """What the missing runs will take at the pace of the finished ones, else at `pace` seconds each; None without."""
-    paces = [run.seconds for run in runs if run.seconds] or ([pace] if pace else [])
+    paces = [run.seconds for run in runs if run.seconds and run.seconds > 0] or ([pace] if pace else [])
     missing = sum(run.state in ("running", "begun", "waiting") for run in runs)
     return sum(paces) / len(paces) * missing / jobs if paces else None
 

@@ -100,8 +100,10 @@ def numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in line.items() if k not in ("step", "time") and not k.startswith("guard/")}
 
 
-def wandb_logger(**options: Any) -> Dashboard:
+def wandb_logger(stage_tags: Mapping[str, Sequence[str]] | None = None, **options: Any) -> Dashboard:
     """A W&B run; without a key, or if W&B cannot be reached, it writes offline, to be synced later.
+
+    It has the `tags`, and of `stage_tags` those of its stage (`job_type`): an SFT model knows no divergence.
 
     Should W&B vanish during the run, what cannot be sent within a minute of its end is left to `wandb sync` too.
     """
@@ -109,6 +111,8 @@ def wandb_logger(**options: Any) -> Dashboard:
     from hydra.core.hydra_config import HydraConfig
 
     wandb.finish()  # the run of a sweep's job before this one, or it would be continued
+    tags = [*(options.get("tags") or ()), *(stage_tags or {}).get(options.get("job_type") or "", ())]
+    options = {**options, "tags": tags}
     options = {"save_dir": options.pop("save_dir", None) or HydraConfig.get().runtime.output_dir, **options}
     # where W&B keeps tables until they are sent; its own choice is the home folder
     os.environ.setdefault("WANDB_DATA_DIR", str(Path(options["save_dir"]).resolve().parent / "wandb-staging"))
@@ -136,12 +140,16 @@ def _has_wandb_key() -> bool:
 def write_summary(
     folder: Path, metrics: Mapping[str, Any], config: Any, started: float, **extra: Any
 ) -> dict[str, Any]:
-    """`summary.json`: written last and at once, so that its presence means the run is complete."""
+    """`summary.json`: written last and at once, so that its presence means the run is complete.
+
+    `started` is of `time.monotonic()`: the clock on the wall may be set back meanwhile.
+    """
     summary = {
         "metrics": dict(metrics),
         **extra,
-        "wall_seconds": round(time.time() - started, 2),
+        "wall_seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_memory(),
+        "threads": torch.get_num_threads(),  # sums over another number of them have other last bits
         "versions": {"rlhf": __version__, "python": platform.python_version(), **_versions()},
         "git_commit": git_commit(),
         "config": config,

@@ -29,7 +29,7 @@ from rlhf.data.stack_exchange import StackExchange
 from rlhf.explaining import explain
 from rlhf.models import ModelError
 from rlhf.models.export import load_adapter, save_model, saved_head
-from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer
+from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
 from rlhf.pipeline import Run
 from rlhf.settings import ModelSettings, Settings
 from rlhf.stages.sft import encode_pairs
@@ -241,6 +241,10 @@ CONFIGURED: list[tuple[str, str]] = [
     ("data=alpaca judge=none data.template.without_input=x", "template.without_input must use exactly"),
     ("data=imdb judge=none scorer=sentiment data.shares.sft=2", "shares maps some of"),
     ("data=stack_exchange judge=none data.root=/nope", "/nope/Posts.xml does not exist"),
+    ("data.sft=x.jsonl[:5]", r"must be quoted; allowed: 'data.sft=\"x.jsonl\[:5\]\"', with both kinds"),
+    ("data.sft=[a.jsonl[:5],b.jsonl]", r"allowed: 'data.sft=\[\"…\",\"…\"\]'"),
+    ("data.sft=a.jsonl[:5],b.jsonl", r"allowed: 'data.sft=\"a.jsonl\[:5\]\",\"b.jsonl\"'"),
+    ("data.sft={a:1", "data.sft={a:1: the command line cannot be read here"),
     ("divergence.function=os.nope", "divergence.function=os.nope cannot be imported"),
     ("divergence.input=words", "divergence.input=words is not allowed; allowed: logprobs, logits or none"),
     ("kl.coef=inf", "kl"),
@@ -403,11 +407,11 @@ def test_texts_that_are_cut_and_prompts_that_are_left_out_are_counted(caplog: py
 
 
 def test_what_cannot_be_got_yet_is_no_mistake_and_what_is_one_is_told_early(tmp_path: Path, model: Path) -> None:
-    assert linear_names(ModelSettings("x", "owner/not-here", max_prompt_tokens=8)) is None
-    assert "q_proj" in linear_names(ModelSettings("x", str(model), max_prompt_tokens=8))
+    assert skeleton(ModelSettings("x", "owner/not-here", max_prompt_tokens=8)) is None
+    assert "q_proj" in linear_names(skeleton(ModelSettings("x", str(model), max_prompt_tokens=8)))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError) as failure:
-        linear_names(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
+        skeleton(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
     one_sentence(failure.value, "no causal language model can be made of this configuration")
 
 

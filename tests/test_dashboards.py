@@ -101,6 +101,10 @@ def test_a_sweep_is_a_group_of_runs_by_stage_with_nested_config_and_tags(study: 
         assert run.config["ppo"]["epochs"] == 2
         assert f"seed {summary['config']['seed']}" in run.tags
         assert "clamped_kl" in run.tags
+    for stage, part in (("sft", "sft"), ("reward", "reward")):
+        (run,) = of_stage(group, stage)
+        config = run.config[part]
+        assert sorted(run.tags) == sorted(["tiny", f"lora r{config['lora']['r']}", f"seed {config['seed']}"])
 
 
 DESIGN = """

@@ -253,3 +253,21 @@ def is_good(some: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(row, dict) and all(row.get(name) in ("x", "y") for name in "qa")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (" Yes. ", "Yes."),
+        ("\u00a0Yes.\u00a0\n", "Yes."),
+        (" Yes\nand no", "Yes\nand no"),
+        ("    def f():\n        return 1\n", "def f():\n    return 1"),
+        ("\n \n\tif a:\n\t\tb\n", "if a:\n\tb"),
+        ("        return x\n    }\n", "    return x\n}"),
+        ("  a\n\n  b  ", "a\n\nb"),
+        ("  a\n\tb", "  a\n\tb"),
+        ("1. one\n   two", "1. one\n   two"),
+    ],
+)
+def test_an_indentation_is_taken_from_all_lines_or_from_none(given: str, expected: str) -> None:
+    assert text({"a": given}, "a") == expected

@@ -35,6 +35,8 @@ MAX_TEXT = 1_000_000
 def text(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
     """The text in a row's field, without surrounding whitespace (which belongs to the template); "" if optional.
 
+    An indentation goes from all lines or from none: code whose first line alone lost it would be broken.
+
     Raises:
         RowError: the field is missing, is no text, or is empty, endless or not encodable.
     """
@@ -51,10 +53,23 @@ def text(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise RowError(f"`{name}` holds half a character (a lone surrogate)") from None
-    value = value.strip()
-    if not value and not optional:
+    if not value.strip() and not optional:
         raise RowError(f"empty `{name}`")
-    return value
+    return _without_margin(value)
+
+
+def _without_margin(value: str) -> str:
+    """The text without blank lines at its ends and without the indentation that all of its lines have.
+
+    A single space before the first line is none: it is what separated a prompt from its answer.
+    """
+    start = value.rfind("\n", 0, len(value) - len(value.lstrip())) + 1
+    lines = value[start:].rstrip().split("\n")
+    indents = [line[: len(line) - len(line.lstrip())] for line in lines if line.strip()]
+    margin = next((i for i, column in enumerate(zip(*indents, strict=False)) if len(set(column)) > 1), None)
+    margin = min(map(len, indents), default=0) if margin is None else margin
+    first, *rest = [line[margin:] if line.strip() else line for line in lines]
+    return "\n".join([first[1:] if first[:1].isspace() and first[0] != "\t" and first[1:2].strip() else first, *rest])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf.models.export import ADAPTER, load_adapter, saved_head
-from rlhf.models.loading import DTYPES, load_causal_lm, load_whole
+from rlhf.models.loading import DTYPES, load_causal_lm, load_whole, switch_off_dropout
 from rlhf.models.roles import Role, Roles
 from rlhf.settings import LoraSettings, Settings
 
@@ -111,6 +111,7 @@ def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
         dtype = next(roles.trunk("reference").parameters()).dtype
         options = {"num_labels": 1, "dtype": dtype, "use_safetensors": True}
         model = load_whole(AutoModelForSequenceClassification, folder, "reward model", **options)
+        switch_off_dropout(model)
         roles.add_trunk("reward", model.eval())
         roles.table["reward"] = Role("reward", None)
     head = roles.add_head("reward", zero=False)

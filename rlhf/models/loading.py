@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.data.records import DataSource
 from rlhf.models import ModelError, explained
@@ -30,7 +32,7 @@ from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BPE_VOCABULARY = 4096
-_DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+LINEAR = (nn.Linear, Conv1D)  # GPT-2 has its linear layers transposed
 
 
 def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
@@ -120,7 +122,7 @@ def load_causal_lm(
         _forget_gguf(lm)
     if quantization:
         _keep_nf4_differentiable(lm)
-    _switch_off_dropout(lm)
+    switch_off_dropout(lm)
     lm.config.use_cache = True
     lm.eval()
     head_of(lm)  # refused here if it cannot be
@@ -144,23 +146,16 @@ def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTr
     return model
 
 
-def linear_names(model: ModelSettings) -> set[str] | None:
-    """Last names of the linear layers that an adapter can be on; None where the model's configuration cannot be got.
+def linear_names(lm: PreTrainedModel) -> set[str]:
+    """Last names of the linear layers that an adapter can be on.
 
-    They are found without weights. Those outside of the layers that make hidden states are left out (the language-model
-    head): an adapter there would be no part of what is computed of the states, and with tied embeddings it could not be
-    merged without changing them.
-
-    Raises:
-        ModelError: no causal language model can be made of its configuration.
+    Those outside of the layers that make hidden states are left out (the language-model head): an adapter there would
+    be no part of what is computed of the states, and with tied embeddings it could not be merged without changing them.
     """
-    lm = skeleton(model)
-    if lm is None:
-        return None
     inside, outside = set[str](), set[str]()
     layers = set(lm.base_model.modules()) - {lm.get_output_embeddings()}
     for name, module in lm.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LINEAR):
             (inside if module in layers else outside).add(name.rpartition(".")[2])
     return inside - outside
 
@@ -203,15 +198,20 @@ def _declared(model: ModelSettings) -> tuple[PreTrainedConfig | None, Generation
     return config, generation
 
 
-def _switch_off_dropout(lm: PreTrainedModel) -> None:
-    for key in _DROPOUT_KEYS:
-        if isinstance(getattr(lm.config, key, None), float):
-            setattr(lm.config, key, 0.0)
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
+def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Make the model the same function in training as in evaluation: no dropout, no noise in a router's input.
+
+    Architectures keep the rates in `nn.Dropout`, in attributes of their own that they hand to `F.dropout`, and in the
+    configuration, which some read again in each forward pass.
+    """
+    text: Any = model.config.get_text_config()
+    for owner in (model.config, text, *model.modules()):
+        for key, value in list(vars(owner).items()):
+            if isinstance(value, float) and ("drop" in key or "jitter" in key):
+                setattr(owner, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _keep_nf4_differentiable(lm: PreTrainedModel) -> None:

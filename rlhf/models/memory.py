@@ -1,12 +1,13 @@
 """How much memory a PPO run will need, from its configuration alone: no weight is made."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.models.heads import CHUNK_ELEMENTS
-from rlhf.models.loading import DTYPES, skeleton
+from rlhf.models.loading import DTYPES, LINEAR, skeleton
 from rlhf.settings import LoraSettings, Settings
 
 PROGRAM = 700 * 2**20  # what the process itself takes on a CPU: torch, transformers, lightning (measured)
@@ -46,12 +47,12 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool, sha
     model = skeleton(settings.model, vocabulary)
     if model is None:
         return None
-    config, size = model.config, torch.finfo(DTYPES[settings.model.dtype]).bits // 8
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    keys = head * (getattr(config, "num_key_value_heads", None) or heads)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    config, size = model.config.get_text_config(), torch.finfo(DTYPES[settings.model.dtype]).bits // 8
+    layers, hidden = _largest(config, "num_hidden_layers"), _largest(config, "hidden_size")
+    heads = _largest(config, "num_attention_heads")
+    head = _largest(config, "head_dim") or (hidden // heads if heads else 0)
+    keys = head * (_largest(config, "num_key_value_heads") or heads)  # 0 of a state space, which has no such cache
+    inner = _largest(config, "intermediate_size") or 4 * hidden
     parameters = sum(p.numel() for p in model.parameters())
     linear = _linear_elements(model)
     stored = settings.quantization or {}
@@ -81,6 +82,12 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool, sha
     if settings.generation.engine == "vllm":
         generating, program = 0, program + _served(settings)
     return Memory(program, weights, trained, generating, passes * kept + logits)
+
+
+def _largest(config: PreTrainedConfig, name: str) -> int:
+    """A number of the configuration, the largest where each layer has its own; 0 without any."""
+    found = getattr(config, name, None) or 0
+    return max(found) if isinstance(found, list | tuple) else int(found)
 
 
 def largest_budget(
@@ -124,7 +131,7 @@ def _served(settings: Settings) -> int:
 def _linear_elements(model: PreTrainedModel) -> int:
     """Weights that quantisation stores in fewer bits: all linear layers but the language-model head."""
     output = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    layers = [m for m in model.modules() if isinstance(m, LINEAR) and m is not output]
     return sum(layer.weight.numel() for layer in layers)
 
 
@@ -139,8 +146,6 @@ def _adapted(model: PreTrainedModel, lora: LoraSettings) -> int:
     return sum(layer.weight.numel() for layer in _targets(model, lora))
 
 
-def _targets(model: PreTrainedModel, lora: LoraSettings) -> list[torch.nn.Linear]:
+def _targets(model: PreTrainedModel, lora: LoraSettings) -> list[Any]:
     names = set(lora.target_modules)
-    return [
-        m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name.rpartition(".")[2] in names
-    ]
+    return [m for name, m in model.named_modules() if isinstance(m, LINEAR) and name.rpartition(".")[2] in names]

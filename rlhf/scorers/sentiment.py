@@ -1,14 +1,17 @@
 """A Hugging Face text classifier as reward, with its own tokenizer: TRL + PEFT's IMDB system (2023)."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from rlhf.models import ModelError, explained
+from rlhf.models.architecture import positions
 from rlhf.models.loading import load_whole
 from rlhf.rollout import Rollouts
 from rlhf.scorers import Context
@@ -38,22 +41,41 @@ class SentimentScorer:
         max_length: int = 512,
         batch_size: int = 32,
     ):
-        if output not in ("logit", "log_odds"):
-            raise ConfigError(f"scorer.output={output} is not allowed; allowed: logit or log_odds")
         with explained(f"scorer.model={model}: no text classifier could be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(model)
         classifier = load_whole(AutoModelForSequenceClassification, model, "text classifier")
         self.model = classifier.eval().to(context.roles.device)
-        labels: dict[str | None, int] = {name.lower(): index for index, name in self.model.config.id2label.items()}
-        if len(labels) == 1:
-            labels[None] = 0
-        name = None if label is None else label.lower()
-        if name not in labels:
-            raise ModelError(f"scorer.label={label}: {model} has no such label; allowed: {', '.join(map(str, labels))}")
-        if len(labels) < 3 and None in labels and output == "log_odds":
-            raise ConfigError(f"scorer.output=log_odds needs two labels, and {model} has one; allowed: logit")
-        self.index, self.output = labels[name], output
+        self.index, self.output = _index(model, self.model.config, label, output), output
         self.max_length, self.batch_size = max_length, batch_size
+
+    @classmethod
+    def check(cls, chosen: Mapping[str, Any]) -> None:
+        """See what the classifier's configuration and tokenizer say, before anything is trained.
+
+        Raises:
+            ConfigError: a key does not fit the classifier.
+            ModelError: there is no classifier, or it has no such label.
+        """
+        model, longest = str(chosen["model"]), chosen.get("max_length", 512)
+        with explained(f"scorer.model={model}: no text classifier could be loaded"):
+            try:
+                config = AutoConfig.from_pretrained(model)
+                tokenizer = AutoTokenizer.from_pretrained(model)
+            except OSError:
+                if Path(model).is_dir():
+                    raise
+                return  # of the Hub, which may be reached later
+            with torch.device("meta"):
+                classifier = AutoModelForSequenceClassification.from_config(config)
+        _index(model, config, chosen.get("label", "POSITIVE"), chosen.get("output", "logit"))
+        limit = positions(classifier)
+        if limit is not None and longest > limit:
+            raise ConfigError(f"scorer.max_length={longest}: {model} has {limit} positions; allowed: up to {limit}")
+        if not hasattr(classifier, "score") and tokenizer.pad_token_id is None:
+            raise ModelError(
+                f"scorer.model={model}: its tokenizer has no pad token, which {type(classifier).__name__} needs; "
+                "allowed: a classifier whose tokenizer has one"
+            )
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """Scores of rollouts."""
@@ -67,14 +89,7 @@ class SentimentScorer:
         scores = torch.zeros(len(texts), device=self.model.device)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch = self.tokenizer(
-                [texts[i] for i in rows],
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-            ).to(self.model.device)
-            logits = self.model(**batch).logits.float()
+            logits = self._logits([texts[i] for i in rows])
             if self.output == "log_odds":
                 others = logits.clone()
                 others[:, self.index] = -torch.inf
@@ -83,3 +98,38 @@ class SentimentScorer:
                 chosen = logits[:, self.index]
             scores[rows] = chosen
         return scores
+
+    def _logits(self, texts: Sequence[str]) -> Float[Tensor, "batch labels"]:
+        """What the classifier says of each text, whatever else is in the batch.
+
+        A decoder reads its verdict off the last token that is not `config.pad_token_id`. Many published reward models
+        have no pad token, or one that ends texts as well, with which the wrong token would be read. So the rows are
+        filled with an id that none of the texts has, on the right, where no other token sees it.
+        """
+        options = {"truncation": True, "max_length": self.max_length}
+        if not hasattr(self.model, "score"):  # not a decoder
+            batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, **options)
+            return self.model(**batch.to(self.model.device)).logits.float()
+        rows = [torch.tensor(ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]]
+        used = {int(i) for row in rows for i in row.unique()}
+        pad = next(i for i in range(len(used) + 1) if i not in used)
+        self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        device = self.model.device
+        return self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+
+
+def _index(model: str, config: PreTrainedConfig, label: str | None, output: str) -> int:
+    """Which of the classifier's logits is the label's."""
+    if output not in ("logit", "log_odds"):
+        raise ConfigError(f"scorer.output={output} is not allowed; allowed: logit or log_odds")
+    labels: dict[str | None, int] = {str(name).lower(): index for index, name in config.id2label.items()}
+    if len(labels) == 1:
+        labels[None] = 0
+    name = None if label is None else label.lower()
+    if name not in labels:
+        raise ModelError(f"scorer.label={label}: {model} has no such label; allowed: {', '.join(map(str, labels))}")
+    if config.num_labels == 1 and output == "log_odds":
+        raise ConfigError(f"scorer.output=log_odds needs two labels, and {model} has one; allowed: logit")
+    return labels[name]
