@@ -40,7 +40,8 @@ def whiten(
 ) -> Float[Tensor, "*shape"]:
     """Scale to unit variance over the mask, and to mean 0 unless `keep_mean`; 0 off the mask.
 
-    The variance is the population's. `keep_mean=True` is what the published code applies to rewards.
+    The variance is the population's. `keep_mean=True` is what the published code applies to rewards; it adds a term in
+    the length of a response (`whitening_length_term`).
 
     Raises:
         ValueError: the mask is empty.
@@ -56,6 +57,22 @@ def whitening_scale(
     """What `whiten` multiplies with: 1 / standard deviation over the mask."""
     centred = torch.where(mask, x - masked_mean(x, mask, total), 0.0)
     return torch.rsqrt(masked_mean(centred.square(), mask, total) + 1e-8)
+
+
+def whitening_length_term(
+    rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], total: Total = alone
+) -> Float[Tensor, ""]:
+    """What one standard deviation of response length is worth under `whiten(keep_mean=True)`, in units of the rewards.
+
+    With mean m and standard deviation s per token, a whitened reward is (r − m) / s + m = r / s + m (1 − 1/s), so that
+    a response of L tokens gets its own sum / s and L · m (1 − 1/s) besides: L · m (s − 1) in units of the rewards.
+    Rewards per token mostly are near 0, s is below 1, and the term is of the sign *opposite* to the mean reward: with
+    a positive mean it pays for short responses, with a negative one for long ones.
+    """
+    lengths = mask.sum(1).to(rewards)
+    every = torch.ones_like(lengths, dtype=torch.bool)
+    spread = 1 / whitening_scale(lengths, every, total)
+    return spread * masked_mean(rewards, mask, total) * (1 / whitening_scale(rewards, mask, total) - 1)
 
 
 def shape_rewards(

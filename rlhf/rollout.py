@@ -228,7 +228,12 @@ class NativeEngine:
 def _choose(
     logits: Float[Tensor, "rows vocabulary"], temperature: float, draws: Float[Tensor, "rows"], capture: bool
 ) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
-    """A token per row by inverting the cumulative distribution at `draws` in [0, 1), and its log-probability."""
+    """A token per row by inverting the cumulative distribution at `draws` in [0, 1), and its log-probability.
+
+    Tokens in the last 1e-6 of the distribution, in the order of the vocabulary, are never sampled: rounding in the
+    cumulative sum could otherwise choose one of probability 0. The log-probs are of the whole distribution, from which
+    that differs by at most 1e-6 in probability.
+    """
     if temperature == 0:
         token = logits.argmax(-1)
         scaled = logits
@@ -289,8 +294,7 @@ class TransformersEngine:
 def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, roles: Roles) -> Engine:
     """The configured engine.
 
-    Log-probs are captured as sampled where that is exact: in float32. In lower precision the same row in another batch
-    shape has other log-probs, so they are scored again at the shapes of the update.
+    Log-probs are captured as sampled unless `generation.capture_logprobs=never`; see `serve_as_old` for their use.
     """
     if settings.engine == "vllm":
         from rlhf.vllm_engine import VllmEngine
@@ -299,7 +303,22 @@ def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase
     stops = stop_ids(tokenizer, roles.trunk("reference"))
     if settings.engine == "transformers":
         return TransformersEngine(stops, tokenizer.pad_token_id)
-    automatic = roles.compute_dtype == torch.float32 and next(roles.parameters()).dtype == torch.float32
-    capture = automatic if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"
+    capture = settings.capture_logprobs != "never"
     fixed = settings.cuda_graphs == "auto" and roles.device.type == "cuda" and not roles.sharded
     return NativeEngine(stops, capture, fixed)
+
+
+def in_float32(roles: Roles) -> bool:
+    """Whether weights and matrix products are float32, so that log-probs do not depend on the shape of the batch."""
+    return roles.compute_dtype == torch.float32 and next(roles.parameters()).dtype == torch.float32
+
+
+def serve_as_old(settings: GenerationSettings, roles: Roles) -> bool:
+    """Whether captured log-probs are PPO's old ones as they are.
+
+    `generation.capture_logprobs=auto`: where that is exact, from our own engine in float32. Elsewhere the same row in
+    another batch shape or kernel has other log-probs: they are scored again at the shapes of the update, and the
+    captured ones are there to be compared with them.
+    """
+    exact = settings.engine == "native" and in_float32(roles)
+    return exact if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"

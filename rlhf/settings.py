@@ -7,7 +7,7 @@ and `positive`, `fraction` and `choice` say which values are allowed. Groups tha
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import omegaconf
@@ -253,11 +253,19 @@ class LimitGuard(GuardSettings):
 
 
 @dataclass
+class GapGuard(LimitGuard):
+    """A guard whose threshold is another where weights or matrix products are not float32."""
+
+    limit_low_precision: float = at_least_zero()
+
+
+@dataclass
 class GuardsSettings:
     """`conf/guards`: see there for what each of them finds (a setting made by hand has them off)."""
 
     non_finite: GuardSettings = field(default_factory=GuardSettings)
     first_ratio: LimitGuard = field(default_factory=LimitGuard)
+    sampling_gap: GapGuard = field(default_factory=GapGuard)
     negative_kl: LimitGuard = field(default_factory=LimitGuard)
     large_kl: LimitGuard = field(default_factory=LimitGuard)
     repetition: LimitGuard = field(default_factory=LimitGuard)
@@ -268,6 +276,11 @@ class GuardsSettings:
     entropy_rise: LimitGuard = field(default_factory=LimitGuard)
     explained_variance: LimitGuard = field(default_factory=LimitGuard)
     spike: LimitGuard = field(default_factory=LimitGuard)
+
+    def at_precision(self, float32: bool) -> "GuardsSettings":
+        """With the limit of `sampling_gap` that holds for the precision of the model."""
+        gap = self.sampling_gap
+        return self if float32 else replace(self, sampling_gap=replace(gap, limit=gap.limit_low_precision))
 
 
 @dataclass

@@ -37,7 +37,7 @@ class VllmEngine:
     Log-probs are asked for in vLLM's `processed_logprobs` mode, after the division by the temperature (its default,
     `raw_logprobs`, is before it). That is of the right distribution, as there is no top-k, top-p or penalty here, and
     still not what the update computes: vLLM multiplies in 16 bits, with other kernels and the adapter rounded. So they
-    are told for `generation.capture_logprobs=always` alone, and else scored again at the shapes of the update.
+    are told unless `generation.capture_logprobs=never`, and are the old ones for `always` alone (`serve_as_old`).
 
     Each row has a seed of its own from the generator. Their schedule is the same again in a process that continues a
     run: vLLM runs inside of it (`VLLM_ENABLE_V1_MULTIPROCESSING=0`) and keeps no prompts for later. On another GPU, or
@@ -46,7 +46,7 @@ class VllmEngine:
 
     def __init__(self, settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, roles: Roles):
         base = roles.trunk("reference")
-        self.stops, self.capture = stop_ids(tokenizer, base), settings.capture_logprobs == "always"
+        self.stops, self.capture = stop_ids(tokenizer, base), settings.capture_logprobs != "never"
         adapters = getattr(base, "peft_config", {})
         rank = adapters["policy"].r if "policy" in adapters else 1
         self.llm = _serve(

@@ -75,7 +75,8 @@ def evaluations(*rows: tuple[float, ...]) -> list[Line]:
 EXPLODED = [{SKIPPED: 1.0}, {}, {SKIPPED: 1.0, "ppo/reward": math.nan}]
 STREAMS: list[tuple[str, int, float | None, list[Line], list[int]]] = [
     ("non_finite", 3, None, EXPLODED, [1, 3]),
-    ("first_ratio", 1, 0.05, stream("ppo/first_ratio", 1.0, 1.049, 0.951, 1.06, 0.94), [4, 5]),
+    ("first_ratio", 1, 0.05, stream("ppo/first_log_ratio", 0.0, 0.049, 0.051, 0.06), [3, 4]),
+    ("sampling_gap", 1, 0.005, stream("ppo/sampling_gap", 1e-6, 0.0049, 0.0051, 2.0), [3, 4]),
     ("negative_kl", 2, 0.02, stream("ppo/k1", 0.0, -0.03, -0.009, -0.032, -0.03, 0.1), [4, 5]),
     ("large_kl", 2, 0.5, stream("ppo/k1", 0.1, 0.8, 0.3, 0.69, 0.4), [3, 5]),
     ("repetition", 2, 0.2, stream("ppo/repetition", 0.1, 0.1, 0.3, 0.29, 0.4), [5]),
@@ -193,6 +194,13 @@ def test_the_options_say_what_they_are_called() -> None:
     assert set(actions["default"].values()) == {"warn"}
     assert set(actions["off"].values()) == {"off"}
     assert {name for name, action in actions["strict"].items() if action != "stop"} == {"linear_range", "spike"}
+
+
+def test_the_gap_has_its_limit_by_precision() -> None:
+    guards = composed()
+    assert guards.at_precision(True).sampling_gap.limit == guards.sampling_gap.limit == 0.005
+    assert guards.at_precision(False).sampling_gap.limit == 0.1
+    assert guards.at_precision(False).first_ratio == guards.first_ratio
 
 
 def test_a_bare_off_of_yaml_is_off() -> None:

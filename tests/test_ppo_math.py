@@ -230,3 +230,15 @@ def test_fixed_kl_stays() -> None:
     kl = ppo.FixedKL(0.02)
     kl.update(1e6)
     assert kl.coef == 0.02
+
+
+def test_whitening_that_keeps_the_mean_pays_for_length() -> None:
+    """Whitened sums are the rewards' own in other units, and a term in the length, its sign opposite to the mean's."""
+    rewards = torch.tensor([[0.0, 0.9, 0.0, 0.0], [0.0, 0.0, 0.0, 0.3]])
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    # mean (.9 + .3) / 6 = .2; variance (.81 + .09) / 6 − .04 = .11, s = .331662; lengths 2 and 4 have a deviation of 1
+    term = float(ppo.whitening_length_term(rewards, mask))
+    assert term == pytest.approx(0.2 * (0.331662 - 1), rel=1e-4)
+    sums = ppo.whiten(rewards, mask, keep_mean=True).sum(1) * 0.331662
+    assert (sums - rewards.sum(1)).tolist() == pytest.approx([2 * term, 4 * term], rel=1e-4)
+    assert float(ppo.whitening_length_term(-rewards, mask)) == pytest.approx(-term)

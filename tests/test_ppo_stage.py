@@ -18,6 +18,7 @@ from rlhf.models import heads
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter
 from rlhf.models.sequences import Sequences
+from rlhf.rollout import serve_as_old
 from rlhf.settings import LoraSettings
 from rlhf.stages.ppo import PPO
 
@@ -38,6 +39,26 @@ def test_the_first_ratio_is_one(
     (rollouts, *_), experience = assessed[0]
     gap = (experience.old_logprobs - rollouts.logprobs).abs().max()
     assert gap > 0.1 if dropout else gap == 0  # the masks are really there
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.9, 1.8])
+def test_samples_of_another_distribution_are_seen_though_scoring_again_hides_them(
+    folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, temperature: float
+) -> None:
+    stage = make_ppo(ppo_settings(steps=1, warmup_steps=0), folders, tmp_path / "samples")
+    stage.roles.compute_dtype = getattr(torch, precision)
+    stage.captured_are_old = serve_as_old(stage.all.generation, stage.roles)
+    generate = stage.engine.generate
+    monkeypatch.setattr(stage.engine, "generate", lambda *args: generate(*args[:4], temperature, args[5]))
+    (row,) = train(stage, tmp_path)
+    gap, sound = row["ppo/sampling_gap"], temperature == 0.9
+    if precision == "float32":  # captured log-probs are the old ones
+        assert gap == row["ppo/first_log_ratio"]
+        assert gap < 1e-5 if sound else gap > 0.3
+    else:  # scored again: the first ratio is 1 whatever was sampled from
+        assert row["ppo/first_log_ratio"] == pytest.approx(0, abs=1e-3)
+        assert 1e-4 < gap < 0.1 if sound else gap > 0.3
 
 
 def test_ratios_move_after_the_first_minibatch(folders: SimpleNamespace, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from transformers import PreTrainedTokenizerFast
 from rlhf import rollout as module
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import Generated, NativeEngine, Rollouts, TransformersEngine, _choose, make_engine, rollout
+from rlhf.rollout import (
+    Generated,
+    NativeEngine,
+    Rollouts,
+    TransformersEngine,
+    _choose,
+    make_engine,
+    rollout,
+    serve_as_old,
+)
 from rlhf.settings import GenerationSettings
 from rlhf.stages.experience import score_logprobs, score_values
 
@@ -249,14 +259,18 @@ def test_rollout_keeps_order_ids_and_eos(make_roles: Callable, make_tokenizer: C
             assert (result.logprobs[i, n - p :] == 0).all()
 
 
-def test_capture_only_where_it_is_exact(make_roles: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
-    def captured(dtype: torch.dtype, capture: str) -> bool:
+def test_captured_log_probs_serve_as_old_ones_only_where_that_is_exact(
+    make_roles: Callable, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def captured(dtype: torch.dtype, capture: str, name: str = "native") -> tuple[bool, bool]:
         roles = make_roles()
         roles.compute_dtype = dtype
-        engine = make_engine(GenerationSettings(max_new_tokens=2, capture_logprobs=capture), tokenizer, roles)
-        return sample(engine, roles, max_new_tokens=2).logprobs is not None
+        settings = GenerationSettings(max_new_tokens=2, capture_logprobs=capture)
+        known = sample(make_engine(settings, tokenizer, roles), roles, max_new_tokens=2).logprobs is not None
+        return known, serve_as_old(replace(settings, engine=name), roles)
 
-    assert captured(torch.float32, "auto")
-    assert not captured(torch.bfloat16, "auto")
-    assert captured(torch.bfloat16, "always")
-    assert not captured(torch.float32, "never")
+    assert captured(torch.float32, "auto") == (True, True)
+    assert captured(torch.bfloat16, "auto") == (True, False)  # to be compared with what is scored again
+    assert captured(torch.float32, "auto", "vllm") == (True, False)
+    assert captured(torch.bfloat16, "always") == (True, True)
+    assert captured(torch.float32, "never") == (False, False)

@@ -102,11 +102,19 @@ class Watch(Guard):
 
 SIGNS = {
     "first_ratio": Sign(
-        "ppo/first_ratio",
-        lambda watch: abs(watch.now - 1) > watch.limit,
-        "the ratio before the first update was {now:.3f} and should be 1",
-        "usual cause: an engine that samples with another temperature, filter or precision than the update has;"
-        " try generation.capture_logprobs=never",
+        "ppo/first_log_ratio",
+        lambda watch: watch.now > watch.limit,
+        "the ratio before the first update was a factor of exp(±{now:.3f}) from 1 in the mean, and should be 1",
+        "usual cause: old log-probs captured in another precision or by another program than the update's; try"
+        " generation.capture_logprobs=auto, which scores them again, and look at ppo/sampling_gap, which that leaves",
+    ),
+    "sampling_gap": Sign(
+        "ppo/sampling_gap",
+        lambda watch: watch.now > watch.limit,
+        "the log-probs that tokens were sampled with were {now:.3f} nats away from those of the model in the mean",
+        "usual cause: an engine that samples from another distribution than the model's (a filter, a temperature, a"
+        " mask of attention that it leaves out, old weights), which scoring again does not mend;"
+        " try generation.engine=transformers, or model.dtype=float32 to tell it from rounding",
     ),
     "negative_kl": Sign(
         "ppo/k1",

@@ -19,14 +19,19 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 class Experience:
     """A rollout batch ready for updates; all [batch, response], 0 on padding.
 
-    `rewards` are shaped but not whitened. `ref_logprobs` is None when the reference pass was not made. An exact
-    divergence keeps the reference's hidden states (by row, [response, hidden]) and the weight it has in the loss.
+    `old_logprobs` and `old_values` are what the update's ratios and value clip start from, under the update's dropout
+    masks. `sampled_logprobs` (None where nothing needs them) and `values` are without dropout, like the sampling:
+    penalty and KL are of the former, advantages and returns of the latter. `sampling_gap` is how far captured
+    log-probs are from scored ones, where both are known by now. `rewards` are shaped but not whitened. `ref_logprobs`
+    is None when the reference pass was not made. An exact divergence keeps the reference's hidden states (by row,
+    [response, hidden]) and the weight it has in the loss.
     """
 
     sequences: Sequences
     mask: Bool[Tensor, "batch response"]
     old_logprobs: Float[Tensor, "batch response"]
     old_values: Float[Tensor, "batch response"]
+    values: Float[Tensor, "batch response"]
     rewards: Float[Tensor, "batch response"]
     penalty: Float[Tensor, "batch response"]
     advantages: Float[Tensor, "batch response"]
@@ -34,10 +39,13 @@ class Experience:
     ref_logprobs: Float[Tensor, "batch response"] | None
     ref_hidden: list[Tensor] | None = None
     divergence_weight: Tensor | float = 0.0
+    sampled_logprobs: Float[Tensor, "batch response"] | None = None
+    sampling_gap: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, to be looked at elsewhere."""
-        own = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
+        # copies: without dropout some are one and the same, which safetensors would refuse
+        own = {key: value.clone() for key, value in vars(self).items() if isinstance(value, Tensor)}
         return self.sequences.tensors() | own
 
 

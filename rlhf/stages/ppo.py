@@ -19,7 +19,7 @@ from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED, repetition
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import Engine, Rollouts, rollout
+from rlhf.rollout import Engine, Rollouts, in_float32, rollout, serve_as_old
 from rlhf.settings import Settings
 from rlhf.stages.base import generator, mixed_seed
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
@@ -72,10 +72,12 @@ class PPO(PolicyEvaluation):
         self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
         self.samples = samples
-        self.guards = Guards(settings.guards, samples.parent)
+        exact = in_float32(roles) and settings.quantization is None
+        self.guards = Guards(settings.guards.at_precision(exact), samples.parent)
         self.normalizer = ppo.ScoreNormalizer(self.ppo.score_normalization, self.ppo.score_clip, parallel.total)
         self.ppo_step = 0
         self.dropout = settings.lora.r > 0 and settings.lora.dropout > 0
+        self.captured_are_old = serve_as_old(settings.generation, roles)
         self.shared_trunk = roles.table["value"] == roles.table["policy"]
         self.exact = settings.divergence.input == "logits"
         self.last_evaluation: dict[str, float] = {}
@@ -111,6 +113,8 @@ class PPO(PolicyEvaluation):
             metrics = self.update(experience, minibatches, step)
         self.ppo_step = step
         metrics |= self.describe(experience, rollouts, scores)
+        if rollouts.logprobs is not None and "ppo/first_log_ratio" in metrics:  # captured ones are the old ones
+            metrics.setdefault("ppo/sampling_gap", metrics["ppo/first_log_ratio"])
         metrics["ppo/rollouts_per_second"] = len(batch) / (time.perf_counter() - started)
         kl = float(metrics.get("ppo/k1", math.nan) * metrics["ppo/response_tokens"])
         if math.isfinite(kl):
@@ -156,16 +160,24 @@ class PPO(PolicyEvaluation):
 
         An exact divergence D_t depends on the state alone, so as a reward it says which *states* to avoid and nothing
         of the action taken there. The gradient of −β E[Σ D_t] has a second part, −β E[Σ ∇D_t] at the states visited,
-        which `losses` adds in the units of the advantages. (On the sampled token, E[∇δ] = 0: no such part.)
+        which `losses` adds in the units of the advantages. A penalty d on the sampled token has such a part too,
+        −β E[Σ ∇d], and it is left out: it is 0 for k1 (E[∇δ] = 0) and for no other (docs/divergences.md).
+
+        With LoRA dropout the update's passes have masks and the sampling had none. What the update compares with its
+        own (ratios, value clip) is replayed under its masks; what says how the sampling policy did (penalty, KL,
+        advantages, returns) is of the policy and the value function without dropout.
         """
         batch, mask, budget = rollouts.sequences, rollouts.mask, self.ppo.microbatch_tokens
         temperature = self.all.generation.temperature
-        old_values, old_logprobs = rollouts.values, rollouts.logprobs
-        if old_values is None:
-            old_values = score_values(self.roles, batch, budget)
-        if old_logprobs is None or self.dropout:
-            old_logprobs = self.old_logprobs(batch, minibatches, step)
-        ref_logprobs, states = None, None
+        values = rollouts.values if self.captured_are_old else None
+        if values is None:
+            values = score_values(self.roles, batch, budget)
+        old_logprobs, old_values = rollouts.logprobs, values
+        if self.dropout:
+            old_logprobs, old_values = self.replay(batch, minibatches, step)
+        elif old_logprobs is None or not self.captured_are_old:
+            old_logprobs = self.old_logprobs(batch, minibatches)
+        ref_logprobs, states, sampled = None, None, None
         if self.exact:
             states = reference_states(self.roles, batch, budget)
             ref_logprobs = score_states(self.roles, batch, states, temperature)
@@ -175,32 +187,80 @@ class PPO(PolicyEvaluation):
             if needed or step % self.ppo.yardstick_every == 0:
                 ref_logprobs = score_logprobs(self.roles, "reference", batch, budget, temperature)
             penalty = torch.zeros_like(old_logprobs)
-            if needed:
-                penalty = torch.where(mask, self.divergence(old_logprobs, ref_logprobs), 0.0)  # type: ignore[arg-type]
+        if ref_logprobs is not None:
+            sampled = self.sampled_logprobs(rollouts, old_logprobs)
+            if self.all.divergence.input == "logprobs":
+                penalty = torch.where(mask, self.divergence(sampled, ref_logprobs), 0.0)
         rewards = ppo.shape_rewards(scores, penalty, mask, self.kl.coef)
         total = parallel.total
         shaped = ppo.whiten(rewards, mask, keep_mean=True, total=total) if self.ppo.whiten_rewards else rewards
-        advantages, returns = ppo.gae(shaped, old_values, mask, self.ppo.gamma, self.ppo.lam)
+        advantages, returns = ppo.gae(shaped, values, mask, self.ppo.gamma, self.ppo.lam)
         weight = self.kl.coef * (ppo.whitening_scale(rewards, mask, total) if self.ppo.whiten_rewards else 1.0)
         if self.ppo.whiten_advantages:
             weight = weight * ppo.whitening_scale(advantages, mask, total)
             advantages = ppo.whiten(advantages, mask, total=total)
         return Experience(
-            batch, mask, old_logprobs, old_values, rewards, penalty, advantages, returns, ref_logprobs, states, weight
-        )
+            batch, mask, old_logprobs, old_values, values, rewards, penalty, advantages, returns, ref_logprobs, states,
+            weight, sampled, self.sampling_gap(rollouts, old_logprobs, minibatches),
+        )  # fmt: skip
 
-    def old_logprobs(self, batch: Sequences, minibatches: list[list[list[int]]], step: int) -> Tensor:
-        """Score the sampled tokens at the very shapes and dropout masks of the update."""
+    def old_logprobs(self, batch: Sequences, minibatches: list[list[list[int]]]) -> Tensor:
+        """Score the sampled tokens at the very shapes of the update, without dropout."""
         groups = [group for minibatch in minibatches for group in minibatch]
-        self.roles.train(self.dropout)
+        temperature = self.all.generation.temperature
+        return by_rows(batch, groups, lambda _, part: logprobs_of(self.roles, "policy", part, temperature))
+
+    def replay(self, batch: Sequences, minibatches: list[list[list[int]]], step: int) -> tuple[Tensor, Tensor]:
+        """Log-probs of the sampled tokens and values at the very shapes and dropout masks of the update."""
+        groups = [group for minibatch in minibatches for group in minibatch]
+        values: list[Tensor] = []
 
         def passes(number: int, part: Sequences) -> Tensor:
-            with self.masks_of(step, number):
-                return logprobs_of(self.roles, "policy", part, self.all.generation.temperature)
+            states, value_states = self.update_states(part, number, step)
+            values.append(self.roles.heads["value"](value_states))
+            return self.roles.token_stats("policy", states, part.target_ids, self.all.generation.temperature).logprobs
 
-        result = by_rows(batch, groups, passes)
+        self.roles.train()
+        logprobs = by_rows(batch, groups, passes)
         self.roles.eval()
-        return result
+        return logprobs, by_rows(batch, groups, lambda number, _: values[number])
+
+    def update_states(self, part: Sequences, number: int, step: int) -> tuple[Tensor, Tensor]:
+        """The hidden states of policy and value in the update, under the micro-batch's dropout masks."""
+        with self.masks_of(step, number):
+            states = self.roles.states("policy", part, part.predicting)
+            return states, states if self.shared_trunk else self.roles.states("value", part, part.predicting)
+
+    def sampled_logprobs(self, rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
+        """Of the policy that sampled, without dropout; where the engine told none this takes a pass of its own."""
+        if not self.dropout:
+            return old_logprobs
+        if rollouts.logprobs is not None:
+            return rollouts.logprobs
+        budget, temperature = self.ppo.microbatch_tokens, self.all.generation.temperature
+        return score_logprobs(self.roles, "policy", rollouts.sequences, budget, temperature)
+
+    def sampling_gap(
+        self, rollouts: Rollouts, old_logprobs: Tensor, minibatches: list[list[list[int]]]
+    ) -> Tensor | None:
+        """Mean |log π_sampled − log π_scored| per token, from what the engine captured and what was scored again.
+
+        None where the engine told nothing, or where nothing was scored again: then `update` compares in its first
+        minibatch. Replayed log-probs are of another function than the sampler's, so with dropout one micro-batch is
+        scored without it: a small part of a pass.
+        """
+        captured, mask = rollouts.logprobs, rollouts.mask
+        if captured is None or (self.captured_are_old and not self.dropout):
+            return None
+        scored = old_logprobs
+        if self.dropout:
+            scored, mask = captured.clone(), torch.zeros_like(mask)
+            for group in minibatches[0][:1]:
+                rows = torch.tensor(group, device=mask.device)
+                mask[rows] = rollouts.mask[rows]
+                own = self.old_logprobs(rollouts.sequences.rows(rows), [[list(range(len(group)))]])
+                scored[rows, : own.shape[1]] = own
+        return ppo.masked_mean((captured - scored).abs(), mask, parallel.total)
 
     def masks_of(self, step: int, number: int) -> Any:
         """The dropout masks of one micro-batch of a rollout batch (a context)."""
@@ -235,6 +295,7 @@ class PPO(PolicyEvaluation):
                 continue
             if not norms:
                 metrics["ppo/first_ratio"] = result.sums["ratio"] / result.over
+                metrics["ppo/first_log_ratio"] = result.sums["log_ratio"] / result.over
             norms.append(result.grad_norm)
             tokens = tokens + result.over
             for key, value in result.sums.items():
@@ -247,7 +308,8 @@ class PPO(PolicyEvaluation):
         if norms:
             metrics["ppo/grad_norm"] = torch.stack(norms).mean()
         self.ratio_counts = totals.pop("ratio_counts", None)
-        return metrics | {f"ppo/{key}": value / tokens for key, value in totals.items() if key != "loss"}
+        logged = totals.keys() - {"loss", "log_ratio"}
+        return metrics | {f"ppo/{key}": value / tokens for key, value in totals.items() if key in logged}
 
     def passes(self, parts: list[Any], step: int) -> Iterator[list[Any]]:
         """What goes into each optimiser step, over all epochs."""
@@ -266,21 +328,28 @@ class PPO(PolicyEvaluation):
         return self.guards.refusal(*numbers[:2]) or (FAR if numbers[2] > 1.5 * target else "")
 
     def losses(self, experience: Experience, number: int, rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of one micro-batch, and sums to report."""
+        """Summed loss of one micro-batch, and sums to report.
+
+        An exact divergence is that of the policy without dropout, as in the reward: with masks its minimum would not be
+        at the reference but where masks matter least, a weight penalty that nobody asked for. Under dropout this takes
+        a pass of its own, whose activations are kept whole.
+        """
         part = experience.sequences.rows(rows)
         mask, temperature = part.response_mask, self.all.generation.temperature
 
         def flat(x: Tensor) -> Tensor:
             return x[rows, : mask.shape[1]][mask]
 
-        with self.masks_of(step, number):
-            states = self.roles.states("policy", part, part.predicting)
-            stats = self.roles.token_stats("policy", states, part.target_ids, temperature, entropy=True)
-            value_states = states if self.shared_trunk else self.roles.states("value", part, part.predicting)
-            values = self.roles.heads["value"](value_states)
+        states, value_states = self.update_states(part, number, step)
+        stats = self.roles.token_stats("policy", states, part.target_ids, temperature, entropy=True)
+        values = self.roles.heads["value"](value_states)
         old_logprobs, advantages = flat(experience.old_logprobs), flat(experience.advantages)
         penalised: Tensor | float = 0.0
         if experience.ref_hidden is not None:
+            if self.dropout:
+                self.roles.eval()
+                states = self.roles.states("policy", part, part.predicting)
+                self.roles.train()
             reference = torch.cat([experience.ref_hidden[row] for row in rows.tolist()])
             exact = exact_divergence(self.roles, states, reference, temperature, self.divergence)
             penalised = experience.divergence_weight * exact.sum()
@@ -296,6 +365,7 @@ class PPO(PolicyEvaluation):
                 "value_loss": value_loss,
                 "entropy": stats.entropy.sum(),  # type: ignore[union-attr]
                 "ratio": ratio.sum(),
+                "log_ratio": change.abs().sum(),
                 "approx_kl": (change.expm1() - change).sum(),  # k3, of the sampling policy from the new one
                 "clip_fraction": ((ratio - 1).abs() > self.ppo.clip_range).sum(),
             }
@@ -317,17 +387,19 @@ class PPO(PolicyEvaluation):
             "ppo/shaped_reward": mean(experience.rewards),
             "ppo/penalty": ppo.masked_mean(experience.penalty, mask, total),
             "ppo/kl_coef": self.kl.coef,
-            "ppo/explained_variance": ppo.explained_variance(experience.old_values, experience.returns, mask, total),
+            "ppo/explained_variance": ppo.explained_variance(experience.values, experience.returns, mask, total),
             "ppo/response_tokens": mean(mask),
             "ppo/missing_eos": 1 - mean(rollouts.ended),
             "ppo/repetition": mean(repeated),
         }
-        if experience.ref_logprobs is not None:
-            gap, k3 = (
-                experience.old_logprobs - experience.ref_logprobs,
-                bregman(experience.old_logprobs, experience.ref_logprobs),
-            )
-            metrics["ppo/k1"] = ppo.masked_mean(gap, mask, total)
+        if self.ppo.whiten_rewards:
+            metrics["ppo/whitening_length_term"] = ppo.whitening_length_term(experience.rewards, mask, total)
+        if experience.sampling_gap is not None:
+            metrics["ppo/sampling_gap"] = experience.sampling_gap
+        sampled, reference = experience.sampled_logprobs, experience.ref_logprobs
+        if sampled is not None and reference is not None:
+            k1, k3 = sampled - reference, bregman(sampled, reference)
+            metrics["ppo/k1"] = ppo.masked_mean(k1, mask, total)
             metrics["ppo/k3"] = ppo.masked_mean(k3, mask, total)
         return metrics
 
