@@ -109,7 +109,7 @@ BAD_FILES = {
     "empty list": ("x.json", lambda p: p.write_bytes(b"[]"), r"x\.json has no rows\."),
     "directory": ("x.jsonl", lambda p: p.mkdir(), r"x\.jsonl is not a file: name one that ends in \.jsonl, "),
     "missing": ("x.jsonl", lambda p: None, r"x\.jsonl does not exist: name a file, or a Hub id"),
-    "other suffix": ("x.xlsx", lambda p: p.write_bytes(b"PK"), r"x\.xlsx does not end in \.jsonl, "),
+    "other suffix": ("x.xlsx", lambda p: p.write_bytes(b"PK"), r"x\.xlsx ends in none of \.jsonl, "),
     "truncated zstd": ("x.jsonl.zst", write_truncated_zstd, r"cannot be read beyond row [1-9][\d,]+: the file ends"),
     "no zstd": ("x.jsonl.zst", lambda p: p.write_bytes(line(GOOD)), r"x\.jsonl\.zst cannot be read beyond row 0: "),
     "truncated list as zstd": ("x.json.zst", write_truncated_zstd, r"x\.json\.zst cannot be read: the file ends"),

@@ -36,13 +36,16 @@ def _script(tag: str, sign: str) -> Callable[..., str]:
     return convert
 
 
-class _Converter(MarkdownConverter):
+_Base: Any = MarkdownConverter  # its stubs leave the methods out
+
+
+class _Converter(_Base):
     """markdownify, where it loses nothing."""
 
     convert_sup = _script("sup", "^")
     convert_sub = _script("sub", "_")
-    convert_strike = MarkdownConverter.convert_del
-    convert_tt = MarkdownConverter.convert_code
+    convert_strike = _Base.convert_del
+    convert_tt = _Base.convert_code
 
     def convert_pre(self, element: Any, text: str, parent_tags: set[str]) -> str:
         """A fence longer than any in the code."""

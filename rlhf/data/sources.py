@@ -25,7 +25,7 @@ from rlhf.data.records import DataError
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*(f"{suffix}{packing}" for suffix in FORMATS for packing in ("", *PACKINGS)), ".parquet")
 """What names of files end in, in capitals or not."""
-NAMED = f"{', '.join(FORMATS)} (each also with {' or '.join(PACKINGS)}) or .parquet"
+NAMED = f"{', '.join(FORMATS)} (each also with {' or '.join(PACKINGS)}), .parquet"
 MAX_LINE = 16_000_000
 """Longest line of a `.jsonl` file in bytes: what is longer is a bad row, and never held in memory."""
 
@@ -92,7 +92,7 @@ class Source:
         if not self.path.is_file():
             raise DataError(f"{self.path} is not a file: name one that ends in {NAMED}.")
         if not self.path.name.lower().endswith(SUFFIXES):
-            raise DataError(f"{self.path} does not end in {NAMED}.")
+            raise DataError(f"{self.path} ends in none of {NAMED}.")
         check_packing(self.path)
         if not self.path.stat().st_size:
             raise DataError(f"{self.path} is empty.")
