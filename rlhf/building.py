@@ -33,6 +33,7 @@ from rlhf.rollout import Rollouts, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import RewardSettings, Settings, SFTSettings
 from rlhf.stages.base import generator
+from rlhf.stages.cutting import count_short, distinct
 from rlhf.stages.reward import RewardModeling, longer_accuracy
 from rlhf.stages.sft import SupervisedFineTuning
 from rlhf.training import MakeTrainer, train_supervised
@@ -66,13 +67,14 @@ class Builder:
         steps = steps_of(settings, len(train))
         stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
         stage.guards = Guards(self.settings.guards, folder)
-        metrics = train_supervised(
-            self.make_trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder
-        )
+        texts = stage.encode(train)
+        limit = f"sft.max_length={settings.max_length}"
+        short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "sft", limit)
+        metrics = train_supervised(self.make_trainer, stage, settings, texts, stage.encode(held_out), folder)
         whole = gathered(roles) if roles.sharded else None
         parallel.from_first(lambda: self._save_sft(roles, whole, tokenizer, folder))
         skipped = skipped_rows(self.source, "sft")
-        told = {"rows": {"sft": len(train)}, "skipped": skipped, "guards": stage.guards.summary()}
+        told = {"rows": {"sft": len(train)}, "skipped": skipped, "cut": short, "guards": stage.guards.summary()}
         tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
 
     def _save_sft(
@@ -167,12 +169,15 @@ class Builder:
         self.place(roles, False)
         source = SavedPreferences(preferences) if preferences else self.source
         train, held_out = divided(source, "preference", "preference_validation", settings.validation_size)
-        steps = steps_of(settings, len(train))
-        stage = RewardModeling(settings, roles, tokenizer, steps)
+        stage = RewardModeling(settings, roles, tokenizer, steps_of(settings, len(train)))
         stage.guards = Guards(self.settings.guards, folder)
-        metrics = train_supervised(
-            self.make_trainer, stage, settings, stage.encode(train), stage.encode(held_out), folder
-        )
+        limit = f"reward.max_length={settings.max_length}"
+        train, pairs, equal = distinct(train, stage.encode(train), "preference", limit)
+        held_out, measured, _ = distinct(held_out, stage.encode(held_out), "preference, held out", limit)
+        texts = [text for pair in pairs for text in pair]
+        short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
+        stage.total_steps = steps_of(settings, len(train))
+        metrics = train_supervised(self.make_trainer, stage, settings, pairs, measured, folder)
         demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
         metrics["reward/longer_accuracy"] = longer_accuracy(held_out)
@@ -185,7 +190,8 @@ class Builder:
             parallel.from_first(lambda: save_full_reward(roles, tokenizer, base, folder / MODEL))
         told = {
             "rows": {"preference": len(train)},
-            "skipped": skipped_rows(source, "preference"),
+            "skipped": skipped_rows(source, "preference") | equal,
+            "cut": short,
             "guards": stage.guards.summary(),
         }
         learned = {"preferences": preferences.name} if preferences else {}

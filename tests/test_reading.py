@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import datasets
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +88,12 @@ def write_truncated_gzip(path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
 
 
+def write_truncated_zstd(path: Path) -> None:
+    rows = b"".join(line({**row, "salt": random.Random(row["q"]).random()}) for row in numbered(50_000))
+    whole = zstandard.compress(rows)
+    path.write_bytes(whole[: len(whole) // 2])
+
+
 def write_corrupted_gzip(path: Path) -> None:
     path.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 64)  # a good header, then no deflate stream
 
@@ -102,6 +110,9 @@ BAD_FILES = {
     "directory": ("x.jsonl", lambda p: p.mkdir(), r"x\.jsonl is not a file: name one that ends in \.jsonl, "),
     "missing": ("x.jsonl", lambda p: None, r"x\.jsonl does not exist: name a file, or a Hub id"),
     "other suffix": ("x.xlsx", lambda p: p.write_bytes(b"PK"), r"x\.xlsx ends in none of \.jsonl, "),
+    "truncated zstd": ("x.jsonl.zst", write_truncated_zstd, r"cannot be read beyond row [1-9][\d,]+: the file ends"),
+    "no zstd": ("x.jsonl.zst", lambda p: p.write_bytes(line(GOOD)), r"x\.jsonl\.zst cannot be read beyond row 0: "),
+    "truncated list as zstd": ("x.json.zst", write_truncated_zstd, r"x\.json\.zst cannot be read: the file ends"),
     "lines called json": ("x.json", lambda p: p.write_bytes(line(GOOD) * 2), r"x\.json is not valid JSON: Extra"),
     "no list": ("x.json", lambda p: p.write_bytes(line(GOOD)), r"x\.json holds no list of rows"),
     "list in Latin-1": ("x.json", lambda p: p.write_bytes('["é"]'.encode("latin-1")), r"not valid JSON: 'utf-8'"),
@@ -125,15 +136,21 @@ def test_bad_file_is_fatal_in_one_sentence(tmp_path, name, write, sentence):
     assert "\n" not in str(failure.value)
 
 
-@pytest.mark.parametrize("write", ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "parquet"])
+FORMATS = ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "csv", "tsv", "parquet"]
+
+
+@pytest.mark.parametrize("write", [*FORMATS, "JSONL", "Jsonl.GZ", "JSON.ZST", "CSV", "TSV", "PARQUET"])
 def test_every_format_gives_the_same_rows(tmp_path, write):
     path, good = tmp_path / f"rows.{write}", [*numbered(2), {"q": "NA", "a": "Zoë, “None”"}]
     as_bytes = {"jsonl": b"\xef\xbb\xbf" + b"".join(map(line, good)), "json": json.dumps(good).encode()}
-    if write in ("csv", "parquet"):
-        getattr(datasets.Dataset.from_list(good), f"to_{write}")(path)
+    form, _, packing = write.lower().partition(".")
+    if form == "parquet":
+        datasets.Dataset.from_list(good).to_parquet(path)
+    elif form in ("csv", "tsv"):
+        datasets.Dataset.from_list(good).to_csv(path, sep="," if form == "csv" else "\t")
     else:
-        content = as_bytes[write.removesuffix(".gz")]
-        path.write_bytes(gzip.compress(content) if write.endswith("gz") else content)
+        pack = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}[packing]
+        path.write_bytes(pack(as_bytes[form]))
     rows, report = read(tmp_path, path.name)
     assert rows.to_list() == [{"prompt": row["q"], "response": row["a"]} for row in good]
     assert (report.read, report.skipped) == ({path.name: 3}, {})
@@ -152,6 +169,40 @@ def test_a_field_of_a_csv_is_text_and_a_row_of_another_length_a_bad_one(tmp_path
 def test_a_csv_may_be_gzipped(tmp_path):
     (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"q,a\nWho?,Me.\n"))
     assert read(tmp_path, "rows.csv.gz")[0].to_list() == [{"prompt": "Who?", "response": "Me."}]
+
+
+def test_zstd_may_come_in_several_frames_and_needs_its_package(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.compress(line(row)) for row in numbered(3)))
+    assert len(read(tmp_path, path.name)[0]) == 3
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"rows\.jsonl\.zst needs the package zstandard: pip install 'rlhf\[zstd\]'"):
+        Source.parse(path.name, tmp_path).check()
+
+
+DAMAGE = {
+    "truncated": ("*.arrow", lambda content: content[: len(content) // 2]),
+    "overwritten": ("*.arrow", lambda content: b"\7" * len(content)),
+    "emptied": ("*.arrow", lambda content: b""),
+    "not JSON": ("dataset_info.json", lambda content: b"{"),
+    "no object": ("dataset_info.json", lambda content: b"17"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_cache_is_told_in_a_sentence_that_names_it(tmp_path, cache, name, damage):
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(map(line, numbered(9))) + b'17\n{"a": 1}\n')
+    kept = read(tmp_path, "rows.jsonl")[0].to_list()
+    damaged = next(cache.rglob(name))
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    with pytest.raises(
+        DataError, match=r"^sft: the rows cannot be read from the cache of `datasets` \(\w+: "
+    ) as failure:
+        read(tmp_path, "rows.jsonl")
+    assert f"delete {cache}/generator, " in str(failure.value)
+    assert "\n" not in str(failure.value)
+    shutil.rmtree(cache / "generator")
+    assert read(tmp_path, "rows.jsonl")[0].to_list() == kept
 
 
 def test_hub_id_and_mapping_go_to_load_dataset(tmp_path, monkeypatch):

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import ParseError, iterparse
 
+from rlhf.data.packing import BROKEN, open_file
 from rlhf.data.reading import text
 from rlhf.data.records import DataError
-from rlhf.data.sources import BROKEN, RowError, open_file
+from rlhf.data.sources import RowError
 
 QUESTION, ANSWER = "1", "2"
 

@@ -5,6 +5,7 @@ there whether the rows were read now or came from the cache. Its key holds the f
 code that judges.
 """
 
+import errno
 import hashlib
 import logging
 import sys
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import datasets
 from datasets import Dataset, Features, NamedSplit, Value
 from datasets.exceptions import DatasetGenerationError
 
@@ -154,7 +156,7 @@ def generated(generator: Callable[[Any], Iterator[dict[str, Any]]], job: Any, fe
     """The rows that `generator(job=job)` yields, written to the cache of `datasets`, or found there under `job`.
 
     Raises:
-        DataError: the generator did.
+        DataError: the generator did, or the cache cannot be read.
     """
     try:
         return Dataset.from_generator(
@@ -164,6 +166,14 @@ def generated(generator: Callable[[Any], Iterator[dict[str, Any]]], job: Any, fe
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
+    except (AttributeError, OSError, ValueError) as error:  # Arrow's errors are of the latter two kinds
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder, reason = Path(datasets.config.HF_DATASETS_CACHE, "generator"), next(iter(str(error).splitlines()), "")
+        raise DataError(
+            f"{name}: the rows cannot be read from the cache of `datasets` ({type(error).__name__}: {reason}): delete "
+            f"{folder}, which holds only copies of rows, and they are read from their sources again."
+        ) from error
 
 
 def code_digest(module: str = __name__) -> str:

@@ -1,16 +1,14 @@
 """Where rows come from: a local file or the Hub, and which of its rows.
 
-`.jsonl` and `.csv` files are read row by row, so that one malformed row is one bad row and not a failed file. Parquet
-and the Hub are left to `datasets.load_dataset`.
+`.jsonl`, `.csv` and `.tsv` files are read row by row, so that one malformed row is one bad row and not a failed file.
+Parquet and the Hub are left to `datasets.load_dataset`.
 """
 
 import csv
-import gzip
 import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedIOBase, TextIOWrapper
@@ -21,14 +19,15 @@ from typing import Any, BinaryIO, cast
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from rlhf.data.packing import BROKEN, PACKINGS, check_packing, open_file, unpacked_name
 from rlhf.data.records import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (*(f"{suffix}{packing}" for suffix in FORMATS for packing in ("", *PACKINGS)), ".parquet")
+"""What names of files end in, in capitals or not."""
+NAMED = f"{', '.join(FORMATS)} (each also with {' or '.join(PACKINGS)}), .parquet"
 MAX_LINE = 16_000_000
 """Longest line of a `.jsonl` file in bytes: what is longer is a bad row, and never held in memory."""
-
-BROKEN = (OSError, EOFError, zlib.error)
-"""What reading a damaged, truncated or forbidden file raises."""
 
 _SLICE = re.compile(r"\[(\d*):(\d*)\]")
 _HUB_FILE = re.compile(r"(?:.*/)?hf:/{1,2}(datasets/.+)")  # `Path` folds the two slashes of a URL into one
@@ -67,12 +66,15 @@ class Source:
         start, stop = _parse_slice(spec, window) if window else (0, None)
         path = root / os.path.expanduser(name)
         hub_file = _HUB_FILE.fullmatch(str(path))
-        if hub_file and name.endswith(SUFFIXES):
+        is_file = name.lower().endswith(SUFFIXES)
+        if hub_file and is_file:
             url = f"hf://{hub_file[1]}"
-            builder = name.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
-            return cls(f"{url}{window or ''}", hub={"path": builder, "data_files": url}, start=start, stop=stop)
+            suffix = unpacked_name(name).rpartition(".")[2]
+            builder = {"jsonl": "json", "tsv": "csv"}.get(suffix, suffix)
+            hub_arguments = {"path": builder, "data_files": url} | ({"sep": "\t"} if suffix == "tsv" else {})
+            return cls(f"{url}{window or ''}", hub=hub_arguments, start=start, stop=stop)
         hub = _HUB_ID.fullmatch(name)
-        if hub is None or name.endswith(SUFFIXES) or os.path.exists(path):
+        if hub is None or is_file or os.path.exists(path):
             return cls(spec, path, start=start, stop=stop)
         arguments = dict(zip(("path", "name", "split"), hub.groups(), strict=True))
         return cls(spec, None, {key: value for key, value in arguments.items() if value}, start, stop)
@@ -88,9 +90,10 @@ class Source:
         if not os.path.exists(self.path):
             raise DataError(f"{self.path} does not exist: name a file, or a Hub id as owner/name[:config][:split].")
         if not self.path.is_file():
-            raise DataError(f"{self.path} is not a file: name one that ends in {', '.join(SUFFIXES)}.")
-        if not self.path.name.endswith(SUFFIXES):
-            raise DataError(f"{self.path} ends in none of {', '.join(SUFFIXES)}.")
+            raise DataError(f"{self.path} is not a file: name one that ends in {NAMED}.")
+        if not self.path.name.lower().endswith(SUFFIXES):
+            raise DataError(f"{self.path} ends in none of {NAMED}.")
+        check_packing(self.path)
         if not self.path.stat().st_size:
             raise DataError(f"{self.path} is empty.")
 
@@ -125,13 +128,15 @@ class Source:
     def _all_rows(self) -> Iterator[tuple[int, Any]]:
         if self.path is None:
             return enumerate(self._load(**self.hub), start=1)
-        match self.path.name.removesuffix(".gz").rpartition(".")[2]:
+        match unpacked_name(self.path.name).rpartition(".")[2]:
             case "jsonl":
                 return _read_lines(self.path)
             case "json":
                 return enumerate(_read_list(self.path), start=1)
             case "csv":
-                return _read_csv(self.path)
+                return _read_csv(self.path, ",")
+            case "tsv":
+                return _read_csv(self.path, "\t")
             case suffix:
                 return enumerate(self._load(suffix, data_files=str(self.path)), start=1)
 
@@ -150,11 +155,6 @@ def _parse_slice(spec: str, window: str) -> tuple[int, int | None]:
     if stop is not None and stop <= (start or 0):
         raise DataError(f"{spec!r} ends in a malformed slice: write [start:stop] with 0 <= start < stop, e.g. [:6000].")
     return start or 0, stop
-
-
-def open_file(path: Path) -> BufferedIOBase:
-    """Its bytes, unpacked if the name ends in .gz."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -194,13 +194,13 @@ def _object(pairs: list[tuple[str, Any]]) -> "dict[str, Any] | RowError":
     return found if len(found) == len(pairs) else RowError("a key that occurs twice")
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     """Every field is text: types guessed by column would depend on the other rows."""
     number = 0
     csv.field_size_limit(MAX_LINE)
     try:
         with open_file(path) as stream, TextIOWrapper(cast(BinaryIO, stream), "utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             header = next(reader, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{path} names a column twice in its first row.")

@@ -21,6 +21,7 @@ from rlhf.data.options import (
     parse_on_bad_row,
     parse_template,
 )
+from rlhf.data.packing import unpacked_name
 from rlhf.data.reading import REASON, code_digest, generated
 from rlhf.data.records import RECORDS, DataError, Split, columns
 from rlhf.data.sources import Source
@@ -74,7 +75,7 @@ def _row_numbers(count: int, first: list[int]) -> str:
 class StackExchange:
     """Questions divided into splits: the best answer is the demonstration and the reference, pairs are comparisons.
 
-    `sources` is a site's `Posts.xml` or `Posts.xml.gz` below `root`, pairs (a file or Hub id as in
+    `sources` is a site's `Posts.xml` (maybe as `.gz` or `.zst`) below `root`, pairs (a file or Hub id as in
     `rlhf.data.sources.Source`, with `question`, `response_j` and `response_k`), or a list of these. A dump is streamed
     and joined on disk; that takes about its own size there for the time of the first reading, whose outcome `datasets`
     caches by name, size and time of change.
@@ -171,7 +172,7 @@ class _Job:
 
 
 def _parse(spec: Any, root: Path) -> Dump | Pairs:
-    if isinstance(spec, str) and spec.endswith((".xml", ".xml.gz")):
+    if isinstance(spec, str) and unpacked_name(spec).endswith(".xml"):
         return Dump(spec, root / os.path.expanduser(spec))
     return Pairs(Source.parse(spec, root))
 

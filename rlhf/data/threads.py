@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.markdown import to_markdown
+from rlhf.data.packing import check_packing
 from rlhf.data.posts import read_posts, score
 from rlhf.data.reading import text
 from rlhf.data.records import DataError
@@ -83,9 +84,10 @@ class Dump:
             DataError: it is missing, no file or empty.
         """
         if not os.path.isfile(self.path):
-            raise DataError(f"{self.path} does not exist: name a site's Posts.xml or Posts.xml.gz.")
+            raise DataError(f"{self.path} does not exist: name a site's Posts.xml, Posts.xml.gz or Posts.xml.zst.")
         if not self.path.stat().st_size:
             raise DataError(f"{self.path} is empty.")
+        check_packing(self.path)
 
     def stamp(self) -> str:
         """What changes when the file does."""
@@ -153,8 +155,8 @@ class Pairs:
 
 
 def _stamp(path: Path) -> str:
-    stat = path.stat()
-    return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+    stat = path.stat()  # a dump is too large to be read twice; the time of change of its inode cannot be set back
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
 def _store(work: Path, columns: str) -> sqlite3.Connection:

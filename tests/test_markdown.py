@@ -1,0 +1,32 @@
+"""HTML whose meaning must not be lost on the way to Markdown."""
+
+import pytest
+
+from rlhf.data.markdown import to_markdown
+
+KEPT = {
+    "10<sup>-9</sup>": "10<sup>-9</sup>",
+    "$(5/8)$<sup>$n$</sup>": "$(5/8)$<sup>$n$</sup>",
+    "CO<sub>2</sub>, x<sup><i>n</i>+1</sup>": "CO<sub>2</sub>, x<sup>*n*+1</sup>",
+    "a<sup></sup>b": "ab",
+    "<code>2<sup>10</sup></code>": "`2^10`",
+    "<pre><code>x<sub>i</sub></code></pre>": "```\nx_i\n```",
+    "<strike>old</strike> <s>s</s> <del>d</del>": "~~old~~ ~~s~~ ~~d~~",
+    "<tt>m</tt> <kbd>Ctrl</kbd> <samp>out</samp>": "`m` `Ctrl` `out`",
+    "<code>a`b</code>": "`` a`b ``",
+    "<pre><code>a\n```\nb\n```\n</code></pre>": "````\na\n```\nb\n```\n````",
+    "<pre><code>`````</code></pre>": "``````\n`````\n``````",
+    "<blockquote><pre><code>```</code></pre></blockquote>": "> ````\n> ```\n> ````",
+    "<ul><li>a<ul><li>b</li></ul></li></ul>": "* a\n  + b",
+    "<ol start='3'><li>a</li></ol>": "3. a",
+    "<table><tr><th>a</th><th>b|c</th></tr><tr><td>1</td><td><code>2|3</code></td></tr></table>": (
+        "| a | b\\|c |\n| --- | --- |\n| 1 | `2\\|3` |"
+    ),
+    "<img src='u.png' alt='a cat'> <a href='/x'>y</a>": "![a cat](u.png) [y](/x)",
+    "1 &lt; 2 &amp;&amp; &lt;b&gt;": "1 < 2 && <b>",
+}
+
+
+@pytest.mark.parametrize(("html", "markdown"), KEPT.items())
+def test_html_keeps_its_meaning(html: str, markdown: str) -> None:
+    assert to_markdown(html) == markdown
