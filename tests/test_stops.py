@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf.building import _save_full_reward
+from rlhf.building import save_full_reward
 from rlhf.chat.models import Part
 from rlhf.chat.voices import stream
 from rlhf.data.records import Prompt, SampledComparison
@@ -244,7 +244,7 @@ def test_a_padded_batch_of_an_exported_reward_model_is_scored_as_here(
     folder = tmp_path / "sft"
     if whole:
         folder = tmp_path / "reward"
-        _save_full_reward(roles, tokenizer, tmp_path / "sft", folder)
+        save_full_reward(roles, tokenizer, tmp_path / "sft", folder)
     plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
     plain.score.weight.data = head
     known = AutoTokenizer.from_pretrained(folder)

@@ -14,7 +14,7 @@ LEAKING = {"bloom": LOCAL["bloom"], "mpt": LOCAL["mpt"], "gpt_oss": LOCAL["gpt_o
 XGLM = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", *TRANSFORMED.keys() - STATEFUL.keys(), *LOCAL])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", *sorted(TRANSFORMED.keys() - STATEFUL.keys()), *LOCAL])
 def test_what_is_right_passes_and_leaves_no_trace(kind: str) -> None:
     roles = Roles(tiny(kind, **LOCAL.get(kind) or TRANSFORMED.get(kind, {})))
     roles.train()
