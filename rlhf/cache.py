@@ -153,8 +153,8 @@ def check_writable(folders: Sequence[Path]) -> None:
         refused = [place for place in (there, lock, work) if place.exists() and not _may_write(place)]
         if refused:
             raise ConfigError(
-                f"output_dir: {folder.name} is missing or damaged in {folder.parent}, and cannot be built there, as {refused[0]}"
-                " cannot be written; allowed: an output_dir of your own"
+                f"output_dir: {folder.name} is missing or damaged in {folder.parent}, and cannot be built there,"
+                f" as {refused[0]} cannot be written; allowed: an output_dir of your own"
             )
 
 
