@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import socket
 import time
 from contextlib import suppress
@@ -32,7 +33,7 @@ def acquire(path: Path, reason: str) -> BaseFileLock:
         log.info("%s: this file system has no locks (%s); a lock file is used", path.parent, os.strerror(error.errno))
         return _wait_for(_lease(path.with_name(f"{path.name}.held")), path, reason)
     with suppress(OSError):  # whom those who wait will name
-        path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+        path.write_text(f"pid={os.getpid()}\nhost={socket.gethostname()}\n", encoding="utf-8")
     return lock
 
 
@@ -62,9 +63,9 @@ def _wait_for(lock: BaseFileLock, path: Path, reason: str) -> BaseFileLock:
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, where its file says so: a line for the process and one for the host."""
+    """Who holds a lock, as its file says, in the words of filelock's lock files."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = re.search(r"^pid=(\d+)\nhost=(\S+)$", path.read_text(errors="replace"), re.MULTILINE)
     except OSError:
         return ""
-    return f" (process {lines[0]} on {lines[1]})" if len(lines) > 1 and lines[0].isdigit() else ""
+    return f" (process {told[1]} on {told[2]})" if told else ""

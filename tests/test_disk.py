@@ -6,22 +6,25 @@ import logging
 import multiprocessing
 import os
 import resource
+import sqlite3
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
+import torch
 from test_crash import assert_same, remains
 from tiny_runs import TINY, before_call, command, sentence  # noqa: F401
 
 from rlhf import building, cache, locks, tracking
 from rlhf.checkpoints import StepCheckpoints
-from rlhf.failures import of_the_machine
-from rlhf.files import keep_lines, read_json, write_json
+from rlhf.failures import of_the_machine, writing
+from rlhf.files import aside, copy_folder, keep_lines, read_json, write_json
 from rlhf.settings import ConfigError
 from rlhf.stages.ppo import PPO
 
@@ -175,6 +178,110 @@ def test_a_cache_of_another_user_is_read_and_never_written(tmp_path: Path) -> No
         with pytest.raises(PermissionError) as failure:
             cache.ensure(tmp_path / "cache" / "sft-2", built)
     assert "sft-2.lock" in of_the_machine(failure.value)
+
+
+def test_what_is_missing_in_a_cache_of_another_user_is_said_before_anything_is_built(tmp_path: Path) -> None:
+    passable(tmp_path)
+    folder = tmp_path / "cache" / "sft-2"
+    cache.check_writable([folder])
+    folder.parent.mkdir()
+    folder.parent.chmod(0o555)
+    with as_another_user(), pytest.raises(ConfigError, match=f"sft-2 is missing .* {folder.parent} cannot be written"):
+        cache.check_writable([folder])
+    folder.parent.chmod(0o777)  # and yet somebody else has begun to build it
+    for begun in (folder.parent / "sft-2.lock", folder.parent / ".sft-2.building"):
+        begun.touch(0o644)
+        with as_another_user(), pytest.raises(ConfigError, match=f"{begun.name} cannot be written"):
+            cache.check_writable([folder])
+        begun.unlink()
+
+
+def test_a_finished_run_is_worth_more_than_its_pointer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    passable(tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o555)
+    for _ in range(2):  # without, and with, a folder of pointers
+        with as_another_user():
+            cache.register_run(tmp_path, "abc", tmp_path / "run")
+        assert "Permission denied, so that this run will not be found" in caplog.text
+        caplog.clear()
+        (tmp_path / "cache" / "runs").mkdir(mode=0o755, exist_ok=True)
+    assert not list((tmp_path / "cache" / "runs").iterdir())
+    with as_another_user():
+        assert cache.find_run(tmp_path, "abc") is None
+
+
+def test_another_users_model_is_checked_and_no_note_is_left(tmp_path: Path) -> None:
+    passable(tmp_path)
+    folder = tmp_path / "cache" / "preferences-1"
+    folder.mkdir(parents=True)
+    built(folder)
+    (folder / "preference.jsonl").write_text("{}\n")
+    folder.chmod(0o555)
+    with as_another_user():
+        assert not cache.missing(folder)
+    assert not (folder / "checksums.json").exists()
+    assert not cache.missing(folder)  # this process knows it already
+
+
+def test_a_copy_of_a_read_only_model_belongs_to_who_made_it(tmp_path: Path) -> None:
+    source, target = tmp_path / "sft-1", tmp_path / "run"
+    (source / "model").mkdir(parents=True)
+    for name in ("summary.json", "model/config.json"):
+        (source / name).write_text("{}")
+        (source / name).chmod(0o444)
+    for folder in (source / "model", source):
+        folder.chmod(0o555)
+    target.mkdir()
+    copy_folder(source, target)
+    for path in (target, *target.rglob("*")):
+        assert path.stat().st_mode & 0o200, path
+    assert (target / "model" / "config.json").read_text() == "{}"
+
+
+def test_a_checkpoint_is_written_beside_what_it_becomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # a $TMPDIR that takes nothing
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_epochs=1, callbacks=[StepCheckpoints(tmp_path / "checkpoints", 1)],
+    )  # fmt: skip
+    trainer.strategy.connect(lightning.LightningModule())
+    checkpoints = trainer.callbacks[-1]  # type: ignore[attr-defined]
+    checkpoints.setup(trainer)
+    path = tmp_path / "step-000001.ckpt"
+    content = {"a": torch.arange(4096)}
+    trainer.strategy.checkpoint_io.save_checkpoint(content, path)
+    assert torch.equal(torch.load(path, weights_only=True)["a"], content["a"])
+    with (
+        largest_file(4096),
+        pytest.raises(OSError, match="File too large") as failure,
+        aside(tmp_path / "big.ckpt") as to,
+    ):
+        trainer.strategy.checkpoint_io.save_checkpoint(content, to)
+    assert of_the_machine(failure.value).startswith(f"File too large: {tmp_path / 'big.ckpt'} (")
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_says_which_file_it_is_about(tmp_path: Path) -> None:
+    rust = Exception("Error while serializing: I/O error: None (os error 28)")
+    with pytest.raises(OSError, match="No space left") as failure, writing(tmp_path / "model"):
+        raise rust
+    assert of_the_machine(failure.value).startswith(f"No space left on device: {tmp_path / 'model'} (")
+    with pytest.raises(OSError, match="No space left") as failure, writing(tmp_path / "model"):
+        raise OSError(errno.ENOSPC, "No space left on device", "elsewhere")
+    assert of_the_machine(failure.value).startswith("No space left on device: elsewhere (")
+    with pytest.raises(KeyError), writing(tmp_path):
+        raise KeyError("x")
+
+
+def test_a_database_that_fails_with_its_disk_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "cache.db").write_bytes(b"x" * 4096)
+    with pytest.raises(sqlite3.DatabaseError) as failure, closing(sqlite3.connect(tmp_path / "cache.db")) as database:
+        database.execute("CREATE TABLE a (b)")
+    assert of_the_machine(failure.value).startswith("an SQLite database: file is not a database (")
+    with pytest.raises(sqlite3.OperationalError) as failure, closing(sqlite3.connect(":memory:")) as database:
+        database.execute("SELECT * FROM nothing")
+    assert of_the_machine(failure.value) is None
 
 
 def test_a_cache_folder_of_a_group_is_written_by_all_of_it(tmp_path: Path) -> None:

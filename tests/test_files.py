@@ -2,14 +2,16 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
-from rlhf.checkpoints import StepCheckpoints
-from rlhf.files import keep_lines, read_lines, tidy
+from rlhf.checkpoints import Best, StepCheckpoints
+from rlhf.explaining import explain
+from rlhf.files import DamagedError, keep_lines, read_json, read_lines, tidy, write_json
 from rlhf.sweep import METRICS, states
-from rlhf.tracking import evaluated_at, forget_after
+from rlhf.tracking import evaluated_at, forget_after, maybe_unsent, read_metrics
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
@@ -28,6 +30,47 @@ def test_half_a_line_is_no_line_and_a_broken_one_is_named(tmp_path: Path, caplog
         assert [line["step"] for line in read_lines(path)] == [1, 3]
     assert f"{path}, line 2" in caplog.text
     assert read_lines(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("line", ["17", "[]", "null", '{"a": 1}', '{"step": "2"}', '{"step": null}', '{"step": true}'])
+def test_a_line_of_another_hand_is_named_and_left_out(
+    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1, "time/evaluate": 1.0, "eval/x": 0.5}\n' + line + '\n{"step": 2}\n')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert f"{path}, line 2" in caplog.text
+    assert evaluated_at(tmp_path, 1) == {"time/evaluate": 1.0, "eval/x": 0.5}
+    assert Best(tmp_path, "eval/x", "max").step() == 1
+    forget_after(tmp_path, 1, evaluated=True)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_what_a_kill_may_have_kept_from_wandb_is_the_last_minute() -> None:
+    lines = [{"step": step, "time": 1000.0 + 25 * step} for step in range(6)]
+    assert [line["step"] for line in maybe_unsent(lines)] == [3, 4, 5]
+    assert [line["step"] for line in maybe_unsent([{"step": 1}, {"step": 2}])] == [1, 2]
+    assert maybe_unsent([]) == []
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one_an_hour_later(tmp_path: Path) -> None:
+    path = tmp_path / "abc.json"
+    old, fresh, other = (tmp_path / name for name in (".abc.json.11", ".abc.json.12", ".abcd.json.13"))
+    for torn in (old, fresh, other):
+        torn.touch()
+    for torn in (old, other):
+        os.utime(torn, (0, 0))
+    write_json(path, 1)
+    assert sorted(tmp_path.iterdir()) == sorted([path, fresh, other])
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "identity.json"
+    for content in (b"", b"{", b"\xff\xfe", b"abc"):
+        path.write_bytes(content)
+        with pytest.raises(DamagedError, match="is damaged: it is not JSON") as failure:
+            read_json(path)
+        assert explain(failure.value).startswith(str(path))
 
 
 def test_a_resumed_run_forgets_what_it_will_write_again(tmp_path: Path) -> None:

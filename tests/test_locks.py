@@ -40,21 +40,30 @@ def test_without_locks_a_file_is_one_and_keeps_others_out(
     caplog.set_level(logging.INFO)
     lock = locks.acquire(path, "first")
     held = tmp_path / "sft-1.lock.held"
-    before = held.stat().st_mtime_ns
-    threading.Timer(1.5, lock.release).start()  # longer than a lease, which the heartbeat keeps
-    started = time.monotonic()
-    locks.acquire(path, "another process builds sft-1").release()
-    assert time.monotonic() - started > 1.3
-    assert before
+    assert held.exists()
+    entered = threading.Event()
+
+    def other() -> None:
+        second = locks.acquire(path, "another process builds sft-1")
+        entered.set()
+        second.release()
+
+    waiting = threading.Thread(target=other)
+    waiting.start()
+    assert not entered.wait(1.5), "longer than a lease, which the heartbeat keeps"
+    lock.release()
+    assert entered.wait(5)
+    waiting.join()
     assert not held.exists()
     assert f"another process builds sft-1 (process {os.getpid()} on " in caplog.text
 
 
 def hold_for_ever(path: Path) -> None:
     fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none"))  # type: ignore[assignment]
-    locks.acquire(path, "first")
+    lock = locks.acquire(path, "first")
     path.with_name("begun").touch()
     time.sleep(600)
+    lock.release()
 
 
 def leave_by_kill(path: Path) -> None:
