@@ -19,7 +19,10 @@ MAX_EXPONENT = 10.0
 
 
 def kl(logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
-    """k1 = δ: unbiased for KL(π_θ ‖ π_ref) under samples of π_θ, of high variance, negative for some tokens (nats)."""
+    """k1 = δ: unbiased for KL(π_θ ‖ π_ref) under samples of π_θ, of high variance, negative for some tokens (nats).
+
+    The one estimator here whose use as a reward has the KL's gradient in expectation (docs/divergences.md).
+    """
     return logprobs - ref_logprobs
 
 
@@ -33,8 +36,10 @@ def clamped_kl(
 def bregman(
     logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
 ) -> Float[Tensor, "batch time"]:
-    """k3 = e^(−δ) − 1 + δ: unbiased for KL(π_θ ‖ π_ref), never negative, of low variance near δ = 0 (Schulman 2020).
+    """k3 = e^(−δ) − 1 + δ: its *value* is unbiased for KL(π_θ ‖ π_ref), never negative (Schulman 2020).
 
+    Its gradient as a reward is not the KL's: near the reference it is 0 to first order, and far from it it pushes
+    tokens that have become rare further down (docs/divergences.md).
     The exponent is bounded at 10 (a value of 22,015), so that one very unlikely token cannot drown a batch; below
     δ = −10 the estimator is therefore biased downwards.
     """
@@ -45,7 +50,7 @@ def bregman(
 def squared_error(
     logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]
 ) -> Float[Tensor, "batch time"]:
-    """k2 = δ² / 2: biased, never negative, symmetric in δ (Schulman 2020)."""
+    """k2 = δ² / 2: a biased value, never negative, symmetric in δ (Schulman 2020); as a reward no pull near δ = 0."""
     return (logprobs - ref_logprobs).square() / 2
 
 
@@ -54,8 +59,10 @@ def jensen_shannon(
 ) -> Float[Tensor, "batch time"]:
     """½ max(0, log π_θ − log m) + ½ max(0, log π_ref − log m), m = (π_θ + π_ref) / 2: the paper's estimator.
 
-    Symmetric in δ and bounded by ½ ln 2, so that no single token dominates. It is the published code's formula, not an
-    unbiased estimate of the Jensen–Shannon divergence: see `exact_jensen_shannon` for that.
+    Symmetric in δ and bounded by ½ ln 2, so that no single token dominates. As a reward it hardly pulls at any
+    distance, near the reference already: not for the bound, but because it is even in δ (docs/divergences.md). It is
+    the published code's formula, not an unbiased estimate of the Jensen–Shannon divergence: see
+    `exact_jensen_shannon` for that.
     """
     mixture = torch.logaddexp(logprobs, ref_logprobs) - math.log(2)
     return ((logprobs - mixture).clamp(min=0) + (ref_logprobs - mixture).clamp(min=0)) / 2

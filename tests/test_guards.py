@@ -41,6 +41,7 @@ from rlhf.report.checks import warnings
 from rlhf.report.runs import load
 from rlhf.settings import GuardSettings, GuardsSettings, LimitGuard, Settings, Stopped
 from rlhf.stages.base import SeededBatches
+from rlhf.stages.evaluation import falls
 from rlhf.stages.ppo import PPO
 from rlhf.tracking import read_metrics
 from rlhf.training import train_ppo
@@ -123,6 +124,26 @@ def test_gold_utility_counts_like_the_win_rate() -> None:
         for reward, gold in ((0.0, 1.3), (0.4, 1.9), (0.6, 1.4))
     ]
     assert see(Guards(only("overoptimization", "warn", 1, 3.0)), lines) == [3]
+
+
+def test_evaluations_on_the_same_prompts_are_paired() -> None:
+    """Every prompt a little worse: no more than chance for independent evaluations, and plain for paired ones."""
+    before = [{"step": 0, "win": [0, 1, 0, 1], "gold_utility": [1.0, 2.0, 3.0, 4.0]}]
+    before += [{"step": 5, "win": [1, 1, 0.5, None], "gold_utility": [1.0, 4.0, 9.0, 16.0]}]
+    now = {"win": [0, 1, 0, 1], "gold_utility": [0.8, 3.9, 8.8, 15.9]}
+    # wins 1, 0, ½ over three prompts: mean ½, sd ½, se ½ / √3
+    # utility .2, .1, .2, .1: mean .15, sd .057735, se half of it
+    expected = {
+        "eval/win_rate_fall": 0.5, "eval/win_rate_fall_se": 0.288675,
+        "eval/gold_utility_fall": 0.15, "eval/gold_utility_fall_se": 0.0288675,
+    }  # fmt: skip
+    found = falls(before, now)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert falls([], now) == falls([{"step": 0, "win": [1, 1]}], now) == {}
+    best = {"eval/reward": 0.1, "eval/gold_utility": 7.5, "eval/gold_utility_se": 3.3}
+    last = {"eval/reward": 0.2, "eval/gold_utility": 7.35, "eval/gold_utility_se": 3.3}
+    assert not see(Guards(only("overoptimization", "warn", 1, 3.0)), [best, last])
+    assert see(Guards(only("overoptimization", "warn", 1, 3.0)), [best, last | found]) == [2]
 
 
 def test_what_is_no_number_is_no_value() -> None:

@@ -208,7 +208,11 @@ class Overoptimization(Guard):
         self.row = 0
 
     def see(self, step: int, metrics: Metrics) -> str | None:
-        """At an evaluation: each truth against its own best so far, in standard errors of their difference."""
+        """At an evaluation: each truth against its own best so far, in standard errors of their difference.
+
+        Of the paired one (`rlhf.stages.evaluation.falls`), since both are on the same prompts. Lines of older runs have
+        none: taking the two for independent then mostly asks for too large a fall.
+        """
         reward = metrics.get("eval/reward")
         if reward is None:
             return None
@@ -218,7 +222,9 @@ class Overoptimization(Guard):
             if value is None or error is None:
                 continue
             best, its_error, its_reward = self.best.setdefault(key, (value, error, reward))
-            if best - value > self.limit * math.hypot(error, its_error) and reward >= its_reward:
+            fall = metrics.get(f"{key}_fall", best - value)
+            its = metrics.get(f"{key}_fall_se", math.hypot(error, its_error))
+            if fall > self.limit * its and reward >= its_reward:
                 found.append(
                     f"the {name} fell from {best:.2f} to {value:.2f} while the learned reward went from"
                     f" {its_reward:.2f} to {reward:.2f}"

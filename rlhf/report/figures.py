@@ -1,7 +1,8 @@
 """The figures of a report, each with the numbers behind it.
 
 A layout names them: `{name, title, kind, x, y, rows}` with the kinds `curve` (a metric against the step), `path` (two
-metrics along training) and `sqrt_kl` (metrics against the square root of the true KL, with the straight beginning).
+metrics along training) and `sqrt_kl` (metrics against the square root of the true KL, with the straight beginning); and
+`{name, title, kind: pull}`, which needs no runs: how strongly each estimator pulls against the distance.
 """
 
 import csv
@@ -45,7 +46,7 @@ def make_figures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:
     made = []
     for wanted in DEFAULT if asked is None else asked:
         with plt.rc_context(SETTINGS):
-            drawn = _draw(sweep, wanted)
+            drawn = draw_pull(wanted) if wanted.get("kind") == "pull" else _draw(sweep, wanted)
             if drawn is None:
                 continue
             figure, numbers, note = drawn
@@ -70,7 +71,8 @@ def write_numbers(path: Path, numbers: Numbers) -> None:
 def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str] | None:
     kind = wanted.get("kind")
     if kind not in KINDS or "name" not in wanted or "y" not in wanted:
-        raise FigureError(f"report.figures: {dict(wanted)} needs name, y and a kind; allowed: {', '.join(KINDS)}")
+        allowed = ", ".join([*KINDS, "pull"])
+        raise FigureError(f"report.figures: {dict(wanted)} needs name, y and a kind; allowed: {allowed}")
     chosen = wanted.get("rows")
     rows = [row for row in sweep.trained if not chosen or any(row.is_called(name) for name in chosen)]
     ys = [wanted["y"]] if isinstance(wanted["y"], str) else list(wanted["y"])
@@ -97,6 +99,33 @@ def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str
     for axes, ends in zip(panels, labels, strict=True):
         (label_column if kind == "curve" else label_points)(axes, ends)
     return figure, numbers, NOTES[kind]
+
+
+def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
+    """The restoring pull of each estimator as a reward, relative to the KL's gradient, against the distance."""
+    from rlhf.restoring_pull import DISTANCES, pulls  # torch, which no other figure waits for
+
+    if "name" not in wanted:
+        raise FigureError(f"report.figures: {dict(wanted)} needs a name")
+    found = pulls()
+    style = looks(list(found))
+    figure, (axes,) = canvas(1)
+    for name, numbers in found.items():
+        look = style[name]
+        axes.plot(DISTANCES, numbers, color=look.color, ls=look.line, marker=look.marker, ms=3.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("KL from the reference (nats per token)")
+    axes.set_ylabel("pull relative to the KL's gradient")
+    figure.suptitle(str(wanted.get("title", wanted["name"])), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    ends = [End(DISTANCES[-1], numbers[-1], name, style[name]) for name, numbers in found.items()]
+    make_room(figure, [ends])
+    label_column(axes, ends)
+    lines = [
+        {"estimator": name, "kl": distance, "pull": pull}
+        for name, numbers in found.items()
+        for distance, pull in zip(DISTANCES, numbers, strict=True)
+    ]
+    return figure, lines, NOTES["pull"]
 
 
 def along(row: Row, x: str, y: str) -> dict[int, Array]:
@@ -169,6 +198,8 @@ def _marker(look: Look, steps: Sequence[int]) -> str:
 
 KINDS: dict[str, Callable[..., Drawn]] = {"curve": _curve, "path": _path, "sqrt_kl": _sqrt_kl}
 NOTES = {
+    "pull": "By enumeration on a toy policy, not from these runs: how much of the KL's gradient an estimator has when"
+    " it is a reward. 1: all of it; 0: it does not pull.",
     "curve": "Mean over seeds; the band is ± one standard error.",
     "path": "Evaluations along training, joined in order; means over seeds. It begins at the SFT model.",
     "sqrt_kl": "Points: every evaluation of every seed; lines: means over seeds. The broad stroke is the straight line"

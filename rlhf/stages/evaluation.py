@@ -1,8 +1,9 @@
 """Lightning's validation loop as the measurement of a policy: answers, their judgement, the true KL."""
 
 import json
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import parallel
 from rlhf.data.records import Prompt
 from rlhf.divergence import exact_kl
+from rlhf.files import read_lines
 from rlhf.models.roles import Roles
 from rlhf.rollout import Engine, Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.base import Stage, generator
 from rlhf.stages.experience import score_exact
 
+OUTCOMES = "outcomes.jsonl"
 Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
@@ -101,7 +104,7 @@ class PolicyEvaluation(Stage):
         for record, reward, length in zip(records, rewards.tolist(), lengths.tolist(), strict=True):
             record |= {"reward": reward, "tokens": length}
         shown = records[: self.all.evaluation.samples]
-        parallel.from_first(lambda: self._write(records, shown))
+        metrics |= parallel.from_first(lambda: self._write(records, shown))
         metrics |= {
             "eval/reward": float(rewards.mean()),
             "eval/response_tokens": float(lengths.float().mean()),
@@ -113,10 +116,36 @@ class PolicyEvaluation(Stage):
         for dashboard in self.dashboards if shown else []:
             dashboard.log_samples(shown, self.ppo_step)
 
-    def _write(self, records: list[dict[str, Any]], shown: list[dict[str, Any]]) -> None:
+    def _write(self, records: list[dict[str, Any]], shown: list[dict[str, Any]]) -> dict[str, float]:
+        """Append what came of each prompt; returns how far this is below the best of what stands there already."""
         with self.samples.open("a") as file:
             for record in shown:
                 file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")
         numbers = {key: [row[key] for row in records] for key, x in records[0].items() if not isinstance(x, str)}
-        with self.samples.with_name("outcomes.jsonl").open("a") as file:
+        path = self.samples.with_name(OUTCOMES)
+        earlier = read_lines(path) if path.exists() else []
+        with path.open("a") as file:
             file.write(json.dumps({"step": self.ppo_step, **numbers}) + "\n")
+        # of a step that was evaluated twice the last counts, and what comes after this one is of a run that was lost
+        before = {line["step"]: line for line in earlier if line["step"] < self.ppo_step}
+        return falls([before[step] for step in sorted(before)], numbers)
+
+
+def falls(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> dict[str, float]:
+    """How far the truths are below their best evaluation so far, prompt by prompt, with the standard error of that.
+
+    All evaluations are on the same prompts, so that their errors are not independent: what is hard for one policy is
+    hard for the next. The error of a difference is therefore that of the paired differences.
+    """
+    metrics = {}
+    for key, column in {"eval/win_rate": "win", "eval/gold_utility": "gold_utility"}.items():
+        earlier = [line[column] for line in before if any(x is not None for x in line.get(column, ()))]
+        if not earlier or column not in now:
+            continue
+        best = max(earlier, key=lambda values: statistics.fmean(x for x in values if x is not None))
+        pairs = zip(best, now[column], strict=False)
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        if len(best) == len(now[column]) and len(differences) > 1:
+            metrics[f"{key}_fall"] = statistics.fmean(differences)
+            metrics[f"{key}_fall_se"] = statistics.stdev(differences) / len(differences) ** 0.5
+    return metrics
