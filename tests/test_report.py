@@ -209,6 +209,22 @@ def test_seeds_needed_is_the_formula_and_keeps_its_promise() -> None:
     assert 0.76 <= power <= 0.84
 
 
+def test_seeds_needed_counts_the_seeds_of_each_row_on_its_own() -> None:
+    """Three seeds of variance 0.02² against twelve of 0.06²: a run of each adds 0.02² + 0.06² to the variance."""
+    rng = np.random.default_rng(0)
+    a, b = (
+        np.repeat((luck - luck.mean()) / luck.std(ddof=1) * spread + level, 50).reshape(-1, 50)
+        for luck, spread, level in ((rng.normal(size=3), 0.02, 0.5), (rng.normal(size=12), 0.06, 0.53))
+    )
+    need = st.seeds_needed(a, b, paired=False)
+    assert need is not None
+    exact = (1.96 + 0.84) ** 2 * (0.02**2 + 0.06**2) / 0.03**2
+    assert exact == pytest.approx(34.8, abs=0.1)
+    assert exact <= need.seeds <= 1.08 * exact + 2
+    made = [rng.normal(level, spread, (4000, need.seeds)) for spread, level in ((0.02, 0.5), (0.06, 0.53))]
+    assert 0.76 <= np.mean(stats.ttest_ind(*made, axis=1, equal_var=False).pvalue < 0.05) <= 0.84
+
+
 def test_instructions_are_asked_for_where_seeds_cannot_help() -> None:
     rng = np.random.default_rng(0)
     per_prompt = rng.normal(0, 0.5, 40)

@@ -145,12 +145,12 @@ def seeds_needed(a: Array, b: Array, paired: bool, power: float = POWER) -> Need
     z² v alone exceeds d², no number of seeds is enough: then instructions and seeds share the allowed variance equally.
     For few seeds Student's t stands in for z, as it does in `difference`.
     """
-    parts = components(a, b, paired)
-    count, gap = min((count for _, count in parts.seeds), default=0), abs(float(a.mean() - b.mean()))
-    if not count or not gap > 1e-12:
+    parts, gap = components(a, b, paired), abs(float(a.mean() - b.mean()))
+    if not parts.seeds or not gap > 1e-12:
         return None
     prompts = max(parts.prompts - sum(parts.residual), 0.0)
-    per_seed = count * sum(variance for variance, _ in parts.seeds)
+    # the rows may have different numbers of seeds now, and would have the same number then
+    per_seed = sum(count * variance for variance, count in parts.seeds)
     allowed = (gap / _quantiles(math.inf, power)) ** 2
     if allowed > prompts:
         return Need(_enough(per_seed, allowed - prompts, len(parts.seeds), power))
