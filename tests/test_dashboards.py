@@ -108,7 +108,7 @@ ppo/reward ppo/shaped_reward ppo/penalty ppo/k1 ppo/k3 ppo/entropy ppo/ratio ppo
 ppo/value_loss ppo/explained_variance ppo/response_tokens ppo/missing_eos ppo/grad_norm ppo/lr ppo/rollouts_per_second
 time/generate time/score time/update time/evaluate sft/loss sft/perplexity reward/loss reward/accuracy reward/margin
 eval/win_rate eval/win_rate_se eval/true_kl eval/response_tokens eval/reward eval/factual_precision
-eval/facts_per_response eval/length_controlled_win_rate
+eval/facts_per_response eval/length_adjusted_win_rate
 """
 
 
