@@ -49,12 +49,12 @@ def sync(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """There whole or not at all."""
     with aside(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str))
+        temporary.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a JSON-lines file, at once, with only the whole lines for which `keep` holds."""
     kept = [line for line, content in _whole_lines(path) if keep(content)]
     with aside(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,9 +1,14 @@
 """The report: its statistics against closed forms and by simulation, its files from made-up runs."""
 
+import ast
 import csv
+import html
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rlhf import root
 from rlhf.report import statistics as st
 from rlhf.report.checks import warnings
 from rlhf.report.cli import main, make_report
@@ -22,6 +28,7 @@ from rlhf.report.results import comparisons, main_table
 from rlhf.report.runs import NoRunsError, Sweep, label, load
 from rlhf.report.style import looks
 from rlhf.report.tables import Interval, Number, Table
+from rlhf.sweep import states, status
 
 ARMS = {"lora_kl": (0.36, 0.3), "lora_none": (0.37, 0.9), "full_none": (0.55, 1.4)}
 PROMPTS, STEPS = 120, (0, 10, 20, 30, 40, 50)
@@ -326,6 +333,152 @@ def test_failed_missing_and_odd_runs_are_named(tmp_path: Path) -> None:
                   "b has values that are no numbers in ppo/reward", "50 % of its sampled responses", "One seed only",
                   "different commits (abc, def+)", "uncommitted changes (def+)", "of torch (2.13, 2.14)"):  # fmt: skip
         assert words in text
+
+
+def reconfigured(folder: Path, **config: Any) -> None:
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "config": {**summary["config"], **config}}))
+
+
+def test_runs_of_other_configurations_are_no_seeds_of_a_row(tmp_path: Path) -> None:
+    """An edited experiment leaves the overrides as they were: three steps are never averaged with eight."""
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    for seed, steps in ((1, 8), (2, 3), (3, 8)):
+        reconfigured(folder / f"arm-lora_kl_seed-{seed}", ppo={"steps": steps, "lr": 0.1})
+    found = load([folder])
+    assert [row.seeds for row in found.trained] == [(1, 3)]
+    assert [(run.name, differing) for run, differing in found.unlike] == [
+        ("arm-lora_kl_seed-2", ["ppo.steps=3 (there: 8)"])
+    ]
+    told = [text for text in warnings(found) if "is left out" in text]
+    assert len(told) == 1
+    assert "arm-lora_kl_seed-2" in told[0]
+    assert "ppo.steps=3 (there: 8)" in told[0]
+    assert "ppo.steps=3 (there: 8)" in make_report([folder]).read_text()
+
+
+def test_what_only_describes_a_run_does_not_part_the_seeds(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    changes: tuple[dict[str, Any], ...] = (
+        {"name": "other", "guards": {"spike": 1}, "judge": {"model": "a", "client": {"base_url": "b"}}, "trainer": {}},
+        {"output_dir": "x", "trainer": {"devices": 2}, "judge": {"model": "a"}},
+        {"trainer": {"devices": 1, "accelerator": "gpu"}, "judge": {"model": "a"}, "report": {"title": "T"}},
+    )
+    for seed, change in zip((1, 2, 3), changes, strict=True):
+        reconfigured(folder / f"arm-lora_kl_seed-{seed}", **change)
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
+    reconfigured(folder / "arm-lora_kl_seed-3", trainer={"devices": 1, "limit_train_batches": 1})
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
+
+
+def test_a_key_that_an_older_version_lacks_does_not_part_the_seeds(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    reconfigured(folder / "arm-lora_kl_seed-3", evaluation={"difficulty": None})
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
+    path = folder / "arm-lora_kl_seed-3" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "git_commit": "newer"}))
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
+    path = folder / "arm-lora_kl_seed-2" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "reward_model": "reward-1"}))
+    assert any("different reward models (None, reward-1)" in text for text in warnings(load([folder])))
+
+
+def test_runs_moved_aside_are_no_rows(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    write_run(folder / "arm-lora_kl_seed-1" / "earlier" / "1", "lora_none", 1)
+    write_run(folder / "earlier", "lora_none", 2)
+    found = load([folder])
+    assert [row.label for row in found.rows] == ["SFT", "arm=lora_kl"]
+    assert len(found.runs) == 3
+    (folder / "arm-lora_kl_seed-1" / "summary.json").unlink()
+    assert {run.name: run.state for run in load([folder]).runs}["arm-lora_kl_seed-1"] == "unfinished"
+    with pytest.raises(NoRunsError):
+        load([folder / "arm-lora_kl_seed-1"])
+
+
+def test_an_earlier_runs_length_controlled_rate_is_reported_as_what_it_is(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    for seed in (1, 2, 3):
+        path = folder / f"arm-lora_kl_seed-{seed}" / "summary.json"
+        summary = json.loads(path.read_text())
+        old = {**summary["metrics"], "eval/length_controlled_win_rate": 0.4}
+        path.write_text(json.dumps({**summary, "metrics": old}))
+    table = main_table(load([folder]))
+    assert "length-adjusted win rate (%)" in table.header
+    assert not any("length-controlled" in name for name in table.header)
+
+
+DAMAGED = [
+    ("metrics.jsonl", b'17\n{"a": 1}\n{"step": "x"}\n"text"\n', ""),
+    ("samples.jsonl", b'3\n{"prompt": 5, "step": 1}\n{"step": 1}\n', ""),
+    ("outcomes.jsonl", b'{"step": 50, "win": "abc"}\n[]\n', ""),
+    ("summary.json", b'{"metr', "summary.json cannot be read"),
+    ("summary.json", b"\xff\x00", "summary.json cannot be read"),
+    ("summary.json", b"[1]", "summary.json holds list"),
+    ("summary.json", b'{"metrics": 3}', "summary.json: metrics is 3"),
+    ("summary.json", b'{"metrics": {"eval/win_rate": "a"}}', "summary.json: eval/win_rate is 'a'"),
+    ("failed.json", b"{", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGED)
+def test_damaged_files_are_named_and_the_rest_is_reported(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    (folder / "arm-lora_kl_seed-1" / name).write_bytes(content)
+    page = make_report([folder]).read_text(encoding="utf-8")
+    assert len(load([folder]).rows[1].runs) == (2 if said else 3)
+    found = next(run for run in load([folder]).runs if run.name == "arm-lora_kl_seed-1")
+    assert said in found.reason
+    assert not said or f"arm-lora_kl_seed-1 failed: {said}" in html.unescape(page)
+    plan = {"runs": [{"folder": run.name, "overrides": []} for run in load([folder]).runs]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    state = next(run for run in states(folder) if run.folder.name == "arm-lora_kl_seed-1")
+    assert (state.state, said in state.reason) == ("failed" if said else "done", True)
+
+
+@pytest.mark.parametrize("content", [b'{"metrics"', b"", b"17", b'{"runs": 3}', b'{"runs": [3]}'])
+def test_a_damaged_plan_is_one_sentence(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    (folder / "plan.json").write_bytes(content)
+    assert len(load([folder]).finished) == 3
+    monkeypatch.setattr(sys, "argv", ["rlhf-status", str(folder)])
+    with pytest.raises(SystemExit) as stopped:
+        status()
+    assert stopped.value.code == 2
+    assert "plan.json" in capsys.readouterr().err
+
+
+def test_a_report_does_not_depend_on_the_locale(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", {"title": "Überblick", "labels": {"lora_kl": "β = 1"}}, ["lora_kl"])
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", "from rlhf.report.cli import main; main()", str(folder)]
+    made = subprocess.run(command, env=environment, capture_output=True)
+    assert made.returncode == 0, made.stderr.decode()
+    assert "Überblick" in (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "β = 1" in (folder / "report" / "table.md").read_text(encoding="utf-8")
+
+
+def test_every_text_file_is_opened_with_its_encoding() -> None:
+    for path in sorted((root() / "rlhf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                assert any(word.arg == "encoding" for word in node.keywords), f"{path}:{node.lineno}"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file as text, in the locale's encoding unless it names another."""
+    called = call.func
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    owner = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
+    if name in ("read_text", "write_text"):
+        return len(call.args) == (name == "write_text")
+    if name != "open" or owner in ("gzip", "os", "cls", "FinishedRun"):
+        return False
+    mode = call.args[0 if owner else 1 :][:1]
+    return not (mode and "b" in ast.unparse(mode[0]))
 
 
 def test_a_clean_sweep_has_no_warnings(sweep: Sweep) -> None:

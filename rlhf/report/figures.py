@@ -61,7 +61,7 @@ def make_figures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:
 def write_numbers(path: Path, numbers: Numbers) -> None:
     """The numbers behind a figure; a column that a line lacks stays empty."""
     header = list(dict.fromkeys(key for line in numbers for key in line))
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")
         writer.writeheader()
         writer.writerows(numbers)

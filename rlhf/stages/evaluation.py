@@ -114,9 +114,9 @@ class PolicyEvaluation(Stage):
             dashboard.log_samples(shown, self.ppo_step)
 
     def _write(self, records: list[dict[str, Any]], shown: list[dict[str, Any]]) -> None:
-        with self.samples.open("a") as file:
+        with self.samples.open("a", encoding="utf-8") as file:
             for record in shown:
                 file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")
         numbers = {key: [row[key] for row in records] for key, x in records[0].items() if not isinstance(x, str)}
-        with self.samples.with_name("outcomes.jsonl").open("a") as file:
+        with self.samples.with_name("outcomes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.ppo_step, **numbers}) + "\n")
