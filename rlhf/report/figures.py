@@ -169,7 +169,7 @@ def _marker(look: Look, steps: Sequence[int]) -> str:
 
 KINDS: dict[str, Callable[..., Drawn]] = {"curve": _curve, "path": _path, "sqrt_kl": _sqrt_kl}
 NOTES = {
-    "curve": "Mean over seeds; the band is ± one standard error.",
+    "curve": "Mean over seeds; the band is ± one standard error (the table says how often that holds the true mean).",
     "path": "Evaluations along training, joined in order; means over seeds. It begins at the SFT model.",
     "sqrt_kl": "Points: every evaluation of every seed; lines: means over seeds. The broad stroke is the straight line"
     " from the SFT model fitted to the longest beginning that does not bend (none where it bends within three"
