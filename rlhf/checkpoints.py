@@ -93,7 +93,7 @@ class StepCheckpoints(Callback):
             trainer.save_checkpoint(temporary)
             # the checksum first: a checkpoint without one never has its final name
             with aside(_checksum_file(path)) as note:
-                note.write_text(sha256(temporary))
+                note.write_text(sha256(temporary), encoding="utf-8")
         self.prune()
         return step
 
@@ -151,7 +151,7 @@ class StepCheckpoints(Callback):
 def _sound(path: Path) -> bool:
     """Whether it is what was written, and nothing but tensors and numbers: a checksum is no proof of who made it."""
     note = _checksum_file(path)
-    if not (path.exists() and note.exists()) or note.read_text() != sha256(path):
+    if not (path.exists() and note.exists()) or note.read_text(encoding="utf-8") != sha256(path):
         return False
     try:
         torch.load(path, weights_only=True, mmap=True, map_location="cpu")

@@ -40,7 +40,10 @@ Result = float | list[float] | dict[str, Any] | None
 ROWS = {
     "eval/win_rate": ("win rate against the reference (%)", 100),
     "eval/win_rate_se": ("  its standard error", 100),
-    "eval/length_controlled_win_rate": ("  at equal length (%)", 100),
+    "eval/length_adjusted_win_rate": ("  length-adjusted (%)", 100),
+    "eval/length_adjusted_win_rate_se": ("  its standard error", 100),
+    "eval/length_controlled_win_rate": ("  length-controlled (%)", 100),
+    "eval/length_controlled_win_rate_se": ("  its standard error", 100),
     "eval/reward": ("learned reward", 1),
     "eval/gold_utility": ("gold utility", 1),
     "eval/true_kl": ("true KL from SFT (nats per token)", 1),

@@ -13,7 +13,7 @@ COMMIT = "COMMIT"  # in a frozen copy, which is no checkout: the commit it was m
 def git_commit() -> str | None:
     """The commit of the checkout (with `+` when it is changed), None outside one."""
     if (root() / COMMIT).exists():
-        return (root() / COMMIT).read_text() or None
+        return (root() / COMMIT).read_text(encoding="utf-8") or None
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],

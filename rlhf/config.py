@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
 from rlhf.capabilities import check_model, check_processes, check_vllm
-from rlhf.data.records import DataError, DataSource
-from rlhf.evaluation.evaluate import logged
+from rlhf.data.records import DataError, DataSource, Prompt
+from rlhf.evaluation.difficulty import difficulties
+from rlhf.evaluation.evaluate import instruction_of, logged
 from rlhf.identity import HARMLESS, LIGHTNING
 from rlhf.settings import ConfigError, Settings, is_quantized, typed
 
@@ -202,6 +203,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         raise ConfigError(
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"
         )
+    if settings.evaluation.difficulty and config.stage.name in ("ppo", "evaluate"):
+        _check_difficulty(config, settings, source)
     _check_model(settings)
     check_model(config, settings, needs_reward_model(config), simulated)
     instantiate(config.kl, "kl")
@@ -232,7 +235,8 @@ def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> s
     """
     chosen = settings.ppo.keep_best
     judged = getattr(target_class(config.judge, "judge"), "compares", True)
-    allowed = logged(source, judged, factscore=bool(settings.evaluation.factscore))
+    factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
+    allowed = logged(source, judged, factscore, difficulty)
     if chosen == "auto":
         return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
     if chosen is not None and chosen not in allowed:
@@ -313,6 +317,15 @@ def _check_own(config: DictConfig, key: str) -> None:
         check = getattr(target_class(node, key), "check", None) if "_target_" in node else None
         if check:
             check(OmegaConf.to_container(node, resolve=True))
+
+
+def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource) -> None:
+    """That there is a win rate to control, and that the file knows every instruction."""
+    path = settings.evaluation.difficulty
+    if settings.evaluation.factscore or not getattr(target_class(config.judge, "judge"), "compares", True):
+        raise ConfigError(f"evaluation.difficulty={path} needs a judge that compares; allowed: null without one")
+    held_out = [instruction_of(Prompt(**row)) for row in source.load("eval")]
+    difficulties(str(path), held_out, settings.evaluation.prompts)
 
 
 def _check_model(settings: Settings) -> None:

@@ -116,7 +116,7 @@ class Dashboard(WandbLogger):
         """A sweep's page, to be read in W&B, and its folder (tables, figures) as an artefact."""
         import wandb
 
-        self.experiment.log({"report": wandb.Html(page.read_text(), inject=False)})
+        self.experiment.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
         artifact = wandb.Artifact(name, type="report")
         artifact.add_dir(str(page.parent), policy="immutable", skip_cache=True)
         self.experiment.log_artifact(artifact)

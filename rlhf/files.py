@@ -24,7 +24,7 @@ TORN_SECONDS = 3600  # no writer is silent for so long: what it wrote aside is l
 OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # what a run tells, beside its summary and models
 
 
-class DamagedError(Exception):
+class DamagedError(ValueError):
     """A file of ours that does not hold what it should, explained in one sentence."""
 
 
@@ -76,7 +76,7 @@ def sync(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """There whole or not at all."""
     with aside(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str))
+        temporary.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -24,7 +24,8 @@ from rlhf.config import best_metric, instantiate, needs, target_class
 from rlhf.dashboards import Dashboard
 from rlhf.data.records import SPLITS, DataSource, Prompt, Split
 from rlhf.evaluation import alpaca_eval
-from rlhf.evaluation.evaluate import Evaluation
+from rlhf.evaluation.difficulty import difficulties
+from rlhf.evaluation.evaluate import Evaluation, Judge, instruction_of
 from rlhf.evaluation.factscore import FactScore
 from rlhf.files import BEST_MODEL, MODEL, copy_folder
 from rlhf.interruption import Interruption
@@ -216,6 +217,7 @@ class Run:
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
         scored = self.config.evaluation.get("factscore")
         factscore = instantiate(scored, "evaluation.factscore", cached) if scored else None
+        held_out = self._held_out(factscore)
         stage = PPO(
             settings,
             roles,
@@ -224,10 +226,10 @@ class Run:
             instantiate(self.config.scorer, "scorer", context),
             hydra.utils.get_method(settings.divergence.function),
             instantiate(self.config.kl, "kl"),
-            Evaluation(self.source, instantiate(self.config.judge, "judge", context), self._export, factscore),
+            self._evaluation(instantiate(self.config.judge, "judge", context), held_out, factscore),
             self.folder / "samples.jsonl",
         )
-        held_out = self._held_out(factscore)[: settings.evaluation.prompts]
+        held_out = held_out[: settings.evaluation.prompts]
         evaluation = DataLoader(held_out, batch_size=settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type, var-annotated]
         told: dict[str, Any] = {}
         if train:
@@ -342,6 +344,11 @@ class Run:
             self.dashboard.leaves(name, folder)
             self.dashboard.close()
             self.dashboard = None
+
+    def _evaluation(self, judge: Judge, held_out: Sequence[Prompt], factscore: FactScore | None) -> Evaluation:
+        difficulty, prompts = self.settings.evaluation.difficulty, self.settings.evaluation.prompts
+        known = difficulties(difficulty, [instruction_of(row) for row in held_out], prompts) if difficulty else None
+        return Evaluation(self.source, judge, self._export, factscore, known)
 
     def _held_out(self, factscore: FactScore | None) -> list[Prompt]:
         """The evaluation set: the data set's own, or a prompt about each entity."""

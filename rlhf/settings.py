@@ -231,6 +231,7 @@ class EvaluationSettings:
     best_of: int = positive(1)
     samples: int = at_least_zero(20)
     factscore: dict[str, Any] | None = None
+    difficulty: str | None = None
 
 
 @dataclass

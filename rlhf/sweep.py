@@ -25,8 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf import slurm
-from rlhf.files import FAILED, METRICS, SUMMARY, read_json, read_lines, write_json
+from rlhf.files import FAILED, METRICS, SUMMARY, read_json, write_json
 from rlhf.objectives import objectives_of, result
+from rlhf.report.reading import printable, read_object, read_plan, read_summary, stepped_lines
 from rlhf.resolvers import folder_name
 from rlhf.settings import ConfigError
 
@@ -213,13 +214,16 @@ def queue(folder: Path) -> dict[str, slurm.Queued] | None:
 
 def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Queued] | None) -> State:
     if (folder / FAILED).exists():  # of its last start: a summary beside it is of a run of another configuration
-        return State(folder, overrides, "failed", reason=read_json(folder / FAILED)["error"])
+        failed, fault = read_object(folder / FAILED)
+        return State(folder, overrides, "failed", reason=str(failed.get("error") or fault))
     if (folder / SUMMARY).exists():
-        summary = read_json(folder / SUMMARY)
-        seconds = None if summary.get("same_as") else summary["wall_seconds"]
+        summary, fault = read_summary(folder / SUMMARY)
+        if fault:
+            return State(folder, overrides, "failed", reason=fault)
+        seconds = None if summary.get("same_as") else summary.get("wall_seconds")
         return State(folder, overrides, "done", seconds=seconds)
-    lines = read_lines(folder / METRICS)
-    step = int(lines[-1]["step"]) if lines else 0
+    lines = [line for line in stepped_lines(folder / METRICS) if line["step"] is not None]
+    step = lines[-1]["step"] if lines else 0
     job = slurm.job_of(folder)
     if job and queue is not None:
         return _state_of_job(State(folder, overrides, "begun" if lines else "waiting", step), job, queue, lines)
@@ -247,7 +251,7 @@ def _state_of_job(
 def _seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None:
     """From the median pace of the latest steps; None before the second one."""
     config = folder / ".hydra" / "config.yaml"
-    marks = [(line["step"], line["time"]) for line in lines if line["step"] is not None and "ppo/reward" in line][-20:]
+    marks = [(line["step"], line["time"]) for line in lines if "ppo/reward" in line and "time" in line][-20:]
     if len(marks) < 2 or not config.exists():
         return None
     paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a and t > s]  # a clock may be set back
@@ -271,11 +275,12 @@ def _pace(folder: Path, config: DictConfig) -> float | None:
     """Seconds that a run will take, by finished runs of the same model and data anywhere in the outputs."""
     found = []
     for path in folder.parent.glob(f"*/*/{SUMMARY}"):
-        summary = read_json(path)
-        past = summary.get("config") or {}
+        summary, _ = read_summary(path)
+        past = OmegaConf.create(summary.get("config") or {})
         alike = summary.get("stage") == "ppo" and not summary.get("same_as")
-        if alike and past["model"]["name"] == config.model.name and past["data"]["_target_"] == config.data._target_:
-            found.append(summary["wall_seconds"] / past["ppo"]["steps"])
+        name, data, steps = (OmegaConf.select(past, key) for key in ("model.name", "data._target_", "ppo.steps"))
+        if alike and (name, data) == (config.model.name, config.data._target_) and steps:
+            found.append(summary["wall_seconds"] / steps)
     return sum(found) / len(found) * config.ppo.steps if found else None
 
 
@@ -320,6 +325,10 @@ def status() -> None:
     arguments = parser.parse_args()
     if not (arguments.folder / PLAN).exists():
         parser.exit(2, f"rlhf-status: {arguments.folder} holds no {PLAN}: it is not the folder of a sweep\n")
+    _, fault = read_plan(arguments.folder / PLAN)
+    if fault:
+        parser.exit(2, f"rlhf-status: {arguments.folder}: {fault}\n")
+    printable(sys.stdout)
     console = Console()
     if not arguments.watch:
         console.print(view(arguments.folder, states(arguments.folder, queue(arguments.folder))))

@@ -54,8 +54,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         patch.setenv("NETRC", str(folder / "none"))
         wandb.teardown()
         client = f"client={{base_url: {server.url!r}, api_key_env: null}}"
+        Path("hard.json").write_text(json.dumps([{"difficulty": i % 3} for i in range(8)]))
         job = [
             *TINY, "logger=wandb", "name=study", "judge=llm_pool", "judge.model=some", f"judge.{client}",
+            "evaluation.difficulty=hard.json",
             "ppo.target_kl=1e-9", "ppo.lr=0.01", "ppo.epochs=2", "ppo.steps=2", "ppo.eval_every=2",
             "guards.explained_variance={over: 1, limit: 1.0}",
             "report={figures: [{name: win_rate, title: W, kind: curve, y: eval/win_rate}]}",
@@ -112,7 +114,7 @@ ppo/reward ppo/shaped_reward ppo/penalty ppo/k1 ppo/k3 ppo/entropy ppo/ratio ppo
 ppo/value_loss ppo/explained_variance ppo/response_tokens ppo/missing_eos ppo/grad_norm ppo/lr ppo/rollouts_per_second
 time/generate time/score time/update time/evaluate sft/loss sft/perplexity reward/loss reward/accuracy reward/margin
 eval/win_rate eval/win_rate_se eval/true_kl eval/response_tokens eval/reward eval/factual_precision
-eval/facts_per_response eval/length_controlled_win_rate
+eval/facts_per_response eval/length_adjusted_win_rate
 """
 
 

@@ -55,7 +55,7 @@ def test_a_run_stops_with_its_endpoint_and_continues_with_the_same_command(tmp_p
     outcomes = [line for line in read_lines(folder / "outcomes.jsonl") if line["step"] == 2]
     assert len(outcomes) == 1
     assert metrics["eval/win_rate"] == sum(outcomes[0]["win"]) / 8
-    assert 0 <= metrics["eval/length_controlled_win_rate"] <= 1
+    assert 0 <= metrics["eval/length_adjusted_win_rate"] <= 1
     assert metrics["judge/cost"] == pytest.approx(8 * (10 * 1 + 5 * 2) / 1e6)
     exported = json.loads((folder / "alpaca_eval.json").read_text())
     reference = json.loads((folder / "alpaca_eval_reference.json").read_text())

@@ -1,9 +1,14 @@
 """The report: its statistics against closed forms and by simulation, its files from made-up runs."""
 
+import ast
 import csv
+import html
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rlhf import root
 from rlhf.report import statistics as st
 from rlhf.report.checks import warnings
 from rlhf.report.cli import main, make_report
@@ -22,6 +28,7 @@ from rlhf.report.results import comparisons, main_table
 from rlhf.report.runs import NoRunsError, Sweep, label, load
 from rlhf.report.style import looks
 from rlhf.report.tables import Interval, Number, Table
+from rlhf.sweep import states, status
 
 ARMS = {"lora_kl": (0.36, 0.3), "lora_none": (0.37, 0.9), "full_none": (0.55, 1.4)}
 PROMPTS, STEPS = 120, (0, 10, 20, 30, 40, 50)
@@ -104,40 +111,88 @@ def sweep(sweep_folder: Path) -> Sweep:
 
 
 def draw(
+    rng: np.random.Generator, seeds: int, prompts: int, seed_sd: float, row_sd: float, gap: float, hard: st.Array
+) -> st.Array:
+    """Wins of a row in a world where prompts are of different difficulty and seeds of different luck."""
+    own, luck = rng.normal(0, row_sd, prompts), rng.normal(0, seed_sd, (seeds, 1))
+    return (rng.random((seeds, prompts)) < stats.norm.cdf(gap - 0.4 + hard + own + luck)).astype(float)
+
+
+def draw_two(
     rng: np.random.Generator, seeds: int, prompts: int, seed_sd: float, row_sd: float, gap: float
 ) -> tuple[st.Array, st.Array]:
-    """Wins of two rows in a world where prompts are of different difficulty and seeds of different luck."""
+    """Two rows on the same prompts."""
     hard = rng.normal(0, 0.8, prompts)
-    rows = []
-    for level in (-0.4 + gap, -0.4):
-        own, luck = rng.normal(0, row_sd, prompts), rng.normal(0, seed_sd, (seeds, 1))
-        rows.append((rng.random((seeds, prompts)) < stats.norm.cdf(level + hard + own + luck)).astype(float))
-    return rows[0], rows[1]
+    first, second = (draw(rng, seeds, prompts, seed_sd, row_sd, level, hard) for level in (gap, 0.0))
+    return first, second
 
 
-def true_gap(seed_sd: float, row_sd: float, gap: float) -> float:
-    spread = math.sqrt(1 + 0.8**2 + seed_sd**2 + row_sd**2)
-    return float(stats.norm.cdf((gap - 0.4) / spread) - stats.norm.cdf(-0.4 / spread))
+# paired, seeds of each row, spread over seeds of each row, spread of a row's own difficulties: how often 95 % hold
+REGIMES = [
+    (True, (3, 3), (0.05, 0.05), 0.5, 0.97),
+    (True, (3, 3), (0.2, 0.2), 0.2, 0.93),
+    (True, (2, 2), (0.1, 0.1), 0.2, 0.94),
+    (False, (3, 3), (0.1, 0.1), 0.2, 0.97),
+    (False, (3, 3), (0.3, 0.05), 0.2, 0.94),
+    (False, (3, 12), (0.05, 0.2), 0.2, 0.95),
+    (False, (3, 12), (0.2, 0.05), 0.2, 0.93),
+]
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_intervals_cover_what_they_promise(paired: bool) -> None:
-    rng, hits, prompt_hits, trials = np.random.default_rng(11), [], [], 500
-    for seed_sd, row_sd in ((0.05, 0.5), (0.1, 0.2), (0.2, 0.2)):
-        truth = true_gap(seed_sd, row_sd, 0.15)
-        for _ in range(trials):
-            a, b = draw(rng, 3, 200, seed_sd, row_sd, 0.15)
-            told = st.difference(a, b, paired, draws=500)
-            hits.append(told.low <= truth <= told.high)
-            prompt_hits.append(abs(told.mean - truth) <= 1.96 * st.judge_error(a - b, draws=500))
-    assert 0.93 <= np.mean(hits) <= 0.99
+@pytest.mark.parametrize(("paired", "seeds", "spread", "row_sd", "expected"), REGIMES)
+def test_intervals_cover_what_is_said_of_them(
+    paired: bool, seeds: tuple[int, int], spread: tuple[float, float], row_sd: float, expected: float
+) -> None:
+    """Regime by regime: an average over them would hide the one that covers least."""
+    rng, hits, prompt_hits = np.random.default_rng(11), [], []
+    levels = [
+        level / math.sqrt(1 + 0.8**2 + sd**2 + row_sd**2) for level, sd in zip((-0.25, -0.4), spread, strict=True)
+    ]
+    truth = float(np.subtract(*stats.norm.cdf(levels)))
+    for _ in range(500):
+        a, b = (
+            draw(rng, count, 200, sd, row_sd, gap, hard)
+            for hard in [rng.normal(0, 0.8, 200)]
+            for count, sd, gap in zip(seeds, spread, (0.15, 0.0), strict=True)
+        )
+        told = st.difference(a, b, paired, draws=400)
+        hits.append(told.low <= truth <= told.high)
+        if paired:
+            prompt_hits.append(abs(told.mean - truth) <= 1.96 * st.judge_error(a - b, draws=400))
+    assert abs(np.mean(hits) - expected) <= 0.025
     # what counting the instructions alone would give: intervals that are too narrow
-    assert np.mean(prompt_hits) < 0.93
+    assert spread[0] < 0.1 or not paired or np.mean(prompt_hits) < 0.93
+
+
+def test_the_caption_says_what_a_standard_error_over_few_seeds_covers(sweep: Sweep) -> None:
+    made = np.random.default_rng(0).normal(size=(100_000, 3))
+    scaled = abs(made.mean(1)) / (made.std(1, ddof=1) / math.sqrt(3))
+    assert st.covered(3, 1) == pytest.approx(np.mean(scaled <= 1), abs=0.005)
+    assert st.covered(3, 1.96) == pytest.approx(np.mean(scaled <= 1.96), abs=0.005)
+    assert st.errors_for(3) == pytest.approx(4.303, abs=0.001)
+    caption = main_table(sweep).caption
+    assert "With 3 seeds ± holds the true mean in 58 % of cases and ±1.96 standard errors in 81 %" in caption
+    assert "for 95 % it takes ±4.3 of them" in caption
+
+
+def test_the_range_of_seeds_needed_holds_the_truth_as_often_as_it_says() -> None:
+    """The gap is held at its true value, so that only the spread has to be estimated."""
+    rng, truth, hits = np.random.default_rng(4), (1.96 + 0.84) ** 2 * (0.03**2 + 0.05**2) / 0.05**2, []
+    for _ in range(300):
+        a, b = (
+            np.repeat((luck - luck.mean()) + level, 30).reshape(-1, 30)
+            for luck, level in ((rng.normal(0, 0.03, 3), 0.55), (rng.normal(0, 0.05, 3), 0.5))
+        )
+        need = st.seeds_needed(a, b, paired=False)
+        assert need is not None
+        assert need.fewest <= need.seeds <= need.most
+        hits.append(need.fewest - 2 <= truth <= need.most)
+    assert 0.75 <= np.mean(hits) <= 0.9
 
 
 def test_no_difference_is_rarely_claimed() -> None:
     rng = np.random.default_rng(3)
-    claims = [st.difference(*draw(rng, 3, 200, 0.1, 0.3, 0.0), True, draws=500).verdict for _ in range(200)]
+    claims = [st.difference(*draw_two(rng, 3, 200, 0.1, 0.3, 0.0), True, draws=500).verdict for _ in range(200)]
     assert 1 - claims.count("not distinguishable") / 200 <= 0.07
 
 
@@ -156,7 +211,7 @@ def test_judge_error_is_that_of_a_mean_over_prompts() -> None:
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_bootstrapped_components_are_those_of_the_analysis_of_variance(paired: bool) -> None:
-    a, b = draw(np.random.default_rng(5), 6, 80, 0.5, 0.5, 0.3)
+    a, b = draw_two(np.random.default_rng(5), 6, 80, 0.5, 0.5, 0.3)
     found = st.components(a, b, paired, draws=20000)
     for group, (seeds, count), residual in zip([a - b] if paired else [a, b], found.seeds, found.residual, strict=True):
         rest = group - group.mean(1, keepdims=True) - group.mean(0) + group.mean()
@@ -207,6 +262,22 @@ def test_seeds_needed_is_the_formula_and_keeps_its_promise() -> None:
     made = rng.normal(gap, math.sqrt(variance), (4000, need.seeds))
     power = np.mean(stats.ttest_1samp(made, 0, axis=1).pvalue < 0.05)
     assert 0.76 <= power <= 0.84
+
+
+def test_seeds_needed_counts_the_seeds_of_each_row_on_its_own() -> None:
+    """Three seeds of variance 0.02² against twelve of 0.06²: a run of each adds 0.02² + 0.06² to the variance."""
+    rng = np.random.default_rng(0)
+    a, b = (
+        np.repeat((luck - luck.mean()) / luck.std(ddof=1) * spread + level, 50).reshape(-1, 50)
+        for luck, spread, level in ((rng.normal(size=3), 0.02, 0.5), (rng.normal(size=12), 0.06, 0.53))
+    )
+    need = st.seeds_needed(a, b, paired=False)
+    assert need is not None
+    exact = (1.96 + 0.84) ** 2 * (0.02**2 + 0.06**2) / 0.03**2
+    assert exact == pytest.approx(34.8, abs=0.1)
+    assert exact <= need.seeds <= 1.08 * exact + 2
+    made = [rng.normal(level, spread, (4000, need.seeds)) for spread, level in ((0.02, 0.5), (0.06, 0.53))]
+    assert 0.76 <= np.mean(stats.ttest_ind(*made, axis=1, equal_var=False).pvalue < 0.05) <= 0.84
 
 
 def test_instructions_are_asked_for_where_seeds_cannot_help() -> None:
@@ -310,6 +381,152 @@ def test_failed_missing_and_odd_runs_are_named(tmp_path: Path) -> None:
                   "b has values that are no numbers in ppo/reward", "50 % of its sampled responses", "One seed only",
                   "different commits (abc, def+)", "uncommitted changes (def+)", "of torch (2.13, 2.14)"):  # fmt: skip
         assert words in text
+
+
+def reconfigured(folder: Path, **config: Any) -> None:
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "config": {**summary["config"], **config}}))
+
+
+def test_runs_of_other_configurations_are_no_seeds_of_a_row(tmp_path: Path) -> None:
+    """An edited experiment leaves the overrides as they were: three steps are never averaged with eight."""
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    for seed, steps in ((1, 8), (2, 3), (3, 8)):
+        reconfigured(folder / f"arm-lora_kl_seed-{seed}", ppo={"steps": steps, "lr": 0.1})
+    found = load([folder])
+    assert [row.seeds for row in found.trained] == [(1, 3)]
+    assert [(run.name, differing) for run, differing in found.unlike] == [
+        ("arm-lora_kl_seed-2", ["ppo.steps=3 (there: 8)"])
+    ]
+    told = [text for text in warnings(found) if "is left out" in text]
+    assert len(told) == 1
+    assert "arm-lora_kl_seed-2" in told[0]
+    assert "ppo.steps=3 (there: 8)" in told[0]
+    assert "ppo.steps=3 (there: 8)" in make_report([folder]).read_text()
+
+
+def test_what_only_describes_a_run_does_not_part_the_seeds(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    changes: tuple[dict[str, Any], ...] = (
+        {"name": "other", "guards": {"spike": 1}, "judge": {"model": "a", "client": {"base_url": "b"}}, "trainer": {}},
+        {"output_dir": "x", "trainer": {"devices": 2}, "judge": {"model": "a"}},
+        {"trainer": {"devices": 1, "accelerator": "gpu"}, "judge": {"model": "a"}, "report": {"title": "T"}},
+    )
+    for seed, change in zip((1, 2, 3), changes, strict=True):
+        reconfigured(folder / f"arm-lora_kl_seed-{seed}", **change)
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
+    reconfigured(folder / "arm-lora_kl_seed-3", trainer={"devices": 1, "limit_train_batches": 1})
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
+
+
+def test_a_key_that_an_older_version_lacks_does_not_part_the_seeds(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    reconfigured(folder / "arm-lora_kl_seed-3", evaluation={"difficulty": None})
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
+    path = folder / "arm-lora_kl_seed-3" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "git_commit": "newer"}))
+    assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
+    path = folder / "arm-lora_kl_seed-2" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "reward_model": "reward-1"}))
+    assert any("different reward models (None, reward-1)" in text for text in warnings(load([folder])))
+
+
+def test_runs_moved_aside_are_no_rows(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    write_run(folder / "arm-lora_kl_seed-1" / "earlier" / "1", "lora_none", 1)
+    write_run(folder / "earlier", "lora_none", 2)
+    found = load([folder])
+    assert [row.label for row in found.rows] == ["SFT", "arm=lora_kl"]
+    assert len(found.runs) == 3
+    (folder / "arm-lora_kl_seed-1" / "summary.json").unlink()
+    assert {run.name: run.state for run in load([folder]).runs}["arm-lora_kl_seed-1"] == "unfinished"
+    with pytest.raises(NoRunsError):
+        load([folder / "arm-lora_kl_seed-1"])
+
+
+def test_an_earlier_runs_length_controlled_rate_is_reported_as_what_it_is(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    for seed in (1, 2, 3):
+        path = folder / f"arm-lora_kl_seed-{seed}" / "summary.json"
+        summary = json.loads(path.read_text())
+        old = {**summary["metrics"], "eval/length_controlled_win_rate": 0.4}
+        path.write_text(json.dumps({**summary, "metrics": old}))
+    table = main_table(load([folder]))
+    assert "length-adjusted win rate (%)" in table.header
+    assert not any("length-controlled" in name for name in table.header)
+
+
+DAMAGED = [
+    ("metrics.jsonl", b'17\n{"a": 1}\n{"step": "x"}\n"text"\n', ""),
+    ("samples.jsonl", b'3\n{"prompt": 5, "step": 1}\n{"step": 1}\n', ""),
+    ("outcomes.jsonl", b'{"step": 50, "win": "abc"}\n[]\n', ""),
+    ("summary.json", b'{"metr', "summary.json cannot be read"),
+    ("summary.json", b"\xff\x00", "summary.json cannot be read"),
+    ("summary.json", b"[1]", "summary.json holds list"),
+    ("summary.json", b'{"metrics": 3}', "summary.json: metrics is 3"),
+    ("summary.json", b'{"metrics": {"eval/win_rate": "a"}}', "summary.json: eval/win_rate is 'a'"),
+    ("failed.json", b"{", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGED)
+def test_damaged_files_are_named_and_the_rest_is_reported(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    (folder / "arm-lora_kl_seed-1" / name).write_bytes(content)
+    page = make_report([folder]).read_text(encoding="utf-8")
+    assert len(load([folder]).rows[1].runs) == (2 if said else 3)
+    found = next(run for run in load([folder]).runs if run.name == "arm-lora_kl_seed-1")
+    assert said in found.reason
+    assert not said or f"arm-lora_kl_seed-1 failed: {said}" in html.unescape(page)
+    plan = {"runs": [{"folder": run.name, "overrides": []} for run in load([folder]).runs]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    state = next(run for run in states(folder) if run.folder.name == "arm-lora_kl_seed-1")
+    assert (state.state, said in state.reason) == ("failed" if said else "done", True)
+
+
+@pytest.mark.parametrize("content", [b'{"metrics"', b"", b"17", b'{"runs": 3}', b'{"runs": [3]}'])
+def test_a_damaged_plan_is_one_sentence(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    (folder / "plan.json").write_bytes(content)
+    assert len(load([folder]).finished) == 3
+    monkeypatch.setattr(sys, "argv", ["rlhf-status", str(folder)])
+    with pytest.raises(SystemExit) as stopped:
+        status()
+    assert stopped.value.code == 2
+    assert "plan.json" in capsys.readouterr().err
+
+
+def test_a_report_does_not_depend_on_the_locale(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", {"title": "Überblick", "labels": {"lora_kl": "β = 1"}}, ["lora_kl"])
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", "from rlhf.report.cli import main; main()", str(folder)]
+    made = subprocess.run(command, env=environment, capture_output=True)
+    assert made.returncode == 0, made.stderr.decode()
+    assert "Überblick" in (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "β = 1" in (folder / "report" / "table.md").read_text(encoding="utf-8")
+
+
+def test_every_text_file_is_opened_with_its_encoding() -> None:
+    for path in sorted((root() / "rlhf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                assert any(word.arg == "encoding" for word in node.keywords), f"{path}:{node.lineno}"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file as text, in the locale's encoding unless it names another."""
+    called = call.func
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    owner = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
+    if name in ("read_text", "write_text"):
+        return len(call.args) == (name == "write_text")
+    if name != "open" or owner in ("gzip", "os", "cls", "FinishedRun"):
+        return False
+    mode = call.args[0 if owner else 1 :][:1]
+    return not (mode and "b" in ast.unparse(mode[0]))
 
 
 def test_a_clean_sweep_has_no_warnings(sweep: Sweep) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.data.records import Prompt
+from rlhf.evaluation.evaluate import instruction_of
 from rlhf.files import ALPACA_EVAL, ALPACA_EVAL_REFERENCE, write_json
 
 
@@ -13,7 +14,7 @@ def export(folder: Path, prompts: Sequence[Prompt], responses: Sequence[str], ge
     `alpaca_eval --model_outputs RUN/alpaca_eval.json --reference_outputs RUN/alpaca_eval_reference.json` compares them.
     An instruction has its input below it, as there.
     """
-    instructions = [row.instruction or row.prompt for row in prompts]
+    instructions = [instruction_of(row) for row in prompts]
 
     def rows(outputs: Sequence[str], writer: str) -> list[dict[str, str]]:
         return [

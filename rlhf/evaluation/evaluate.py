@@ -2,12 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation.factscore import FactScore
-from rlhf.evaluation.length_control import length_controlled_win_rate
+from rlhf.evaluation.length_control import Rate, length_adjusted_win_rate, length_controlled_win_rate
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None]]
 Export = Callable[[Sequence[Prompt], Sequence[str]], None]
@@ -17,7 +17,8 @@ class Evaluation:
     """Win rate against the reference outputs (draws ½, with its standard error), and what the data set itself knows.
 
     The win rates are over the pairs that the judge could judge. `export` is handed all prompts and responses; with
-    `factscore` the prompts are its entities, and it alone measures.
+    `factscore` the prompts are its entities, and it alone measures. `difficulty` of the instructions gives the
+    length-controlled win rate.
 
     A data set that offers `utility(prompt, response)` gives `eval/gold_utility`; one that offers `facts(prompt,
     response)` -> (stated, true) gives `eval/factual_precision` (true / stated over all responses) and
@@ -25,9 +26,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, source: DataSource, judge: Judge, export: Export | None = None, factscore: FactScore | None = None
+        self,
+        source: DataSource,
+        judge: Judge,
+        export: Export | None = None,
+        factscore: FactScore | None = None,
+        difficulty: Mapping[str, float] | None = None,
     ):
         self.source, self.judge, self.export, self.factscore = source, judge, export, factscore
+        self.difficulty = difficulty
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
@@ -45,7 +52,7 @@ class Evaluation:
         metrics = {}
         outcomes = self._judged(prompts, responses)
         if outcomes:
-            metrics |= win_rates(prompts, responses, outcomes) | getattr(self.judge, "report", {})
+            metrics |= win_rates(prompts, responses, outcomes, self.difficulty) | getattr(self.judge, "report", {})
             _add(records, "win", outcomes)
         pairs = [(row.prompt, response) for row, response in zip(prompts, responses, strict=True)]
         if hasattr(self.source, "utility"):
@@ -70,14 +77,15 @@ class Evaluation:
         return [by_place.get(i) for i in range(len(prompts))] if by_place else []
 
 
-def logged(source: DataSource, judged: bool, factscore: bool) -> list[str]:
+def logged(source: DataSource, judged: bool, factscore: bool, difficulty: bool = False) -> list[str]:
     """The metrics that evaluations of a policy log, as far as a configuration tells; not their standard errors."""
     names = ["eval/reward", "eval/response_tokens", "eval/true_kl"]
     if factscore:
         facts = ["eval/factual_precision", "eval/facts_per_response"]
         return [*names, "eval/factscore", *facts, "eval/responding_ratio"]
     if judged:
-        names += ["eval/win_rate", "eval/length_controlled_win_rate"]
+        names += ["eval/win_rate", "eval/length_adjusted_win_rate"]
+        names += ["eval/length_controlled_win_rate"] if difficulty else []
     if hasattr(source, "utility"):
         names += ["eval/gold_utility"]
     if hasattr(source, "facts"):
@@ -86,22 +94,40 @@ def logged(source: DataSource, judged: bool, factscore: bool) -> list[str]:
 
 
 def win_rates(
-    prompts: Sequence[Prompt], responses: Sequence[str], outcomes: Sequence[float | None]
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    outcomes: Sequence[float | None],
+    difficulty: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Win rate, its standard error, and the win rate at equal length, over the judged pairs."""
+    """Win rate and win rates at equal length with their standard errors, over the judged pairs; nan if there are none.
+
+    With the `difficulty` of each instruction also AlpacaEval's length-controlled win rate.
+    """
     judged = [(row, text, won) for row, text, won in zip(prompts, responses, outcomes, strict=True) if won is not None]
     won = [outcome for *_, outcome in judged]
     ours, theirs = [len(text) for _, text, _ in judged], [len(row.reference_output) for row, *_ in judged]
+    nothing = Rate(math.nan, math.nan)
+    rates = {
+        "win_rate": Rate(statistics.fmean(won), standard_error(won)) if won else nothing,
+        "length_adjusted_win_rate": length_adjusted_win_rate(won, ours, theirs) if won else nothing,
+    }
+    if difficulty is not None:
+        hard = [difficulty[instruction_of(row)] for row, *_ in judged]
+        found = length_controlled_win_rate(won, ours, theirs, hard) if won else nothing
+        rates["length_controlled_win_rate"] = found
     return {
-        "eval/win_rate": statistics.fmean(won),
-        "eval/win_rate_se": standard_error(won),
-        "eval/length_controlled_win_rate": length_controlled_win_rate(won, ours, theirs),
+        f"eval/{name}{end}": x for name, rate in rates.items() for end, x in (("", rate.value), ("_se", rate.error))
     }
 
 
+def instruction_of(prompt: Prompt) -> str:
+    """What AlpacaEval's files call the instruction."""
+    return prompt.instruction or prompt.prompt
+
+
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    """Standard error of the mean; nan for fewer than two values, which say nothing of it."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _add(records: list[dict[str, Any]], key: str, values: Sequence[Any]) -> None:

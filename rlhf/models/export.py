@@ -68,7 +68,7 @@ def save_adapter(
         "base_model_name_or_path": str(base.resolve()),
         "inference_mode": True,
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, default=str))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder, scoring=has_head)
 

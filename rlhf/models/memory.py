@@ -118,7 +118,7 @@ def available() -> int:
     """Free memory in bytes: of the GPU where there is one, else what the system says could be had."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    with open("/proc/meminfo") as file:
+    with open("/proc/meminfo", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 

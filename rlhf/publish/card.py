@@ -24,7 +24,7 @@ TRAINED_BY = {  # the groups of the configuration that made each stage's model
 TASKS = {"sft": "text-generation", "reward": "text-classification", "ppo": "text-generation"}
 SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
          "sft/validation_loss", "sft/perplexity"}  # fmt: skip
-TEMPLATE = (Path(__file__).parent / "card.md").read_text()
+TEMPLATE = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
 _HUB_DATA = re.compile(r"(?:hf://datasets/)?([\w-][\w.-]*/[\w.-]+?)(?:/.*)?")
 _LOCAL = re.compile(r"[/~.].*/")
 

@@ -53,10 +53,10 @@ def write_adapter(run: FinishedRun, base: str | None, dtype: torch.dtype, folder
     """The adapter alone, in `dtype`, for `base` (None: where it lies here)."""
     with explained(f"{run.model}: no adapter could be read"):
         tensors = load_file(run.model / ADAPTER)
-        settings = json.loads((run.model / ADAPTER_CONFIG).read_text())
+        settings = json.loads((run.model / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     save_file({key: value.to(dtype) for key, value in tensors.items()}, folder / ADAPTER)
     settings["base_model_name_or_path"] = base or str(run.base)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def parameters(folder: Path) -> int:

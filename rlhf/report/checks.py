@@ -28,6 +28,18 @@ def _absent(sweep: Sweep) -> Iterator[str]:
     if sweep.doubled:
         names = [str(run.folder) for run in sweep.doubled]
         yield f"Another run has the same row and seed, so that these are left out: {_some(names)}."
+    for run, differing in sweep.unlike:
+        yield (
+            f"{run.folder} is left out: it has the overrides of a row, but another configuration than the row's other"
+            f" runs: {_some(differing)}."
+        )
+    for row in sweep.trained:
+        models = sorted({str(run.summary.get("reward_model")) for run in row.runs})
+        if len(models) > 1:
+            yield (
+                f"The runs of “{row.label}” were trained on different reward models ({', '.join(models)}): data or code"
+                " changed between them."
+            )
     if (name := sweep.layout.get("baseline")) and not any(row.is_called(name) for row in sweep.rows):
         yield f"The baseline {name} has no finished run: another row stands in for it."
 

@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rlhf.report import page, words
 from rlhf.report.figures import FigureError, make_figures
 from rlhf.report.front import front_table
+from rlhf.report.reading import printable
 from rlhf.report.results import baseline, compared, comparisons, difference_table, main_table
 from rlhf.report.runs import NoRunsError, load
 from rlhf.report.tables import Table
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, such as outputs/table1")
     parser.add_argument("--out", type=Path, help="where to write (default: FOLDER/report)")
     options = parser.parse_args(arguments)
+    printable(sys.stdout)
+    printable(sys.stderr)
     try:
         path, tables = _make(options.folders, options.out)
     except (NoRunsError, FigureError) as error:
@@ -63,12 +66,12 @@ def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Ta
         titles["differences"] = f"Differences from “{against.label}”"
     for name, table in tables.items():
         for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
-            (out / f"{name}.{suffix}").write_text(text)
+            (out / f"{name}.{suffix}").write_text(text, encoding="utf-8")
     drawn = make_figures(sweep, out / "figures")
     said = words.summary(sweep, found, metrics[0] if metrics else None)
     path = out / "report.html"
     shown = [(titles[name], table) for name, table in tables.items()]
-    path.write_text(page.render(sweep, said, shown, drawn, out / "figures"))
+    path.write_text(page.render(sweep, said, shown, drawn, out / "figures"), encoding="utf-8")
     return path, tables
 
 

@@ -62,7 +62,7 @@ def make_figures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:
 def write_numbers(path: Path, numbers: Numbers) -> None:
     """The numbers behind a figure; a column that a line lacks stays empty."""
     header = list(dict.fromkeys(key for line in numbers for key in line))
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")
         writer.writeheader()
         writer.writerows(numbers)
@@ -200,7 +200,7 @@ KINDS: dict[str, Callable[..., Drawn]] = {"curve": _curve, "path": _path, "sqrt_
 NOTES = {
     "pull": "By enumeration on a toy policy, not from these runs: how much of the KL's gradient an estimator has when"
     " it is a reward. 1: all of it; 0: it does not pull.",
-    "curve": "Mean over seeds; the band is ± one standard error.",
+    "curve": "Mean over seeds; the band is ± one standard error (the table says how often that holds the true mean).",
     "path": "Evaluations along training, joined in order; means over seeds. It begins at the SFT model.",
     "sqrt_kl": "Points: every evaluation of every seed; lines: means over seeds. The broad stroke is the straight line"
     " from the SFT model fitted to the longest beginning that does not bend (none where it bends within three"

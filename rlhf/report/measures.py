@@ -25,6 +25,7 @@ class Measure:
 
 MEASURES = {
     "eval/win_rate": Measure("win rate", "%", 100, 1),
+    "eval/length_adjusted_win_rate": Measure("length-adjusted win rate", "%", 100, 1),
     "eval/length_controlled_win_rate": Measure("length-controlled win rate", "%", 100, 1),
     "eval/true_kl": Measure("true KL", "nats per token", digits=3),
     "eval/response_tokens": Measure("response length", "tokens", digits=1),

@@ -7,7 +7,18 @@ import numpy as np
 
 from rlhf.report.measures import COLUMNS, measure
 from rlhf.report.runs import Row, Sweep
-from rlhf.report.statistics import Array, Difference, Need, difference, holm, judge_error, seed_error, seeds_needed
+from rlhf.report.statistics import (
+    Array,
+    Difference,
+    Need,
+    covered,
+    difference,
+    errors_for,
+    holm,
+    judge_error,
+    seed_error,
+    seeds_needed,
+)
 from rlhf.report.tables import NOTHING, Cell, Number, Table
 from rlhf.report.tables import Interval as Ends
 
@@ -47,13 +58,24 @@ def main_table(sweep: Sweep) -> Table:
             if metric == WIN and judged:
                 cells.append(_judge(row))
         rows.append(cells)
-    caption = "Mean ± standard error over seeds (bootstrap; none for one seed)."
+    caption = "Mean ± standard error over seeds (bootstrap; none for one seed)." + _coverage(sweep)
     if judged:
         caption += (
             " Judge SE: the win rate's standard error from the finite set of evaluation instructions, which all rows"
             " share; it is not part of ±."
         )
     return Table(header, rows, caption)
+
+
+def _coverage(sweep: Sweep) -> str:
+    """What ± covers with the seeds at hand: less than a reader who thinks of many would expect."""
+    counts = sorted({len(row.seeds) for row in sweep.trained if len(row.seeds) > 1})
+    said = [
+        f" With {seeds} seeds ± holds the true mean in {100 * covered(seeds, 1):.0f} % of cases and ±1.96 standard"
+        f" errors in {100 * covered(seeds, 1.96):.0f} %; for 95 % it takes ±{errors_for(seeds):.1f} of them."
+        for seeds in dict.fromkeys((*counts[:1], *counts[-1:]))
+    ]
+    return "".join(said)
 
 
 def columns(sweep: Sweep) -> list[str]:
@@ -139,12 +161,18 @@ def needed(item: Comparison) -> str:
     """What it would take, in words."""
     if item.need is None:
         return NOTHING
-    many = f"more than {MOST:,}" if item.need.seeds > MOST else f"{item.need.seeds:,}"
+    many = f"{_seeds(item.need.seeds)} seeds"
+    if item.need.fewest <= MOST and item.need.fewest < item.need.most:
+        many += f" ({_seeds(item.need.fewest)} to {_seeds(item.need.most)})"
     if item.need.instructions is None:
-        return f"{many} seeds"
+        return many
     most = 100 * MOST
     wide = f"more than {most:,}" if item.need.instructions > most else f"{item.need.instructions:,}"
-    return f"{wide} instructions and {many} seeds"
+    return f"{wide} instructions and {many}"
+
+
+def _seeds(count: int) -> str:
+    return f"more than {MOST:,}" if count > MOST else f"{count:,}"
 
 
 def _caption(sweep: Sweep, found: Sequence[Comparison], against: Row, several: bool) -> str:
@@ -154,10 +182,12 @@ def _caption(sweep: Sweep, found: Sequence[Comparison], against: Row, several: b
     made = "1 comparison was" if len(found) == 1 else f"{len(found)} comparisons were"
     text = (
         f"Each row minus “{against.label}”{unit}{f' ({points})' if points else ''}, {paired};"
-        " 95 % intervals count both as samples (pigeonhole bootstrap, Student's t)."
+        " 95 % intervals count both as samples (pigeonhole bootstrap, Student's t); with few seeds they cover 93 to"
+        " 97 %, least where seeds are paired or the row with fewer seeds scatters more."
         f" {made} made; of the verdicts that name a direction, “stands” survives Holm's correction for all of them and"
         " “falls” does not."
-        " The last column takes the observed gap for the true one, so it is itself rough."
+        " The last column takes the observed gap for the true one. Its range counts only how little a few seeds tell of"
+        " their spread (80 %, chi-square); as the gap is uncertain too, the truth may lie far outside."
     )
     if any(item.one_seed for item in found):
         text += " † A row has one seed only: the interval holds for these models, not for the method."

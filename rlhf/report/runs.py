@@ -1,5 +1,9 @@
-"""A sweep's folder as runs and rows; a *row* is all runs that differ in nothing but their seed."""
+"""A sweep's folder as runs and rows.
 
+A *row* is all runs that differ in nothing but their seed, by their overrides and by their resolved configuration.
+"""
+
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.files import FAILED, METRICS, SUMMARY, read_json, read_lines
+from rlhf.files import FAILED, METRICS, SUMMARY
+from rlhf.report.alike import divide
+from rlhf.report.reading import numbers_only, read_object, read_plan, read_summary, renamed, stepped_lines
 from rlhf.report.statistics import Array
 
+log = logging.getLogger(__name__)
+EARLIER = "earlier"  # in a run's folder: its runs that were moved aside, which are no rows
 SFT = "SFT"
 PLAIN = "PPO"  # the label of a row without overrides
 Steps = dict[int, dict[str, Any]]
@@ -43,7 +51,8 @@ class Run:
     @property
     def seed(self) -> int:
         """The seed of PPO."""
-        return int(self.config.get("seed", 0))
+        seed = self.config.get("seed", 0)
+        return seed if isinstance(seed, int) else 0
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -53,7 +62,7 @@ class Run:
     @cached_property
     def metrics(self) -> Steps:
         """Everything logged, by step."""
-        return merge(self._lines(METRICS))
+        return {step: renamed(values) for step, values in merge(self._lines(METRICS)).items()}
 
     @cached_property
     def evaluations(self) -> Steps:
@@ -64,21 +73,22 @@ class Run:
     @cached_property
     def outcomes(self) -> Steps:
         """Evaluation results by step, a list over the instructions each."""
-        return merge(self._lines("outcomes.jsonl"))
+        return merge([numbers_only(line) for line in self._lines("outcomes.jsonl")])
 
     @cached_property
     def samples(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Prompt → step → the sampled response and what it was given."""
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for line in self._lines("samples.jsonl"):
-            found.setdefault(line["prompt"], {})[int(line["step"])] = line
+            if isinstance(line.get("prompt"), str) and line["step"] is not None:
+                found.setdefault(line["prompt"], {})[line["step"]] = line
         return found
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name
         if not path.exists() and self.summary.get("same_as"):
             path = self.folder / self.summary["same_as"] / name
-        return read_lines(path)
+        return stepped_lines(path)
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ class Sweep:
     rows: tuple[Row, ...]
     doubled: tuple[Run, ...]
     layout: Mapping[str, Any]
+    unlike: tuple[tuple[Run, list[str]], ...] = ()  # left out of their row, with what they differ in
 
     @property
     def finished(self) -> list[Run]:
@@ -145,16 +156,21 @@ def load(folders: Sequence[Path]) -> Sweep:
     finished = [run for run in runs if run.state == "finished"]
     newest = max(finished, key=lambda run: (run.folder / SUMMARY).stat().st_mtime)
     layout = newest.config.get("report") or {}
-    rows: dict[tuple[str, ...], dict[int, Run]] = {}
-    doubled = []
+    keyed: dict[tuple[str, ...], list[Run]] = {}
     for run in finished:
-        seeds = rows.setdefault(run.key, {})
-        if run.seed in seeds:
-            doubled.append(run)
-        seeds.setdefault(run.seed, run)
-    labels = layout.get("labels") or {}
-    table = [Row(label(key, labels), tuple(run for _, run in sorted(seeds.items()))) for key, seeds in rows.items()]
-    return Sweep(tuple(runs), (Row(SFT, (finished[0],), step=0), *table), tuple(doubled), layout)
+        keyed.setdefault(run.key, []).append(run)
+    labels, table = layout.get("labels") or {}, list[Row]()
+    doubled, unlike = list[Run](), list[tuple[Run, list[str]]]()
+    for key, found in keyed.items():
+        alike, others = divide(found)
+        unlike += others
+        seeds: dict[int, Run] = {}
+        for run in alike:
+            if seeds.setdefault(run.seed, run) is not run:
+                doubled.append(run)
+        table.append(Row(label(key, labels), tuple(run for _, run in sorted(seeds.items()))))
+    rows = (Row(SFT, (table[0].runs[0],), step=0), *table)
+    return Sweep(tuple(runs), rows, tuple(doubled), layout, tuple(unlike))
 
 
 def label(key: Sequence[str], labels: Mapping[str, str]) -> str:
@@ -176,7 +192,9 @@ def merge(lines: Sequence[Mapping[str, Any]]) -> Steps:
 
 
 def _load_folder(folder: Path) -> list[Run]:
-    plan = _json(folder / "plan.json").get("runs", [])
+    plan, fault = read_plan(folder / "plan.json")
+    if fault:
+        log.warning("%s: %s", folder, fault)
     planned = {entry["folder"]: tuple(entry.get("overrides", ())) for entry in plan}
     alone = (folder / SUMMARY).exists()
     present = [folder] if alone else sorted(path for path in folder.glob("*/") if _is_run(path))
@@ -188,23 +206,23 @@ def _load_folder(folder: Path) -> list[Run]:
 
 
 def _load_run(folder: Path, planned: tuple[str, ...]) -> Run:
-    summary, failed = _json(folder / SUMMARY), _json(folder / FAILED)
+    summary, fault = read_summary(folder / SUMMARY)
+    failed, damaged = read_object(folder / FAILED)
     overrides = tuple(summary.get("overrides") or failed.get("overrides") or planned)
     if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
         return Run(folder, overrides, "finished", summary=summary)
     if summary:
         return Run(folder, overrides, "unfinished", "it was not evaluated", summary)
-    if failed:
-        return Run(folder, overrides, "failed", str(failed.get("error", "no reason given")))
+    if fault:
+        return Run(folder, overrides, "failed", f"{fault}: it cannot be reported on")
+    if failed or damaged:
+        return Run(folder, overrides, "failed", str(failed.get("error", damaged or "no reason given")))
     return Run(folder, overrides, "unfinished", "it has not ended")
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (SUMMARY, FAILED, METRICS, ".hydra"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    left = any((folder / name).exists() for name in (SUMMARY, FAILED, METRICS, ".hydra"))
+    return left and folder.name != EARLIER
 
 
 def _at(outcomes: Steps, step: int | None) -> dict[str, Any]:

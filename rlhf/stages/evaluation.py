@@ -118,13 +118,13 @@ class PolicyEvaluation(Stage):
 
     def _write(self, records: list[dict[str, Any]], shown: list[dict[str, Any]]) -> dict[str, float]:
         """Append what came of each prompt; returns how far this is below the best of what stands there already."""
-        with self.samples.open("a") as file:
+        with self.samples.open("a", encoding="utf-8") as file:
             for record in shown:
                 file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")
         numbers = {key: [row[key] for row in records] for key, x in records[0].items() if not isinstance(x, str)}
         path = self.samples.with_name(OUTCOMES)
         earlier = read_lines(path) if path.exists() else []
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.ppo_step, **numbers}) + "\n")
         # of a step that was evaluated twice the last counts, and what comes after this one is of a run that was lost
         before = {line["step"]: line for line in earlier if line["step"] < self.ppo_step}
