@@ -14,9 +14,9 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = [
     "files", "allocation", "failures", "code", "dashboards", "resolvers", "settings", "explaining", "objectives",
     "slurm", "parallel", "sweep", "guards", "divergence", "ppo", "data", "models", "rollout", "vllm_engine", "scorers",
-    "restoring_pull", "stages", "evaluation", "checkpoints", "capabilities", "config", "tracking", "cache", "interruption", "training",
-    "building", "pipeline", "preview", "report", "search", "cli", "worker", "finished", "publish", "chat",
-    "finished_judge",
+    "restoring_pull", "stages", "evaluation", "checkpoints", "capabilities", "config", "tracking", "cache",
+    "interruption", "training", "building", "pipeline", "preview", "report", "search", "cli", "worker", "finished",
+    "publish", "chat", "finished_judge",
 ]  # fmt: skip
 
 
