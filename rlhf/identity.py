@@ -32,8 +32,9 @@ PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function
 # What watches a run or tells of it, and what only names paths and errors, does not decide it.
 WATCHING = frozenset({
-    "rlhf", "rlhf.cache", "rlhf.checkpoints", "rlhf.code", "rlhf.dashboards", "rlhf.digests", "rlhf.failures",
-    "rlhf.files", "rlhf.identity", "rlhf.interruption", "rlhf.slurm", "rlhf.tracking",
+    "rlhf", "rlhf.cache", "rlhf.checkpoints", "rlhf.checksums", "rlhf.code", "rlhf.dashboards", "rlhf.digests",
+    "rlhf.failures", "rlhf.files", "rlhf.identity", "rlhf.interruption", "rlhf.locks", "rlhf.run_files", "rlhf.slurm",
+    "rlhf.tracking",
 })  # fmt: skip
 
 

@@ -27,8 +27,8 @@ from rich.text import Text
 from rlhf import slurm
 from rlhf.files import FAILED, METRICS, SUMMARY, read_json, write_json
 from rlhf.objectives import objectives_of, result
-from rlhf.report.reading import printable, read_object, read_plan, read_summary, stepped_lines
 from rlhf.resolvers import folder_name
+from rlhf.run_files import printable, read_object, read_plan, read_summary, stepped_lines
 from rlhf.settings import ConfigError
 
 log = logging.getLogger(__name__)

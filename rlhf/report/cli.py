@@ -12,10 +12,10 @@ from rich.table import Table as RichTable
 from rlhf.report import page, words
 from rlhf.report.figures import FigureError, make_figures
 from rlhf.report.front import front_table
-from rlhf.report.reading import printable
 from rlhf.report.results import baseline, compared, comparisons, difference_table, main_table
 from rlhf.report.runs import NoRunsError, load
 from rlhf.report.tables import Table
+from rlhf.run_files import printable
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:

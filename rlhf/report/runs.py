@@ -14,8 +14,8 @@ import numpy as np
 
 from rlhf.files import FAILED, METRICS, SUMMARY
 from rlhf.report.alike import divide
-from rlhf.report.reading import numbers_only, read_object, read_plan, read_summary, renamed, stepped_lines
 from rlhf.report.statistics import Array
+from rlhf.run_files import numbers_only, read_object, read_plan, read_summary, renamed, stepped_lines
 
 log = logging.getLogger(__name__)
 EARLIER = "earlier"  # in a run's folder: its runs that were moved aside, which are no rows
