@@ -5,6 +5,7 @@ Every answer is stored the moment it arrives, so a stopped evaluation goes on wh
 
 import hashlib
 import json
+import sqlite3
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Request
+from rlhf.settings import ConfigError
 
 
 @dataclass
@@ -41,7 +43,8 @@ class ChatClient:
     under one name need a cache each.
 
     Raises:
-        ConfigError: a package or the key is missing, or the endpoint refuses a request for good.
+        ConfigError: a package or the key is missing, the cache cannot be written, or the endpoint refuses a request for
+            good.
         Interrupted: the endpoint cannot be reached, or fails, after all retries.
     """
 
@@ -55,7 +58,13 @@ class ChatClient:
         import diskcache
 
         # the default policy would throw away the oldest answers beyond 1 GB, but they were paid for
-        self._cache = diskcache.Cache(str(settings.cache or folder), eviction_policy="none")
+        place = str(settings.cache or folder)
+        try:
+            self._cache = diskcache.Cache(place, eviction_policy="none")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"{key}.cache={place} cannot be written ({error}); allowed: a folder of your own"
+            ) from None
 
     def ask_all(self, requests: Sequence[Request]) -> list[Any]:
         """The answers in the order of the requests, `settings.concurrency` of them under way at a time.
