@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from rlhf import root
+from rlhf.files import TORN_SECONDS
 
 COMMIT = "COMMIT"  # in a frozen copy, which is no checkout: the commit it was made of
 
@@ -47,6 +50,9 @@ def freeze(folder: Path) -> Path:
         digest.update(f"{name} {len(content)}\n".encode() + content)
     target = folder / digest.hexdigest()[:12]
     if not target.exists():
+        for torn in folder.glob(f".{target.name}.*"):  # of a process that was killed
+            if time.time() - torn.stat().st_mtime > TORN_SECONDS:
+                shutil.rmtree(torn, ignore_errors=True)
         aside = folder / f".{target.name}.{os.getpid()}"
         for name, content in files.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from rlhf.failures import writing
@@ -91,7 +92,7 @@ def read_json(path: Path) -> Any:
         raise DamagedError(f"{path} is damaged: it is not JSON ({error})") from None
 
 
-def read_object(path: Path, **keys: type) -> dict[str, Any]:
+def read_object(path: Path, **keys: type | UnionType) -> dict[str, Any]:
     """The object that a JSON file holds, with at least these keys, each of its type.
 
     Raises:

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 ADJUSTED, CONTROLLED = "eval/length_adjusted_win_rate", "eval/length_controlled_win_rate"
 
 
-def read_object(path: Path) -> tuple[dict[str, Any], str]:
+def try_object(path: Path) -> tuple[dict[str, Any], str]:
     """(content, "") of a JSON file; ({}, "") where there is none, and ({}, what is wrong) where it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -27,8 +27,8 @@ def read_object(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_summary(path: Path) -> tuple[dict[str, Any], str]:
-    """(summary, "") with today's names of metrics, or ({}, what is wrong) as `read_object`."""
-    summary, fault = read_object(path)
+    """(summary, "") with today's names of metrics, or ({}, what is wrong) as `try_object`."""
+    summary, fault = try_object(path)
     shapes = {"metrics": dict, "sft_metrics": dict, "config": dict, "guards": dict, "versions": dict, "overrides": list}
     for key, shape in shapes.items():
         if summary.get(key) is not None and not isinstance(summary[key], shape):
@@ -47,8 +47,8 @@ def read_summary(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_plan(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """(the intended runs of a sweep, "") or ([], what is wrong) as `read_object`."""
-    plan, fault = read_object(path)
+    """(the intended runs of a sweep, "") or ([], what is wrong) as `try_object`."""
+    plan, fault = try_object(path)
     runs = plan.get("runs")
     if fault or (runs is None and not path.exists()):
         return [], fault

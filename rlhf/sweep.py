@@ -25,10 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf import slurm
-from rlhf.files import FAILED, METRICS, SUMMARY, read_json, write_json
+from rlhf.files import FAILED, METRICS, SUMMARY, read_object, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.resolvers import folder_name
-from rlhf.run_files import printable, read_object, read_plan, read_summary, stepped_lines
+from rlhf.run_files import printable, read_plan, read_summary, stepped_lines, try_object
 from rlhf.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _intended(config: DictConfig, folder: Path) -> dict[str, Any]:
     """The plan of a dry run, which writes none; a search has the runs that it chose so far."""
     if not is_search(config):
         return {"runs": planned(config)}
-    runs = read_json(folder / PLAN)["runs"] if (folder / PLAN).exists() else []
+    runs = read_object(folder / PLAN, runs=list)["runs"] if (folder / PLAN).exists() else []
     return {"runs": runs, "to_come": max(0, config.hydra.sweeper.n_trials - len(runs))}
 
 
@@ -181,7 +181,7 @@ def told(run: Path, config: DictConfig) -> float | list[float] | None:
     """What a sweeper is to be told of the run in a folder, by its summary."""
     if not (run / SUMMARY).exists():
         return None
-    return result(read_json(run / SUMMARY)["metrics"], objectives_of(config))
+    return result(read_object(run / SUMMARY, metrics=dict)["metrics"], objectives_of(config))
 
 
 def parallel_jobs(launcher: DictConfig) -> int:
@@ -197,7 +197,7 @@ def on_slurm(launcher: DictConfig) -> bool:
 
 def states(folder: Path, queue: Mapping[str, slurm.Queued] | None = None) -> list[State]:
     """How far every run of the plan is; `queue` is what SLURM says of its jobs, where one asked."""
-    return _states(folder, read_json(folder / PLAN), queue)
+    return _states(folder, read_object(folder / PLAN, runs=list), queue)
 
 
 def _states(folder: Path, plan: Mapping[str, Any], queue: Mapping[str, slurm.Queued] | None) -> list[State]:
@@ -207,14 +207,14 @@ def _states(folder: Path, plan: Mapping[str, Any], queue: Mapping[str, slurm.Que
 
 def queue(folder: Path) -> dict[str, slurm.Queued] | None:
     """What SLURM says of the jobs of a sweep's unfinished runs; None where it has none or does not answer."""
-    runs = [folder / run["folder"] for run in read_json(folder / PLAN)["runs"]]
+    runs = [folder / run["folder"] for run in read_object(folder / PLAN, runs=list)["runs"]]
     jobs = [job for run in runs if not (run / SUMMARY).exists() and (job := slurm.job_of(run).get("job"))]
     return slurm.queue(jobs) if jobs else None
 
 
 def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Queued] | None) -> State:
     if (folder / FAILED).exists():  # of its last start: a summary beside it is of a run of another configuration
-        failed, fault = read_object(folder / FAILED)
+        failed, fault = try_object(folder / FAILED)
         return State(folder, overrides, "failed", reason=str(failed.get("error") or fault))
     if (folder / SUMMARY).exists():
         summary, fault = read_summary(folder / SUMMARY)
@@ -261,7 +261,7 @@ def _seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None:
 
 def jobs_of(plan: Path) -> int:
     """How many jobs the sweep runs at once."""
-    return int(read_json(plan).get("jobs", 1))
+    return int(read_object(plan).get("jobs", 1))
 
 
 def seconds_left(runs: list[State], jobs: int, pace: float | None = None) -> float | None:
@@ -317,7 +317,7 @@ def status() -> None:
     """`rlhf-status FOLDER [--watch]`: how far a sweep is."""
     import argparse
 
-    from rich.live import Live
+    from rlhf.finished import in_a_sentence
 
     parser = argparse.ArgumentParser(prog="rlhf-status", description="How far a sweep is.")
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/table1")
@@ -329,14 +329,21 @@ def status() -> None:
     if fault:
         parser.exit(2, f"rlhf-status: {arguments.folder}: {fault}\n")
     printable(sys.stdout)
+    with in_a_sentence(parser.prog):
+        _show(arguments.folder, arguments.watch)
+
+
+def _show(folder: Path, watch: bool) -> None:
+    from rich.live import Live
+
     console = Console()
-    if not arguments.watch:
-        console.print(view(arguments.folder, states(arguments.folder, queue(arguments.folder))))
+    if not watch:
+        console.print(view(folder, states(folder, queue(folder))))
         return
     with Live(console=console, refresh_per_second=1) as live:
         while True:
-            runs = states(arguments.folder, queue(arguments.folder))
-            live.update(view(arguments.folder, runs))
+            runs = states(folder, queue(folder))
+            live.update(view(folder, runs))
             if all(run.state in ("done", "failed") for run in runs):
                 return
             time.sleep(5)

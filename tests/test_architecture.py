@@ -12,16 +12,12 @@ from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = [
-    "failures", "<<<<<<< HEAD     "files", "run_files", "digests", "allocation", "earlier", "code", "dashboards",
-    "resolvers", "settings", "explaining", "objectives", "slurm", "parallel", "sweep", "guards", "divergence",
-    "restoring_pull", "ppo", "checksums", "locks", "data", "models", "rollout", "vllm_engine", "trial", "scorers",
-    "stages", "evaluation", "identity", "checkpoints", "capabilities", "config", "tracking", "cache", "interruption",
+    "failures", "files", "run_files", "digests", "allocation", "earlier", "code", "dashboards", "resolvers",
+    "settings", "explaining", "objectives", "slurm", "parallel", "sweep", "guards", "divergence", "restoring_pull",
+    "ppo", "checksums", "locks", "data", "models", "rollout", "vllm_engine", "trial", "scorers", "stages",
+    "evaluation", "identity", "checkpoints", "capabilities", "config", "tracking", "cache", "interruption",
     "training", "building", "pipeline", "preview", "report", "search", "cli", "worker", "finished", "publish", "chat",
-    "finished_judge", "=======     "files", "allocation", "code", "dashboards", "resolvers", "settings", "explaining",
-    "objectives", "slurm", "parallel", "sweep", "guards", "divergence", "ppo", "data", "models", "rollout",
-    "vllm_engine", "scorers", "restoring_pull", "stages", "evaluation", "checkpoints", "capabilities", "config",
-    "tracking", "cache", "interruption", "training", "building", "pipeline", "preview", "report", "search", "cli",
-    "worker", "finished", "publish", "chat", "finished_judge", ">>>>>>> w-ppo",
+    "finished_judge",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ class ChatClient:
     messages, sampling and repetition.
 
     Raises:
-        ConfigError: a package or the key is missing, or the endpoint refuses all requests or a key of `sampling`.
+        ConfigError: a package or the key is missing, the cache cannot be written, or the endpoint refuses all requests
+            or a key of `sampling`.
         Interrupted: the endpoint cannot be reached, or fails, after all retries.
     """
 
@@ -74,7 +76,13 @@ class ChatClient:
         import diskcache
 
         # the default policy would throw away the oldest answers beyond 1 GB, but they were paid for
-        self._cache = diskcache.Cache(str(settings.cache or folder), eviction_policy="none")
+        place = str(settings.cache or folder)
+        try:
+            self._cache = diskcache.Cache(place, eviction_policy="none")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"{key}.cache={place} cannot be written ({error}); allowed: a folder of your own"
+            ) from None
 
     def ask_all(self, requests: Sequence[Request]) -> list[Any]:
         """The answers in the order of the requests, `settings.concurrency` of them under way at a time.

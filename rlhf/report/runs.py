@@ -15,7 +15,7 @@ import numpy as np
 from rlhf.files import FAILED, METRICS, SUMMARY
 from rlhf.report.alike import divide
 from rlhf.report.statistics import Array
-from rlhf.run_files import numbers_only, read_object, read_plan, read_summary, renamed, stepped_lines
+from rlhf.run_files import numbers_only, read_plan, read_summary, renamed, stepped_lines, try_object
 
 log = logging.getLogger(__name__)
 EARLIER = "earlier"  # in a run's folder: its runs that were moved aside, which are no rows
@@ -207,7 +207,7 @@ def _load_folder(folder: Path) -> list[Run]:
 
 def _load_run(folder: Path, planned: tuple[str, ...]) -> Run:
     summary, fault = read_summary(folder / SUMMARY)
-    failed, damaged = read_object(folder / FAILED)
+    failed, damaged = try_object(folder / FAILED)
     overrides = tuple(summary.get("overrides") or failed.get("overrides") or planned)
     if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
         return Run(folder, overrides, "finished", summary=summary)
