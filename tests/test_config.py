@@ -85,7 +85,7 @@ BAD = [
     ("ppo.target_kl=0", "ppo.target_kl=0", "null or a number above 0"),
     ("ppo.keep_best=eval/nope", "ppo.keep_best=eval/nope", "auto, null, eval/reward"),
     ("ppo.keep_best=eval/win_rate judge=none", "ppo.keep_best=eval/win_rate", "eval/gold_utility"),
-    ("ppo.keep_best=eval/length_controlled_win_rate", "eval/length_controlled_win_rate", "eval/length_adjusted_win_rate"),
+    ("ppo.keep_best=eval/length_controlled_win_rate", "length_controlled_win_rate", "eval/length_adjusted_win_rate"),
     ("evaluation.difficulty=nope.csv", "nope.csv", "does not exist"),
     ("evaluation.difficulty=nope.csv judge=none", "evaluation.difficulty=nope.csv", "null"),
     ("ppo.keep_best_mode=most", "ppo.keep_best_mode=most", "max or min"),
