@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,9 @@ def test_an_earlier_runs_length_controlled_rate_is_reported_as_what_it_is(tmp_pa
     table = main_table(load([folder]))
     assert "length-adjusted win rate (%)" in table.header
     assert not any("length-controlled" in name for name in table.header)
+    asked = load([folder])
+    asked = replace(asked, layout={"columns": ["eval/win_rate", "eval/length_controlled_win_rate"]})
+    assert main_table(asked).header[-1] == "length-adjusted win rate (%)"
 
 
 DAMAGED = [

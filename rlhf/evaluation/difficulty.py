@@ -104,7 +104,9 @@ def _rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     if not files:
         raise DataError(f"{path} holds no {ANNOTATIONS}: name a folder of annotations or a file.")
     for file in files:
-        for number, row in Source(str(file), file).rows():
+        source = Source(str(file), file)
+        source.check()
+        for number, row in source.rows():
             if not isinstance(row, dict):
                 raise DataError(f"{file}, row {number}: {row if isinstance(row, RowError) else 'it is no object'}.")
             yield file, number, row

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.report.measures import COLUMNS, measure
+from rlhf.report.reading import ADJUSTED, CONTROLLED
 from rlhf.report.runs import Row, Sweep
 from rlhf.report.statistics import (
     Array,
@@ -79,8 +80,10 @@ def _coverage(sweep: Sweep) -> str:
 
 
 def columns(sweep: Sweep) -> list[str]:
-    """The metrics that the layout asks for, or all that people know."""
-    return list(sweep.layout.get("columns") or COLUMNS)
+    """The metrics that the layout asks for, or all that people know; those of earlier layouts by today's names."""
+    asked = list(sweep.layout.get("columns") or COLUMNS)
+    renamed = not any(row.values(CONTROLLED) for row in sweep.rows)
+    return list(dict.fromkeys(ADJUSTED if renamed and name == CONTROLLED else name for name in asked))
 
 
 def baseline(sweep: Sweep) -> Row:
