@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from rlhf.checkpoints import Best, StepCheckpoints, _checksum, _checksum_file
+from rlhf.checkpoints import Best, StepCheckpoints, _checksum_file
+from rlhf.checksums import sha256
 from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
 from rlhf.evaluation.evaluate import logged
@@ -159,7 +160,7 @@ def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: 
     for step in (10, 20, 30, 40):
         path = checkpoints.folder / f"step-{step:06d}.ckpt"
         torch.save({"state_dict": {}}, path)
-        _checksum_file(path).write_text(_checksum(path))
+        _checksum_file(path).write_text(sha256(path))
     checkpoints.prune()
     assert kept(tmp_path) == [10, 30, 40]
     path = checkpoints.folder / "step-000010.ckpt"
