@@ -13,10 +13,10 @@ from rlhf import root
 PACKAGE = Path(__import__("rlhf").__file__).parent
 ORDER = [
     "failures", "files", "checksums", "allocation", "locks", "code", "dashboards", "resolvers", "settings",
-    "explaining", "objectives", "slurm", "parallel", "sweep", "guards", "divergence", "ppo", "data", "models", "rollout", "vllm_engine", 
-    "scorers", "stages", "evaluation", "checkpoints", "capabilities", "config", "tracking", "cache", "interruption", "training",
-    "building", "pipeline", "preview", "report", "search", "cli", "worker", "finished", "publish", "chat",
-    "finished_judge",
+    "explaining", "objectives", "slurm", "parallel", "sweep", "guards", "divergence", "ppo", "data", "models",
+    "rollout", "vllm_engine", "scorers", "stages", "evaluation", "checkpoints", "capabilities", "config", "tracking",
+    "cache", "interruption", "training", "building", "pipeline", "preview", "report", "search", "cli", "worker",
+    "finished", "publish", "chat", "finished_judge",
 ]  # fmt: skip
 
 
