@@ -21,8 +21,7 @@ from rlhf.chat.voices import Answer, Sampling, open_voices, reseed, template_of,
 from rlhf.data.farm import Farm
 from rlhf.data.imdb import Imdb
 from rlhf.files import read_json, write_json
-from rlhf.finished import FinishedRun
-from rlhf.models import ModelError
+from rlhf.finished import FinishedRun, RunError
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
 from rlhf.rollout import NativeEngine
@@ -191,7 +190,7 @@ def test_mistakes_are_told_in_a_sentence(
 def test_a_broken_adapter_is_named(tmp_path: Path) -> None:
     runs = outputs(tmp_path / "outputs")
     (runs.ppo / "model/adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"ppo is damaged: model/adapter_model\.safetensors is not what was written"):
         open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0)
 
 
