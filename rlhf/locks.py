@@ -65,7 +65,7 @@ def _wait_for(lock: BaseFileLock, path: Path, reason: str) -> BaseFileLock:
 def _holder(path: Path) -> str:
     """Who holds a lock, as its file says, in the words of filelock's lock files."""
     try:
-        told = re.search(r"^pid=(\d+)\nhost=(\S+)$", path.read_text(errors="replace"), re.MULTILINE)
+        told = re.search(r"^pid=(\d+)\nhost=(\S+)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     except OSError:
         return ""
     return f" (process {told[1]} on {told[2]})" if told else ""

@@ -215,7 +215,8 @@ def queue(folder: Path) -> dict[str, slurm.Queued] | None:
 def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Queued] | None) -> State:
     if (folder / FAILED).exists():  # of its last start: a summary beside it is of a run of another configuration
         failed, fault = try_object(folder / FAILED)
-        return State(folder, overrides, "failed", reason=str(failed.get("error") or fault))
+        if not fault or not (folder / SUMMARY).exists():
+            return State(folder, overrides, "failed", reason=str(failed.get("error") or fault))
     if (folder / SUMMARY).exists():
         summary, fault = read_summary(folder / SUMMARY)
         if fault:

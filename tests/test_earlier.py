@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf import cache, earlier
 from rlhf.files import EARLIER, METRICS, MODEL, SUMMARY, write_json
@@ -23,7 +25,7 @@ def make_run(folder: Path, identity: str, steps: int = 3, finished: bool = True,
     (folder / ".hydra").mkdir(exist_ok=True)
     (folder / ".lock").touch()
     (folder / "cli.log").write_text("log\n")
-    (folder / MODEL / "adapter.safetensors").write_bytes(identity.encode())
+    save_file({"weight": torch.tensor(list(identity.encode()))}, folder / MODEL / "adapter.safetensors")
     (folder / "checkpoints" / f"step-{steps:06d}.ckpt").write_bytes(b"weights")
     (folder / METRICS).write_text("".join(json.dumps({"step": step}) + "\n" for step in range(steps + 1)))
     config = {"ppo": {"steps": steps}, **config}
@@ -31,6 +33,11 @@ def make_run(folder: Path, identity: str, steps: int = 3, finished: bool = True,
     if finished:
         write_json(folder / SUMMARY, {"identity": identity, "config": config, "stage": "ppo", "metrics": {}})
     return files_of(folder)
+
+
+def said(weights: Path) -> str:
+    """The identity that `make_run` made weights of."""
+    return bytes(load_file(weights)["weight"].tolist()).decode()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -117,15 +124,15 @@ def test_runs_that_share_its_model_go_on_sharing_it(outputs: Path) -> None:
     cache.register_run(outputs, "aaa", folder)
     cache.take_over(folder, other, {"name": "figure"}, [])
     weights = other / MODEL / "adapter.safetensors"
-    assert weights.read_bytes() == b"aaa"
+    assert said(weights) == "aaa"
     earlier.settle(folder, "bbb", outputs, False, "it")
-    assert weights.read_bytes() == b"aaa"
+    assert said(weights) == "aaa"
     assert cache.find_run(outputs, "aaa") == (folder / EARLIER / "aaa").resolve()
     earlier.note(other, "aaa", {}, [])
     earlier.settle(other, "ccc", outputs, False, "it")  # and the link itself may move
-    assert (other / EARLIER / "aaa" / MODEL / "adapter.safetensors").read_bytes() == b"aaa"
+    assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
     earlier.settle(folder, "aaa", outputs, False, "it")
-    assert (other / EARLIER / "aaa" / MODEL / "adapter.safetensors").read_bytes() == b"aaa"
+    assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
 
 
 def test_what_moves_is_told_by_how_it_differs(outputs: Path) -> None:

@@ -240,8 +240,8 @@ def test_the_code_that_decides_a_model_is_what_makes_it() -> None:
 def test_a_change_of_what_trains_it_is_another_model(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = make_run()
+    before, after = make_run(), make_run()
+    names = before.sft_folder, before.reward_folder
     monkeypatch.setattr(identity.inspect, "getsource", lambda function: function.__name__ * 2)
-    after = make_run()
-    assert before.sft_folder != after.sft_folder
-    assert before.reward_folder != after.reward_folder
+    assert after.sft_folder != names[0]
+    assert after.reward_folder != names[1]

@@ -145,7 +145,8 @@ def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pyte
     save_model(tiny_model(), word_tokenizer(), tmp_path)
     GenerationConfig(eos_token_id=[OTHER, EOS], **FILTERS).save_pretrained(tmp_path)
     roles = Roles(AutoModelForCausalLM.from_pretrained(tmp_path))
-    engine = make_engine(GenerationSettings(engine="vllm", max_new_tokens=8), word_tokenizer(), roles)
+    settings = GenerationSettings(engine="vllm", max_new_tokens=8, capture_logprobs="never")
+    engine = make_engine(settings, word_tokenizer(), roles)
     made = engine.generate(roles, "reference", [[5], [6]], 8, 0.7, torch.Generator())
     assert made.lengths.tolist() == [2, 2]
     assert asked["llm"]["generation_config"] == "vllm"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.report.measures import COLUMNS, measure
-from rlhf.report.reading import ADJUSTED, CONTROLLED
 from rlhf.report.runs import Row, Sweep
 from rlhf.report.statistics import (
     Array,
@@ -22,6 +21,7 @@ from rlhf.report.statistics import (
 )
 from rlhf.report.tables import NOTHING, Cell, Number, Table
 from rlhf.report.tables import Interval as Ends
+from rlhf.run_files import ADJUSTED, CONTROLLED
 
 WIN = "eval/win_rate"
 MOST = 1000  # more runs or a hundred times more instructions than this nobody makes: printed as "more than"
