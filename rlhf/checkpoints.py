@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from rlhf import parallel
-from rlhf.checksums import sha256
+from rlhf.digests import sha256
 from rlhf.files import METRICS, aside, read_lines
 from rlhf.stages.base import Stage
 

@@ -1,12 +1,12 @@
 """Checksums of finished models, `checksums.json` beside `model/`: nobody computes with a damaged one unawares."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf.digests import sha256
 from rlhf.files import BEST_MODEL, LINE_FILES, MODEL, DamagedError, read_object, sync, write_json
 
 CHECKSUMS = "checksums.json"
@@ -46,12 +46,6 @@ def damage(folder: Path) -> str | None:
             _note(folder, {name: {**entry, "seen": seen[name]} for name, entry in known.items()})
     _sound[folder] = seen
     return None
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compare(files: dict[str, Path], seen: dict[str, Signature], known: dict[str, Any]) -> str | None:

@@ -32,6 +32,12 @@ def content_digest(path: Path, known: Path | None = None) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _of_file(path: Path, known: Path | None) -> str:
     note = known / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json" if known else None
     stamp = _stamp(path)
@@ -42,8 +48,7 @@ def _of_file(path: Path, known: Path | None) -> str:
                 return str(kept["sha256"])
     if stamp[0] >= LARGE:
         log.info("reading %s once for its digest (%.1f GiB)", path, stamp[0] / 2**30)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     settled = time.time() - max(stamp[1:3]) / 1e9 > RACY_SECONDS
     if note is not None and settled and _stamp(path) == stamp:
         with suppress(OSError):  # a cache that cannot be written to costs the reading next time

@@ -79,6 +79,7 @@ def set_aside(folder: Path, identity: str, outputs: Path, numbered: bool = False
 def _move(source: Path, target: Path, outputs: Path) -> None:
     """Move a run's files, the note last: whoever is killed half-way goes on at the next start."""
     target.mkdir(parents=True, exist_ok=True)
+    linked = [(link, link.resolve()) for link in _links(outputs)]
     entries = [path for path in source.iterdir() if not path.name.startswith(".") and path.suffix != ".log"]
     for path in sorted(entries, key=lambda path: path.name == NOTE):
         if path.name in STAYS:
@@ -88,9 +89,8 @@ def _move(source: Path, target: Path, outputs: Path) -> None:
             _link(target / path.name, pointed_at)
             path.unlink()
         else:
-            links = [link for link in _links(outputs) if link.resolve() == pointed_at] if path.is_dir() else []
             os.replace(path, target / path.name)
-            for link in links:
+            for link in (link for link, model in linked if model == pointed_at):
                 _link(link, target / path.name)
     if source.parent.name == EARLIER:
         with suppress(OSError):  # not empty, if a writer was killed there
@@ -112,21 +112,14 @@ def _link(path: Path, target: Path) -> None:
     os.replace(temporary, path)
 
 
-def earlier(folder: Path) -> list[Path]:
-    """The folders of the runs that moved aside in a run's folder."""
-    return sorted(path for path in (folder / EARLIER).glob("*") if path.is_dir())
-
-
-def describe(folder: Path, config: Mapping[str, Any] | None = None, ignored: Collection[str] = ()) -> str:
-    """The run in a folder in a sentence's worth of words; of a run that is not that of `config`, how it differs.
+def describe(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> str:
+    """The run in a folder in a few words, and how its configuration differs from `config`.
 
     `ignored` are the top-level keys in which two configurations may differ.
     """
     lines = read_lines(folder / METRICS)
     step = lines[-1].get("step") if lines else 0
     run = "the finished run" if (folder / SUMMARY).exists() else f"the unfinished run (step {step})"
-    if config is None:
-        return run
     found = differences(folder, config, ignored)
     if found is None:
         return f"{run} of an unknown configuration"

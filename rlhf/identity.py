@@ -91,7 +91,7 @@ def _kind(path: Path) -> str:
 def _users_file(target: str) -> Path | None:
     """The file of a class or function outside of installed packages and of ours."""
     module = target
-    while (module := module.rpartition(".")[0]) and not module.startswith("rlhf"):
+    while (module := module.rpartition(".")[0]) and module.partition(".")[0] != "rlhf":
         with suppress(ImportError, ValueError, AttributeError):
             found = find_spec(module)
             if found is not None:

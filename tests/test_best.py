@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from rlhf.checkpoints import Best, StepCheckpoints, _checksum_file
-from rlhf.checksums import sha256
 from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
+from rlhf.digests import sha256
 from rlhf.evaluation.evaluate import logged
 from rlhf.files import read_json
 from rlhf.parallel import SIGNALS

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from tiny_runs import TINY, command  # noqa: F401
 
 from rlhf.checkpoints import StepCheckpoints, _checksum_file
-from rlhf.checksums import sha256
+from rlhf.digests import sha256
 from rlhf.models import ModelError
 from rlhf.models.export import save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
