@@ -27,8 +27,8 @@ from common import commit, isolated, machine, report, spread, table
 from decode import ending_halfway, rates
 from world import NEVER, SHAPES, World, composed, make_stage, make_world, save_world, train
 
-from rlhf.config import instantiate
 from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.pipeline.config import instantiate
 
 GIB = 2**30
 # as conf/ppo/paper.yaml and conf/generation/paper.yaml have it, at a budget of tokens that fits beside 7B parameters

@@ -1,4 +1,4 @@
-"""Models of given shapes with random weights, and a PPO stage on them put together as rlhf.pipeline does."""
+"""Models of given shapes with random weights, and a PPO stage on them put together as rlhf.pipeline.run does."""
 
 import json
 import time
@@ -23,22 +23,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import rlhf.resolvers  # noqa: F401  (Hydra composes with them)
+import rlhf.sweep.resolvers  # noqa: F401  (Hydra composes with them)
 from rlhf import root
-from rlhf.allocation import keep_freed_memory
 from rlhf.cli import quieten
-from rlhf.config import instantiate, settings_of
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.roles import Role, Roles
-from rlhf.rollout import make_engine
+from rlhf.pipeline.allocation import keep_freed_memory
+from rlhf.pipeline.config import instantiate, settings_of
+from rlhf.rollout.engine import make_engine
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
 from rlhf.settings import LoraSettings, Settings, is_quantized
 from rlhf.stages.base import SeededBatches, generator, loader
 from rlhf.stages.ppo import PPO
-from rlhf.tracking import JsonLines, read_metrics
+from rlhf.tracking.run_log import JsonLines, read_metrics
 
 PAD, EOS, UNK = 0, 1, 2
 NEVER = -30.0  # a logit of EOS that ends no response

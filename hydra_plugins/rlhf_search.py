@@ -11,11 +11,11 @@ logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's migrations wo
 
 
 class Search(Sweeper):
-    """The study itself is `rlhf.search.Study`, which needs the extra `optuna`."""
+    """The study itself is `rlhf.sweep.search.Study`, which needs the extra `optuna`."""
 
     def __init__(self, **params: Any) -> None:
         # imported here, for Hydra imports this module whether or not the extra is installed
-        from rlhf.search import Study
+        from rlhf.sweep.search import Study
 
         self.study = Study(**params)
 

@@ -21,10 +21,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import slurm, sweep
-from rlhf.code import freeze
 from rlhf.files import FAILED, SUMMARY, write_json
 from rlhf.settings import INTERRUPTED, ConfigError
+from rlhf.sweep import callback as sweep
+from rlhf.sweep import slurm
+from rlhf.tracking.code import freeze
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 5

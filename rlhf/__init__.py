@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 
 __version__ = "0.1.0"
+PACKAGE = Path(__file__).parent
 
 
 def root() -> Path:
     """The folder that holds `conf`, `experiments` and `sweeps`: the checkout, or the data inside an installed wheel."""
-    checkout = Path(__file__).parent.parent
-    return checkout if (checkout / "conf" / "config.yaml").exists() else Path(__file__).parent / "_root"
+    checkout = PACKAGE.parent
+    return checkout if (checkout / "conf" / "config.yaml").exists() else PACKAGE / "_root"
 
 
 # Hydra resolves its search path before any of our code runs in a job, so the root travels in the environment.

@@ -22,17 +22,18 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from rlhf import earlier, resolvers, root  # noqa: F401  (the resolvers must be there before Hydra composes)
-from rlhf.explaining import explain
-from rlhf.failures import of_the_machine
+from rlhf import root
+from rlhf.errors.explaining import explain
+from rlhf.errors.machine import of_the_machine
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
+from rlhf.pipeline import earlier
 from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
-from rlhf.slurm import is_first_process
-from rlhf.sweep import PLAN, counts, jobs_of, naming, on_slurm, parallel_jobs, states
+from rlhf.sweep.callback import PLAN, counts, jobs_of, naming, on_slurm, parallel_jobs, states
+from rlhf.sweep.slurm import is_first_process
 
 if TYPE_CHECKING:
-    from rlhf.pipeline import Run
+    from rlhf.pipeline.run import Run
 
 log = logging.getLogger(__name__)
 STOPPED = 3
@@ -99,10 +100,11 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
 def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     """Check, run, summarise one composed configuration."""
     # imported here so that completion, --help and composition errors do not wait for torch
-    from rlhf import cache, parallel
-    from rlhf.config import check, data_source, settings_of
-    from rlhf.pipeline import Run
-    from rlhf.preview import describe
+    from rlhf.distributed import collectives as parallel
+    from rlhf.pipeline import cache
+    from rlhf.pipeline.config import check, data_source, settings_of
+    from rlhf.pipeline.preflight import describe
+    from rlhf.pipeline.run import Run
 
     quieten()
     processes = parallel.wanted(config.trainer)
@@ -140,8 +142,9 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
 
 def _run_or_reuse(run: "Run", resume: str) -> dict[str, Any]:
     """The run's summary: found, taken over, or made."""
-    from rlhf import cache, parallel
-    from rlhf.preview import check_memory, keep_budget, settle_budget
+    from rlhf.distributed import collectives as parallel
+    from rlhf.pipeline import cache
+    from rlhf.pipeline.preflight import check_memory, keep_budget, settle_budget
 
     folder = run.folder
     found = parallel.from_first(run.finished) if resume != "never" else None
@@ -164,7 +167,7 @@ def _run_or_reuse(run: "Run", resume: str) -> dict[str, Any]:
 
 
 def _make_room(run: "Run", resume: str) -> None:
-    """Move a run of another configuration aside, or bring this one back from there; see `rlhf.earlier`."""
+    """Move a run of another configuration aside, or bring this one back from there; see `rlhf.pipeline.earlier`."""
     tidy(run.folder)
     present = earlier.identity_of(run.folder)
     known = present in (None, run.identity) or earlier.place(run.folder, run.identity).is_dir()
@@ -175,7 +178,7 @@ def _make_room(run: "Run", resume: str) -> None:
 
 def _launch(run: "Run", processes: int) -> dict[str, Any]:
     """The same with several processes of our own (`rlhf.worker`), which are given the composed configuration."""
-    from rlhf import parallel
+    from rlhf.distributed import collectives as parallel
 
     whole = {"hydra": OmegaConf.to_container(HydraConfig.get(), resolve=True, enum_to_str=True), **run.plain}
     with tempfile.TemporaryDirectory() as folder:

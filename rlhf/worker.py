@@ -1,4 +1,4 @@
-"""One of several processes on one run: `python -m rlhf.worker CONFIG`, as `rlhf.parallel.launch` starts it."""
+"""One of several processes on one run: `python -m rlhf.worker CONFIG`, as `rlhf.distributed.collectives.launch` starts it."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.cli import attempt
 from rlhf.files import FAILED
-from rlhf.slurm import is_first_process
+from rlhf.sweep.slurm import is_first_process
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from rlhf.cli import main
 EVENTS = {"open": "write", "os.rename": "rename", "os.remove": "remove"}  # Python's audit events
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["rlhf.cli", "rlhf.pipeline", "rlhf.preview", "rlhf.report.cli", "peft", "hydra._internal.hydra"]
+    ["rlhf.cli", "rlhf.pipeline.run", "rlhf.pipeline.preflight", "rlhf.report.cli", "peft", "hydra._internal.hydra"]
 )
 
 

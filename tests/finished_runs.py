@@ -10,8 +10,9 @@ import hydra
 from conftest import tiny_lora, tiny_roles, word_tokenizer
 from omegaconf import OmegaConf
 
-from rlhf import root, tracking
+from rlhf import root
 from rlhf.models.export import save_adapter, save_model
+from rlhf.tracking import run_log as tracking
 
 TEMPLATE = {"with_input": "w5 {instruction} {input} w6", "without_input": "w5 {instruction} w6"}
 METRICS = {

@@ -1,4 +1,4 @@
-"""Stages put together as rlhf.pipeline does, run through a real trainer, and watched."""
+"""Stages put together as rlhf.pipeline.run does, run through a real trainer, and watched."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from rlhf import divergence, ppo
 from rlhf.models.assembly import ppo_roles
 from rlhf.models.roles import Roles
-from rlhf.rollout import make_engine
+from rlhf.rollout.engine import make_engine
 from rlhf.scorers import Context
 from rlhf.scorers.text import FunctionScorer
 from rlhf.settings import (
@@ -29,7 +29,7 @@ from rlhf.settings import (
 )
 from rlhf.stages.base import SeededBatches, Stage, loader
 from rlhf.stages.ppo import PPO
-from rlhf.tracking import JsonLines, read_metrics
+from rlhf.tracking.run_log import JsonLines, read_metrics
 
 PROMPTS = [" ".join(f"w{3 + (7 * i + j) % 40}" for j in range(1 + i % 5)) for i in range(24)]
 LORA = LoraSettings(r=4, alpha=8.0, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -82,7 +82,7 @@ def no_metrics(prompts: Sequence[Any], responses: Sequence[str]) -> tuple[dict, 
 def make_ppo(
     settings: Settings, folders: SimpleNamespace, samples: Path, reward: bool = True, warm: bool = True, kl: Any = None
 ) -> PPO:
-    """As rlhf.pipeline does; `warm` starts from an adapter that is no no-op."""
+    """As rlhf.pipeline.run does; `warm` starts from an adapter that is no no-op."""
     tokenizer = folders.tokenizer
     torch.manual_seed(0)
     roles = ppo_roles(settings, tokenizer, folders.sft, folders.reward if reward else None, None)

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from rlhf.allocation import keep_freed_memory
+from rlhf.pipeline.allocation import keep_freed_memory
 {}
 def faults():
     for _ in range(20):

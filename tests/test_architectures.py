@@ -24,7 +24,7 @@ from rlhf.models.loading import linear_names, load_causal_lm, skeleton
 from rlhf.models.memory import estimate
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import NativeEngine
+from rlhf.rollout.engine import NativeEngine
 from rlhf.scorers import Context
 from rlhf.scorers.sentiment import SentimentScorer
 from rlhf.settings import ConfigError, LoraSettings, ModelSettings

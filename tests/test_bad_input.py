@@ -19,18 +19,18 @@ from conftest import tiny_model, tiny_roles, word_tokenizer
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-import rlhf.resolvers  # noqa: F401
+import rlhf.sweep.resolvers  # noqa: F401
 from rlhf import root
-from rlhf.config import check, data_source, settings_of
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.imdb import Imdb
 from rlhf.data.records import DataError, DataSource
 from rlhf.data.stack_exchange import StackExchange
-from rlhf.explaining import explain
+from rlhf.errors.explaining import explain
 from rlhf.models import ModelError
 from rlhf.models.export import load_adapter, save_model, saved_head
 from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
-from rlhf.pipeline import Run
+from rlhf.pipeline.config import check, data_source, settings_of
+from rlhf.pipeline.run import Run
 from rlhf.settings import ModelSettings, Settings
 from rlhf.stages.sft import encode_pairs
 

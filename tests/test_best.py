@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from rlhf.checkpoints import Best, StepCheckpoints, _checksum_file
 from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
-from rlhf.digests import sha256
+from rlhf.distributed.collectives import SIGNALS
 from rlhf.evaluation.evaluate import logged
 from rlhf.files import read_json
-from rlhf.parallel import SIGNALS
+from rlhf.files.digests import sha256
+from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
+from rlhf.pipeline.train import train_ppo
 from rlhf.settings import Interrupted
 from rlhf.stages.ppo import PPO
-from rlhf.tracking import evaluated_at
-from rlhf.training import train_ppo
+from rlhf.tracking.run_log import evaluated_at
 
 
 def lines(folder: Path, *values: float | None, torn: str = "") -> None:

@@ -15,9 +15,10 @@ from test_report import write_run
 from tiny_runs import TINY, rlhf
 from wandb_files import read_runs
 
-from rlhf import dashboards, root
+from rlhf import root
 from rlhf.files import read_json, write_json
-from rlhf.sweep import SUMMARY
+from rlhf.sweep.callback import SUMMARY
+from rlhf.tracking import dashboards
 
 wr = pytest.importorskip("wandb_workspaces.reports.v2", reason="the extra dashboards is not installed")
 
@@ -132,7 +133,7 @@ def test_json_there_and_back(folder: Path) -> None:
 
 def test_runs_taken_over_are_found_by_their_ids_and_a_search_has_its_front(tmp_path: Path) -> None:
     sweep = tmp_path / "search"
-    logger = {"_target_": "rlhf.tracking.wandb_logger", "project": "p", "group": "search", "entity": None}
+    logger = {"_target_": "rlhf.tracking.run_log.wandb_logger", "project": "p", "group": "search", "entity": None}
     objectives = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}
     for seed, more in ((1, {"same_as": "../elsewhere"}), (2, {})):
         config = {"seed": seed, "logger": logger, "objectives": objectives}
@@ -145,7 +146,7 @@ def test_runs_taken_over_are_found_by_their_ids_and_a_search_has_its_front(tmp_p
 
 
 def sync(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from rlhf.dashboards import sync; sync()"
+    code = "from rlhf.tracking.dashboards import sync; sync()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     kept |= {"PYTHONPATH": os.pathsep.join(sys.path), "NETRC": "/nowhere", **environment}
@@ -155,7 +156,7 @@ def sync(*arguments: str | Path, **environment: str) -> subprocess.CompletedProc
 @pytest.fixture
 def sent(tmp_path: Path) -> Path:
     """A sweep whose runs wait for nothing."""
-    logger = {"_target_": "rlhf.tracking.wandb_logger", "project": "p", "group": "made_up", "entity": None}
+    logger = {"_target_": "rlhf.tracking.run_log.wandb_logger", "project": "p", "group": "made_up", "entity": None}
     write_run(tmp_path / "s/a", "lora_kl", 1, config={"seed": 1, "name": "made_up", "logger": logger})
     return tmp_path / "s"
 

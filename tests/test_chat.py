@@ -15,16 +15,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.chat import cli
-from rlhf.chat.models import Models
-from rlhf.chat.voices import Answer, Sampling, open_voices, reseed, template_of, together
 from rlhf.data.farm import Farm
 from rlhf.data.imdb import Imdb
 from rlhf.files import read_json, write_json
-from rlhf.finished import FinishedRun, RunError
+from rlhf.finished.chat import cli
+from rlhf.finished.chat.models import Models
+from rlhf.finished.chat.voices import Answer, Sampling, open_voices, reseed, template_of, together
+from rlhf.finished.run import FinishedRun, RunError
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import NativeEngine
+from rlhf.rollout.engine import NativeEngine
 
 PROMPT, IDS = "w9 w7", [[5, 9, 7, 6]]  # in the data set's template
 
@@ -126,7 +126,7 @@ def test_gold_utility_where_the_data_set_knows_it(runs: SimpleNamespace) -> None
 
 def test_in_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:
     lines = [PROMPT, "", "/seed x", "/what", "w3 " * 200, "/temperature 0", PROMPT, "/quit", "w3"]
-    command = [sys.executable, "-c", "from rlhf.chat.cli import main; main()", str(runs.ppo), str(runs.sft)]
+    command = [sys.executable, "-c", "from rlhf.finished.chat.cli import main; main()", str(runs.ppo), str(runs.sft)]
     done = subprocess.run(
         [*command, "--temperature", "0"], input="\n".join(lines), capture_output=True, text=True, check=False,
         env=os.environ, cwd=tmp_path,
@@ -207,7 +207,14 @@ def test_the_page_needs_gradio(
 def test_the_page_streams_a_column_for_each_run(runs: SimpleNamespace) -> None:
     pytest.importorskip("gradio")
     client = pytest.importorskip("gradio_client")
-    command = [sys.executable, "-u", "-c", "from rlhf.chat.cli import main; main()", str(runs.ppo), str(runs.sft)]
+    command = [
+        sys.executable,
+        "-u",
+        "-c",
+        "from rlhf.finished.chat.cli import main; main()",
+        str(runs.ppo),
+        str(runs.sft),
+    ]
     # a process of its own: a generator whose types are checked is none to gradio
     server = subprocess.Popen([*command, "--web", "--max-new-tokens", "6"], stdout=subprocess.PIPE, text=True)
     try:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from finished_runs import outputs
 
-from rlhf import cache, checksums
-from rlhf.checksums import CHECKSUMS, damage, seal
-from rlhf.files import SUMMARY, DamagedError, read_object, write_json
-from rlhf.finished import FinishedRun, RunError
+from rlhf.files import SUMMARY, DamagedError, checksums, read_object, write_json
+from rlhf.files.checksums import CHECKSUMS, damage, seal
+from rlhf.finished.run import FinishedRun, RunError
 from rlhf.models import ModelError
-from rlhf.tracking import read_summary
+from rlhf.pipeline import cache
+from rlhf.tracking.run_log import read_summary
 
 HEADER = b'{"a":{"dtype":"F32","shape":[25],"data_offsets":[0,100]}}'.ljust(64)
 WEIGHTS = b"\x40\0\0\0\0\0\0\0" + HEADER + bytes(range(100))

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf import ppo
-from rlhf.config import instantiate, needs
 from rlhf.data.farm import Farm
 from rlhf.data.imdb import Imdb
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import Rollouts
+from rlhf.pipeline.config import instantiate, needs
+from rlhf.rollout.engine import Rollouts
 from rlhf.scorers import Context
 from rlhf.scorers.bag_of_words import BagOfWordsScorer
 from rlhf.scorers.combine import WeightedSum
@@ -98,7 +98,7 @@ def test_scores_are_scaled_cut_or_left() -> None:
 
 def test_resuming_goes_on_counting(folders: SimpleNamespace, tmp_path: Path) -> None:
     """The checkpoint holds the moments: four steps, and two steps continued, see the same scores."""
-    from rlhf.checkpoints import StepCheckpoints
+    from rlhf.pipeline.checkpoints import StepCheckpoints
 
     settings = ppo_settings(score_normalization="standardize", score_clip=1.5, steps=4, checkpoint_every=2)
     whole = make_ppo(settings, folders, tmp_path / "a" / "samples")

@@ -10,7 +10,7 @@ from harness import PROMPTS, gradients, make_ppo, ppo_settings, train
 from tiny_runs import sentence
 from torch._dynamo.utils import counters
 
-from rlhf.rollout import rollout
+from rlhf.rollout.engine import rollout
 from rlhf.stages.ppo import PPO
 
 

@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny_runs import sentence
 
-import rlhf.resolvers  # noqa: F401
+import rlhf.sweep.resolvers  # noqa: F401
 from rlhf import root
-from rlhf.config import instantiate, settings_of, target_class
-from rlhf.resolvers import folder_name
+from rlhf.pipeline.config import instantiate, settings_of, target_class
+from rlhf.sweep.resolvers import folder_name
 
 CONF = root() / "conf"
 OPTIONS = [

@@ -14,11 +14,11 @@ from tiny_runs import TINY, rlhf
 from wandb_files import OfflineRun, read_runs
 
 from rlhf import root
-from rlhf.dashboards import offline_runs
 from rlhf.data.farm import Farm
 from rlhf.files import SUMMARY, read_lines
 from rlhf.guards.signs import GUARDS, SKIPPED
-from rlhf.tracking import read_metrics, read_summary
+from rlhf.tracking.dashboards import offline_runs
+from rlhf.tracking.run_log import read_metrics, read_summary
 
 pytestmark = pytest.mark.slow
 

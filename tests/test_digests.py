@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import digests
-from rlhf.digests import content_digest
+from rlhf.files import digests
+from rlhf.files.digests import content_digest
 
 
 @pytest.fixture

@@ -21,12 +21,14 @@ import torch
 from test_crash import assert_same, remains
 from tiny_runs import TINY, before_call, command, sentence  # noqa: F401
 
-from rlhf import building, cache, locks, tracking
-from rlhf.checkpoints import StepCheckpoints
-from rlhf.failures import of_the_machine, writing
-from rlhf.files import aside, copy_folder, keep_lines, read_json, write_json
+from rlhf.errors.machine import of_the_machine, writing
+from rlhf.files import aside, copy_folder, keep_lines, locks, read_json, write_json
+from rlhf.pipeline import build as building
+from rlhf.pipeline import cache
+from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.settings import ConfigError
 from rlhf.stages.ppo import PPO
+from rlhf.tracking import run_log as tracking
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
         assert of_the_machine(outer) == of_the_machine(error)
     for error in (FileNotFoundError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("(os error x)")):
         assert of_the_machine(error) is None
-    try:  # as Hydra wraps what a constructor raises, and rlhf.config.instantiate unwraps it
+    try:  # as Hydra wraps what a constructor raises, and rlhf.pipeline.config.instantiate unwraps it
         try:
             raise ConfigError("flip=2") from None
         except ConfigError as cause:

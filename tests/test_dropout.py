@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf import divergence, ppo
 from rlhf.divergence import bregman
-from rlhf.rollout import Rollouts
+from rlhf.rollout.engine import Rollouts
 from rlhf.stages.experience import score_exact, score_logprobs, score_values
 from rlhf.stages.ppo import PPO
 

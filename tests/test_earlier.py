@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf import cache, earlier
 from rlhf.files import EARLIER, METRICS, MODEL, SUMMARY, write_json
+from rlhf.pipeline import cache, earlier
 
 
 @pytest.fixture

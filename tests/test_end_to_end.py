@@ -11,7 +11,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.tracking import read_metrics, read_summary
+from rlhf.tracking.run_log import read_metrics, read_summary
 
 pytestmark = pytest.mark.slow
 QUICK = ["debug=quick", "logger=csv", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"]

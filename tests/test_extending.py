@@ -13,7 +13,7 @@ from tiny_runs import TINY, rlhf
 from rlhf import root
 from rlhf.data.records import Prompt
 from rlhf.files import SUMMARY, read_lines
-from rlhf.tracking import read_metrics, read_summary
+from rlhf.tracking.run_log import read_metrics, read_summary
 
 pytestmark = pytest.mark.slow
 PAGE = (root() / "docs" / "extending.md").read_text()

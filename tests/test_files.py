@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.checkpoints import Best, StepCheckpoints
-from rlhf.explaining import explain
+from rlhf.errors.explaining import explain
 from rlhf.files import DamagedError, keep_lines, read_json, read_lines, tidy, write_json
-from rlhf.sweep import METRICS, states
-from rlhf.tracking import evaluated_at, forget_after, maybe_unsent, read_metrics
+from rlhf.pipeline.checkpoints import Best, StepCheckpoints
+from rlhf.sweep.callback import METRICS, states
+from rlhf.tracking.run_log import evaluated_at, forget_after, maybe_unsent, read_metrics
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:

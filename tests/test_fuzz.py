@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from test_bad_input import FILES, GOOD, PAIR, SPLIT, alpaca, dump, imdb, pairs, preference
 
-import rlhf.resolvers  # noqa: F401
+import rlhf.sweep.resolvers  # noqa: F401
 from rlhf import root
-from rlhf.config import check, data_source, settings_of
 from rlhf.data.records import DataError, columns
-from rlhf.explaining import explain
+from rlhf.errors.explaining import explain
+from rlhf.pipeline.config import check, data_source, settings_of
 
 MORE = int(os.environ.get("RLHF_FUZZ", "1"))  # how many times as many examples
 FUZZ = settings(max_examples=30 * MORE, deadline=None, suppress_health_check=list(HealthCheck))

@@ -30,21 +30,21 @@ from test_report import write_run
 from test_stages import COMPARISONS, DEMONSTRATIONS, reward_stage, sft_stage
 from torch.utils.data import DataLoader
 
-from rlhf import ppo, resolvers, root  # noqa: F401  (Hydra needs the resolvers)
-from rlhf.checkpoints import StepCheckpoints
-from rlhf.config import settings_of
+from rlhf import ppo, root
 from rlhf.data.records import Prompt
 from rlhf.files import read_json
 from rlhf.guards import MOST_SAVED, Guards
 from rlhf.guards.signs import GUARDS, SKIPPED, repetition
+from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.pipeline.config import settings_of
+from rlhf.pipeline.train import train_ppo
 from rlhf.report.checks import warnings
 from rlhf.report.runs import load
 from rlhf.settings import GuardSettings, GuardsSettings, LimitGuard, Settings, Stopped
 from rlhf.stages.base import SeededBatches
 from rlhf.stages.evaluation import falls
 from rlhf.stages.ppo import PPO
-from rlhf.tracking import read_metrics
-from rlhf.training import train_ppo
+from rlhf.tracking.run_log import read_metrics
 
 Line = dict[str, float]
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rlhf import identity, root
-from rlhf.config import check, data_source, settings_of
+from rlhf import root
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.farm import Farm
 from rlhf.data.records import DataError
-from rlhf.pipeline import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
-from rlhf.resolvers import folder_name
+from rlhf.pipeline import identity
+from rlhf.pipeline.config import check, data_source, settings_of
+from rlhf.pipeline.run import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
 from rlhf.settings import ConfigError
+from rlhf.sweep.resolvers import folder_name
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from rlhf.building import skipped_rows
 from rlhf.data.imdb import Imdb
 from rlhf.data.records import DataError, Demonstration, columns
 from rlhf.models.sequences import pack
+from rlhf.pipeline.build import skipped_rows
 from rlhf.stages.sft import encode_pairs
 
 ROOT = Path(__file__).parents[1]

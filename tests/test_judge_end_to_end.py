@@ -13,7 +13,7 @@ from openai_server import serving, text_of
 
 from rlhf.data.farm import Farm
 from rlhf.files import read_lines
-from rlhf.tracking import read_summary
+from rlhf.tracking.run_log import read_summary
 
 QUICK = ["debug=quick", "ppo.checkpoint_every=50", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"]
 

@@ -12,7 +12,7 @@ from rlhf.models import ModelError, heads
 from rlhf.models.logits import LanguageHead, head_of
 from rlhf.models.roles import Role, Roles, width_of
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import NativeEngine
+from rlhf.rollout.engine import NativeEngine
 from rlhf.stages.experience import exact_divergence
 
 

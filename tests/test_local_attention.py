@@ -4,10 +4,10 @@ import pytest
 import torch
 from architectures import LOCAL, tiny
 
-from rlhf import rollout
 from rlhf.models.roles import Roles
 from rlhf.models.unpadded import takes_visible
-from rlhf.rollout import NativeEngine
+from rlhf.rollout import engine as rollout
+from rlhf.rollout.engine import NativeEngine
 
 SHORT, LONG = [7, 5, 3], [(7 * i) % 50 + 3 for i in range(17)]
 

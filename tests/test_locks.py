@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from filelock import SoftFileLease
 
-from rlhf import locks
+from rlhf.files import locks
 
 
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)

@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rlhf import root
-from rlhf.config import settings_of
 from rlhf.models.memory import TRAINED, Memory, estimate
+from rlhf.pipeline.config import settings_of
 from rlhf.settings import Settings
 
 VOCABULARY = 500

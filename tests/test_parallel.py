@@ -20,9 +20,10 @@ from test_crash import assert_same, remains_of
 from tiny_runs import TINY, sentence
 from torch import Tensor
 
-from rlhf import parallel, ppo
+from rlhf import ppo
+from rlhf.distributed import collectives as parallel
 from rlhf.models.roles import Roles
-from rlhf.rollout import Generated
+from rlhf.rollout.engine import Generated
 from rlhf.settings import Interrupted
 
 DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]

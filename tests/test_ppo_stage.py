@@ -13,12 +13,12 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import ppo
-from rlhf.checkpoints import StepCheckpoints
 from rlhf.models import heads
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import serve_as_old
+from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.rollout.engine import serve_as_old
 from rlhf.settings import LoraSettings
 from rlhf.stages.ppo import PPO
 

@@ -19,8 +19,6 @@ from test_llm_pool import context
 from tiny_runs import TINY, rlhf, sentence
 
 from rlhf import root
-from rlhf.building import records
-from rlhf.chat.models import Models, score
 from rlhf.data.farm import Farm
 from rlhf.data.records import DataError, Prompt, SampledComparison
 from rlhf.data.templates import Template
@@ -29,10 +27,12 @@ from rlhf.evaluation.llm_pool import LLMPool
 from rlhf.evaluation.preferences import SPLITS, SavedPreferences, Simulated, counts
 from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import read_lines
-from rlhf.finished import FinishedRun
-from rlhf.finished_judge import FinishedRewardModelJudge
+from rlhf.finished.chat.models import Models, score
+from rlhf.finished.judge import FinishedRewardModelJudge
+from rlhf.finished.run import FinishedRun
+from rlhf.pipeline.build import records
 from rlhf.settings import ConfigError, Interrupted
-from rlhf.tracking import read_metrics, read_summary
+from rlhf.tracking.run_log import read_metrics, read_summary
 
 GOLD = {"_target_": "rlhf.evaluation.judges.GoldJudge"}
 

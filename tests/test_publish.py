@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.files import read_json
+from rlhf.finished.export import cli
+from rlhf.finished.export.card import hub_datasets, shareable
 from rlhf.models.sequences import Sequences
-from rlhf.publish import cli
-from rlhf.publish.card import hub_datasets, shareable
 
 
 @pytest.fixture(scope="module")

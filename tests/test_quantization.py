@@ -11,7 +11,7 @@ from rlhf.models.assembly import lora_config
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import NativeEngine
+from rlhf.rollout.engine import NativeEngine
 from rlhf.settings import LoraSettings, ModelSettings
 
 pytest.importorskip("bitsandbytes")

@@ -29,7 +29,7 @@ from rlhf.report.results import comparisons, main_table
 from rlhf.report.runs import NoRunsError, Sweep, label, load
 from rlhf.report.style import looks
 from rlhf.report.tables import Interval, Number, Table
-from rlhf.sweep import states, status
+from rlhf.sweep.callback import states, status
 
 ARMS = {"lora_kl": (0.36, 0.3), "lora_none": (0.37, 0.9), "full_none": (0.55, 1.4)}
 PROMPTS, STEPS = 120, (0, 10, 20, 30, 40, 50)
@@ -39,7 +39,7 @@ PROMPTS, STEPS = 120, (0, 10, 20, 30, 40, 50)
 
 
 def write_run(folder: Path, arm: str, seed: int, layout: Mapping[str, Any] | None = None, **changes: Any) -> None:
-    """A run folder as rlhf.pipeline leaves it, with smooth made-up curves."""
+    """A run folder as rlhf.pipeline.run leaves it, with smooth made-up curves."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng((seed, sum(map(ord, arm))))
     hard = np.random.default_rng(0).normal(0, 0.15, PROMPTS)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import rollout as module
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import (
+from rlhf.rollout import engine as module
+from rlhf.rollout.engine import (
     Generated,
     NativeEngine,
     Rollouts,
@@ -100,7 +100,7 @@ def test_values_of_a_head_on_the_policys_trunk(
     make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read off while sampling, whichever rows are done and dropped: what a pass over the texts finds."""
-    monkeypatch.setattr("rlhf.rollout.CHECK_EVERY", 2)
+    monkeypatch.setattr("rlhf.rollout.engine.CHECK_EVERY", 2)
     roles, prompts = make_roles(), [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS]
     settings = GenerationSettings(max_new_tokens=LIMIT, batch_size=5)
     engine = make_engine(settings, make_tokenizer(), roles)

@@ -18,14 +18,14 @@ from test_report import write_run
 from tiny_runs import TINY
 
 from rlhf import root
-from rlhf.config import settings_of
 from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.objectives import objectives_of, result
+from rlhf.pipeline.config import settings_of
 from rlhf.report.cli import make_report
 from rlhf.report.front import front_table, unbeaten
 from rlhf.report.runs import load
 from rlhf.settings import ConfigError
-from rlhf.sweep import PLAN, states, told
+from rlhf.sweep.callback import PLAN, states, told
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 BOTH = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}
@@ -140,7 +140,7 @@ def test_trials_without_a_result_are_asked_for_again_and_once() -> None:
     from optuna.distributions import UniformDistribution
     from optuna.trial import TrialState
 
-    from rlhf.search import ask_again
+    from rlhf.sweep.search import ask_again
 
     study, space = optuna.create_study(directions=["maximize", "minimize"]), {"x": UniformDistribution(0, 1)}
     done, failed, killed, empty = study.ask(space), study.ask(space), study.ask(space), study.ask()

@@ -17,7 +17,7 @@ from rlhf.data.farm import Farm
 from rlhf.models import ModelError
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import Rollouts
+from rlhf.rollout.engine import Rollouts
 from rlhf.scorers import Context
 from rlhf.scorers.sentiment import SentimentScorer
 from rlhf.settings import ConfigError

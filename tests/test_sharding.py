@@ -17,10 +17,10 @@ from tiny_runs import sentence
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from rlhf import parallel
+from rlhf.distributed import collectives as parallel
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import gathered, shard
-from rlhf.rollout import Rollouts, rollout
+from rlhf.rollout.engine import Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.experience import score_values
 from rlhf.stages.ppo import PPO
@@ -210,7 +210,7 @@ def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], word
 
 def test_a_torch_that_shards_all_or_nothing(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.6, whose `fully_shard` cannot leave the adapters out."""
-    monkeypatch.setattr("rlhf.capabilities.fully_shard", lambda module, *, mesh=None: module)
+    monkeypatch.setattr("rlhf.pipeline.capabilities.fully_shard", lambda module, *, mesh=None: module)
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU)
     assert code == 2
     assert "needs torch 2.7 or later" in sentence(said)

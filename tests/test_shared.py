@@ -16,13 +16,13 @@ from conftest import tiny_model, word_tokenizer
 from hydra.core.hydra_config import HydraConfig
 from tiny_runs import TINY, command  # noqa: F401
 
-from rlhf.checkpoints import StepCheckpoints, _checksum_file
-from rlhf.digests import sha256
+from rlhf.files.digests import sha256
 from rlhf.models import ModelError
 from rlhf.models.export import save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.pipeline.checkpoints import StepCheckpoints, _checksum_file
 from rlhf.settings import ModelSettings
-from rlhf.tracking import read_metrics, wandb_logger
+from rlhf.tracking.run_log import read_metrics, wandb_logger
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -77,7 +77,7 @@ def test_an_unreachable_wandb_stops_no_run_and_the_key_is_nowhere(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("rlhf.tracking.WANDB_SECONDS", 3)
+    monkeypatch.setattr("rlhf.tracking.run_log.WANDB_SECONDS", 3)
     code, said = command(*TINY, "logger=wandb")
     assert code == 0, said
     assert "W&B cannot be used" in said
@@ -120,7 +120,7 @@ def test_a_wandb_that_vanishes_during_a_run_neither_stops_nor_stalls_it(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("rlhf.tracking.WANDB_FINISH_SECONDS", 3)
+    monkeypatch.setattr("rlhf.tracking.run_log.WANDB_FINISH_SECONDS", 3)
     runtime = type("Runtime", (), {"runtime": type("Folder", (), {"output_dir": str(tmp_path)})})
     monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: runtime))
     logger = wandb_logger(project="rlhf")

@@ -14,10 +14,10 @@ from slurm_cluster import Cluster, missing, wait_for
 from test_crash import assert_same, remains_of
 from test_end_to_end import QUICK
 
-from rlhf import slurm
-from rlhf.code import freeze
 from rlhf.files import read_json, read_lines
 from rlhf.settings import ConfigError
+from rlhf.sweep import slurm
+from rlhf.tracking.code import freeze
 
 SEEDS = (1, 2)
 # a reward that waits where the test wants a run to be, or kills its process as the kernel does when memory is short
@@ -202,7 +202,7 @@ def elapsed_minutes(cluster: Cluster, job: str) -> int:
 
 def status(cluster: Cluster, study: Path) -> str:
     """`rlhf-status`."""
-    code = "from rlhf.sweep import status; status()"
+    code = "from rlhf.sweep.callback import status; status()"
     command = [sys.executable, "-c", code, str(study)]
     environment = {**cluster.environment, "COLUMNS": "400"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_rollout import EOS, KINDS, rows_of, sample, seeded
 
-from rlhf import rollout
-from rlhf.models.decoding import FixedStep, captured
-from rlhf.models.kv_cache import BufferCache
 from rlhf.models.roles import Roles
-from rlhf.rollout import NativeEngine, make_engine
+from rlhf.rollout import engine as rollout
+from rlhf.rollout.decoding import FixedStep, captured
+from rlhf.rollout.engine import NativeEngine, make_engine
+from rlhf.rollout.kv_cache import BufferCache
 from rlhf.settings import GenerationSettings
 
 FIXED, GROWING = NativeEngine(EOS, fixed=True), NativeEngine(EOS)

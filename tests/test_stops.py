@@ -21,19 +21,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf.building import save_full_reward
-from rlhf.chat.models import Part
-from rlhf.chat.voices import stream
 from rlhf.data.records import Prompt, SampledComparison
 from rlhf.evaluation.judges import RewardModelJudge
-from rlhf.finished_judge import FinishedRewardModelJudge
+from rlhf.finished.chat.models import Part
+from rlhf.finished.chat.voices import stream
+from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenizing import Response
 from rlhf.models.tokens import stop_ids, stops_of
-from rlhf.rollout import NativeEngine, TransformersEngine, make_engine, rollout
+from rlhf.pipeline.build import save_full_reward
+from rlhf.rollout.engine import NativeEngine, TransformersEngine, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import GenerationSettings, ModelSettings
 from rlhf.stages.reward import RewardModeling
@@ -125,7 +125,7 @@ def test_chat_stops_at_any_of_them() -> None:
 
 def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Against a stand-in with vLLM's names, since it needs a GPU."""
-    from rlhf import vllm_engine
+    from rlhf.rollout import vllm as vllm_engine
 
     asked: dict[str, Any] = {}
 

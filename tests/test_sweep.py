@@ -14,7 +14,7 @@ from test_end_to_end import QUICK, rlhf
 from tiny_runs import TINY
 
 from rlhf.files import read_json, write_json
-from rlhf.sweep import FAILED, PLAN, SUMMARY, counts, parallel_jobs, seconds_left, states
+from rlhf.sweep.callback import FAILED, PLAN, SUMMARY, counts, parallel_jobs, seconds_left, states
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_states_and_time_left(tmp_path: Path) -> None:
 
 def test_status_command(tmp_path: Path) -> None:
     make_plan(tmp_path, done=2, running=0, failed=1, waiting=0)
-    code = "from rlhf.sweep import status; status()"
+    code = "from rlhf.sweep.callback import status; status()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), "--watch"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "2 of 3 runs done, 1 failed" in done.stdout

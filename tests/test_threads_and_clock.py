@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rlhf.cli import _share_cores
-from rlhf.sweep import _seconds_left
-from rlhf.tracking import write_summary
+from rlhf.sweep.callback import _seconds_left
+from rlhf.tracking.run_log import write_summary
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from test_memory import of
 
 from rlhf.models import ModelError
 from rlhf.models.export import ADAPTER
-from rlhf.rollout import make_engine
+from rlhf.rollout.engine import make_engine
+from rlhf.rollout.vllm import write_adapter
 from rlhf.settings import ConfigError, GenerationSettings
-from rlhf.vllm_engine import write_adapter
 
 CHOSEN = ["generation=vllm", "model.dtype=bfloat16"]
 REFUSED = [

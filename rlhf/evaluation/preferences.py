@@ -26,7 +26,7 @@ from rlhf.evaluation.judges import NoJudge
 from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import aside, read_json, read_lines, write_json
 from rlhf.models.tokenizing import Response
-from rlhf.rollout import Rollouts
+from rlhf.rollout.engine import Rollouts
 from rlhf.settings import ConfigError, choice, fraction, optional_positive, positive, seed, typed
 from rlhf.stages.base import generator
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf import parallel
+from rlhf.distributed import collectives as parallel
 from rlhf.models import ModelError
 from rlhf.models.roles import Roles, blocks_of
 from rlhf.models.sequences import Sequences

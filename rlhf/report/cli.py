@@ -15,7 +15,7 @@ from rlhf.report.front import front_table
 from rlhf.report.results import baseline, compared, comparisons, difference_table, main_table
 from rlhf.report.runs import NoRunsError, load
 from rlhf.report.tables import Table
-from rlhf.run_files import printable
+from rlhf.tracking.reading import printable
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:

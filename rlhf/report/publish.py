@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf import tracking
-from rlhf.config import instantiate, target_class
+from rlhf.pipeline.config import instantiate, target_class
+from rlhf.tracking import run_log as tracking
 
 
 def publish(page: Path, folder: Path, config: DictConfig) -> None:

@@ -21,7 +21,7 @@ from rlhf.report.statistics import (
 )
 from rlhf.report.tables import NOTHING, Cell, Number, Table
 from rlhf.report.tables import Interval as Ends
-from rlhf.run_files import ADJUSTED, CONTROLLED
+from rlhf.tracking.reading import ADJUSTED, CONTROLLED
 
 WIN = "eval/win_rate"
 MOST = 1000  # more runs or a hundred times more instructions than this nobody makes: printed as "more than"

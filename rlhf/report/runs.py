@@ -15,7 +15,7 @@ import numpy as np
 from rlhf.files import FAILED, METRICS, SUMMARY
 from rlhf.report.alike import divide
 from rlhf.report.statistics import Array
-from rlhf.run_files import numbers_only, read_plan, read_summary, renamed, stepped_lines, try_object
+from rlhf.tracking.reading import numbers_only, read_plan, read_summary, renamed, stepped_lines, try_object
 
 log = logging.getLogger(__name__)
 EARLIER = "earlier"  # in a run's folder: its runs that were moved aside, which are no rows

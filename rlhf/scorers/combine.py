@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.rollout import Rollouts
+from rlhf.rollout.engine import Rollouts
 from rlhf.scorers import Context, Scorer
 from rlhf.settings import ConfigError
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader
 
-from rlhf import parallel
-from rlhf.dashboards import Dashboard
+from rlhf.distributed import collectives as parallel
 from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.settings import ConfigError, OptimizerSettings
+from rlhf.tracking.dashboards import Dashboard
 
 
 class SeededBatches(BatchSampler):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import parallel
 from rlhf.data.records import Prompt
+from rlhf.distributed import collectives as parallel
 from rlhf.divergence import exact_kl
 from rlhf.files import read_lines
 from rlhf.models.roles import Roles
-from rlhf.rollout import Engine, Rollouts, rollout
+from rlhf.rollout.engine import Engine, Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.base import Stage, generator
 from rlhf.stages.experience import score_exact

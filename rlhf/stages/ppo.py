@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import parallel, ppo
-from rlhf.dashboards import LARGEST_RATIO, RATIO_BINS
+from rlhf import ppo
+from rlhf.distributed import collectives as parallel
 from rlhf.divergence import bregman
 from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED, repetition
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout import Engine, Rollouts, in_float32, rollout, serve_as_old
+from rlhf.rollout.engine import Engine, Rollouts, in_float32, rollout, serve_as_old
 from rlhf.settings import Settings
 from rlhf.stages.base import generator, mixed_seed
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
@@ -36,6 +36,7 @@ from rlhf.stages.experience import (
     score_states,
     score_values,
 )
+from rlhf.tracking.dashboards import LARGEST_RATIO, RATIO_BINS
 
 FAR = "KL"  # an update refused because the policy has gone far enough from the one that sampled
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import parallel
 from rlhf.data.records import Comparison, Demonstration
+from rlhf.distributed import collectives as parallel
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.settings import RewardSettings

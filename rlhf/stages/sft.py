@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import parallel
 from rlhf.data.records import Demonstration
+from rlhf.distributed import collectives as parallel
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
 from rlhf.models.tokenizing import encode, encode_texts, last_tokens, spelt

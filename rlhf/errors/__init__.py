@@ -1,0 +1,1 @@
+"""What goes wrong, and the one sentence that says so."""

@@ -1,0 +1,160 @@
+"""The `rlhf-chat` command: prompts from the terminal, or a line each from a pipe, answered by several runs at once."""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.finished.run import FinishedRun, RunError, in_a_sentence
+
+if TYPE_CHECKING:
+    from rlhf.finished.chat.voices import Answer, Sampling, Voice
+
+COMMANDS = "/seed NUMBER, /temperature NUMBER (0 is greedy), /quit"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`rlhf-chat RUN… [--temperature T] [--max-new-tokens N] [--seed S] [--no-score] [--web]`."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-chat",
+        description="Ask one or several runs. Each line is a prompt by itself, in the template of the run's data.",
+        epilog=f"While talking: {COMMANDS}.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or an SFT model in outputs/cache"
+    )
+    parser.add_argument("--temperature", type=_temperature, help="default: that of the run's evaluation")
+    parser.add_argument("--max-new-tokens", type=_positive, help="default: that of the run's evaluation")
+    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument(
+        "--score", action=argparse.BooleanOptionalAction, default=True, help="score answers (default: yes)"
+    )
+    parser.add_argument("--web", action="store_true", help="a page in the browser (pip install 'rlhf[web]')")
+    options = parser.parse_args(arguments)
+    with in_a_sentence(parser.prog):
+        runs = [FinishedRun.open(folder) for folder in options.runs]
+        if options.web:
+            _needs_gradio()
+        # imported here so that mistakes do not wait for torch
+        from rlhf.cli import quieten
+        from rlhf.finished.chat.voices import Sampling, open_voices
+
+        quieten()
+        voices = open_voices(runs, options.score, options.seed)
+        sampling = Sampling(options.temperature, options.max_new_tokens)
+        if options.web:
+            from rlhf.finished.chat.web import page
+
+            page(voices, sampling, options.seed).launch(server_name="127.0.0.1")
+        else:
+            talk(voices, sampling)
+
+
+def talk(voices: "Sequence[Voice]", sampling: "Sampling") -> None:
+    """Answer prompts until there are no more."""
+    from rlhf.finished.chat.voices import reseed
+
+    console = Console(highlight=False)
+    if sys.stdin.isatty():
+        console.print(f"{', '.join(voice.label for voice in voices)}   {COMMANDS}", style="dim", markup=False)
+    for line in _lines(console):
+        command, _, value = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/seed":
+                reseed(voices, _seed(value))
+            elif command == "/temperature":
+                sampling.temperature = _temperature(value)
+            elif line.startswith("/"):
+                raise RunError(f"{command} is no command; allowed: {COMMANDS}")
+            else:
+                _answer(console, voices, line, sampling)
+        except (RunError, argparse.ArgumentTypeError) as error:
+            print(error, file=sys.stderr, flush=True)
+        except KeyboardInterrupt:  # enough of this answer
+            console.print()
+
+
+def _lines(console: Console) -> Iterator[str]:
+    """What is typed or piped, without empty lines."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = console.input("[bold]>[/] ") if terminal else sys.stdin.readline()
+        except EOFError:
+            return
+        if not terminal and not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _answer(console: Console, voices: "Sequence[Voice]", prompt: str, sampling: "Sampling") -> None:
+    """Columns that grow on a terminal, plain text elsewhere."""
+    from rlhf.finished.chat.voices import together
+
+    answers: list[Answer] = []
+    if not (console.is_terminal and sys.stdin.isatty()):
+        for answers in together(voices, prompt, sampling):  # noqa: B007
+            pass
+        print(f"> {prompt}")
+        for voice, answer in zip(voices, answers, strict=True):
+            print(f"{voice.label}: {answer.text}\n  ({answer.note})")
+        print(flush=True)
+        return
+    with Live(console=console, refresh_per_second=12) as live:
+        for answers in together(voices, prompt, sampling):
+            live.update(columns(console, voices, answers))
+
+
+def columns(console: Console, voices: "Sequence[Voice]", answers: "Sequence[Answer]") -> Table:
+    """Side by side; while someone talks, only as many of the last lines as the terminal holds."""
+    grid = Table.grid(expand=True)
+    growing = not all(answer.done for answer in answers)
+    width = console.width // len(voices) - 4
+    cells = []
+    for voice, answer in zip(voices, answers, strict=True):
+        grid.add_column(ratio=1)
+        lines = Text(answer.text).wrap(console, max(width, 1))
+        shown = lines[-max(console.height - 6, 1) :] if growing else lines
+        cells.append(Panel(Group(*shown, Text(answer.note, style="dim")), title=Text(voice.label)))
+    grid.add_row(*cells)
+    return grid
+
+
+def _needs_gradio() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise RunError("--web needs the package gradio: pip install 'rlhf[web]'")
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"temperature {text!r} is not allowed; allowed: a number of 0 or above")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"seed {text!r} is not allowed; allowed: a whole number of 0 or above")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number above 0")
+    return int(text)

@@ -1,0 +1,39 @@
+"""A small page: a column per run, on this machine only."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+
+from rlhf.finished.chat.voices import Sampling, Voice, reseed, together
+from rlhf.finished.run import RunError
+
+
+def page(voices: Sequence[Voice], sampling: Sampling, seed: int) -> gr.Blocks:
+    """The page, to be launched. One prompt is answered at a time, since the models are shared."""
+
+    def answer(prompt: str, temperature: float, number: float) -> Iterator[list[str]]:
+        reseed(voices, int(number))
+        chosen = Sampling(temperature, sampling.max_new_tokens)
+        try:
+            for answers in together(voices, prompt.strip(), chosen):
+                yield [text for now in answers for text in (now.text, now.note)]
+        except RunError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    start = voices[0].evaluation["temperature"] if sampling.temperature is None else sampling.temperature
+    with gr.Blocks(title="rlhf-chat") as blocks:
+        prompt = gr.Textbox(label="Prompt", autofocus=True)
+        with gr.Row():
+            temperature = gr.Slider(0, max(2.0, start), value=start, label="Temperature (0 is greedy)")
+            number = gr.Number(seed, precision=0, minimum=0, label="Seed")
+        shown: list[gr.Textbox] = []
+        with gr.Row():
+            for voice in voices:
+                with gr.Column():
+                    shown.append(gr.Textbox(label=voice.label, lines=8, interactive=False))
+                    shown.append(gr.Textbox(show_label=False, interactive=False))
+        prompt.submit(answer, [prompt, temperature, number], shown, concurrency_limit=1)
+    return blocks

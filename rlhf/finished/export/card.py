@@ -1,0 +1,133 @@
+"""The model card: what was trained how, what it scored, and the metadata by which the Hub finds it."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from omegaconf import OmegaConf
+
+from rlhf.data.options import as_list
+from rlhf.data.records import DataError
+from rlhf.data.sources import Source
+from rlhf.finished.run import FinishedRun
+from rlhf.report.measures import measure
+
+TRAINED_BY = {  # the groups of the configuration that made each stage's model
+    "sft": ("model", "data", "quantization", "sft"),
+    "reward": ("model", "data", "quantization", "sft", "preferences", "reward"),
+    "ppo": ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", "ppo", "divergence", "kl",
+            "scorer", "generation", "evaluation"),
+}  # fmt: skip
+TASKS = {"sft": "text-generation", "reward": "text-classification", "ppo": "text-generation"}
+SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
+         "sft/validation_loss", "sft/perplexity"}  # fmt: skip
+TEMPLATE = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+_HUB_DATA = re.compile(r"(?:hf://datasets/)?([\w-][\w.-]*/[\w.-]+?)(?:/.*)?")
+_LOCAL = re.compile(r"[/~.].*/")
+
+
+def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, base: str | None, adapter: bool) -> str:
+    """The text of README.md. `base` is where the SFT model below an adapter is to be had, `name` what it is called.
+
+    Without a licence it has the one of the base model's own card, else `unknown`.
+    """
+    config, origin = run.config, hub_id(run.config["model"]["name_or_path"])
+    below = base if adapter else origin
+    dataset = str(config["data"]["_target_"]).rpartition(".")[2]
+    data = ModelCardData(
+        license=licence or licence_of(config["model"]["name_or_path"]) or "unknown",
+        library_name="peft" if adapter else "transformers",
+        base_model=below,
+        base_model_relation=("adapter" if adapter else "finetune") if below else None,
+        datasets=sorted(set(hub_datasets(config["data"]))) or None,
+        pipeline_tag=TASKS[run.stage],
+        tags=tags(run, adapter),
+        model_name=name,
+        eval_results=[
+            EvalResult(TASKS[run.stage], dataset.lower(), dataset, metric.partition("/")[2], value, metric_name=title)
+            for metric, title, value, _ in results(run)
+        ]
+        or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        run=run,
+        name=name,
+        adapter=adapter,
+        below=below or "the SFT model",
+        origin=origin or _without_path(config["model"]["name_or_path"]) or "a model made from scratch",
+        dataset=dataset,
+        template=config["data"].get("template"),
+        results=[(title, _number(value), _number(before)) for _, title, value, before in results(run)],
+        dtype=dtype,
+        settings=OmegaConf.to_yaml({key: shareable(config[key]) for key in TRAINED_BY[run.stage] if key in config}),
+    )
+    return str(card)
+
+
+def results(run: FinishedRun) -> Iterator[tuple[str, str, float, float | None]]:
+    """(metric, its words, value, value of the SFT model if it was measured) of all that says how good the model is."""
+    before = run.summary.get("sft_metrics") or {}
+    for metric, value in run.metrics.items():
+        measured = metric.startswith("eval/") or metric in SHOWN
+        if measured and isinstance(value, int | float) and math.isfinite(value):
+            yield metric, measure(metric).name, float(value), before.get(metric)
+
+
+def tags(run: FinishedRun, adapter: bool) -> list[str]:
+    """What one would search for."""
+    lora = run.config["lora"] if run.stage == "ppo" else run.config[run.stage]["lora"]
+    found = ["rlhf", run.stage, *(["lora"] if lora["r"] else []), *(["adapter"] if adapter else [])]
+    return [*found, "reward-model"] if run.stage == "reward" else found
+
+
+def hub_id(name_or_path: str | None) -> str | None:
+    """The Hub's name of a model, None for a folder."""
+    name = name_or_path or ""
+    return name if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else None
+
+
+def hub_datasets(data: dict[str, Any]) -> Iterator[str]:
+    """The Hub's names of the data sets that a configuration reads from there."""
+    root = Path(str(data.get("root") or "."))
+    for key in data.keys() - {"_target_", "root", "template"}:
+        for spec in as_list(data[key]):
+            try:
+                hub = Source.parse(spec, root).hub
+            except DataError:  # some other key than a source
+                continue
+            found = _HUB_DATA.fullmatch(str(hub.get("data_files") or hub.get("path") or ""))
+            if found and not str(spec).endswith((".xml", ".xml.gz")):
+                yield found[1]
+
+
+def licence_of(name_or_path: str | None) -> str | None:
+    """What the card of a model says, as far as it lies on this machine."""
+    if name_or_path is None:
+        return None
+    place = hub_id(name_or_path)
+    path = try_to_load_from_cache(place, "README.md") if place else Path(name_or_path).expanduser() / "README.md"
+    if not isinstance(path, str | Path) or not Path(path).exists():
+        return None
+    return ModelCard.load(path, ignore_metadata_errors=True).data.license
+
+
+def shareable(node: Any) -> Any:
+    """A part of the configuration without places of this machine and its network: of a local path only its end."""
+    if isinstance(node, dict):
+        return {key: shareable(value) for key, value in node.items() if value is not None and key != "client"}
+    if isinstance(node, list):
+        return [shareable(value) for value in node]
+    return _without_path(node) if isinstance(node, str) else node
+
+
+def _without_path(text: str | None) -> str | None:
+    return text and _LOCAL.sub("", text, count=1) if text and "\n" not in text and _LOCAL.match(text) else text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -1,0 +1,151 @@
+"""The `rlhf-export` command: a run as a folder for others, and onto the Hub."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from rlhf.files import sync
+from rlhf.finished.run import FinishedRun, RunError, in_a_sentence
+
+DTYPES = ("float32", "bfloat16")
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`rlhf-export RUN DESTINATION [--dtype D] [--adapter [--base ID]] [--license ID] [--push ID] [--dry-run]`."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-export", description="A run's model with its adapter merged in, for plain transformers."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a model in outputs/cache")
+    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the run's model.dtype)")
+    parser.add_argument("--adapter", action="store_true", help="the adapter alone (default: float32)")
+    parser.add_argument("--base", metavar="OWNER/NAME", help="with --adapter: where its SFT model is published")
+    parser.add_argument("--license", metavar="ID", help="for the model card (default: that of the base's card)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="then upload it to this repository of the Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: a repository that is made is private")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written and pushed, and do neither")
+    options = parser.parse_args(arguments)
+    with in_a_sentence(parser.prog):
+        run = FinishedRun.open(options.run)
+        _check(run, options)
+        if options.dry_run:
+            _describe(run, options)
+            return
+        _write(run, options)
+        print(options.destination)
+        if options.push:
+            print(_push(options))
+
+
+def _check(run: FinishedRun, options: argparse.Namespace) -> None:
+    """Mistakes, before anything is loaded.
+
+    Raises:
+        RunError: what is asked for cannot be had.
+    """
+    if options.destination.exists():
+        raise RunError(f"{options.destination} is there already; allowed: a new folder")
+    if options.adapter and run.base is None:
+        raise RunError(f"--adapter: {run.folder} trained all weights and has no adapter; allowed: without --adapter")
+    if options.base and not options.adapter:
+        raise RunError("--base is what an adapter stands on; allowed: with --adapter")
+    if options.private and not options.push:
+        raise RunError("--private is for a repository of the Hub; allowed: with --push")
+    for key in ("push", "base"):
+        _check_id(f"--{key}", getattr(options, key))
+    if options.push and options.adapter and not options.base:
+        raise RunError("--adapter: only this machine has its SFT model; allowed: export that too and name it by --base")
+    if options.push and not options.dry_run and get_token() is None:
+        raise RunError("--push needs a login to the Hub; allowed: `hf auth login`, or a token in HF_TOKEN")
+
+
+def _check_id(key: str, name: str | None) -> None:
+    if name is None:
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if name.count("/") != 1:
+        raise RunError(f"{key} is no name of a repository on the Hub; allowed: OWNER/NAME")
+
+
+def _card(run: FinishedRun, options: argparse.Namespace) -> str:
+    from rlhf.finished.export.card import model_card
+
+    name = options.push or options.destination.resolve().name
+    return model_card(run, name, options.license, _dtype(run, options), options.base, options.adapter)
+
+
+def _dtype(run: FinishedRun, options: argparse.Namespace) -> str:
+    return options.dtype or ("float32" if options.adapter else run.settings.dtype)
+
+
+def _describe(run: FinishedRun, options: argparse.Namespace) -> None:
+    from rlhf.finished.export.merging import parameters
+
+    dtype = _dtype(run, options)
+    size = parameters(run.model if options.adapter else run.base or run.model) * BYTES[dtype] / 2**20
+    print(_card(run, options))
+    what = "the adapter" if options.adapter else "the merged model" if run.base else "the model"
+    print(f"would write {what}, about {size:,.1f} MiB of {dtype}, tokenizer and the card above: {options.destination}")
+    if options.push:
+        login = "" if get_token() else ", which needs a login (`hf auth login`)"
+        print(f"would push it to {options.push}{' (private)' if options.private else ''}{login}")
+
+
+def _write(run: FinishedRun, options: argparse.Namespace) -> None:
+    # imported here so that mistakes do not wait for torch
+    from rlhf.cli import quieten
+    from rlhf.finished.export.merging import merged, write_adapter
+    from rlhf.models.export import save_tokenizer
+    from rlhf.models.loading import DTYPES as TORCH
+
+    quieten()
+    dtype = TORCH[_dtype(run, options)]
+    with folder_aside(options.destination) as folder:
+        if options.adapter:
+            write_adapter(run, options.base, dtype, folder)
+        else:
+            merged(run, dtype).save_pretrained(folder)
+        save_tokenizer(run.tokenizer(), folder, scoring=run.stage == "reward")
+        (folder / "README.md").write_text(_card(run, options), encoding="utf-8")
+
+
+def _push(options: argparse.Namespace) -> str:
+    hub = HfApi()
+    try:
+        url = hub.create_repo(options.push, private=options.private or None, exist_ok=True)
+        hub.upload_folder(repo_id=options.push, folder_path=options.destination, commit_message="Export of a run")
+    except Exception as error:  # of the network, of the Hub, of the right to write there
+        from rlhf.models import first_line
+
+        again = f"`hf upload {options.push} {options.destination}` tries again"
+        print(f"rlhf-export: {options.push} could not be pushed ({first_line(error)}); {again}", file=sys.stderr)
+        raise SystemExit(1) from None
+    return str(url)
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, which is synced and becomes `path` at the end, or vanishes on failure."""
+    work = path.resolve().with_name(f".{path.resolve().name}.unfinished")
+    shutil.rmtree(work, ignore_errors=True)  # what an export that was killed left
+    work.mkdir(parents=True)
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                sync(file)
+        os.replace(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""What the model, several processes on one run, and vLLM can do: checked before any model is loaded."""
+
+import importlib.util
+import inspect
+
+import torch
+from omegaconf import DictConfig
+from torch.distributed.fsdp import fully_shard
+
+from rlhf.distributed import collectives as parallel
+from rlhf.models.architecture import check_architecture
+from rlhf.models.loading import linear_names, skeleton
+from rlhf.rollout.vllm import NOT_YOURS, RANKS, TEMPERATURES
+from rlhf.settings import ConfigError, Settings, is_quantized
+
+
+def check_model(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> None:
+    """See that the architecture can do what is asked of it, and has the layers that adapters shall be on.
+
+    Where the configuration of the model cannot be got, nothing is checked.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    lm = skeleton(settings.model)
+    if lm is None:
+        return
+    check_architecture(lm, settings.model, _lengths(config, settings, reward_model, simulated))
+    loras = {"lora": settings.lora, "lora@reward.lora": settings.reward.lora, "lora@sft.lora": settings.sft.lora}
+    present = linear_names(lm)
+    for key, lora in loras.items():
+        absent = sorted(set(lora.target_modules) - present) if lora.r else []
+        if absent:
+            raise ConfigError(
+                f"{key}.target_modules: between embeddings and last hidden states is no linear layer named "
+                f"{', '.join(absent)}; "
+                f"allowed: {', '.join(sorted(present))}"
+            )
+
+
+def _lengths(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> dict[str, int]:
+    """The tokens of the longest sequence of each stage that will run, by the keys that say so and their values."""
+    stage, prompt = config.stage.name, settings.model.max_prompt_tokens
+    reward = stage == "reward" or (stage in ("ppo", "evaluate") and reward_model)
+    answers = {}
+    if simulated and (reward or stage == "preferences"):
+        answers["preferences"] = config.preferences.max_new_tokens
+    if stage in ("ppo", "evaluate"):
+        answers |= {key: getattr(settings, key).max_new_tokens for key in ("generation", "evaluation")}
+    lengths = {f"sft.max_length={settings.sft.max_length}": settings.sft.max_length}
+    if reward:
+        lengths[f"reward.max_length={settings.reward.max_length}"] = settings.reward.max_length
+    for key, new in answers.items():
+        both = f"model.max_prompt_tokens={prompt} and {key}.max_new_tokens={new} ({prompt + new} tokens together)"
+        lengths[both] = prompt + new
+    return lengths
+
+
+def check_processes(config: DictConfig, settings: Settings) -> None:
+    """See that as many processes as the trainer asks for can be had, and can share this run.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    trainer, place = config.trainer, parallel.environment()
+    here, nodes = parallel.wanted(trainer), trainer.get("num_nodes", 1)
+    wanted, started = here * nodes, place.world_size() if place else None
+    if wanted > 1 and not trainer.get("strategy"):
+        raise ConfigError(f"trainer.devices={trainer.devices}: one process uses one device; allowed: 1, or trainer=ddp")
+    if started is not None and started != wanted:
+        raise ConfigError(
+            f"trainer.devices={trainer.get('devices')} on trainer.num_nodes={nodes} makes {wanted} processes, but "
+            f"{started} were started (by torchrun or srun); allowed: as many"
+        )
+    if nodes > 1 and started is None:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes}: processes on other nodes are started by torchrun, or by hydra/launcher=slurm "
+            "with hydra.launcher.nodes and hydra.launcher.tasks_per_node; allowed here: trainer.num_nodes=1"
+        )
+    if trainer.get("accelerator") != "cpu" and 0 < torch.cuda.device_count() < here:
+        raise ConfigError(f"trainer.devices={here}, but there are {torch.cuda.device_count()} GPUs here")
+    smallest = min(settings.sft.batch_size, settings.reward.batch_size, settings.ppo.minibatch_size)
+    if wanted > smallest:
+        raise ConfigError(
+            f"{wanted} processes, but a batch of {smallest} rows (sft.batch_size, reward.batch_size, "
+            "ppo.minibatch_size): each needs a row; allowed: fewer processes or larger batches"
+        )
+    if wanted > 1 and settings.ppo.accumulation == "as_published":
+        raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")
+    if parallel.shares(trainer) > 1:
+        _check_sharding(config.stage.name, settings)
+
+
+def _check_sharding(stage: str, settings: Settings) -> None:
+    """What the processes hold together is a frozen base, in the precision that its adapters are merged into."""
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ConfigError(
+            f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp"
+        )
+    if settings.model.compile:
+        raise ConfigError("model.compile=true was not tried with trainer=fsdp; allowed: false, or trainer=ddp")
+    if is_quantized(settings.quantization):
+        raise ConfigError("trainer=fsdp cannot share out a quantized base; allowed: quantization=none, or trainer=ddp")
+    loras = {"lora@sft.lora": settings.sft.lora, "lora@reward.lora": settings.reward.lora, "lora": settings.lora}
+    for key in list(loras)[: {"sft": 1, "preferences": 1, "reward": 2}.get(stage, 3)]:
+        if loras[key].r == 0:
+            raise ConfigError(
+                f"{key}=none trains the base itself, of which trainer=fsdp leaves each process but a share; "
+                f"allowed: an adapter such as {key}=r8, or trainer=ddp"
+            )
+    if settings.ppo.value == "full" and stage in ("ppo", "evaluate"):
+        raise ConfigError("ppo.value=full trains a whole model, which trainer=fsdp cannot share out; allowed: adapter")
+
+
+def check_vllm(config: DictConfig, settings: Settings) -> None:
+    """See that what rollouts by vLLM need is there, and nothing asked of it that it cannot do.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if settings.generation.engine != "vllm":
+        return
+    lora, other = settings.lora, "or generation.engine=native"
+    if not 0 < lora.r <= RANKS[-1]:
+        raise ConfigError(
+            f"generation.engine=vllm swaps adapters, and lora.r={lora.r} (lora=none has 0) makes none that it takes; "
+            f"allowed: lora=r8 and others up to {RANKS[-1]}, {other}"
+        )
+    if is_quantized(settings.quantization):
+        raise ConfigError(
+            "generation.engine=vllm would sample from the model before quantization rounds it; "
+            f"allowed: quantization=none, {other}"
+        )
+    if settings.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"generation.engine=vllm runs adapters in 16 bits only, and model.dtype={settings.model.dtype}; "
+            f"allowed: model.dtype=bfloat16, {other}"
+        )
+    if parallel.wanted(config.trainer) * config.trainer.get("num_nodes", 1) > 1:
+        raise ConfigError(f"generation.engine=vllm is built for one process; allowed: trainer.devices=1, {other}")
+    for key in settings.generation.vllm.keys() & set(NOT_YOURS):
+        raise ConfigError(
+            f"generation.vllm.{key}={settings.generation.vllm[key]} is not allowed; allowed: keywords of vllm.LLM but "
+            f"{', '.join(NOT_YOURS)}, which the engine sets itself or which would change what is sampled"
+        )
+    low, high = TEMPERATURES
+    for key in ("generation", "evaluation"):
+        temperature = getattr(settings, key).temperature
+        if not (low <= temperature <= high or temperature == 0):
+            raise ConfigError(
+                f"{key}.temperature={temperature}: generation.engine=vllm takes {low} to {high}; allowed: that, {other}"
+            )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "generation.engine=vllm, but torch sees no GPU here; allowed: generation.engine=native or transformers"
+        )

@@ -1,0 +1,164 @@
+"""Checkpoints at step boundaries: written aside, synced, renamed, with a checksum; the last few and the best stay."""
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from rlhf.distributed import collectives as parallel
+from rlhf.files import METRICS, aside, read_lines
+from rlhf.files.digests import sha256
+from rlhf.stages.base import Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which evaluation of the run in `folder` is the best so far, by a metric whose `mode` is `max` or `min`.
+
+    It is read off `metrics.jsonl`, which a resumed run continues exactly: a record of its own could fall behind it.
+    """
+
+    folder: Path
+    metric: str
+    mode: str
+
+    def step(self) -> int | None:
+        """The step of it, of equally good ones the last; None without any.
+
+        Step 0 does not count, as nothing was trained yet, and no value that is no finite number.
+        """
+        lines = [line for line in read_lines(self.folder / METRICS, "step") if "time/evaluate" in line and line["step"]]
+        sign = 1 if self.mode == "max" else -1
+        found = [(sign * line.get(self.metric, math.nan), line["step"]) for line in lines]
+        return max((pair for pair in found if math.isfinite(pair[0])), default=(None, None))[1]
+
+
+class WrittenInPlace(TorchCheckpointIO):
+    """Lightning's own way makes two copies in memory, and one in $TMPDIR, which is another disk and may be small."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write to `path` and nowhere else; by Python's own file, whose errors say what is wrong with the disk."""
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+class StepCheckpoints(Callback):
+    """Saves `step-000020.ckpt` every `every` steps and at the end; keeps the newest `keep`, and the `best` if wanted.
+
+    With `best`, every `also_every` steps are saved too: those that are evaluated, before it is known how good they are.
+
+    A checkpoint holds what trains, the optimiser, the schedule and the counters. Random states are not needed: all
+    randomness is a function of (seed, purpose, step).
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int = 2, best: Best | None = None, also_every: int = 0):
+        self.folder, self.keep, self.best = folder, keep, best
+        self.every = (every, also_every) if best else (every,)
+
+    def setup(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Have checkpoints written where they shall be."""
+        trainer.strategy.checkpoint_io = WrittenInPlace()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
+        """Save at a step boundary."""
+        assert isinstance(module, Stage)
+        step = module.steps_done
+        if any(step % every == 0 for every in self.every) or step == module.total_steps:
+            self.save(trainer, module)
+
+    def save(self, trainer: lightning.Trainer, module: Stage) -> int:
+        """Write the checkpoint of the step just done, there whole or not at all; returns the step.
+
+        All processes call it, and the first writes.
+        """
+        step = module.steps_done
+        path = self._path(step)
+        if parallel.from_first(path.exists):
+            return step
+        if not parallel.is_first():
+            trainer.save_checkpoint(path)
+            return step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with aside(path) as temporary:
+            trainer.save_checkpoint(temporary)
+            # the checksum first: a checkpoint without one never has its final name
+            with aside(_checksum_file(path)) as note:
+                note.write_text(sha256(temporary), encoding="utf-8")
+        self.prune()
+        return step
+
+    def prune(self) -> None:
+        """Remove those that are neither among the newest nor the best."""
+        for old in set(self._all()[: -self.keep]) - {self._of_best()}:
+            self._remove(old)
+
+    def of_best(self) -> Path | None:
+        """The checkpoint of the best evaluation, if there is one and it is sound."""
+        path = self._of_best()
+        if path is None or _sound(path):
+            return path
+        log.warning("%s, the best, is gone or damaged", path)
+        return None
+
+    def _of_best(self) -> Path | None:
+        step = self.best.step() if self.best else None
+        return None if step is None else self._path(step)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.ckpt"
+
+    def latest(self) -> Path | None:
+        """The newest sound checkpoint, if any; damaged ones are named and removed, half-written ones just removed."""
+        for torn in self.folder.glob(".step-*"):
+            torn.unlink()
+        for path in reversed(self._all()):
+            if _sound(path):
+                return path
+            log.warning("%s is damaged: using the one before it", path)
+            self._remove(path)
+        return None
+
+    @classmethod
+    def reached(cls, folder: Path) -> int:
+        """The step of the newest checkpoint in a folder, sound or not; nothing is read, checked or removed."""
+        return max(map(cls.step_of, folder.glob("step-*.ckpt")), default=0)
+
+    @staticmethod
+    def step_of(path: Path) -> int:
+        """The step a checkpoint was made after."""
+        match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
+        assert match is not None
+        return int(match[1])
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.ckpt"))
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        _checksum_file(path).unlink(missing_ok=True)
+
+
+def _sound(path: Path) -> bool:
+    """Whether it is what was written, and nothing but tensors and numbers: a checksum is no proof of who made it."""
+    note = _checksum_file(path)
+    if not (path.exists() and note.exists()) or note.read_text(encoding="utf-8") != sha256(path):
+        return False
+    try:
+        torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (UnpicklingError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")

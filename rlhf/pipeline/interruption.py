@@ -1,0 +1,90 @@
+"""Leaving when asked to: SIGTERM, SIGINT and SIGUSR1 finish the step, save, and exit with 75 ("try again later")."""
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from rlhf.distributed import collectives as parallel
+from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.settings import Interrupted
+
+log = logging.getLogger(__name__)
+
+
+class Interruption(Callback):
+    """Notes a signal, and acts on it at the next step boundary; a second SIGINT leaves at once.
+
+    Nothing is saved inside of the handler: a signal may arrive in the middle of an update.
+    """
+
+    def __init__(self, checkpoints: StepCheckpoints):
+        self.checkpoints = checkpoints
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Note what signals do, before Lightning takes them for itself."""
+        self._before = {number: signal.getsignal(number) for number in parallel.SIGNALS}
+
+    def on_train_start(self, *args: Any) -> None:
+        """Take over from Lightning's handlers, which stop without saving, or not at all while it validates."""
+        self._take_over()
+
+    def on_validation_start(self, *args: Any) -> None:
+        """The same for a validation outside of training."""
+        self._take_over()
+
+    def _take_over(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in parallel.SIGNALS:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        log.warning("%s: finishing the step, then saving and leaving", self.received.name)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
+        """Save and leave if so asked."""
+        self._leave(trainer, module)
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """An evaluation is not waited for: it is made again after resuming. First each process has a turn."""
+        if (batch_idx + 1) % parallel.size() == 0:
+            self._leave(trainer, module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Judging may have taken long."""
+        self._leave(trainer, module)
+
+    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+        """Save when something outside is out of order, such as a judge's endpoint, between two steps."""
+        if isinstance(exception, Interrupted) and trainer.state.fn == TrainerFn.FITTING:
+            self.checkpoints.save(trainer, module)
+        self.teardown()  # Lightning calls it only where all went well
+
+    def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
+        if parallel.orphaned():
+            self.received = self.received or signal.SIGTERM
+        received = max(parallel.gathered(int(self.received or 0)))  # whichever process was told, all leave together
+        if not received:
+            return
+        if trainer.state.fn == TrainerFn.FITTING:  # else what is measured is saved already, or is where training begins
+            self.checkpoints.save(trainer, module)
+        name = signal.Signals(received).name
+        raise Interrupted(f"stopped by {name} after step {module.steps_done}; the same command continues")
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        """Give the signals back, however training ended: Lightning's handlers would lose them."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Prompts answered by the policy: the rollout batch and the engines that sample it."""

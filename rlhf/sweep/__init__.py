@@ -1,0 +1,1 @@
+"""Studies of many runs: their plan, how far they are, searches, clusters."""

@@ -1,0 +1,154 @@
+"""A study by Optuna (Akiba et al. 2019), through Hydra's plugin for it.
+
+The plugin asks Optuna for trials, launches them as jobs and tells it what they came to. What stands here is what it
+leaves out: a study that the same command continues, a plan that says how far it is, and mistakes told beforehand.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.utils import instantiate
+from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
+from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from rlhf.files import write_json
+from rlhf.objectives import objectives_of
+from rlhf.pipeline.cache import locked
+from rlhf.report.measures import COLUMNS
+from rlhf.settings import ConfigError
+from rlhf.sweep import callback as sweep
+
+log = logging.getLogger(__name__)
+Space = dict[str, BaseDistribution]
+NOT_IDENTITY = ("hydra", "report", "arm")  # and what a run's folder is not named by
+
+
+class Study(OptunaSweeperImpl):
+    """Hydra's Optuna sweeper for `n_trials` finished trials in all, however often the command is given."""
+
+    runs: dict[str, list[str]]
+    wanted: int
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Make the missing trials: first those that ended without a result, then new ones.
+
+        Raises:
+            ConfigError: no objectives or no axes, a metric that is not known, or the seed as an axis.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        objectives = objectives_of(self.config)
+        space, fixed = create_params_from_overrides([*self._parse_sweeper_params_config(), *arguments])
+        space = {name: distribution for name, distribution in space.items() if name not in fixed}
+        check(space, objectives)
+        self.direction, self.wanted, self.runs = list(objectives.values()), self.n_trials, {}
+        if self.config.dry_run:
+            self._preview(space, fixed)
+            return
+        folder = Path(self.config.hydra.sweep.dir)
+        with locked(folder / ".study.lock", f"another process searches in {folder}"):
+            self._continue(space, fixed, objectives)
+            try:
+                super().sweep(arguments)
+            except ValueError as error:  # of one objective the plugin names the best trial, if there is any
+                if "No trials are completed" not in str(error):
+                    raise
+
+    def _continue(self, space: Space, fixed: dict[str, Any], objectives: Mapping[str, str]) -> None:
+        """Take up the study of this configuration in `study.db`; another configuration's is left as it is."""
+        self.study_name = f"{self.config.name}-{self._digest(space, objectives)}"
+        study = optuna.create_study(
+            study_name=self.study_name, storage=self.storage, directions=self.direction, load_if_exists=True
+        )
+        trials = study.get_trials()
+        ask_again(study, trials)
+        done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        self._note([[f"{key}={value}" for key, value in {**trial.params, **fixed}.items()] for trial in done])
+        self.n_trials = max(0, self.wanted - len(done))
+        log.info("%d of %d trials are finished", len(done), self.wanted)
+        self._seed(len(trials))
+
+    def _seed(self, trials: int) -> None:
+        """Seed the sampler by the configuration's seed, and anew where it goes on, or it would repeat its beginning."""
+        chosen = self.config.hydra.sweeper.sampler
+        if "seed" in chosen:
+            seed = self.config.seed if chosen.seed is None else chosen.seed
+            self.sampler = instantiate(chosen, seed=seed + trials)
+
+    def _configure_trials(
+        self, trials: list[Trial], search_space_distributions: Space, fixed_params: dict[str, Any]
+    ) -> Sequence[Sequence[str]]:
+        jobs = super()._configure_trials(trials, search_space_distributions, fixed_params)
+        if not self.config.dry_run:
+            self._note(jobs)
+        return jobs
+
+    def _note(self, jobs: Sequence[Sequence[str]]) -> None:
+        """Add jobs to the sweep's plan, which rlhf-status and the report read."""
+        how = self.config.hydra.job.config.override_dirname
+        self.runs |= {sweep.run_folder(self.config, list(job)): sweep.naming(job, how.exclude_keys) for job in jobs}
+        runs = [{"folder": folder, "overrides": overrides} for folder, overrides in self.runs.items()]
+        launcher = self.config.hydra.launcher
+        at_once = self.n_jobs if sweep.on_slurm(launcher) else min(self.n_jobs, sweep.parallel_jobs(launcher))
+        plan = {"runs": runs, "jobs": at_once, "to_come": max(0, self.wanted - len(runs))}
+        write_json(Path(self.config.hydra.sweep.dir) / sweep.PLAN, plan)
+
+    def _preview(self, space: Space, fixed: dict[str, Any]) -> None:
+        """A dry run of the trial with which a new study would begin."""
+        self._seed(0)
+        study = optuna.create_study(directions=self.direction, sampler=self.sampler)
+        self.launcher.launch(self._configure_trials([study.ask()], space, fixed), initial_job_idx=0)
+
+    def _digest(self, space: Space, objectives: Mapping[str, str]) -> str:
+        """What makes two studies the same one: everything that determines the runs, the axes and the objectives."""
+        left_out = {*NOT_IDENTITY, *self.config.hydra.job.config.override_dirname.exclude_keys}
+        kept = {str(key): self.config[key] for key in self.config if key not in left_out}
+        plain = {
+            key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            for key, node in kept.items()
+        }
+        axes = {name: repr(distribution) for name, distribution in space.items()}
+        text = json.dumps([plain, axes, list(objectives.items())], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def check(space: Mapping[str, Any], objectives: Mapping[str, str]) -> None:
+    """Mistakes that would cost a run, or a whole study.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if not objectives:
+        raise ConfigError("hydra/sweeper=search needs objectives, such as 'objectives={eval/win_rate: maximize}'")
+    for metric in objectives:
+        if metric.startswith("eval/") and metric not in COLUMNS:
+            close = difflib.get_close_matches(metric, COLUMNS, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"objectives.{metric}: there is no such metric{hint}; allowed: {', '.join(COLUMNS)}")
+    if not space:
+        raise ConfigError(
+            "hydra/sweeper=search has nothing to search; allowed: an axis such as kl.coef=interval(0.01,0.1)"
+        )
+    if "seed" in space:
+        raise ConfigError("seed is an axis of the search, which would find the luckiest one; allowed: one seed")
+
+
+def ask_again(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Put trials that failed, or that ended with the command that made them, at the head of the queue."""
+    known = [trial.system_attrs.get("fixed_params") for trial in trials if trial.state == TrialState.WAITING]
+    known += [trial.params for trial in trials if trial.state == TrialState.COMPLETE]
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.params and trial.params not in known:
+            study.enqueue_trial(trial.params)
+            known.append(trial.params)
