@@ -25,7 +25,7 @@ from world import NEVER, SHAPES, World, make_stage, make_world
 from rlhf.models.roles import Roles
 from rlhf.models.tokenizing import encode
 from rlhf.rollout.engine import Engine, TransformersEngine
-from rlhf.stages.base import generator
+from rlhf.seeding import generator
 
 ENGINES = ("native", "generate", "generate, merged")
 

@@ -35,8 +35,9 @@ from rlhf.pipeline.config import instantiate, settings_of
 from rlhf.rollout.engine import make_engine
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
+from rlhf.seeding import generator
 from rlhf.settings import LoraSettings, Settings, is_quantized
-from rlhf.stages.base import SeededBatches, generator, loader
+from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.run_log import JsonLines, read_metrics
 

@@ -21,8 +21,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.distributed import rank
+from rlhf.errors import INTERRUPTED, ConfigError
 from rlhf.files import FAILED, SUMMARY, write_json
-from rlhf.settings import INTERRUPTED, ConfigError
 from rlhf.sweep import callback as sweep
 from rlhf.sweep import slurm
 from rlhf.tracking.code import freeze
@@ -141,7 +142,7 @@ class SlurmLauncher(Launcher):
         if slurm.restarts():
             # starting over was meant for the first start
             overrides = ["resume=auto" if override == "resume=never" else override for override in overrides]
-        if slurm.is_first_process():
+        if rank.is_first_process():
             folder = Path(self.inner.config.hydra.sweep.dir).resolve()
             slurm.note_started(folder / sweep.run_folder(self.inner.config, overrides))
         try:
@@ -149,7 +150,7 @@ class SlurmLauncher(Launcher):
         except SystemExit as stopped:
             for each in SIGNALS:  # those that follow, as SLURM ends the job, have nothing left to stop
                 signal.signal(each, signal.SIG_IGN)
-            if stopped.code == INTERRUPTED and slurm.is_first_process():
+            if stopped.code == INTERRUPTED and rank.is_first_process():
                 slurm.put_back(self.inner.params["max_num_timeout"])
             raise
 

@@ -23,20 +23,19 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf import root
+from rlhf.distributed.rank import is_first_process
+from rlhf.errors import INTERRUPTED, STOPPED, ConfigError, GuardStop, Interrupted, WorkerFailed
 from rlhf.errors.explaining import explain
 from rlhf.errors.machine import of_the_machine
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
-from rlhf.settings import INTERRUPTED, ConfigError, Elsewhere, Interrupted, Stopped
 from rlhf.sweep.callback import PLAN, counts, jobs_of, naming, on_slurm, parallel_jobs, states
-from rlhf.sweep.slurm import is_first_process
 
 if TYPE_CHECKING:
     from rlhf.pipeline.run import Run
 
 log = logging.getLogger(__name__)
-STOPPED = 3
 Result = float | list[float] | dict[str, Any] | None
 ROWS = {
     "eval/win_rate": ("win rate against the reference (%)", 100),
@@ -79,13 +78,13 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
             print(f"rlhf: {asked}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        if isinstance(error, Elsewhere) and ((folder / FAILED).exists() or not sweeping):
+        if isinstance(error, WorkerFailed) and ((folder / FAILED).exists() or not sweeping):
             if sweeping:
                 return None
             raise SystemExit(error.code if error.code > 0 else 1) from None
         if not is_first_process() and explain(error):  # what all processes find, one tells
             raise SystemExit(1) from None
-        if (sweeping or isinstance(error, Stopped)) and not config.dry_run:
+        if (sweeping or isinstance(error, GuardStop)) and not config.dry_run:
             # the reason stays with the run, and a sweep goes on to the next
             reason = explain(error) or of_the_machine(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
             write_json(folder / FAILED, {"error": reason, "traceback": traceback.format_exc()})
@@ -100,16 +99,16 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
 def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     """Check, run, summarise one composed configuration."""
     # imported here so that completion, --help and composition errors do not wait for torch
-    from rlhf.distributed import collectives as parallel
+    from rlhf.distributed import processes
     from rlhf.pipeline import cache
     from rlhf.pipeline.config import check, data_source, settings_of
     from rlhf.pipeline.preflight import describe
     from rlhf.pipeline.run import Run
 
     quieten()
-    processes = parallel.wanted(config.trainer)
+    workers = processes.wanted(config.trainer)
     if sweeping:
-        _share_cores(parallel_jobs(HydraConfig.get().launcher), processes)
+        _share_cores(parallel_jobs(HydraConfig.get().launcher), workers)
     elif on_slurm(HydraConfig.get().launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
     settings, objectives = settings_of(config), objectives_of(config)
@@ -125,12 +124,12 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
             return None
         _list(described, overrides)
         return described
-    if processes > 1 and parallel.environment() is None:
-        summary = _launch(run, processes)
+    if workers > 1 and processes.environment() is None:
+        summary = _launch(run, workers)
     else:
-        with parallel.joined(), cache.locked(folder / ".lock", f"another process works in {folder}"):
+        with processes.joined(), cache.locked(folder / ".lock", f"another process works in {folder}"):
             summary = _run_or_reuse(run, config.resume)
-    if not is_first_process() or parallel.PARENT in os.environ:  # who started us will say it
+    if not is_first_process() or processes.PARENT in os.environ:  # who started us will say it
         return None
     if sweeping:
         plan = folder.parent / PLAN
@@ -142,27 +141,27 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
 
 def _run_or_reuse(run: "Run", resume: str) -> dict[str, Any]:
     """The run's summary: found, taken over, or made."""
-    from rlhf.distributed import collectives as parallel
+    from rlhf.distributed import collectives
     from rlhf.pipeline import cache
     from rlhf.pipeline.preflight import check_memory, keep_budget, settle_budget
 
     folder = run.folder
-    found = parallel.from_first(run.finished) if resume != "never" else None
+    found = collectives.on_rank_zero(run.finished) if resume != "never" else None
     if found is None:
         if run.config.stage.name in ("ppo", "evaluate"):
             settle_budget(run, fresh=resume == "never", jobs=parallel_jobs(HydraConfig.get().launcher))
         if run.config.stage.name == "ppo":
             check_memory(run)
-    parallel.from_first(lambda: _make_room(run, resume))
+    collectives.on_rank_zero(lambda: _make_room(run, resume))
     if found in (folder, earlier.place(folder, run.identity)):
-        parallel.from_first(lambda: cache.register_run(run.outputs, run.identity, folder))
+        collectives.on_rank_zero(lambda: cache.register_run(run.outputs, run.identity, folder))
         log.info("%s is finished already; resume=never would start over", folder)
         return read_json(folder / SUMMARY)
     if found is not None:
         log.info("%s is the same run as %s and taken over from it", folder.name, found)
-        return parallel.from_first(lambda: cache.take_over(found, folder, run.plain, run.overrides))
-    parallel.from_first(lambda: earlier.note(folder, run.identity, run.plain, run.overrides))
-    parallel.from_first(lambda: keep_budget(run))
+        return collectives.on_rank_zero(lambda: cache.take_over(found, folder, run.plain, run.overrides))
+    collectives.on_rank_zero(lambda: earlier.note(folder, run.identity, run.plain, run.overrides))
+    collectives.on_rank_zero(lambda: keep_budget(run))
     return run.run()
 
 
@@ -176,19 +175,19 @@ def _make_room(run: "Run", resume: str) -> None:
     earlier.settle(run.folder, run.identity, run.outputs, resume == "never", run.present)
 
 
-def _launch(run: "Run", processes: int) -> dict[str, Any]:
+def _launch(run: "Run", workers: int) -> dict[str, Any]:
     """The same with several processes of our own (`rlhf.worker`), which are given the composed configuration."""
-    from rlhf.distributed import collectives as parallel
+    from rlhf.distributed import processes
 
     whole = {"hydra": OmegaConf.to_container(HydraConfig.get(), resolve=True, enum_to_str=True), **run.plain}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.yaml"
         OmegaConf.save(whole, config)
-        code = parallel.launch(processes, config)
+        code = processes.launch(workers, config)
     if code == INTERRUPTED:
         raise Interrupted("stopped after saving; the same command continues")
     if code:
-        raise Elsewhere(code)
+        raise WorkerFailed(code)
     return read_json(run.folder / SUMMARY)
 
 
@@ -257,7 +256,7 @@ def main() -> None:
 
 def _leave(error: Exception) -> None:
     """Exit with one sentence for an error that the user, or whoever keeps the machine, can mend; return for others."""
-    stopped = isinstance(error, Stopped)
+    stopped = isinstance(error, GuardStop)
     for code, sentence in ((STOPPED if stopped else 2, explain(error)), (1, of_the_machine(error))):
         if sentence:
             print(f"rlhf: {sentence}", file=sys.stderr)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from rlhf.settings import ConfigError
+from rlhf.errors import ConfigError
 
 DIRECTIONS = ("maximize", "minimize")
 WIN = "eval/win_rate"  # what a job returns that was given no objectives

@@ -2,7 +2,7 @@
 
 `mask` marks the sampled response tokens (true) against padding (false). Every mean is over the mask; a mean over
 nothing is an error, because a NaN would only surface later. `total` sums over what other processes hold of the same
-batch (`rlhf.distributed.collectives.total`); by default there are none.
+batch (`rlhf.distributed.collectives.all_reduce_sum`); by default there are none.
 
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Stiennon et al. 2020 and Sun, Gupta & Iyyer 2023 (the
 shaping of the reward).

@@ -14,29 +14,9 @@ import omegaconf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf.errors import ConfigError
+
 T = TypeVar("T")
-
-INTERRUPTED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again later
-
-
-class ConfigError(Exception):
-    """A configuration that cannot run, explained in one sentence: key, value, what is allowed."""
-
-
-class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
-    """A run that was asked to stop and has saved its state."""
-
-
-class Elsewhere(Exception):  # noqa: N818
-    """A run that failed in processes of its own, which have said why; `code` is what they exited with."""
-
-    def __init__(self, code: int):
-        super().__init__(f"a process of the run ended with exit code {code}")
-        self.code = code
-
-
-class Stopped(Exception):  # noqa: N818  (the error is the run's, not the program's)
-    """A run that a guard ended, in one sentence: what happened, the usual cause, what to try."""
 
 
 def positive(default: Any = omegaconf.MISSING) -> Any:

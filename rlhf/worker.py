@@ -1,4 +1,4 @@
-"""One of several processes on one run: `python -m rlhf.worker CONFIG`, as `rlhf.distributed.collectives.launch` starts it."""
+"""One of several processes on one run: `python -m rlhf.worker CONFIG`, as `rlhf.distributed.processes.launch` starts it."""
 
 import logging
 import sys
@@ -9,8 +9,8 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.cli import attempt
+from rlhf.distributed.rank import is_first_process
 from rlhf.files import FAILED
-from rlhf.sweep.slurm import is_first_process
 
 
 def main() -> None:

@@ -27,7 +27,8 @@ from rlhf.settings import (
     PPOSettings,
     Settings,
 )
-from rlhf.stages.base import SeededBatches, Stage, loader
+from rlhf.stages.base import Stage
+from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.run_log import JsonLines, read_metrics
 

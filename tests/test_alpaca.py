@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from rlhf.data.alpaca import Alpaca
-from rlhf.data.records import SPLITS, DataError, columns
+from rlhf.data.records import SPLITS, columns
+from rlhf.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = {"with_input": "Q: {instruction} ({input})\nA:", "without_input": "Q: {instruction}\nA:"}

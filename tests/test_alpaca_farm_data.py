@@ -13,8 +13,8 @@ from hydra.utils import instantiate
 
 from rlhf.data import sources
 from rlhf.data.alpaca import Alpaca
-from rlhf.data.records import DataError
 from rlhf.data.sources import Source
+from rlhf.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 HUB = "hf://datasets/tatsu-lab/alpaca_farm"

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rlhf.data.farm import Farm
+from rlhf.errors import ConfigError
 from rlhf.models.architecture import check_architecture, positions
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter, save_model
@@ -27,7 +28,7 @@ from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import NativeEngine
 from rlhf.scorers import Context
 from rlhf.scorers.sentiment import SentimentScorer
-from rlhf.settings import ConfigError, LoraSettings, ModelSettings
+from rlhf.settings import LoraSettings, ModelSettings
 
 H = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 NOISE = {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "layerdrop": 0.3}

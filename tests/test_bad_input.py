@@ -23,16 +23,16 @@ import rlhf.sweep.resolvers  # noqa: F401
 from rlhf import root
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.imdb import Imdb
-from rlhf.data.records import DataError, DataSource
+from rlhf.data.records import DataSource
 from rlhf.data.stack_exchange import StackExchange
+from rlhf.errors import DataError, ModelError
 from rlhf.errors.explaining import explain
-from rlhf.models import ModelError
 from rlhf.models.export import load_adapter, save_model, saved_head
 from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
+from rlhf.models.tokenizing import encode_pairs
 from rlhf.pipeline.config import check, data_source, settings_of
 from rlhf.pipeline.run import Run
 from rlhf.settings import ModelSettings, Settings
-from rlhf.stages.sft import encode_pairs
 
 TEMPLATE = {"with_input": "Q: {instruction} ({input})\nA:", "without_input": "Q: {instruction}\nA:"}
 GOOD = {"instruction": "Do", "output": "Done.", "output_1": "one", "output_2": "two", "preference": 1,

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
-from rlhf.distributed.collectives import SIGNALS
+from rlhf.distributed.processes import SIGNALS
+from rlhf.errors import Interrupted
 from rlhf.evaluation.evaluate import logged
 from rlhf.files import read_json
 from rlhf.files.digests import sha256
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
 from rlhf.pipeline.train import train_ppo
-from rlhf.settings import Interrupted
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.run_log import evaluated_at
 

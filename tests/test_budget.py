@@ -12,13 +12,13 @@ from test_memory import VOCABULARY, settings
 from tiny_runs import TINY, before_call
 
 from rlhf import root
+from rlhf.errors import ConfigError, Interrupted, ModelError
 from rlhf.files import BUDGET, read_json
-from rlhf.models import ModelError
 from rlhf.models.memory import AUTOMATIC, estimate, largest_budget
 from rlhf.pipeline import preflight as preview
 from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.run import Run
-from rlhf.settings import ConfigError, Interrupted, Settings
+from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
 
 GIB = 2**30

@@ -17,11 +17,12 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.data.farm import Farm
 from rlhf.data.imdb import Imdb
+from rlhf.errors import RunError
 from rlhf.files import read_json, write_json
 from rlhf.finished.chat import cli
 from rlhf.finished.chat.models import Models
 from rlhf.finished.chat.voices import Answer, Sampling, open_voices, reseed, template_of, together
-from rlhf.finished.run import FinishedRun, RunError
+from rlhf.finished.run import FinishedRun
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import NativeEngine

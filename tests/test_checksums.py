@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from finished_runs import outputs
 
-from rlhf.files import SUMMARY, DamagedError, checksums, read_object, write_json
+from rlhf.errors import DamagedError, ModelError, RunError
+from rlhf.files import SUMMARY, checksums, read_object, write_json
 from rlhf.files.checksums import CHECKSUMS, damage, seal
-from rlhf.finished.run import FinishedRun, RunError
-from rlhf.models import ModelError
+from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import cache
 from rlhf.tracking.run_log import read_summary
 

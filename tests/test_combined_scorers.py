@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf import ppo
 from rlhf.data.farm import Farm
 from rlhf.data.imdb import Imdb
+from rlhf.errors import ConfigError
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.pipeline.config import instantiate, needs
@@ -24,7 +25,6 @@ from rlhf.rollout.engine import Rollouts
 from rlhf.scorers import Context
 from rlhf.scorers.bag_of_words import BagOfWordsScorer
 from rlhf.scorers.combine import WeightedSum
-from rlhf.settings import ConfigError
 from rlhf.stages.ppo import PPO
 
 

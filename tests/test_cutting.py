@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from rlhf.data.records import DataError
+from rlhf.errors import DataError
 from rlhf.stages.cutting import FEW, count_short, distinct
 
 EOS = 1

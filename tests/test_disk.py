@@ -21,12 +21,12 @@ import torch
 from test_crash import assert_same, remains
 from tiny_runs import TINY, before_call, command, sentence  # noqa: F401
 
+from rlhf.errors import ConfigError
 from rlhf.errors.machine import of_the_machine, writing
 from rlhf.files import aside, copy_folder, keep_lines, locks, read_json, write_json
 from rlhf.pipeline import build as building
 from rlhf.pipeline import cache
 from rlhf.pipeline.checkpoints import StepCheckpoints
-from rlhf.settings import ConfigError
 from rlhf.stages.ppo import PPO
 from rlhf.tracking import run_log as tracking
 

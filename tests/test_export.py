@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from rlhf.models import ModelError
+from rlhf.errors import ModelError
 from rlhf.models.export import load_adapter, save_adapter, save_model, saved_head
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences

@@ -12,12 +12,12 @@ import pytest
 from harness import NoSource
 from openai_server import Server, serving, text_of
 
-from rlhf.data.records import DataError, Prompt
+from rlhf.data.records import Prompt
 from rlhf.data.templates import Template
+from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore, length_penalty, read_facts, read_truth
 from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, cut, read_entities, sentences
-from rlhf.settings import ConfigError, Interrupted
 
 PAGES = {
     "Ada Lind": "Ada Lind was born in Oslo. She painted ships. She died in 1950.",

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from rlhf.data.farm import Facts, Farm
 from rlhf.data.farm.writers import CAREFUL, EDITS, ORACLE, Writer, misstate, write
-from rlhf.data.records import SPLITS, DataError, DataSource, Split, columns
+from rlhf.data.records import SPLITS, DataSource, Split, columns
+from rlhf.errors import DataError
 
 FARM = Farm()
 TOKENIZER = FARM.tokenizer()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.errors import DamagedError
 from rlhf.errors.explaining import explain
-from rlhf.files import DamagedError, keep_lines, read_json, read_lines, tidy, write_json
+from rlhf.files import keep_lines, read_json, read_lines, tidy, write_json
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.sweep.callback import METRICS, states
 from rlhf.tracking.run_log import evaluated_at, forget_after, maybe_unsent, read_metrics

@@ -22,7 +22,8 @@ from test_bad_input import FILES, GOOD, PAIR, SPLIT, alpaca, dump, imdb, pairs, 
 
 import rlhf.sweep.resolvers  # noqa: F401
 from rlhf import root
-from rlhf.data.records import DataError, columns
+from rlhf.data.records import columns
+from rlhf.errors import DataError
 from rlhf.errors.explaining import explain
 from rlhf.pipeline.config import check, data_source, settings_of
 

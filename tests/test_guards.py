@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from rlhf import ppo, root
 from rlhf.data.records import Prompt
+from rlhf.errors import GuardStop
 from rlhf.files import read_json
 from rlhf.guards import MOST_SAVED, Guards
 from rlhf.guards.signs import GUARDS, SKIPPED, repetition
@@ -40,8 +41,8 @@ from rlhf.pipeline.config import settings_of
 from rlhf.pipeline.train import train_ppo
 from rlhf.report.checks import warnings
 from rlhf.report.runs import load
-from rlhf.settings import GuardSettings, GuardsSettings, LimitGuard, Settings, Stopped
-from rlhf.stages.base import SeededBatches
+from rlhf.settings import GuardSettings, GuardsSettings, LimitGuard, Settings
+from rlhf.stages.batches import SeededBatches
 from rlhf.stages.evaluation import falls
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.run_log import read_metrics
@@ -157,7 +158,9 @@ def test_skips_in_a_row_stop_the_run_even_under_warn() -> None:
         guards.see(step, {SKIPPED: 2.0})
         guards.check()
     guards.see(9, {SKIPPED: 1.0, "ppo/reward": math.nan})
-    with pytest.raises(Stopped, match=r"non_finite stopped the run at step 9: a reward was no finite number.* 3 steps"):
+    with pytest.raises(
+        GuardStop, match=r"non_finite stopped the run at step 9: a reward was no finite number.* 3 steps"
+    ):
         guards.check()
 
 
@@ -461,7 +464,9 @@ def test_a_stopped_run_stops_again_until_the_guard_is_milder(folders: SimpleName
     options = {"steps": 4, "eval_every": 10, "checkpoint_every": 1, "epochs": 1}
     strict = guarded(only("large_kl", "stop", 2, 0.0), **options)
     for _ in range(2):
-        with pytest.raises(Stopped, match=r"guard large_kl stopped the run at step 2: the KL .* nats per token; usual"):
+        with pytest.raises(
+            GuardStop, match=r"guard large_kl stopped the run at step 2: the KL .* nats per token; usual"
+        ):
             whole_run(strict, folders, tmp_path / "run")
         assert StepCheckpoints.reached(tmp_path / "run/checkpoints") == 2
         assert [line["step"] for line in read_metrics(tmp_path / "run") if "ppo/k1" in line] == [1, 2]
@@ -475,7 +480,7 @@ def test_a_stopped_run_stops_again_until_the_guard_is_milder(folders: SimpleName
 
 def test_always_nan_stops_with_a_sound_checkpoint(folders: SimpleNamespace, tmp_path: Path) -> None:
     settings = guarded(only("non_finite", "warn", 2), steps=9, checkpoint_every=1, epochs=1)
-    with pytest.raises(Stopped, match="a reward was no finite number, updates were skipped in 2 steps in a row"):
+    with pytest.raises(GuardStop, match="a reward was no finite number, updates were skipped in 2 steps in a row"):
         whole_run(settings, folders, tmp_path / "run", failing_at(*range(3, 99), rows=slice(None)))
     last = StepCheckpoints(tmp_path / "run/checkpoints", 1).latest()
     assert last is not None

@@ -11,11 +11,10 @@ from hydra import compose, initialize_config_dir
 from rlhf import root
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.farm import Farm
-from rlhf.data.records import DataError
+from rlhf.errors import ConfigError, DataError
 from rlhf.pipeline import identity
 from rlhf.pipeline.config import check, data_source, settings_of
 from rlhf.pipeline.run import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
-from rlhf.settings import ConfigError
 from rlhf.sweep.resolvers import folder_name
 
 

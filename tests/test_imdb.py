@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from rlhf.data.imdb import Imdb
-from rlhf.data.records import DataError, Demonstration, columns
+from rlhf.data.records import Demonstration, columns, skipped_rows
+from rlhf.errors import DataError
 from rlhf.models.sequences import pack
-from rlhf.pipeline.build import skipped_rows
-from rlhf.stages.sft import encode_pairs
+from rlhf.models.tokenizing import encode_pairs
 
 ROOT = Path(__file__).parents[1]
 SHARES = {"sft": 0.6, "prompts": 0.3, "eval": 0.1}

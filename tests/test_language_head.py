@@ -8,7 +8,8 @@ from architectures import TRANSFORMED, tiny
 from transformers import PreTrainedModel
 
 from rlhf.divergence import exact_kl
-from rlhf.models import ModelError, heads
+from rlhf.errors import ModelError
+from rlhf.models import heads
 from rlhf.models.logits import LanguageHead, head_of
 from rlhf.models.roles import Role, Roles, width_of
 from rlhf.models.sequences import Sequences

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rlhf.data.records import DataError, Prompt
+from rlhf.data.records import Prompt
+from rlhf.errors import DataError
 from rlhf.evaluation.difficulty import difficulties, fitted
 from rlhf.evaluation.evaluate import Evaluation, win_rates
 from rlhf.evaluation.length_control import Rate, length_adjusted_win_rate, length_controlled_win_rate

@@ -21,6 +21,7 @@ from openai_server import Server, serving, text_of
 import rlhf
 from rlhf import root
 from rlhf.data.records import Prompt
+from rlhf.errors import ConfigError, Interrupted
 from rlhf.evaluation.client import ChatClient, spoken, uniform
 from rlhf.evaluation.endpoint import ClientSettings, Request, answering
 from rlhf.evaluation.evaluate import Evaluation
@@ -29,7 +30,6 @@ from rlhf.evaluation.prompts import load_template
 from rlhf.models.roles import Roles
 from rlhf.report.runs import _per_prompt
 from rlhf.scorers import Context
-from rlhf.settings import ConfigError, Interrupted
 
 PROMPTS = [Prompt(f"Q {i}\n", f"reference {i}", f"Question {i}?") for i in range(40)]
 GOOD = [f"good answer {i}" for i in range(40)]

@@ -21,10 +21,10 @@ from tiny_runs import TINY, sentence
 from torch import Tensor
 
 from rlhf import ppo
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives, processes, strategies
+from rlhf.errors import Interrupted
 from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Generated
-from rlhf.settings import Interrupted
 
 DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
@@ -41,7 +41,7 @@ def _member(rank: int, port: int, work: Callable, arguments: Sequence[Any]) -> N
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in own.items()}
     torch.set_num_threads(1)
-    with parallel.joined():
+    with processes.joined():
         work(rank, *arguments)
 
 
@@ -49,19 +49,21 @@ def _member(rank: int, port: int, work: Callable, arguments: Sequence[Any]) -> N
 
 
 def _pieces(rank: int) -> None:
-    assert (parallel.rank(), parallel.size(), parallel.is_first()) == (rank, 2, rank == 0)
+    assert (collectives.rank(), collectives.size(), collectives.is_rank_zero()) == (rank, 2, rank == 0)
     x = torch.tensor([1.0, 2.0]) * (rank + 1)
-    assert parallel.total(x).tolist() == [3, 6]
+    assert collectives.all_reduce_sum(x).tolist() == [3, 6]
     assert x.tolist() == [rank + 1, 2 * (rank + 1)]  # a sum of its own
     mixed = [torch.full((2, 3), 1.0 + rank), torch.tensor(5 + rank), torch.ones(4) * rank]
-    parallel.BUCKET = 7  # so that one does not hold them all
-    parallel.add_up(mixed)
+    collectives.BUCKET = 7  # so that one does not hold them all
+    collectives.all_reduce_(mixed)
     assert [t.flatten()[0].item() for t in mixed] == [3.0, 11, 1.0]
-    assert parallel.gathered({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
-    assert parallel.from_first(lambda: f"said by {rank}") == "said by 0"
-    assert parallel.from_first(lambda: parallel.from_first(parallel.size)) == 1  # it asks nobody who does not listen
+    assert collectives.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert collectives.on_rank_zero(lambda: f"said by {rank}") == "said by 0"
+    assert (
+        collectives.on_rank_zero(lambda: collectives.on_rank_zero(collectives.size)) == 1
+    )  # it asks nobody who does not listen
     with pytest.raises(Interrupted, match="by 0"):
-        parallel.from_first(lambda: _fail(rank))
+        collectives.on_rank_zero(lambda: _fail(rank))
     _means(rank)
 
 
@@ -74,7 +76,7 @@ def _means(rank: int) -> None:
     numbers = torch.Generator().manual_seed(0)
     x, y = torch.randn(5, 4, generator=numbers), torch.randn(5, 4, generator=numbers)
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
-    own, total = slice(rank, None, 2), parallel.total
+    own, total = slice(rank, None, 2), collectives.all_reduce_sum
     expected = ppo.whiten(x, mask, keep_mean=True)[own]
     torch.testing.assert_close(ppo.whiten(x[own], mask[own], keep_mean=True, total=total), expected)
     torch.testing.assert_close(
@@ -91,9 +93,9 @@ def test_sums_and_decisions() -> None:
 
 def test_alone_everything_is_the_identity() -> None:
     x = torch.ones(3)
-    parallel.add_up([x])
-    assert parallel.total(x) is x
-    assert (parallel.size(), parallel.gathered(7), parallel.from_first(lambda: 8)) == (1, [7], 8)
+    collectives.all_reduce_([x])
+    assert collectives.all_reduce_sum(x) is x
+    assert (collectives.size(), collectives.all_gather(7), collectives.on_rank_zero(lambda: 8)) == (1, [7], 8)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_alone_everything_is_the_identity() -> None:
      ({"devices": "auto", "accelerator": "cpu"}, 1), ({"devices": "auto"}, max(1, torch.cuda.device_count()))],
 )  # fmt: skip
 def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
-    assert parallel.wanted(OmegaConf.create(trainer)) == expected
+    assert processes.wanted(OmegaConf.create(trainer)) == expected
 
 
 # -- the updates -----------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **
 
 def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace, folder: Path) -> None:
     together = {
-        "devices": 2, "strategy": parallel.DataParallel(), "plugins": [parallel.environment()],
+        "devices": 2, "strategy": strategies.DataParallel(), "plugins": [processes.environment()],
         "use_distributed_sampler": False,
     }  # fmt: skip
     own = folder / str(rank)
@@ -172,7 +174,7 @@ def _own_rollouts(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     stage = make_ppo(ppo_settings(), folders, folder / "samples")
     prompts, _ = stage.deal(PROMPTS[:12], 1)
     stream = torch.rand(3, generator=stage.stream(f"rollout of process {rank}" if rank else "rollout", 1))
-    everyone = parallel.gathered((prompts, stream.tolist()))
+    everyone = collectives.all_gather((prompts, stream.tolist()))
     assert sorted(everyone[0][0] + everyone[1][0]) == sorted(PROMPTS[:12])
     assert everyone[0][1] != everyone[1][1]
 

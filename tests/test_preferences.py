@@ -20,8 +20,9 @@ from tiny_runs import TINY, rlhf, sentence
 
 from rlhf import root
 from rlhf.data.farm import Farm
-from rlhf.data.records import DataError, Prompt, SampledComparison
+from rlhf.data.records import Prompt, SampledComparison, records
 from rlhf.data.templates import Template
+from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation import preferences
 from rlhf.evaluation.llm_pool import LLMPool
 from rlhf.evaluation.preferences import SPLITS, SavedPreferences, Simulated, counts
@@ -30,8 +31,6 @@ from rlhf.files import read_lines
 from rlhf.finished.chat.models import Models, score
 from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.finished.run import FinishedRun
-from rlhf.pipeline.build import records
-from rlhf.settings import ConfigError, Interrupted
 from rlhf.tracking.run_log import read_metrics, read_summary
 
 GOLD = {"_target_": "rlhf.evaluation.judges.GoldJudge"}

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.reading import MAX_TEXT, read_records, text
-from rlhf.data.records import DataError, Demonstration
+from rlhf.data.records import Demonstration
 from rlhf.data.sources import MAX_LINE, Source
+from rlhf.errors import DataError
 
 GOOD = {"q": "Who?", "a": "Me."}
 

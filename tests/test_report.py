@@ -20,13 +20,14 @@ import pytest
 from scipy import stats
 
 from rlhf import root
+from rlhf.errors import NoRunsError
 from rlhf.report import statistics as st
 from rlhf.report.checks import warnings
 from rlhf.report.cli import main, make_report
 from rlhf.report.fitting import initial_line
 from rlhf.report.page import config_difference
 from rlhf.report.results import comparisons, main_table
-from rlhf.report.runs import NoRunsError, Sweep, label, load
+from rlhf.report.runs import Sweep, label, load
 from rlhf.report.style import looks
 from rlhf.report.tables import Interval, Number, Table
 from rlhf.sweep.callback import states, status

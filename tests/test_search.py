@@ -18,13 +18,13 @@ from test_report import write_run
 from tiny_runs import TINY
 
 from rlhf import root
+from rlhf.errors import ConfigError
 from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline.config import settings_of
 from rlhf.report.cli import make_report
 from rlhf.report.front import front_table, unbeaten
 from rlhf.report.runs import load
-from rlhf.settings import ConfigError
 from rlhf.sweep.callback import PLAN, states, told
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")

@@ -14,13 +14,12 @@ from transformers import (
 )
 
 from rlhf.data.farm import Farm
-from rlhf.models import ModelError
+from rlhf.errors import ConfigError, ModelError
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import Rollouts
 from rlhf.scorers import Context
 from rlhf.scorers.sentiment import SentimentScorer
-from rlhf.settings import ConfigError
 
 FARM = Farm()
 LLAMA = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

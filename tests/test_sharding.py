@@ -17,7 +17,7 @@ from tiny_runs import sentence
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives, processes, strategies
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import gathered, shard
 from rlhf.rollout.engine import Rollouts, rollout
@@ -71,10 +71,10 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
 
     expected, sampled = answers(whole), answers(stage)
     assert sampled.responses == expected.responses
-    lengths = parallel.gathered(sampled.mask.sum(1).max().item())
+    lengths = collectives.all_gather(sampled.mask.sum(1).max().item())
     assert lengths[0] > lengths[1]
     # passes of the first alone, such as those of a judge that reads the reward model
-    score = parallel.from_first(lambda: score_values(stage.roles, sampled.sequences, 60))
+    score = collectives.on_rank_zero(lambda: score_values(stage.roles, sampled.sequences, 60))
     if rank == 0:
         torch.testing.assert_close(score, score_values(whole.roles, sampled.sequences, 60))
 
@@ -99,7 +99,12 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
     folder.mkdir()
     with gradients() as seen:
         metrics = train(
-            stage, folder, devices=2, strategy=strategy, plugins=[parallel.environment()], use_distributed_sampler=False
+            stage,
+            folder,
+            devices=2,
+            strategy=strategy,
+            plugins=[processes.environment()],
+            use_distributed_sampler=False,
         )
     return seen, metrics, {key: value for key, value in weights(stage.roles).items() if ".lora_" in key}
 
@@ -107,9 +112,11 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
 def _same_updates(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     """Base by base, two processes that each hold it and two that hold halves of it; uneven shares of a batch too."""
     with pytest.MonkeyPatch.context() as patch:
-        filled = spy(patch, parallel, "to_fill_up")
+        filled = spy(patch, collectives, "to_fill_up")
         _updates_in_turn(rank, folders, folder)
-        assert sum(parallel.gathered(sum(len(parts) for _, parts in filled))) > 0  # one had fewer parts than the other
+        assert (
+            sum(collectives.all_gather(sum(len(parts) for _, parts in filled))) > 0
+        )  # one had fewer parts than the other
 
 
 def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
@@ -118,9 +125,9 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **model))
         own = folder / f"{number}-{rank}"
         whole = make_ppo(settings, folders, own / "samples")
-        expected = _updates(whole, own.with_suffix(".whole"), parallel.DataParallel())
-        halves = _updates(_sharded(settings, folders, own), own.with_suffix(".halves"), parallel.Sharded())
-        parallel.part_ways()
+        expected = _updates(whole, own.with_suffix(".whole"), strategies.DataParallel())
+        halves = _updates(_sharded(settings, folders, own), own.with_suffix(".halves"), strategies.Sharded())
+        collectives.part_ways()
         assert len(halves[0]) == len(expected[0]) == 8
         # in float32 a whole base scores with its adapters merged, which rounds otherwise
         close = {"rtol": 0.0, "atol": 0.0} if model.get("dtype") == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
@@ -134,7 +141,7 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
             assert {key: half[key] for key in kept} == pytest.approx(
                 {key: one[key] for key in kept}, rel=1e-3, abs=1e-4
             )
-        everywhere = parallel.gathered({key: value.tolist() for key, value in halves[2].items()})
+        everywhere = collectives.all_gather({key: value.tolist() for key, value in halves[2].items()})
         assert everywhere[0] == everywhere[1]
 
 

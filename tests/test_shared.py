@@ -16,8 +16,8 @@ from conftest import tiny_model, word_tokenizer
 from hydra.core.hydra_config import HydraConfig
 from tiny_runs import TINY, command  # noqa: F401
 
+from rlhf.errors import ModelError
 from rlhf.files.digests import sha256
-from rlhf.models import ModelError
 from rlhf.models.export import save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.pipeline.checkpoints import StepCheckpoints, _checksum_file

@@ -14,8 +14,8 @@ from slurm_cluster import Cluster, missing, wait_for
 from test_crash import assert_same, remains_of
 from test_end_to_end import QUICK
 
+from rlhf.errors import ConfigError
 from rlhf.files import read_json, read_lines
-from rlhf.settings import ConfigError
 from rlhf.sweep import slurm
 from rlhf.tracking.code import freeze
 

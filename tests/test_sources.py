@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.records import DataError
 from rlhf.data.sources import Source
+from rlhf.errors import DataError
 
 
 def test_what_can_be_seen_without_reading_is_seen_by_check(tmp_path):

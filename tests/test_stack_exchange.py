@@ -17,9 +17,10 @@ from hydra.utils import instantiate
 
 from rlhf.data.markdown import to_markdown
 from rlhf.data.posts import score
-from rlhf.data.records import DataError, columns
+from rlhf.data.records import columns
 from rlhf.data.splitting import Shares
 from rlhf.data.stack_exchange import StackExchange
+from rlhf.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = {"with_input": "{instruction}{input}", "without_input": "Question: {instruction}\n\nAnswer: "}

@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.data.records import Comparison, Demonstration
 from rlhf.models.assembly import reward_roles, sft_roles
 from rlhf.models.roles import Roles
+from rlhf.models.tokenizing import encode_pairs
+from rlhf.seeding import generator, mixed_seed
 from rlhf.settings import LoraSettings, OptimizerSettings, RewardSettings, SFTSettings
-from rlhf.stages.base import SeededBatches, Stage, generator, mixed_seed
+from rlhf.stages.base import Stage
+from rlhf.stages.batches import SeededBatches
 from rlhf.stages.reward import RewardModeling, longer_accuracy
-from rlhf.stages.sft import SupervisedFineTuning, encode_pairs
+from rlhf.stages.sft import SupervisedFineTuning
 
 NO_CLIPPING = 1e9
 EOS = 1

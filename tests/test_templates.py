@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf.data.records import DataError
 from rlhf.data.templates import Template
+from rlhf.errors import DataError
 
 GOOD = {"with_input": "{instruction} {input}", "without_input": "{instruction}"}
 

@@ -11,9 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from rlhf.data.templates import Template
 from rlhf.models.export import save_model
-from rlhf.models.tokenizing import encode, keep_template
+from rlhf.models.tokenizing import encode, encode_pairs, keep_template
 from rlhf.models.tokens import give_pad
-from rlhf.stages.sft import encode_pairs
 
 END, NAMES = "<|endoftext|>", ("<unk>", "<s>", "</s>")
 

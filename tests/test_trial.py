@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import LOCAL, STATEFUL, TRANSFORMED, tiny
 
-from rlhf.models import ModelError
+from rlhf.errors import ModelError
 from rlhf.models.roles import Roles
 from rlhf.rollout.trial import try_out
 

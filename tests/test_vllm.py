@@ -13,11 +13,11 @@ from peft import AutoPeftModelForCausalLM
 from test_bad_input import compose_and_check
 from test_memory import of
 
-from rlhf.models import ModelError
+from rlhf.errors import ConfigError, ModelError
 from rlhf.models.export import ADAPTER
 from rlhf.rollout.engine import make_engine
 from rlhf.rollout.vllm import write_adapter
-from rlhf.settings import ConfigError, GenerationSettings
+from rlhf.settings import GenerationSettings
 
 CHOSEN = ["generation=vllm", "model.dtype=bfloat16"]
 REFUSED = [

@@ -17,9 +17,9 @@ from rlhf.data.options import (
     parse_template,
 )
 from rlhf.data.reading import BadRows, read_records, text
-from rlhf.data.records import SPLITS, Comparison, DataError, Demonstration, Prompt, Split
-from rlhf.data.sources import RowError
+from rlhf.data.records import SPLITS, Comparison, Demonstration, Prompt, Split
 from rlhf.data.templates import Template
+from rlhf.errors import DataError, RowError
 
 TRAINING_SPLITS: tuple[Split, ...] = ("sft", "preference", "prompts")
 

@@ -11,9 +11,9 @@ from datasets import Dataset, Features, Value
 
 from rlhf.data.options import check_sources, first_rows, parse_max_rows, parse_on_bad_row, parse_sources
 from rlhf.data.reading import BadRows, read_records, text
-from rlhf.data.records import DataError, Split, columns
-from rlhf.data.sources import RowError
+from rlhf.data.records import Split, columns
 from rlhf.data.splitting import Shares, expand
+from rlhf.errors import DataError, RowError
 
 OFFERED: tuple[Split, ...] = ("sft", "sft_validation", "prompts", "eval")
 LABELS = {"0": "0", "neg": "0", "negative": "0", "1": "1", "pos": "1", "positive": "1", "-1": "", "unsup": ""}

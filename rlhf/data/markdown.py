@@ -6,7 +6,7 @@ from typing import Any
 
 from markdownify import MarkdownConverter
 
-from rlhf.data.sources import RowError
+from rlhf.errors import RowError
 
 
 def to_markdown(html: str) -> str:

@@ -7,9 +7,10 @@ from typing import Any, Protocol, cast, get_args, runtime_checkable
 from datasets import Dataset
 
 from rlhf.data.reading import OnBadRow
-from rlhf.data.records import SPLITS, DataError, Split
+from rlhf.data.records import SPLITS, Split
 from rlhf.data.sources import Source
 from rlhf.data.templates import Template
+from rlhf.errors import DataError
 
 
 @runtime_checkable

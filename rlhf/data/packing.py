@@ -8,7 +8,7 @@ from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf.data.records import DataError
+from rlhf.errors import DataError
 
 PACKINGS = (".gz", ".zst")
 BROKEN = (OSError, EOFError, zlib.error)

@@ -8,8 +8,7 @@ from xml.etree.ElementTree import ParseError, iterparse
 
 from rlhf.data.packing import BROKEN, open_file
 from rlhf.data.reading import text
-from rlhf.data.records import DataError
-from rlhf.data.sources import RowError
+from rlhf.errors import DataError, RowError
 
 QUESTION, ANSWER = "1", "2"
 

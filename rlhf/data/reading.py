@@ -19,8 +19,9 @@ import datasets
 from datasets import Dataset, Features, NamedSplit, Value
 from datasets.exceptions import DatasetGenerationError
 
-from rlhf.data.records import DataError, Split, columns
-from rlhf.data.sources import RowError, Source
+from rlhf.data.records import Split, columns
+from rlhf.data.sources import Source
+from rlhf.errors import DataError, RowError
 
 log = logging.getLogger(__name__)
 

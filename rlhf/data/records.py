@@ -5,12 +5,10 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 from datasets import Dataset
 
+from rlhf.errors import DataError
+
 Split = Literal["sft", "sft_validation", "preference", "preference_validation", "prompts", "eval"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-
-
-class DataError(Exception):
-    """Bad or missing data, explained in one sentence that names the file or the split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +84,31 @@ class DataSource(Protocol):
             DataError: the split does not exist, cannot be read or ends up empty.
         """
         ...
+
+
+def divided(source: DataSource, split: Split, held_out: Split, size: int) -> tuple[list, list]:
+    """Training and held-out rows: the data set's own validation split, or the end of the training split.
+
+    Raises:
+        DataError: there are too few rows.
+    """
+    rows = source.load(split)
+    if held_out in source.splits:
+        other = source.load(held_out)
+        return records(rows, split), records(other.select(range(min(size, len(other)))), held_out)
+    if len(rows) <= size:
+        raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
+    everything = records(rows.shuffle(seed=0), split)
+    return everything[:-size], everything[-size:]
+
+
+def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
+    """How many rows were bad, by reason, for a summary; {} for a data set that does not count them (`report`)."""
+    report = getattr(source, "report", {}).get(split)
+    return report.counts if report else {}
+
+
+def records(rows: Dataset, split: Split) -> list:
+    """The rows as records of their split."""
+    kind = SampledComparison if "chosen_ended" in rows.column_names else RECORDS[split]
+    return [kind(**row) for row in rows]

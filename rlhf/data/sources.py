@@ -20,7 +20,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from rlhf.data.packing import BROKEN, PACKINGS, check_packing, open_file, unpacked_name
-from rlhf.data.records import DataError
+from rlhf.errors import DataError, RowError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*(f"{suffix}{packing}" for suffix in FORMATS for packing in ("", *PACKINGS)), ".parquet")
@@ -32,10 +32,6 @@ MAX_LINE = 16_000_000
 _SLICE = re.compile(r"\[(\d*):(\d*)\]")
 _HUB_FILE = re.compile(r"(?:.*/)?hf:/{1,2}(datasets/.+)")  # `Path` folds the two slashes of a URL into one
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))??(?::([\w.+-]+))?")
-
-
-class RowError(Exception):
-    """Why a row cannot be used, in words that fit many rows: rows are counted by reason."""
 
 
 @dataclass(frozen=True)

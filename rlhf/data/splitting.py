@@ -9,7 +9,8 @@ import pyarrow as pa
 from datasets import Dataset, Features
 
 from rlhf.data.reading import REASON, code_digest, generated
-from rlhf.data.records import SPLITS, DataError, Split
+from rlhf.data.records import SPLITS, Split
+from rlhf.errors import DataError
 
 ToRecords = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
 

@@ -23,11 +23,12 @@ from rlhf.data.options import (
 )
 from rlhf.data.packing import unpacked_name
 from rlhf.data.reading import REASON, code_digest, generated
-from rlhf.data.records import RECORDS, DataError, Split, columns
+from rlhf.data.records import RECORDS, Split, columns
 from rlhf.data.sources import Source
 from rlhf.data.splitting import Shares, expand
 from rlhf.data.templates import Template
 from rlhf.data.threads import Dump, Pairing, Pairs, Tally, Thread
+from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
 

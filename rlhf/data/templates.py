@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from string import Formatter
 
-from rlhf.data.records import DataError
+from rlhf.errors import DataError
 
 
 @dataclass(frozen=True)

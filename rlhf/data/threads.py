@@ -20,8 +20,8 @@ from rlhf.data.markdown import to_markdown
 from rlhf.data.packing import check_packing
 from rlhf.data.posts import read_posts, score
 from rlhf.data.reading import text
-from rlhf.data.records import DataError
-from rlhf.data.sources import RowError, Source
+from rlhf.data.sources import Source
+from rlhf.errors import DataError, RowError
 
 CACHE_KIB = 4_096
 """Memory for SQLite's pages, and for each run of its sorting on disk."""

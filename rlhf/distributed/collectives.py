@@ -4,69 +4,17 @@ Every process walks through the same stages with its own share of each batch; wh
 what did the judge say?) is decided by the first and told to the others. Alone, everything here is the identity.
 """
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import lightning
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
-from rlhf.sweep.slurm import processes_per_node
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # the first process may wait long for a lock; one that dies takes the others with it
-GRACE_SECONDS = 20  # for the other processes to leave by themselves, once one has
-PARENT = "RLHF_LAUNCHER"
 BUCKET = 2**24  # numbers added up at once: 64 MiB of float32
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # finish the step, save, leave
-_joined: list[ClusterEnvironment] = []
 _by_itself: list[bool] = []
 _least: list[Callable[[], Any]] = []  # the smallest pass through a base that is spread over the processes
-
-
-class DataParallel(DDPStrategy):
-    """Lightning's DDP without its wrapper: `rlhf.stages.base.Stage.accumulate` adds the gradients up, once a step.
-
-    The wrapper would add them up in every backward pass, of which a step has several.
-    """
-
-    def configure_ddp(self) -> None:
-        """Leave the module as it is."""
-
-
-class Sharded(DataParallel):
-    """The same around a frozen base of which each process holds its share (`rlhf.models.sharding`)."""
-
-    def setup(self, trainer: lightning.Trainer) -> None:
-        """Lightning sends the first process's weights to the others, which must keep their own shares."""
-        assert self.model is not None
-        shares = [name for name, parameter in self.model.named_parameters() if isinstance(parameter, DTensor)]
-        self.model._ddp_params_and_buffers_to_ignore = shares  # type: ignore[assignment]
-        super().setup(trainer)
-
-    def teardown(self) -> None:
-        """Leave the module on its device, as Lightning's own strategies for shards do: there are passes to come."""
-        assert self.cluster_environment is not None
-        assert self.accelerator is not None
-        self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()
 
 
 # -- who we are ------------------------------------------------------------------------------------------------------
@@ -82,7 +30,7 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() and not _by_itself else 1
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is the process that decides and writes."""
     return rank() == 0
 
@@ -90,7 +38,7 @@ def is_first() -> bool:
 # -- what they tell each other ---------------------------------------------------------------------------------------
 
 
-def total(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of `x` over the processes."""
     if size() == 1:
         return x
@@ -100,7 +48,7 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in few messages."""
     if size() == 1:
         return
@@ -125,7 +73,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """What every process holds, in their order."""
     if size() == 1:
         return [value]
@@ -135,12 +83,12 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def from_first(make: Callable[[], T]) -> T:
+def on_rank_zero(make: Callable[[], T]) -> T:
     """What `make` gives, or raises, in the first process; the others do not call it."""
     if size() == 1:
         return make()
     value, failure = None, None
-    if is_first():
+    if is_rank_zero():
         _by_itself.append(True)
         try:
             value = make()
@@ -210,109 +158,7 @@ def to_fill_up(parts: Sequence[T]) -> list[T]:
 
     To be asked before the first backward pass: those are not announced.
     """
-    return [parts[-1]] * (max(gathered(len(parts))) - len(parts)) if _least else []
+    return [parts[-1]] * (max(all_gather(len(parts))) - len(parts)) if _least else []
 
 
 # -- how they come to be ---------------------------------------------------------------------------------------------
-
-
-def wanted(trainer: Mapping[str, Any]) -> int:
-    """Processes per node that a `trainer` configuration asks for, here."""
-    return processes_per_node(trainer, torch.cuda.device_count()) or 1
-
-
-def shares(trainer: Mapping[str, Any]) -> int:
-    """Over how many processes a `trainer` configuration spreads the base (1: each holds it whole)."""
-    strategy = trainer.get("strategy")
-    sharded = isinstance(strategy, Mapping) and strategy.get("_target_") == f"{__name__}.{Sharded.__name__}"
-    return wanted(trainer) * trainer.get("num_nodes", 1) if sharded else 1
-
-
-def environment() -> ClusterEnvironment | None:
-    """Who started us as one of several processes (torchrun, srun, or `launch`); None when we are alone."""
-    if _joined:  # Lightning, done with a stage, takes away the variables it is read from
-        return _joined[-1]
-    found: ClusterEnvironment | None = None
-    if TorchElasticEnvironment.detect():
-        found = TorchElasticEnvironment()
-    elif "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
-        found = LightningEnvironment()
-        found.set_world_size(int(os.environ["WORLD_SIZE"]))
-        found.set_global_rank(int(os.environ["RANK"]))
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and SLURMEnvironment.detect():
-        found = SLURMEnvironment(auto_requeue=False)
-    return found if found is not None and found.world_size() > 1 else None
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Belong to the group of processes that we were started in, if there is one."""
-    place = environment()
-    if place is None or dist.is_initialized():
-        yield
-        return
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.main_address, str(place.main_port)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank())
-    dist.init_process_group(backend, timeout=PATIENCE, rank=place.global_rank(), world_size=place.world_size())
-    _joined.append(place)
-    try:
-        yield
-    finally:
-        _joined.pop()
-        part_ways()
-        dist.destroy_process_group()
-
-
-def orphaned() -> bool:
-    """Whether the process that started us is no more."""
-    return PARENT in os.environ and os.getppid() != int(os.environ[PARENT])
-
-
-def launch(processes: int, config: Path) -> int:
-    """Start `python -m rlhf.worker CONFIG` as many times, pass signals on, wait; returns the first exit code not 0.
-
-    torchrun would do, but it kills what has not left 30 seconds after a signal, in the middle of a long step, and does
-    not pass SIGUSR1 on.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = str(os.getpid())
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "rlhf.worker", str(config)],
-            env={"OMP_NUM_THREADS": threads, **os.environ, **group, "RANK": str(i), "LOCAL_RANK": str(i), PARENT: own},
-            start_new_session=True,  # or the terminal's Ctrl-C would reach them twice
-        )
-        for i in range(processes)
-    ]
-
-    def pass_on(number: int, frame: Any) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
-        return _wait(children)
-    finally:
-        for child in children:
-            child.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(children: list[subprocess.Popen]) -> int:
-    failed, since = 0, 0.0
-    while any(child.poll() is None for child in children):
-        time.sleep(0.2)
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and not failed:
-            failed, since = codes[0], time.monotonic()
-        if failed and time.monotonic() - since > GRACE_SECONDS:  # they wait for one that is no more
-            for child in children:
-                child.kill()
-    return failed or next((child.returncode for child in children if child.returncode), 0)

@@ -3,6 +3,8 @@
 import difflib
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -10,17 +12,14 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import root
-from rlhf.files import DamagedError
-from rlhf.settings import ConfigError, Stopped
+from rlhf.errors import ConfigError, DamagedError, DataError, GuardStop, ModelError, RunError
+from rlhf.errors.machine import of_the_machine
 
 _NO_OPTION = "Config group override must be a string or a list."  # Hydra's words, in a bare ValueError
 
 
 def is_mistake(error: BaseException) -> bool:
     """Whether the configuration, the data or the model cannot be used, which the message says in a sentence."""
-    from rlhf.data.records import DataError
-    from rlhf.models import ModelError
-
     return isinstance(error, ConfigError | DataError | ModelError | DamagedError)
 
 
@@ -32,7 +31,7 @@ def explain(error: BaseException) -> str | None:
         return _explain_grammar(str(error.override))
     if isinstance(error, HydraException | OmegaConfBaseException) or _NO_OPTION in str(error):
         return _explain_composition(str(error), str(error.__cause__ or ""))
-    return str(error) if isinstance(error, Stopped) or is_mistake(error) else None
+    return str(error) if isinstance(error, GuardStop) or is_mistake(error) else None
 
 
 def _explain_grammar(override: str) -> str:
@@ -93,3 +92,19 @@ def _suggest(key: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(key, allowed, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
     return f"{hint}; allowed: {', '.join(allowed)}" if allowed else hint
+
+
+@contextmanager
+def in_a_sentence(command: str) -> Iterator[None]:
+    """Ends a command in a sentence: with exit code 2 for a mistake of the user, 1 for a failure of the machine."""
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, RunError) or is_mistake(error)
+        reason = str(error) if ours else of_the_machine(error)
+        if reason is None:
+            raise
+        print(f"{command}: {reason}", file=sys.stderr)
+        raise SystemExit(2 if ours else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

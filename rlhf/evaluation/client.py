@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Refused, Request, answering
-from rlhf.settings import ConfigError
+from rlhf.errors import ConfigError, EndpointRefused
+from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Request, answering
 
 log = logging.getLogger(__name__)
 ALL_REFUSED = 20  # refusals without a single answer after which no other question is asked
@@ -128,7 +128,7 @@ class ChatClient:
                     return value
                 with self._lock:
                     self.usage.unparsable += 1
-        except Refused as refused:
+        except EndpointRefused as refused:
             self._count(request, refused)
         return None
 
@@ -138,13 +138,13 @@ class ChatClient:
             try:
                 warmer = {**request.sampling, "temperature": self.reask_temperature}
                 return self._answer(replace(request, sampling=warmer), repeat)
-            except Refused as refused:
+            except EndpointRefused as refused:
                 if refused.parameter != "temperature":
                     raise
                 self._own_temperature = True
         return self._answer(request, repeat)
 
-    def _count(self, request: Request, refused: Refused) -> None:
+    def _count(self, request: Request, refused: EndpointRefused) -> None:
         """Count a refusal.
 
         Raises:

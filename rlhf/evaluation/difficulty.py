@@ -11,8 +11,8 @@ import numpy as np
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 from scipy.special import expit  # type: ignore[import-untyped]
 
-from rlhf.data.records import DataError
-from rlhf.data.sources import RowError, Source
+from rlhf.data.sources import Source
+from rlhf.errors import DataError, RowError
 from rlhf.evaluation.length_control import PRECISION, Array, scaled_difference
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf.settings import ConfigError, Interrupted, at_least_zero, positive
+from rlhf.errors import ConfigError, EndpointRefused, Interrupted
+from rlhf.settings import at_least_zero, positive
 
 log = logging.getLogger(__name__)
 TRANSIENT = (408, 409, 425, 429)  # and everything from 500: another time it may work
@@ -72,14 +73,6 @@ def answering(client: Mapping[str, Any]) -> str:
     place of the cache and the name of the key's variable do not.
     """
     return str(client.get("name") or client.get("base_url") or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/")
-
-
-class Refused(Exception):  # noqa: N818  (one question fewer)
-    """The endpoint answers others, but not this request; `parameter` is the key of `sampling` that it does not take."""
-
-    def __init__(self, reason: str, parameter: str | None = None):
-        super().__init__(reason)
-        self.parameter = parameter
 
 
 class Endpoint:
@@ -146,7 +139,9 @@ class Endpoint:
         choice = found.choices[0]
         declined = getattr(choice.message, "refusal", None)
         if declined or choice.finish_reason == "content_filter":
-            raise Refused(self._hidden(f"the model declines: {declined}" if declined else "its answer was filtered"))
+            raise EndpointRefused(
+                self._hidden(f"the model declines: {declined}" if declined else "its answer was filtered")
+            )
         text = _text(choice.message.content)
         return {
             "text": text.replace(self._secret, "***") if len(self._secret) >= SECRET_LENGTH else text,
@@ -163,8 +158,8 @@ class Endpoint:
         if about in request.sampling and not TOO_LONG.search(
             said
         ):  # some name max_tokens when the question is too long
-            return Refused(said, about)
-        return Refused(said)
+            return EndpointRefused(said, about)
+        return EndpointRefused(said)
 
     def ping(self) -> None:
         """See whether anybody answers, by asking once for the list of models.

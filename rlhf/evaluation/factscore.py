@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.records import Prompt
 from rlhf.data.templates import Template
+from rlhf.errors import ConfigError
 from rlhf.evaluation.abstention import abstains
 from rlhf.evaluation.client import ChatClient
 from rlhf.evaluation.endpoint import (
@@ -27,7 +28,7 @@ from rlhf.evaluation.endpoint import (
 )
 from rlhf.evaluation.knowledge import Knowledge, read_entities, sentences
 from rlhf.evaluation.prompts import load_template, own_files
-from rlhf.settings import ConfigError, at_least_zero, positive, typed
+from rlhf.settings import at_least_zero, positive, typed
 
 KEY = "evaluation.factscore"
 PLAIN = re.compile(r"(?i)\W*(?:answer\W+)?(true|false)\b(?=\W*$|\W*[,*)\]—–-]|\s+(?:because|since|as)\b)")

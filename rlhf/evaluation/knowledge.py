@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.records import DataError
+from rlhf.errors import DataError
 
 SQLITE = (".db", ".sqlite", ".sqlite3")
 SEPARATOR = "####SPECIAL####SEPARATOR####"  # between the passages of a page in FActScore's own Wikipedia database

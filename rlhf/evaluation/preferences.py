@@ -18,8 +18,9 @@ import hydra
 import torch
 from datasets import Dataset
 
-from rlhf.data.records import DataError, DataSource, Prompt, SampledComparison, Split
+from rlhf.data.records import DataSource, Prompt, SampledComparison, Split
 from rlhf.data.templates import Template
+from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation.client import uniform
 from rlhf.evaluation.evaluate import Judge
 from rlhf.evaluation.judges import NoJudge
@@ -27,8 +28,8 @@ from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import aside, read_json, read_lines, write_json
 from rlhf.models.tokenizing import Response
 from rlhf.rollout.engine import Rollouts
-from rlhf.settings import ConfigError, choice, fraction, optional_positive, positive, seed, typed
-from rlhf.stages.base import generator
+from rlhf.seeding import generator
+from rlhf.settings import choice, fraction, optional_positive, positive, seed, typed
 
 log = logging.getLogger(__name__)
 PAIRS_AT_ONCE = 512  # sampled together, and kept should the process die

@@ -8,7 +8,7 @@ from string import Formatter
 
 from rlhf import root
 from rlhf.data.templates import Template
-from rlhf.settings import ConfigError
+from rlhf.errors import ConfigError
 
 MESSAGE = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 ROLES = ("system", "user", "assistant")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from rlhf.errors import DamagedError
 from rlhf.errors.machine import writing
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,6 @@ ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.
 EARLIER = "earlier"  # in a run's folder: runs of other configurations that had the same name
 TORN_SECONDS = 3600  # no writer is silent for so long: what it wrote aside is left of one that was killed
 OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # what a run tells, beside its summary and models
-
-
-class DamagedError(ValueError):
-    """A file of ours that does not hold what it should, explained in one sentence."""
 
 
 @contextmanager

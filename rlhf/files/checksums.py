@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import BEST_MODEL, LINE_FILES, MODEL, DamagedError, read_object, sync, write_json
+from rlhf.errors import DamagedError
+from rlhf.files import BEST_MODEL, LINE_FILES, MODEL, read_object, sync, write_json
 from rlhf.files.digests import sha256
 
 CHECKSUMS = "checksums.json"

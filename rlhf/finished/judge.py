@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rlhf.errors import ConfigError, RunError
 from rlhf.evaluation.judges import RewardModelJudge
 from rlhf.finished.chat.models import Models
-from rlhf.finished.run import FinishedRun, RunError
+from rlhf.finished.run import FinishedRun
 from rlhf.models.tokenizing import keep_template
 from rlhf.scorers import Context
-from rlhf.settings import ConfigError
 
 
 class FinishedRewardModelJudge(RewardModelJudge):

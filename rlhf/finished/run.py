@@ -3,15 +3,11 @@
 Nothing here waits for torch, so that a mistaken folder is told at once.
 """
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.errors.explaining import is_mistake
-from rlhf.errors.machine import of_the_machine
+from rlhf.errors import RunError
 from rlhf.files import MODEL, SUMMARY, read_object
 from rlhf.files.checksums import damage
 from rlhf.settings import ModelSettings, typed
@@ -20,10 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-class RunError(Exception):
-    """A run that cannot be used as asked, explained in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,7 @@ class FinishedRun:
         """
         from transformers import AutoTokenizer
 
-        from rlhf.models import explained
+        from rlhf.errors import explained
 
         with explained(f"{self.model}: no tokenizer could be loaded"):
             return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.settings.trust_remote_code)
@@ -128,19 +120,3 @@ def _check(model: Path) -> None:
     wrong = damage(folder) if (folder / SUMMARY).exists() else None
     if wrong:
         raise RunError(f"{folder} is damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it whole")
-
-
-@contextmanager
-def in_a_sentence(command: str) -> Iterator[None]:
-    """Ends a command in a sentence: with exit code 2 for a mistake of the user, 1 for a failure of the machine."""
-    try:
-        yield
-    except Exception as error:
-        ours = isinstance(error, RunError) or is_mistake(error)
-        reason = str(error) if ours else of_the_machine(error)
-        if reason is None:
-            raise
-        print(f"{command}: {reason}", file=sys.stderr)
-        raise SystemExit(2 if ours else 1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

@@ -13,9 +13,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlhf.errors import GuardStop
 from rlhf.files import aside
 from rlhf.guards.signs import GUARDS, Metrics
-from rlhf.settings import GuardsSettings, Stopped
+from rlhf.settings import GuardsSettings
 
 log = logging.getLogger(__name__)
 MOST_SAVED = 10  # batches in `inspect/`: a run that skips now and then must not fill the disk
@@ -80,7 +81,7 @@ class Guards:
             Stopped: a guard asked for it, now or in an earlier process of this run.
         """
         if self.stopped:
-            raise Stopped(self.stopped)
+            raise GuardStop(self.stopped)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """By guard: count, first step and message."""

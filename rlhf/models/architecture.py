@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.settings import ConfigError, ModelSettings
+from rlhf.errors import ConfigError
+from rlhf.settings import ModelSettings
 
 # the modules and buffers that hold a row for each position: GPT-2's wpe, OPT's embed_positions, BERT's …
 POSITIONS = re.compile(r"wpe|position_embeddings|embed_positions|positions_embed|pos_emb")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.errors import ModelError, explained
 from rlhf.errors.machine import writing
-from rlhf.models import ModelError, explained
 from rlhf.models.roles import Roles
 from rlhf.models.tokens import settle_tokens
 

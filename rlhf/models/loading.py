@@ -24,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.data.records import DataSource
-from rlhf.models import ModelError, explained
+from rlhf.errors import ModelError, explained
 from rlhf.models.logits import head_of
 from rlhf.models.tokenizing import keep_template
 from rlhf.models.tokens import give_pad, stops_of

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models import ModelError
+from rlhf.errors import ModelError
 
 TRIED = 4  # tokens that a head is tried out on
 LARGE = 300.0  # logits at which a cap shows: those of a new model are far below it

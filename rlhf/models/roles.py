@@ -22,7 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models import ModelError, unpadded
+from rlhf.errors import ModelError
+from rlhf.models import unpadded
 from rlhf.models.fused_lora import fuse
 from rlhf.models.heads import ScalarHead, TokenStats, token_stats
 from rlhf.models.logits import head_of

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf.distributed import collectives as parallel
-from rlhf.models import ModelError
+from rlhf.distributed import collectives
+from rlhf.errors import ModelError
 from rlhf.models.roles import Roles, blocks_of
 from rlhf.models.sequences import Sequences
 
@@ -26,7 +26,7 @@ def shard(roles: Roles, device: str) -> None:
     blocks = blocks_of(base)
     if not blocks:
         raise ModelError(f"trainer=fsdp: {type(base).__name__} does not say what its blocks are; allowed: trainer=ddp")
-    mesh = init_device_mesh(device, (parallel.size(),))
+    mesh = init_device_mesh(device, (collectives.size(),))
     whole = set(base.parameters()) - {
         parameter for block in blocks for name, parameter in block.named_parameters() if ".lora_" not in name
     }
@@ -35,7 +35,7 @@ def shard(roles: Roles, device: str) -> None:
     fully_shard(base.base_model, mesh=mesh, ignored_params=whole)  # nothing of its own: it knows which block is next
     roles.sharded = True
     least = Sequences.from_lists([[0]], [[0]])
-    parallel.keep_step(base.base_model, lambda: roles.hidden("reference", least.to(roles.device)))
+    collectives.keep_step(base.base_model, lambda: roles.hidden("reference", least.to(roles.device)))
 
 
 def gathered(roles: Roles) -> dict[str, Tensor]:
@@ -44,6 +44,6 @@ def gathered(roles: Roles) -> dict[str, Tensor]:
     for name, value in roles.trunk("reference").state_dict().items():
         if ".lora_" not in name:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if parallel.is_first():
+            if collectives.is_rank_zero():
                 found[name.replace(".base_layer.", ".")] = whole.cpu()
     return found

@@ -3,6 +3,7 @@
 Special are the tokens that the tokenizer puts around a text and those that the prompt template of the data set writes.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.templates import Template
+from rlhf.errors import DataError
 from rlhf.models.tokens import special_ids
+
+log = logging.getLogger(__name__)
 
 
 class Response(str):
@@ -123,3 +127,48 @@ def _spelling(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 def _replaced(row: Sequence[int], special: set[int], unk: list[int]) -> list[int]:
     return [i for token in row for i in (unk if token in special else [token])]
+
+
+def short_enough(tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int) -> list[int]:
+    """Which prompts have at most `limit` (`model.max_prompt_tokens`) tokens; how many are left out is logged.
+
+    Raises:
+        DataError: not a single one has.
+    """
+    kept = [i for i, ids in enumerate(encode(tokenizer, prompts)) if len(ids) <= limit]
+    if len(kept) < len(prompts):
+        log.warning("%d of %d prompts are longer than model.max_prompt_tokens=%d and left out",
+                    len(prompts) - len(kept), len(prompts), limit)  # fmt: skip
+    if not kept:
+        raise DataError(f"no prompt has at most model.max_prompt_tokens={limit} tokens")
+    return kept
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    ended: Sequence[bool] | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, response ids) a row, encoded apart as at generation, the response ending in EOS.
+
+    A response that does not fit into `max_length` tokens is cut and gets no EOS: its end was not seen. No more has a
+    sampled one that has not `ended` by itself. A prompt that leaves no room keeps its BOS, its last tokens and one of
+    the response. How many are cut is logged, and how many spell a special token, which is read as text.
+    """
+    rows, cut = [], 0
+    whole = [True] * len(responses) if ended is None else ended
+    for prompt, answer, end in zip(encode(tokenizer, prompts), encode_texts(tokenizer, responses), whole, strict=True):
+        if len(prompt) >= max_length:
+            prompt = last_tokens(tokenizer, prompt, max_length - 1)
+        wanted = [*answer, tokenizer.eos_token_id] if end else answer
+        rows.append((prompt, wanted[: max_length - len(prompt)]))
+        cut += len(prompt) + len(wanted) > max_length
+    if cut:
+        log.warning("%d of %d texts are longer than max_length=%d tokens and cut", cut, len(rows), max_length)
+    found = spelt(tokenizer, prompts) + spelt(tokenizer, responses)
+    if found:
+        log.warning("%d of %d prompts and responses contain the name of a special token, which is read as text",
+                    found, 2 * len(rows))  # fmt: skip
+    return rows

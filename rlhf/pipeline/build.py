@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf.data.options import parse_template
-from rlhf.data.records import RECORDS, DataError, DataSource, SampledComparison, Split
+from rlhf.data.records import DataSource, divided, records, skipped_rows
 from rlhf.data.templates import Template
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
 from rlhf.evaluation.evaluate import Judge
 from rlhf.evaluation.preferences import FromData, SavedPreferences, Simulated
 from rlhf.files import METRICS, MODEL
@@ -27,14 +26,14 @@ from rlhf.models.export import HEAD, load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import gathered
-from rlhf.models.tokenizing import encode
+from rlhf.models.tokenizing import short_enough
 from rlhf.pipeline import cache
 from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.train import MakeTrainer, train_supervised
 from rlhf.rollout.engine import Rollouts, make_engine, rollout
 from rlhf.scorers import Context
+from rlhf.seeding import generator
 from rlhf.settings import RewardSettings, Settings, SFTSettings
-from rlhf.stages.base import generator
 from rlhf.stages.cutting import count_short, distinct
 from rlhf.stages.reward import RewardModeling, longer_accuracy
 from rlhf.stages.sft import SupervisedFineTuning
@@ -74,7 +73,7 @@ class Builder:
         short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "sft", limit)
         metrics = train_supervised(self.make_trainer, stage, settings, texts, stage.encode(held_out), folder)
         whole = gathered(roles) if roles.sharded else None
-        parallel.from_first(lambda: self._save_sft(roles, whole, tokenizer, folder))
+        collectives.on_rank_zero(lambda: self._save_sft(roles, whole, tokenizer, folder))
         skipped = skipped_rows(self.source, "sft")
         told = {"rows": {"sft": len(train)}, "skipped": skipped, "cut": short, "guards": stage.guards.summary()}
         tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
@@ -115,7 +114,7 @@ class Builder:
 
         The first process makes them for all.
         """
-        parallel.from_first(lambda: self._simulate(folder, sft, device))
+        collectives.on_rank_zero(lambda: self._simulate(folder, sft, device))
 
     def _simulate(self, folder: Path, sft: Path, device: str) -> None:
         started, simulated = time.monotonic(), self._simulated
@@ -187,9 +186,9 @@ class Builder:
                  100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
         if settings.lora.r:
             adapter = (roles, "reward", lora_config(settings.lora), base, tokenizer, folder / MODEL)
-            parallel.from_first(lambda: save_adapter(*adapter))
+            collectives.on_rank_zero(lambda: save_adapter(*adapter))
         else:
-            parallel.from_first(lambda: save_full_reward(roles, tokenizer, base, folder / MODEL))
+            collectives.on_rank_zero(lambda: save_full_reward(roles, tokenizer, base, folder / MODEL))
         told = {
             "rows": {"preference": len(train)},
             "skipped": skipped_rows(source, "preference") | equal,
@@ -210,49 +209,6 @@ def save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Pat
 
     # the float32 head, not its copy in the model's dtype
     save_file({"score.weight": roles.heads["reward"].state_dict()["weight"].cpu()}, folder / HEAD)
-
-
-def divided(source: DataSource, split: Split, held_out: Split, size: int) -> tuple[list, list]:
-    """Training and held-out rows: the data set's own validation split, or the end of the training split.
-
-    Raises:
-        DataError: there are too few rows.
-    """
-    rows = source.load(split)
-    if held_out in source.splits:
-        other = source.load(held_out)
-        return records(rows, split), records(other.select(range(min(size, len(other)))), held_out)
-    if len(rows) <= size:
-        raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
-    everything = records(rows.shuffle(seed=0), split)
-    return everything[:-size], everything[-size:]
-
-
-def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
-    """How many rows were bad, by reason, for a summary; {} for a data set that does not count them (`report`)."""
-    report = getattr(source, "report", {}).get(split)
-    return report.counts if report else {}
-
-
-def records(rows: Dataset, split: Split) -> list:
-    """The rows as records of their split."""
-    kind = SampledComparison if "chosen_ended" in rows.column_names else RECORDS[split]
-    return [kind(**row) for row in rows]
-
-
-def short_enough(tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int) -> list[int]:
-    """Which prompts have at most `limit` (`model.max_prompt_tokens`) tokens; how many are left out is logged.
-
-    Raises:
-        DataError: not a single one has.
-    """
-    kept = [i for i, ids in enumerate(encode(tokenizer, prompts)) if len(ids) <= limit]
-    if len(kept) < len(prompts):
-        log.warning("%d of %d prompts are longer than model.max_prompt_tokens=%d and left out",
-                    len(prompts) - len(kept), len(prompts), limit)  # fmt: skip
-    if not kept:
-        raise DataError(f"no prompt has at most model.max_prompt_tokens={limit} tokens")
-    return kept
 
 
 def steps_of(settings: SFTSettings | RewardSettings, rows: int) -> int:

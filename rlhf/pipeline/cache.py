@@ -10,12 +10,11 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from rlhf.distributed import collectives as parallel
-from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, DamagedError, locks, read_object, tidy, write_json
+from rlhf.distributed import collectives
+from rlhf.errors import ConfigError, DamagedError, ModelError
+from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, locks, read_object, tidy, write_json
 from rlhf.files.checksums import damage
-from rlhf.models import ModelError
 from rlhf.pipeline import earlier
-from rlhf.settings import ConfigError
 from rlhf.tracking.run_log import read_summary
 
 log = logging.getLogger(__name__)
@@ -141,16 +140,16 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
     checkpoint, and nothing that could be mistaken for a result. Several processes on one run build together. What is
     there but damaged is moved to `damaged/` and built again.
     """
-    if not parallel.from_first(lambda: missing(folder)):
+    if not collectives.on_rank_zero(lambda: missing(folder)):
         return folder
     with locked(folder.parent / f"{folder.name}.lock", f"another process builds {folder.name}"):
-        if parallel.from_first(lambda: missing(folder)):
-            parallel.from_first(lambda: _move_damaged(folder))
+        if collectives.on_rank_zero(lambda: missing(folder)):
+            collectives.on_rank_zero(lambda: _move_damaged(folder))
             work = _work(folder)
             work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
-            if parallel.from_first(lambda: missing(work)):  # else it died here, with all done
+            if collectives.on_rank_zero(lambda: missing(work)):  # else it died here, with all done
                 build(work)
-            parallel.from_first(lambda: _put(work, folder))
+            collectives.on_rank_zero(lambda: _put(work, folder))
     return folder
 
 
@@ -187,7 +186,7 @@ def locked(path: Path, reason: str) -> Iterator[None]:
     Of several processes on one run the first holds it for all.
     """
     held: list[BaseFileLock] = []
-    parallel.from_first(lambda: held.append(locks.acquire(path, reason)))
+    collectives.on_rank_zero(lambda: held.append(locks.acquire(path, reason)))
     try:
         yield
     finally:

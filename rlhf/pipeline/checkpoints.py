@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
 from rlhf.files import METRICS, aside, read_lines
 from rlhf.files.digests import sha256
 from rlhf.stages.base import Stage
@@ -83,9 +83,9 @@ class StepCheckpoints(Callback):
         """
         step = module.steps_done
         path = self._path(step)
-        if parallel.from_first(path.exists):
+        if collectives.on_rank_zero(path.exists):
             return step
-        if not parallel.is_first():
+        if not collectives.is_rank_zero():
             trainer.save_checkpoint(path)
             return step
         self.folder.mkdir(parents=True, exist_ok=True)

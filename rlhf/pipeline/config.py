@@ -17,12 +17,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
-from rlhf.data.records import DataError, DataSource, Prompt
+from rlhf.data.records import DataSource, Prompt
+from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation.difficulty import difficulties
 from rlhf.evaluation.evaluate import instruction_of, logged
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.identity import HARMLESS, LIGHTNING
-from rlhf.settings import ConfigError, Settings, is_quantized, typed
+from rlhf.settings import Settings, is_quantized, typed
 
 # groups that name a class by `_target_`
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import EARLIER, METRICS, SUMMARY, DamagedError, read_json, read_lines, write_json
+from rlhf.errors import DamagedError
+from rlhf.files import EARLIER, METRICS, SUMMARY, read_json, read_lines, write_json
 
 log = logging.getLogger(__name__)
 NOTE = "identity.json"  # of a run: its identity and configuration, from its first moment on

@@ -138,7 +138,12 @@ def code_of(*modules: str) -> list[Path]:
     while todo:
         module = todo.pop()
         file = _file_of(module)
-        if file is None or module in found or module == "rlhf" or f"{module}.".startswith(tuple(f"{name}." for name in WATCHING)):
+        if (
+            file is None
+            or module in found
+            or module == "rlhf"
+            or f"{module}.".startswith(tuple(f"{name}." for name in WATCHING))
+        ):
             continue
         found[module] = file
         todo += _imports(file)

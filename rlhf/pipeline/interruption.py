@@ -10,9 +10,9 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives, processes
+from rlhf.errors import Interrupted
 from rlhf.pipeline.checkpoints import StepCheckpoints
-from rlhf.settings import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Interruption(Callback):
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Note what signals do, before Lightning takes them for itself."""
-        self._before = {number: signal.getsignal(number) for number in parallel.SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in processes.SIGNALS}
 
     def on_train_start(self, *args: Any) -> None:
         """Take over from Lightning's handlers, which stop without saving, or not at all while it validates."""
@@ -42,7 +42,7 @@ class Interruption(Callback):
 
     def _take_over(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in parallel.SIGNALS:
+            for number in processes.SIGNALS:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -59,7 +59,7 @@ class Interruption(Callback):
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """An evaluation is not waited for: it is made again after resuming. First each process has a turn."""
-        if (batch_idx + 1) % parallel.size() == 0:
+        if (batch_idx + 1) % collectives.size() == 0:
             self._leave(trainer, module)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -73,9 +73,11 @@ class Interruption(Callback):
         self.teardown()  # Lightning calls it only where all went well
 
     def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
-        if parallel.orphaned():
+        if processes.orphaned():
             self.received = self.received or signal.SIGTERM
-        received = max(parallel.gathered(int(self.received or 0)))  # whichever process was told, all leave together
+        received = max(
+            collectives.all_gather(int(self.received or 0))
+        )  # whichever process was told, all leave together
         if not received:
             return
         if trainer.state.fn == TrainerFn.FITTING:  # else what is measured is saved already, or is where training begins

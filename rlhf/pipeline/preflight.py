@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives, processes
+from rlhf.errors import ModelError
 from rlhf.files import BUDGET, EARLIER, read_object, write_json
-from rlhf.models import ModelError
 from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
 from rlhf.models.memory import Memory, available, estimate, largest_budget
 from rlhf.pipeline import cache, earlier
@@ -79,14 +79,14 @@ def settle_budget(run: Run, fresh: bool = False, jobs: int = 1) -> None:
     ppo = run.settings.ppo
     if ppo.microbatch_tokens != "auto":
         return
-    kept = None if fresh else parallel.from_first(lambda: _kept_budget(run))
+    kept = None if fresh else collectives.on_rank_zero(lambda: _kept_budget(run))
     if kept is not None:
         log.info("ppo.microbatch_tokens=auto: %d, as the run began", kept)
         ppo.microbatch_tokens = kept
         return
-    sharing = jobs * (1 if torch.cuda.is_available() else parallel.wanted(run.config.trainer))
-    free = min(parallel.gathered(available())) // sharing
-    shares = parallel.shares(run.config.trainer)
+    sharing = jobs * (1 if torch.cuda.is_available() else processes.wanted(run.config.trainer))
+    free = min(collectives.all_gather(available())) // sharing
+    shares = processes.shares(run.config.trainer)
     chosen = largest_budget(run.settings, _vocabulary(run), run.needs_reward_model, free, shares)
     if chosen is None:
         raise ModelError(
@@ -114,7 +114,7 @@ def _kept_budget(run: Run) -> int | None:
 
 
 def _needed(run: Run) -> Memory | None:
-    return estimate(run.settings, _vocabulary(run), run.needs_reward_model, parallel.shares(run.config.trainer))
+    return estimate(run.settings, _vocabulary(run), run.needs_reward_model, processes.shares(run.config.trainer))
 
 
 def _vocabulary(run: Run) -> int | None:

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.records import SPLITS, DataSource, Prompt, Split
-from rlhf.distributed import collectives as parallel
+from rlhf.data.records import SPLITS, DataSource, Prompt, Split, divided, records
+from rlhf.distributed import collectives, processes
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import difficulties
 from rlhf.evaluation.evaluate import Evaluation, Judge, instruction_of
@@ -28,9 +28,10 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
+from rlhf.models.tokenizing import short_enough
 from rlhf.pipeline import cache, earlier, identity
 from rlhf.pipeline.allocation import keep_freed_memory
-from rlhf.pipeline.build import Builder, divided, records, save_full_reward, short_enough, steps_of
+from rlhf.pipeline.build import Builder, save_full_reward, steps_of
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.config import best_metric, instantiate, needs, target_class
 from rlhf.pipeline.interruption import Interruption
@@ -187,22 +188,22 @@ class Run:
     def run(self) -> dict[str, Any]:
         """Build what is missing, then the stage itself; returns the summary."""
         if self.config.stage.name in ("ppo", "evaluate"):
-            parallel.from_first(self._ping)
-        missing = parallel.from_first(lambda: [path for path in self.needed() if cache.missing(path)])
-        parallel.from_first(lambda: cache.check_writable(missing))
+            collectives.on_rank_zero(self._ping)
+        missing = collectives.on_rank_zero(lambda: [path for path in self.needed() if cache.missing(path)])
+        collectives.on_rank_zero(lambda: cache.check_writable(missing))
         if self.preferences_folder in missing:
             self._builder.prepare_preferences()
         for folder, build in self.needed().items():
             cache.ensure(folder, build)
-            parallel.part_ways()
+            collectives.part_ways()
             self._hand_over(folder.name, folder)
         stage = self.config.stage.name
         if stage in ("sft", "preferences", "reward"):
             last = list(self.needed())[-1]
-            parallel.from_first(lambda: copy_folder(last, self.folder))
+            collectives.on_rank_zero(lambda: copy_folder(last, self.folder))
             return tracking.read_summary(self.folder) or {}
         summary = self._ppo(train=stage == "ppo")
-        parallel.from_first(lambda: cache.register_run(self.outputs, self.identity, self.folder))
+        collectives.on_rank_zero(lambda: cache.register_run(self.outputs, self.identity, self.folder))
         self._hand_over(tracking.run_id(summary), self.folder)
         return summary
 
@@ -238,8 +239,8 @@ class Run:
             prompts = self._prompts(tokenizer)
             best = self._best
             first = train_ppo(self._trainer, stage, prompts, evaluation, self.folder, self.config.resume, best)
-            parallel.from_first(lambda: self._save_policy(roles, tokenizer, self.folder / MODEL))
-            told["best"] = parallel.from_first(lambda: self._save_best(stage, best)) if best else None
+            collectives.on_rank_zero(lambda: self._save_policy(roles, tokenizer, self.folder / MODEL))
+            told["best"] = collectives.on_rank_zero(lambda: self._save_best(stage, best)) if best else None
         else:
             first = self._evaluate(stage, evaluation)
         return tracking.write_summary(
@@ -301,14 +302,14 @@ class Run:
             "enable_checkpointing": False,
             "enable_progress_bar": self.progress,
         }
-        if parallel.size() > 1:  # each stage gives the processes their shares itself
-            quiet |= {"use_distributed_sampler": False, "plugins": [parallel.environment()]}
+        if collectives.size() > 1:  # each stage gives the processes their shares itself
+            quiet |= {"use_distributed_sampler": False, "plugins": [processes.environment()]}
         options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": self._loggers(folder), **options}
         return instantiate(self.config.trainer, "trainer", **options)
 
     def _place(self, roles: Roles, packing: bool = False) -> None:
         """Put the models where they will train, tried out before (`rlhf.rollout.trial`): a base that is spread cannot be."""
-        spread = parallel.shares(self.config.trainer) > 1
+        spread = processes.shares(self.config.trainer) > 1
         if not spread:
             roles.to(_device(self.config))
         engine = "" if self.config.stage.name == "sft" else self.settings.generation.engine
@@ -318,7 +319,7 @@ class Run:
 
     def _loggers(self, folder: Path) -> list[Logger]:
         """`metrics.jsonl` and what is configured; a stage built for the cache has a W&B run of its own, or none."""
-        if not parallel.is_first():
+        if not collectives.is_rank_zero():
             return []
         lines = tracking.JsonLines(folder)
         if target_class(self.config.logger, "logger") is not tracking.wandb_logger:

@@ -8,11 +8,12 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader
 
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
+from rlhf.errors import ConfigError
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
-from rlhf.settings import ConfigError, RewardSettings, SFTSettings
-from rlhf.stages.base import SeededBatches, loader
+from rlhf.settings import RewardSettings, SFTSettings
+from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
 from rlhf.stages.reward import RewardModeling
 from rlhf.stages.sft import SupervisedFineTuning
@@ -33,12 +34,12 @@ def train_supervised(
 ) -> dict[str, float]:
     """Train a supervised stage from its first step or its last checkpoint to its end; measured before and after."""
     checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every)
-    last = parallel.from_first(checkpoints.latest)
+    last = collectives.on_rank_zero(checkpoints.latest)
     start = checkpoints.step_of(last) if last else 0
     stage.resumed_at = start
     trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
     validation = DataLoader(held_out, batch_size=settings.batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
-    kept = parallel.from_first(lambda: _kept(folder, start if last else -1, evaluated=False))
+    kept = collectives.on_rank_zero(lambda: _kept(folder, start if last else -1, evaluated=False))
     if last is None:
         trainer.validate(stage, validation, verbose=False)
     else:
@@ -47,14 +48,14 @@ def train_supervised(
         stage.guards.replay(kept)
         stage.guards.check()
     if start < stage.total_steps:
-        share = slice(parallel.rank(), None, parallel.size())
+        share = slice(collectives.rank(), None, collectives.size())
         batches = SeededBatches(len(train), settings.batch_size, settings.seed, stage.total_steps, start, share)
         trainer.fit(stage, loader(train, stage.collate, batches), ckpt_path=last, weights_only=True)
     elif last:
         stage.load_trained(last)
     stage.roles.eval()
     trainer.validate(stage, validation, verbose=False)
-    lines = [tracking.numbers(line) for line in parallel.from_first(lambda: tracking.read_metrics(folder))]
+    lines = [tracking.numbers(line) for line in collectives.on_rank_zero(lambda: tracking.read_metrics(folder))]
     latest = {key: value for line in lines for key, value in line.items()}
     return {**latest, **{f"{key}_before": value for key, value in lines[0].items()}}
 
@@ -85,7 +86,7 @@ def train_ppo(
     """Train from the SFT model, or the last checkpoint, to the end; returns the evaluation of step 0."""
     settings, ppo = stage.all, stage.ppo
     checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, also_every=ppo.eval_every)
-    last = parallel.from_first(checkpoints.latest)
+    last = collectives.on_rank_zero(checkpoints.latest)
     if last is None and resume == "must":
         raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
     start = checkpoints.step_of(last) if last else 0
@@ -97,9 +98,9 @@ def train_ppo(
         check_val_every_n_epoch=None,
     )
     stage.ppo_step = start
-    evaluated = parallel.from_first(lambda: tracking.evaluated_at(folder, start))
+    evaluated = collectives.on_rank_zero(lambda: tracking.evaluated_at(folder, start))
     due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
-    metrics = parallel.from_first(lambda: _kept(folder, start if last else -1, bool(evaluated)))
+    metrics = collectives.on_rank_zero(lambda: _kept(folder, start if last else -1, bool(evaluated)))
     if last:
         log.info("continuing from step %d", start)
         stage.last_evaluation = evaluated
@@ -115,5 +116,5 @@ def train_ppo(
         trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
         if ppo.steps % ppo.eval_every:
             trainer.validate(stage, evaluation, verbose=False)
-    parallel.from_first(checkpoints.prune)  # after the last evaluation
-    return parallel.from_first(lambda: tracking.evaluated_at(folder, 0))
+    collectives.on_rank_zero(checkpoints.prune)  # after the last evaluation
+    return collectives.on_rank_zero(lambda: tracking.evaluated_at(folder, 0))

@@ -12,13 +12,14 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
+from rlhf.errors import NoRunsError
 from rlhf.files import read_json, write_json
 from rlhf.objectives import objectives_of
 from rlhf.report.figures import DEFAULT, KL
 from rlhf.report.front import front_table
 from rlhf.report.measures import measure
 from rlhf.report.results import columns, main_table
-from rlhf.report.runs import NoRunsError, Sweep, load
+from rlhf.report.runs import Sweep, load
 
 WORKSPACE, REPORT, PUSHED = "wandb_workspace.json", "wandb_report.json", "wandb_pushed.json"
 STEP, ROW = "step", "row"  # the runs' x axis, and the key of their configuration that all seeds of a row share

@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from rlhf.errors import FigureError, NoRunsError
 from rlhf.report import page, words
-from rlhf.report.figures import FigureError, make_figures
+from rlhf.report.figures import make_figures
 from rlhf.report.front import front_table
 from rlhf.report.results import baseline, compared, comparisons, difference_table, main_table
-from rlhf.report.runs import NoRunsError, load
+from rlhf.report.runs import load
 from rlhf.report.tables import Table
 from rlhf.tracking.reading import printable
 

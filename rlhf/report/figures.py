@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlhf.errors import FigureError
 from rlhf.report.fitting import Line, initial_line
 from rlhf.report.labels import End, label_column, label_points, make_room
 from rlhf.report.measures import measure
@@ -33,10 +34,6 @@ DEFAULT: list[dict[str, Any]] = [
 ]  # fmt: skip
 Numbers = list[dict[str, Any]]
 Looks = Mapping[str, Look]
-
-
-class FigureError(ValueError):
-    """A figure that the layout describes wrongly; the message is one sentence."""
 
 
 def make_figures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.errors import NoRunsError
 from rlhf.files import FAILED, METRICS, SUMMARY
 from rlhf.report.alike import divide
 from rlhf.report.statistics import Array
@@ -22,10 +23,6 @@ EARLIER = "earlier"  # in a run's folder: its runs that were moved aside, which 
 SFT = "SFT"
 PLAIN = "PPO"  # the label of a row without overrides
 Steps = dict[int, dict[str, Any]]
-
-
-class NoRunsError(Exception):
-    """A folder that holds nothing to report on; the message is one sentence."""
 
 
 @dataclass(frozen=True)

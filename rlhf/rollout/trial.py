@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.models import ModelError, first_line
+from rlhf.errors import ModelError, first_line
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
 from rlhf.rollout.engine import NativeEngine, TransformersEngine

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.models import explained
+from rlhf.errors import explained
 from rlhf.models.export import save_adapter
 from rlhf.models.roles import Roles
 from rlhf.models.tokens import stop_ids

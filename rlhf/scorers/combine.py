@@ -8,9 +8,9 @@ from hydra.utils import instantiate
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.errors import ConfigError
 from rlhf.rollout.engine import Rollouts
 from rlhf.scorers import Context, Scorer
-from rlhf.settings import ConfigError
 
 
 class WeightedSum:

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
-from rlhf.models import ModelError, explained
+from rlhf.errors import ConfigError, ModelError, explained
 from rlhf.models.architecture import positions
 from rlhf.models.loading import load_whole
 from rlhf.rollout.engine import Rollouts
 from rlhf.scorers import Context
-from rlhf.settings import ConfigError
 
 
 class SentimentScorer:

@@ -1,6 +1,5 @@
 """What the stages share: seeded batches, token-budgeted accumulation, AdamW with a schedule, metrics by step."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,61 +11,15 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import BatchSampler, DataLoader
 
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
+from rlhf.errors import ConfigError
 from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.settings import ConfigError, OptimizerSettings
+from rlhf.settings import OptimizerSettings
 from rlhf.tracking.dashboards import Dashboard
-
-
-class SeededBatches(BatchSampler):
-    """Batches of row numbers, a pure function of (seed, step): so a run continues anywhere without replaying.
-
-    Each epoch is a fresh permutation; a batch may straddle two epochs, so that every batch has `batch_size` rows.
-    `share` says which rows of each batch this process is given.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, steps: int, start: int = 0, share: slice = slice(None)):
-        self.rows, self.batch_size, self.seed, self.steps, self.start = rows, batch_size, seed, steps, start
-        self.share = share
-
-    def __len__(self) -> int:
-        # all of them: Lightning, resuming, counts on from the batch that the checkpoint was made after
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.steps):
-            yield self.batch(step)[self.share]
-
-    def batch(self, step: int) -> list[int]:
-        """The rows of one step."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._permutation(place // self.rows)[place % self.rows] for place in places]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if getattr(self, "_cached", (None,))[0] != epoch:
-            self._cached = (epoch, torch.randperm(self.rows, generator=generator(self.seed, "order", epoch)).tolist())
-        return self._cached[1]
-
-
-def generator(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Generator:
-    """An independent random stream for (seed, purpose, step): nothing depends on what was drawn before it."""
-    return torch.Generator(device).manual_seed(mixed_seed(seed, purpose, step))
-
-
-def mixed_seed(seed: int, purpose: str, step: int = 0) -> int:
-    """63 bits that differ for any two (seed, purpose, step), the same in every process."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def loader(rows: Sequence[Any], collate: Callable[[list[Any]], Any], batches: SeededBatches) -> DataLoader:
-    """The rows in the order of `batches`."""
-    return DataLoader(rows, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
 
 
 class Step(NamedTuple):
@@ -116,7 +69,7 @@ class Stage(lightning.LightningModule):
         """Keep what trains: the frozen base can be loaded again."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["processes"] = parallel.size()
+        checkpoint["processes"] = collectives.size()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what cannot be continued exactly.
@@ -125,9 +78,9 @@ class Stage(lightning.LightningModule):
             ConfigError: the checkpoint was made by another number of processes.
         """
         made_by = checkpoint.get("processes", 1)
-        if made_by != parallel.size():
+        if made_by != collectives.size():
             raise ConfigError(
-                f"trainer.devices · trainer.num_nodes={parallel.size()}, but the checkpoint was made by {made_by}, and "
+                f"trainer.devices · trainer.num_nodes={collectives.size()}, but the checkpoint was made by {made_by}, and "
                 "each process draws its own random numbers; allowed: as many as before, or resume=never"
             )
 
@@ -163,13 +116,13 @@ class Stage(lightning.LightningModule):
         Averaging per part instead would weigh tokens of short parts more (and is what breaks accumulation elsewhere).
         `clip_each` clips after every part too, which is only there to reproduce a published fault.
         """
-        count = parallel.total(torch.as_tensor(count, device=self.device))
+        count = collectives.all_reduce_sum(torch.as_tensor(count, device=self.device))
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         limit = self.settings.max_grad_norm or math.inf
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         sums: dict[str, Tensor] = {}
-        filling = parallel.to_fill_up(parts)
+        filling = collectives.to_fill_up(parts)
         for part in parts:
             total, extra = loss(part)
             self.manual_backward(total / count)
@@ -179,7 +132,7 @@ class Stage(lightning.LightningModule):
                 sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
         for part in filling:
             self.manual_backward(0 * loss(part)[0])
-        parallel.add_up([*(p.grad for p in trained if p.grad is not None), *sums.values()])
+        collectives.all_reduce_([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
         refused = self.refusal(norm, sums, count)
         if refused:  # a step without gradients changes nothing, and Lightning counts it

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import TypeVar
 
-from rlhf.data.records import DataError
+from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
 Encoded = tuple[list[int], list[int]]  # the ids of prompt and response

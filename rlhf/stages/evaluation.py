@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Prompt
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
 from rlhf.divergence import exact_kl
 from rlhf.files import read_lines
 from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Engine, Rollouts, rollout
+from rlhf.seeding import generator
 from rlhf.settings import Settings
-from rlhf.stages.base import Stage, generator
+from rlhf.stages.base import Stage
 from rlhf.stages.experience import score_exact
 
 OUTCOMES = "outcomes.jsonl"
@@ -67,7 +68,7 @@ class PolicyEvaluation(Stage):
         Of `evaluation.best_of` answers to a prompt the one that the scorer likes best counts. The processes take turns,
         and what is drawn depends on the batch alone, so that their number changes nothing.
         """
-        if index % parallel.size() != parallel.rank():
+        if index % collectives.size() != collectives.rank():
             return
         config, texts = self.all.evaluation, [row.prompt for row in batch]
         answers = rollout(
@@ -95,16 +96,16 @@ class PolicyEvaluation(Stage):
 
     def on_validation_epoch_end(self) -> None:
         """Judge all answers, append the samples, log `eval/*`."""
-        parts = [part for process in parallel.gathered(self._measured) for part in process]
+        parts = [part for process in collectives.all_gather(self._measured) for part in process]
         parts.sort(key=lambda part: part.index)
         prompts = [prompt for part in parts for prompt in part.prompts]
         responses = [response for part in parts for response in part.responses]
-        metrics, records = parallel.from_first(lambda: self.evaluator(prompts, responses))
+        metrics, records = collectives.on_rank_zero(lambda: self.evaluator(prompts, responses))
         rewards, lengths = torch.cat([part.rewards for part in parts]), torch.cat([part.lengths for part in parts])
         for record, reward, length in zip(records, rewards.tolist(), lengths.tolist(), strict=True):
             record |= {"reward": reward, "tokens": length}
         shown = records[: self.all.evaluation.samples]
-        metrics |= parallel.from_first(lambda: self._write(records, shown))
+        metrics |= collectives.on_rank_zero(lambda: self._write(records, shown))
         metrics |= {
             "eval/reward": float(rewards.mean()),
             "eval/response_tokens": float(lengths.float().mean()),

@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import ppo
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
 from rlhf.divergence import bregman
 from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED, repetition
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import Engine, Rollouts, in_float32, rollout, serve_as_old
+from rlhf.seeding import generator, mixed_seed
 from rlhf.settings import Settings
-from rlhf.stages.base import generator, mixed_seed
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
 from rlhf.stages.experience import (
     Divergence,
@@ -43,7 +43,7 @@ FAR = "KL"  # an update refused because the policy has gone far enough from the 
 
 def own_stream(purpose: str) -> str:
     """The name of a random stream that each process has for itself."""
-    return f"{purpose} of process {parallel.rank()}" if parallel.rank() else purpose
+    return f"{purpose} of process {collectives.rank()}" if collectives.rank() else purpose
 
 
 class PPO(PolicyEvaluation):
@@ -75,7 +75,9 @@ class PPO(PolicyEvaluation):
         self.samples = samples
         exact = in_float32(roles) and settings.quantization is None
         self.guards = Guards(settings.guards.at_precision(exact), samples.parent)
-        self.normalizer = ppo.ScoreNormalizer(self.ppo.score_normalization, self.ppo.score_clip, parallel.total)
+        self.normalizer = ppo.ScoreNormalizer(
+            self.ppo.score_normalization, self.ppo.score_clip, collectives.all_reduce_sum
+        )
         self.ppo_step = 0
         self.dropout = settings.lora.r > 0 and settings.lora.dropout > 0
         self.captured_are_old = serve_as_old(settings.generation, roles)
@@ -127,7 +129,7 @@ class PPO(PolicyEvaluation):
     def deal(self, batch: Sequence[str], step: int) -> tuple[list[str], list[Tensor]]:
         """The prompts of this process, and which of them are in each minibatch: dealt at random, as even as can be."""
         order = torch.randperm(len(batch), generator=generator(self.all.seed, "deal", step))
-        shares = [rows[parallel.rank() :: parallel.size()] for rows in order.split(self.ppo.minibatch_size)]
+        shares = [rows[collectives.rank() :: collectives.size()] for rows in order.split(self.ppo.minibatch_size)]
         own = torch.cat(shares).sort().values
         return [batch[row] for row in own.tolist()], [torch.searchsorted(own, share.contiguous()) for share in shares]
 
@@ -193,7 +195,7 @@ class PPO(PolicyEvaluation):
             if self.all.divergence.input == "logprobs":
                 penalty = torch.where(mask, self.divergence(sampled, ref_logprobs), 0.0)
         rewards = ppo.shape_rewards(scores, penalty, mask, self.kl.coef)
-        total = parallel.total
+        total = collectives.all_reduce_sum
         shaped = ppo.whiten(rewards, mask, keep_mean=True, total=total) if self.ppo.whiten_rewards else rewards
         advantages, returns = ppo.gae(shaped, values, mask, self.ppo.gamma, self.ppo.lam)
         weight = self.kl.coef * (ppo.whitening_scale(rewards, mask, total) if self.ppo.whiten_rewards else 1.0)
@@ -261,7 +263,7 @@ class PPO(PolicyEvaluation):
                 mask[rows] = rollouts.mask[rows]
                 own = self.old_logprobs(rollouts.sequences.rows(rows), [[list(range(len(group)))]])
                 scored[rows, : own.shape[1]] = own
-        return ppo.masked_mean((captured - scored).abs(), mask, parallel.total)
+        return ppo.masked_mean((captured - scored).abs(), mask, collectives.all_reduce_sum)
 
     def masks_of(self, step: int, number: int) -> Any:
         """The dropout masks of one micro-batch of a rollout batch (a context)."""
@@ -376,7 +378,7 @@ class PPO(PolicyEvaluation):
 
     def describe(self, experience: Experience, rollouts: Rollouts, scores: Tensor) -> dict[str, Any]:
         """The metrics of a rollout batch: means over response tokens or responses, of all processes."""
-        mask, total = experience.mask, parallel.total
+        mask, total = experience.mask, collectives.all_reduce_sum
         number = total(torch.tensor(len(scores), device=mask.device))
 
         def mean(x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Comparison, Demonstration
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
+from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import RewardSettings
 from rlhf.stages.base import Stage
-from rlhf.stages.sft import encode_pairs
 
 Pair = tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]
 
@@ -92,13 +92,13 @@ class RewardModeling(Stage):
 
     def validation_step(self, batch: Sequences, index: int) -> None:
         """Measure a batch of held-out comparisons, the processes taking turns."""
-        if index % parallel.size() != parallel.rank():
+        if index % collectives.size() != collectives.rank():
             return
         self._margins += [self.margins(batch.rows(rows)) for rows in self.microbatches(batch)]
 
     def on_validation_epoch_end(self) -> None:
         """Accuracy and margin over all held-out comparisons."""
-        margins = torch.cat(parallel.gathered(torch.cat(self._margins).cpu() if self._margins else torch.empty(0)))
+        margins = torch.cat(collectives.all_gather(torch.cat(self._margins).cpu() if self._margins else torch.empty(0)))
         metrics = {
             "reward/validation_loss": -F.logsigmoid(margins).mean(),
             "reward/accuracy": ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(),

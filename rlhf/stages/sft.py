@@ -9,44 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Demonstration
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
-from rlhf.models.tokenizing import encode, encode_texts, last_tokens, spelt
+from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import SFTSettings
 from rlhf.stages.base import Stage
 
 log = logging.getLogger(__name__)
-
-
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    max_length: int,
-    ended: Sequence[bool] | None = None,
-) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, response ids) a row, encoded apart as at generation, the response ending in EOS.
-
-    A response that does not fit into `max_length` tokens is cut and gets no EOS: its end was not seen. No more has a
-    sampled one that has not `ended` by itself. A prompt that leaves no room keeps its BOS, its last tokens and one of
-    the response. How many are cut is logged, and how many spell a special token, which is read as text.
-    """
-    rows, cut = [], 0
-    whole = [True] * len(responses) if ended is None else ended
-    for prompt, answer, end in zip(encode(tokenizer, prompts), encode_texts(tokenizer, responses), whole, strict=True):
-        if len(prompt) >= max_length:
-            prompt = last_tokens(tokenizer, prompt, max_length - 1)
-        wanted = [*answer, tokenizer.eos_token_id] if end else answer
-        rows.append((prompt, wanted[: max_length - len(prompt)]))
-        cut += len(prompt) + len(wanted) > max_length
-    if cut:
-        log.warning("%d of %d texts are longer than max_length=%d tokens and cut", cut, len(rows), max_length)
-    found = spelt(tokenizer, prompts) + spelt(tokenizer, responses)
-    if found:
-        log.warning("%d of %d prompts and responses contain the name of a special token, which is read as text",
-                    found, 2 * len(rows))  # fmt: skip
-    return rows
 
 
 class SupervisedFineTuning(Stage):
@@ -97,7 +67,7 @@ class SupervisedFineTuning(Stage):
 
     def validation_step(self, batch: Sequences, index: int) -> None:
         """Measure a batch of held-out demonstrations, the processes taking turns."""
-        if index % parallel.size() != parallel.rank():
+        if index % collectives.size() != collectives.rank():
             return
         for rows in self.microbatches(batch):
             part = batch.rows(rows)
@@ -106,7 +76,11 @@ class SupervisedFineTuning(Stage):
     def on_validation_epoch_end(self) -> None:
         """Perplexity over all held-out targets."""
         device = self.roles.device
-        loss = float(parallel.total(sum((part for part, _ in self._held_out), torch.zeros((), device=device))))
-        count = int(parallel.total(sum((count for _, count in self._held_out), torch.zeros((), device=device))))
+        loss = float(
+            collectives.all_reduce_sum(sum((part for part, _ in self._held_out), torch.zeros((), device=device)))
+        )
+        count = int(
+            collectives.all_reduce_sum(sum((count for _, count in self._held_out), torch.zeros((), device=device)))
+        )
         metrics = {"sft/validation_loss": loss / count, "sft/perplexity": math.exp(min(loss / count, 700))}
         self.emit(metrics, self.steps_done, bar=["sft/perplexity"])

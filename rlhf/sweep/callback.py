@@ -24,9 +24,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.errors import ConfigError
 from rlhf.files import FAILED, METRICS, SUMMARY, read_object, write_json
 from rlhf.objectives import objectives_of, result
-from rlhf.settings import ConfigError
 from rlhf.sweep import slurm
 from rlhf.sweep.resolvers import folder_name
 from rlhf.tracking.reading import printable, read_plan, read_summary, stepped_lines, try_object
@@ -318,7 +318,7 @@ def status() -> None:
     """`rlhf-status FOLDER [--watch]`: how far a sweep is."""
     import argparse
 
-    from rlhf.finished.run import in_a_sentence
+    from rlhf.errors.explaining import in_a_sentence
 
     parser = argparse.ArgumentParser(prog="rlhf-status", description="How far a sweep is.")
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/table1")

@@ -20,11 +20,11 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from rlhf.errors import ConfigError
 from rlhf.files import write_json
 from rlhf.objectives import objectives_of
 from rlhf.pipeline.cache import locked
 from rlhf.report.measures import COLUMNS
-from rlhf.settings import ConfigError
 from rlhf.sweep import callback as sweep
 
 log = logging.getLogger(__name__)

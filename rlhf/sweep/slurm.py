@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.distributed.rank import processes_per_node
+from rlhf.errors import ConfigError
 from rlhf.files import read_json, write_json
-from rlhf.settings import ConfigError
 
 log = logging.getLogger(__name__)
 JOB = "job.json"  # in a run's folder: its last job, where its log is, and since it began, on which node
@@ -59,18 +60,6 @@ def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
             f"{wanted} with trainer.devices={trainer.get('devices', 1)}; allowed: the same numbers, or one node with "
             "one task, which starts the processes itself"
         )
-
-
-def processes_per_node(trainer: Mapping[str, Any], gpus: int | None) -> int | None:
-    """Processes that a `trainer` configuration asks for on a node of so many GPUs; None if only the node can tell."""
-    devices = trainer.get("devices", 1)
-    if isinstance(devices, Sequence) and not isinstance(devices, str):
-        return len(devices)
-    if str(devices).isdigit():
-        return int(devices)
-    if trainer.get("accelerator") == "cpu":
-        return 1
-    return gpus
 
 
 def queue(jobs: Iterable[str]) -> dict[str, Queued] | None:
@@ -126,11 +115,6 @@ def this_job() -> str:
     """The name of the job that this process belongs to."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one of its run that speaks for it."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def restarts() -> int:

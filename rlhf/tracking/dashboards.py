@@ -189,7 +189,7 @@ def _boards(folders: Sequence[Path], dry_run: bool) -> int:
         return 2
     import wandb
 
-    from rlhf.report.runs import NoRunsError
+    from rlhf.errors import NoRunsError
 
     try:
         for folder in folders:

@@ -16,11 +16,11 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from rlhf import __version__
-from rlhf.distributed import collectives as parallel
+from rlhf.distributed import collectives
+from rlhf.errors import first_line
 from rlhf.errors.machine import writing
 from rlhf.files import LINE_FILES, METRICS, SUMMARY, keep_lines, read_lines, read_object, write_json
 from rlhf.files.checksums import seal
-from rlhf.models import first_line
 from rlhf.tracking.code import git_commit
 from rlhf.tracking.dashboards import Dashboard
 
@@ -155,10 +155,10 @@ def write_summary(
         "git_commit": git_commit(),
         "config": config,
     }
-    if parallel.size() > 1:
-        summary["processes"] = parallel.size()
-    parallel.from_first(lambda: seal(folder))
-    parallel.from_first(lambda: write_json(folder / SUMMARY, summary))
+    if collectives.size() > 1:
+        summary["processes"] = collectives.size()
+    collectives.on_rank_zero(lambda: seal(folder))
+    collectives.on_rank_zero(lambda: write_json(folder / SUMMARY, summary))
     return summary
 
 

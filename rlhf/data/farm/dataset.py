@@ -12,7 +12,8 @@ from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
 from rlhf.data.farm.world import World
 from rlhf.data.farm.writers import DAVINCI, crowd, pair, write
-from rlhf.data.records import SPLITS, DataError, Split, columns
+from rlhf.data.records import SPLITS, Split, columns
+from rlhf.errors import DataError
 
 
 class Farm:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from rlhf.data.farm.world import Subject, World
-from rlhf.data.records import DataError
+from rlhf.errors import DataError
 
 BIOS = (
     "Tell me a bio of {}.",

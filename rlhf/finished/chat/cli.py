@@ -13,7 +13,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.finished.run import FinishedRun, RunError, in_a_sentence
+from rlhf.errors import RunError
+from rlhf.errors.explaining import in_a_sentence
+from rlhf.finished.run import FinishedRun
 
 if TYPE_CHECKING:
     from rlhf.finished.chat.voices import Answer, Sampling, Voice

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.finished.run import FinishedRun, RunError
+from rlhf.errors import RunError
+from rlhf.finished.run import FinishedRun
 from rlhf.models.export import load_adapter, saved_head
 from rlhf.models.loading import DTYPES, load_causal_lm, load_whole
 from rlhf.models.roles import Role, Roles

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf.data.options import parse_template
-from rlhf.data.records import DataError, DataSource
+from rlhf.data.records import DataSource
+from rlhf.errors import DataError, RunError
 from rlhf.finished.chat.models import Models, Part, score
-from rlhf.finished.run import FinishedRun, RunError
+from rlhf.finished.run import FinishedRun
 from rlhf.models.tokenizing import encode, keep_template
 from rlhf.models.tokens import stop_ids
 from rlhf.pipeline.config import data_source

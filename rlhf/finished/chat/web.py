@@ -7,8 +7,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
+from rlhf.errors import RunError
 from rlhf.finished.chat.voices import Sampling, Voice, reseed, together
-from rlhf.finished.run import RunError
 
 
 def page(voices: Sequence[Voice], sampling: Sampling, seed: int) -> gr.Blocks:

@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from omegaconf import OmegaConf
 
 from rlhf.data.options import as_list
-from rlhf.data.records import DataError
 from rlhf.data.sources import Source
+from rlhf.errors import DataError
 from rlhf.finished.run import FinishedRun
 from rlhf.report.measures import measure
 

@@ -12,8 +12,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from rlhf.errors import RunError
+from rlhf.errors.explaining import in_a_sentence
 from rlhf.files import sync
-from rlhf.finished.run import FinishedRun, RunError, in_a_sentence
+from rlhf.finished.run import FinishedRun
 
 DTYPES = ("float32", "bfloat16")
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -127,7 +129,7 @@ def _push(options: argparse.Namespace) -> str:
         url = hub.create_repo(options.push, private=options.private or None, exist_ok=True)
         hub.upload_folder(repo_id=options.push, folder_path=options.destination, commit_message="Export of a run")
     except Exception as error:  # of the network, of the Hub, of the right to write there
-        from rlhf.models import first_line
+        from rlhf.errors import first_line
 
         again = f"`hf upload {options.push} {options.destination}` tries again"
         print(f"rlhf-export: {options.push} could not be pushed ({first_line(error)}); {again}", file=sys.stderr)
