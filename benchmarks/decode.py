@@ -24,7 +24,8 @@ from world import NEVER, SHAPES, World, make_stage, make_world
 
 from rlhf.models.roles import Roles
 from rlhf.models.tokenizing import encode
-from rlhf.rollout.engine import Engine, TransformersEngine
+from rlhf.rollout.engine import Engine
+from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.seeding import generator
 
 ENGINES = ("native", "generate", "generate, merged")

@@ -32,14 +32,14 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.roles import Role, Roles
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.config import instantiate, settings_of
-from rlhf.rollout.engine import make_engine
+from rlhf.rollout.sample import make_engine
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
 from rlhf.seeding import generator
 from rlhf.settings import LoraSettings, Settings, is_quantized
 from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
-from rlhf.tracking.run_log import JsonLines, read_metrics
+from rlhf.tracking.metrics_file import JsonLines, read_metrics
 
 PAD, EOS, UNK = 0, 1, 2
 NEVER = -30.0  # a logit of EOS that ends no response

@@ -24,8 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf.distributed import rank
 from rlhf.errors import INTERRUPTED, ConfigError
 from rlhf.files import FAILED, SUMMARY, write_json
-from rlhf.sweep import callback as sweep
-from rlhf.sweep import slurm
+from rlhf.sweep import plan, slurm, states
 from rlhf.tracking.code import freeze
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class SlurmLauncher(Launcher):
         config = self.inner.config
         folder = Path(config.hydra.sweep.dir).resolve()
         numbered = {
-            sweep.run_folder(config, list(job)): (initial_job_idx + i, job) for i, job in enumerate(job_overrides)
+            plan.run_folder(config, list(job)): (initial_job_idx + i, job) for i, job in enumerate(job_overrides)
         }
         runs = {folder / name: job for name, job in numbered.items()}
         known = {run: job for run in runs if (job := slurm.job_of(run).get("job"))}
@@ -70,7 +69,7 @@ class SlurmLauncher(Launcher):
             names = " ".join(sorted({job.partition("_")[0] for job in jobs.values()}))
             log.warning("the jobs go on; the same command waits for them again, `scancel %s` ends them", names)
             raise
-        told = [sweep.told(folder / sweep.run_folder(config, list(job)), config) for job in job_overrides]
+        told = [plan.told(folder / plan.run_folder(config, list(job)), config) for job in job_overrides]
         return [
             JobReturn(overrides=list(job), status=JobStatus.COMPLETED, _return_value=value)
             for job, value in zip(job_overrides, told, strict=True)
@@ -127,8 +126,8 @@ class SlurmLauncher(Launcher):
             queued = slurm.queue(jobs.values())
             for run in [run for run, job in jobs.items() if queued is not None and job not in queued]:
                 _explain_end(run, jobs.pop(run))
-            runs = sweep.states(folder, queued)
-            if (line := sweep.counts(runs, sweep.jobs_of(folder / sweep.PLAN))) != before:
+            runs = states.states(folder, queued)
+            if (line := states.counts(runs, plan.jobs_of(folder / plan.PLAN))) != before:
                 log.info(line)
             before = line
             time.sleep(POLL_SECONDS if jobs else 0)
@@ -144,7 +143,7 @@ class SlurmLauncher(Launcher):
             overrides = ["resume=auto" if override == "resume=never" else override for override in overrides]
         if rank.is_first_process():
             folder = Path(self.inner.config.hydra.sweep.dir).resolve()
-            slurm.note_started(folder / sweep.run_folder(self.inner.config, overrides))
+            slurm.note_started(folder / plan.run_folder(self.inner.config, overrides))
         try:
             return self.inner(overrides, "hydra.sweep.dir", number, f"job_id_for_{number}", state)
         except SystemExit as stopped:

@@ -30,7 +30,8 @@ from rlhf.errors.machine import of_the_machine
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
-from rlhf.sweep.callback import PLAN, counts, jobs_of, naming, on_slurm, parallel_jobs, states
+from rlhf.sweep.plan import PLAN, jobs_of, naming, on_slurm, parallel_jobs
+from rlhf.sweep.states import counts, states
 
 if TYPE_CHECKING:
     from rlhf.pipeline.run import Run

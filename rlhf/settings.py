@@ -132,7 +132,7 @@ class RewardSettings(OptimizerSettings):
 class PPOSettings(OptimizerSettings):
     """`conf/ppo`: proximal policy optimisation; steps are rollout batches.
 
-    `rlhf.pipeline.preflight.settle_budget` puts a number in the place of `microbatch_tokens=auto`, before anything reads it.
+    `rlhf.pipeline.preflight.settle_budget` replaces `microbatch_tokens=auto` by a number before anything reads it.
     """
 
     microbatch_tokens: Any = field(

@@ -1,4 +1,4 @@
-"""One of several processes on one run: `python -m rlhf.worker CONFIG`, as `rlhf.distributed.processes.launch` starts it."""
+"""One of several processes on one run: `python -m rlhf.worker CONFIG`, started by `rlhf.distributed.processes`."""
 
 import logging
 import sys

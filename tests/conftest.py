@@ -13,6 +13,8 @@ from importlib.util import find_spec
 
 from jaxtyping import install_import_hook
 
+import tests.helpers.typechecker  # noqa: F401  (the hook looks it up and does not import it)
+
 PACKAGE = Path(find_spec("rlhf").origin).parent  # type: ignore[union-attr, arg-type]
 # the modules that annotate shapes, and no others: a check that users do not have would hide what a mistake tells them,
 # and that of the farm's many rows would triple their time
@@ -21,12 +23,11 @@ SHAPED = [
     for file in PACKAGE.rglob("*.py")
     if "from jaxtyping" in file.read_text()
 ]
-install_import_hook(SHAPED, "typechecker.checked")
+install_import_hook(SHAPED, "tests.helpers.typechecker.checked")
 
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_runs import rlhf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ from transformers import (
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from tests.helpers.tiny_runs import rlhf
 
 torch.set_num_threads(1)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tiny_runs import TINY, rlhf
 
 from rlhf import root
 from rlhf.data.records import Prompt
 from rlhf.files import SUMMARY, read_lines
-from rlhf.tracking.run_log import read_metrics, read_summary
+from rlhf.tracking.metrics_file import read_metrics
+from rlhf.tracking.summary import read_summary
+from tests.helpers.tiny_runs import TINY, rlhf
 
 pytestmark = pytest.mark.slow
 PAGE = (root() / "docs" / "extending.md").read_text()

@@ -27,7 +27,7 @@ from rlhf.evaluation.judges import NoJudge
 from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import aside, read_json, read_lines, write_json
 from rlhf.models.tokenizing import Response
-from rlhf.rollout.engine import Rollouts
+from rlhf.rollout.sample import Rollouts
 from rlhf.seeding import generator
 from rlhf.settings import choice, fraction, optional_positive, positive, seed, typed
 

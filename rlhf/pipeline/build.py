@@ -30,14 +30,15 @@ from rlhf.models.tokenizing import short_enough
 from rlhf.pipeline import cache
 from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.train import MakeTrainer, train_supervised
-from rlhf.rollout.engine import Rollouts, make_engine, rollout
+from rlhf.rollout.sample import Rollouts, make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.seeding import generator
 from rlhf.settings import RewardSettings, Settings, SFTSettings
 from rlhf.stages.cutting import count_short, distinct
 from rlhf.stages.reward import RewardModeling, longer_accuracy
 from rlhf.stages.sft import SupervisedFineTuning
-from rlhf.tracking import run_log as tracking
+from rlhf.tracking.metrics_file import JsonLines
+from rlhf.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Builder:
         collectives.on_rank_zero(lambda: self._save_sft(roles, whole, tokenizer, folder))
         skipped = skipped_rows(self.source, "sft")
         told = {"rows": {"sft": len(train)}, "skipped": skipped, "cut": short, "guards": stage.guards.summary()}
-        tracking.write_summary(folder, metrics, self.plain, started, stage="sft", **told)
+        write_summary(folder, metrics, self.plain, started, stage="sft", **told)
 
     def _save_sft(
         self, roles: Roles, whole: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, folder: Path
@@ -142,8 +143,8 @@ class Builder:
 
         metrics = simulated.make(folder, questions, answer, hire)
         (folder / METRICS).unlink(missing_ok=True)
-        tracking.JsonLines(folder).log_metrics(metrics, 0)
-        tracking.write_summary(folder, metrics, self.plain, started, stage="preferences", sft_model=sft.name)
+        JsonLines(folder).log_metrics(metrics, 0)
+        write_summary(folder, metrics, self.plain, started, stage="preferences", sft_model=sft.name)
 
     @property
     def _simulated(self) -> Simulated:
@@ -196,7 +197,7 @@ class Builder:
             "guards": stage.guards.summary(),
         }
         learned = {"preferences": preferences.name} if preferences else {}
-        tracking.write_summary(folder, metrics, self.plain, started, stage="reward", **told, **learned)
+        write_summary(folder, metrics, self.plain, started, stage="reward", **told, **learned)
 
 
 def save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:

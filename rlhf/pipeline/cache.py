@@ -15,7 +15,7 @@ from rlhf.errors import ConfigError, DamagedError, ModelError
 from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, locks, read_object, tidy, write_json
 from rlhf.files.checksums import damage
 from rlhf.pipeline import earlier
-from rlhf.tracking.run_log import read_summary
+from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
 

@@ -36,13 +36,15 @@ from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.config import best_metric, instantiate, needs, target_class
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.train import train_ppo, train_supervised
-from rlhf.rollout.engine import make_engine
+from rlhf.rollout.sample import make_engine
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
 from rlhf.settings import Settings, is_quantized
 from rlhf.stages.ppo import PPO
-from rlhf.tracking import run_log as tracking
+from rlhf.tracking import dashboards
 from rlhf.tracking.dashboards import Dashboard
+from rlhf.tracking.metrics_file import JsonLines, evaluated_at
+from rlhf.tracking.summary import read_summary, run_id, write_summary
 
 log = logging.getLogger(__name__)
 Build = Callable[[Path], None]
@@ -159,7 +161,7 @@ class Run:
     def finished(self) -> Path | None:
         """The folder of this very run, finished here, moved aside from here, or under another name."""
         for folder in (self.folder, earlier.place(self.folder, self.identity)):
-            summary = tracking.read_summary(folder)
+            summary = read_summary(folder)
             if summary is not None and summary.get("identity") == self.identity:
                 return folder
         return cache.find_run(self.outputs, self.identity)
@@ -201,10 +203,10 @@ class Run:
         if stage in ("sft", "preferences", "reward"):
             last = list(self.needed())[-1]
             collectives.on_rank_zero(lambda: copy_folder(last, self.folder))
-            return tracking.read_summary(self.folder) or {}
+            return read_summary(self.folder) or {}
         summary = self._ppo(train=stage == "ppo")
         collectives.on_rank_zero(lambda: cache.register_run(self.outputs, self.identity, self.folder))
-        self._hand_over(tracking.run_id(summary), self.folder)
+        self._hand_over(run_id(summary), self.folder)
         return summary
 
     def _ppo(self, train: bool) -> dict[str, Any]:
@@ -212,7 +214,7 @@ class Run:
         lightning.seed_everything(settings.seed, verbose=False)
         tokenizer = load_tokenizer(settings.model, self.source)
         reward = self.reward_folder if self.needs_reward_model else None
-        baseline = tracking.read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
+        baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         quantization = self.quantization
         roles = ppo_roles(settings, tokenizer, self.sft_folder / MODEL, reward and reward / MODEL, quantization)
         self._place(roles)
@@ -243,7 +245,7 @@ class Run:
             told["best"] = collectives.on_rank_zero(lambda: self._save_best(stage, best)) if best else None
         else:
             first = self._evaluate(stage, evaluation)
-        return tracking.write_summary(
+        return write_summary(
             self.folder,
             stage.last_evaluation,
             self.plain,
@@ -276,7 +278,7 @@ class Run:
         if step is None:
             log.warning("no evaluation has %s, so that none is the best", best.metric)
             return None
-        metrics = tracking.evaluated_at(self.folder, step)
+        metrics = evaluated_at(self.folder, step)
         told = {"step": step, "metric": best.metric, "value": metrics[best.metric], "metrics": metrics}
         if step == stage.ppo_step:
             return {**told, "model": MODEL}
@@ -308,7 +310,10 @@ class Run:
         return instantiate(self.config.trainer, "trainer", **options)
 
     def _place(self, roles: Roles, packing: bool = False) -> None:
-        """Put the models where they will train, tried out before (`rlhf.rollout.trial`): a base that is spread cannot be."""
+        """Try the models out (`rlhf.rollout.trial`) and put them where they will train.
+
+        The trial comes first, because a base that is spread over processes cannot be tried.
+        """
         spread = processes.shares(self.config.trainer) > 1
         if not spread:
             roles.to(_device(self.config))
@@ -321,8 +326,8 @@ class Run:
         """`metrics.jsonl` and what is configured; a stage built for the cache has a W&B run of its own, or none."""
         if not collectives.is_rank_zero():
             return []
-        lines = tracking.JsonLines(folder)
-        if target_class(self.config.logger, "logger") is not tracking.wandb_logger:
+        lines = JsonLines(folder)
+        if target_class(self.config.logger, "logger") is not dashboards.wandb_logger:
             return [lines, instantiate(self.config.logger, "logger")] if folder == self.folder else [lines]
         stage, name, needed = self.config.stage.name, self.folder.name, list(self.needed())
         known = f"{stage}-{self.identity}"

@@ -17,8 +17,8 @@ from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
 from rlhf.stages.reward import RewardModeling
 from rlhf.stages.sft import SupervisedFineTuning
-from rlhf.tracking import run_log as tracking
 from rlhf.tracking.dashboards import Dashboard
+from rlhf.tracking.metrics_file import evaluated_at, forget_after, maybe_unsent, numbers, read_metrics
 
 log = logging.getLogger(__name__)
 MakeTrainer = Callable[..., lightning.Trainer]
@@ -55,21 +55,21 @@ def train_supervised(
         stage.load_trained(last)
     stage.roles.eval()
     trainer.validate(stage, validation, verbose=False)
-    lines = [tracking.numbers(line) for line in collectives.on_rank_zero(lambda: tracking.read_metrics(folder))]
+    lines = [numbers(line) for line in collectives.on_rank_zero(lambda: read_metrics(folder))]
     latest = {key: value for line in lines for key, value in line.items()}
     return {**latest, **{f"{key}_before": value for key, value in lines[0].items()}}
 
 
 def _kept(folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
     """Forget what comes after a step; what is left of the metrics."""
-    tracking.forget_after(folder, step, evaluated)
-    return tracking.read_metrics(folder)
+    forget_after(folder, step, evaluated)
+    return read_metrics(folder)
 
 
 def _send_again(trainer: lightning.Trainer, kept: list[dict[str, Any]]) -> None:
     """Send to dashboards what may have been lost with the process before; a step's samples and histograms are not."""
     for dashboard in (logger for logger in trainer.loggers if isinstance(logger, Dashboard)):
-        for line in tracking.maybe_unsent(kept):
+        for line in maybe_unsent(kept):
             numbers = {key: value for key, value in line.items() if key not in ("step", "time")}
             dashboard.log_metrics(numbers, line["step"])
 
@@ -98,7 +98,7 @@ def train_ppo(
         check_val_every_n_epoch=None,
     )
     stage.ppo_step = start
-    evaluated = collectives.on_rank_zero(lambda: tracking.evaluated_at(folder, start))
+    evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
     due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
     metrics = collectives.on_rank_zero(lambda: _kept(folder, start if last else -1, bool(evaluated)))
     if last:
@@ -117,4 +117,4 @@ def train_ppo(
         if ppo.steps % ppo.eval_every:
             trainer.validate(stage, evaluation, verbose=False)
     collectives.on_rank_zero(checkpoints.prune)  # after the last evaluation
-    return collectives.on_rank_zero(lambda: tracking.evaluated_at(folder, 0))
+    return collectives.on_rank_zero(lambda: evaluated_at(folder, 0))

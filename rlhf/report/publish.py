@@ -8,18 +8,19 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf.pipeline.config import instantiate, target_class
-from rlhf.tracking import run_log as tracking
+from rlhf.tracking import dashboards
+from rlhf.tracking.summary import read_summary, run_id
 
 
 def publish(page: Path, folder: Path, config: DictConfig) -> None:
     """Log the page and its folder beside the runs of the sweep in `folder`, if those were logged to W&B."""
-    if target_class(config.logger, "logger") is not tracking.wandb_logger:
+    if target_class(config.logger, "logger") is not dashboards.wandb_logger:
         return
     runs = {}
     for path in sorted(folder.glob("*/summary.json")):
-        summary = tracking.read_summary(path.parent) or {}
+        summary = read_summary(path.parent) or {}
         if "identity" in summary:
-            runs[tracking.run_id(summary)] = path.parent
+            runs[run_id(summary)] = path.parent
     name = f"report-{hashlib.sha256(' '.join(sorted(runs)).encode()).hexdigest()[:12]}"
     options: dict[str, Any] = {"id": name, "name": f"{folder.name} report", "job_type": "report", "tags": []}
     dashboard = instantiate(config.logger, "logger", **options, resume=None, save_dir=str(folder))

@@ -14,7 +14,8 @@ from torch import Tensor
 from rlhf.errors import ModelError, first_line
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
-from rlhf.rollout.engine import NativeEngine, TransformersEngine
+from rlhf.rollout.huggingface import TransformersEngine
+from rlhf.rollout.native import NativeEngine
 
 PROMPTS = (5, 11)  # their lengths: padding has to be told from text
 NEW_TOKENS = 12

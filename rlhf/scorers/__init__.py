@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import DataSource
 from rlhf.models.roles import Roles
-from rlhf.rollout.engine import Rollouts
+from rlhf.rollout.sample import Rollouts
 
 
 @dataclass

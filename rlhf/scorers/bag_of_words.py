@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
-from rlhf.rollout.engine import Rollouts
+from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 
 log = logging.getLogger(__name__)

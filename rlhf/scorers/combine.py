@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.errors import ConfigError
-from rlhf.rollout.engine import Rollouts
+from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context, Scorer
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.models.sequences import Sequences, concatenate
-from rlhf.rollout.engine import Rollouts
+from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from rlhf.errors import ConfigError, ModelError, explained
 from rlhf.models.architecture import positions
 from rlhf.models.loading import load_whole
-from rlhf.rollout.engine import Rollouts
+from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 
 

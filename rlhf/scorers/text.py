@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.rollout.engine import Rollouts
+from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 
 

@@ -80,8 +80,8 @@ class Stage(lightning.LightningModule):
         made_by = checkpoint.get("processes", 1)
         if made_by != collectives.size():
             raise ConfigError(
-                f"trainer.devices · trainer.num_nodes={collectives.size()}, but the checkpoint was made by {made_by}, and "
-                "each process draws its own random numbers; allowed: as many as before, or resume=never"
+                f"trainer.devices · trainer.num_nodes={collectives.size()}, but the checkpoint was made by {made_by}, "
+                "and each process draws its own random numbers; allowed: as many as before, or resume=never"
             )
 
     def load_trained(self, path: Path) -> None:

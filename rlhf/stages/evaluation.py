@@ -17,7 +17,8 @@ from rlhf.distributed import collectives
 from rlhf.divergence import exact_kl
 from rlhf.files import read_lines
 from rlhf.models.roles import Roles
-from rlhf.rollout.engine import Engine, Rollouts, rollout
+from rlhf.rollout.engine import Engine
+from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.seeding import generator
 from rlhf.settings import Settings
 from rlhf.stages.base import Stage

@@ -19,7 +19,8 @@ from rlhf.guards import Guards
 from rlhf.guards.signs import SKIPPED, repetition
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout.engine import Engine, Rollouts, in_float32, rollout, serve_as_old
+from rlhf.rollout.engine import Engine
+from rlhf.rollout.sample import Rollouts, in_float32, rollout, serve_as_old
 from rlhf.seeding import generator, mixed_seed
 from rlhf.settings import Settings
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation

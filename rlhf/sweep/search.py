@@ -25,7 +25,7 @@ from rlhf.files import write_json
 from rlhf.objectives import objectives_of
 from rlhf.pipeline.cache import locked
 from rlhf.report.measures import COLUMNS
-from rlhf.sweep import callback as sweep
+from rlhf.sweep.plan import PLAN, naming, on_slurm, parallel_jobs, run_folder
 
 log = logging.getLogger(__name__)
 Space = dict[str, BaseDistribution]
@@ -95,12 +95,12 @@ class Study(OptunaSweeperImpl):
     def _note(self, jobs: Sequence[Sequence[str]]) -> None:
         """Add jobs to the sweep's plan, which rlhf-status and the report read."""
         how = self.config.hydra.job.config.override_dirname
-        self.runs |= {sweep.run_folder(self.config, list(job)): sweep.naming(job, how.exclude_keys) for job in jobs}
+        self.runs |= {run_folder(self.config, list(job)): naming(job, how.exclude_keys) for job in jobs}
         runs = [{"folder": folder, "overrides": overrides} for folder, overrides in self.runs.items()]
         launcher = self.config.hydra.launcher
-        at_once = self.n_jobs if sweep.on_slurm(launcher) else min(self.n_jobs, sweep.parallel_jobs(launcher))
+        at_once = self.n_jobs if on_slurm(launcher) else min(self.n_jobs, parallel_jobs(launcher))
         plan = {"runs": runs, "jobs": at_once, "to_come": max(0, self.wanted - len(runs))}
-        write_json(Path(self.config.hydra.sweep.dir) / sweep.PLAN, plan)
+        write_json(Path(self.config.hydra.sweep.dir) / PLAN, plan)
 
     def _preview(self, space: Space, fixed: dict[str, Any]) -> None:
         """A dry run of the trial with which a new study would begin."""

@@ -5,8 +5,7 @@ The offline files hold all of it; `rlhf-sync` or `wandb sync` sends it later.
 
 import json
 import logging
-import subprocess
-import sys
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -18,12 +17,12 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from rlhf.errors import first_line
 from rlhf.files import SUMMARY, read_json
 
 log = logging.getLogger(__name__)
 STEP = "step"  # the x axis: what metrics.jsonl calls so
 GROUPS = ("sft", "reward", "ppo", "eval", "time", "guard", "judge")
-CONNECT_SECONDS = 20
 RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of histogram/ratio; larger ratios count in the last bin
 
 
@@ -151,58 +150,44 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
-def offline_runs(folders: Sequence[Path]) -> list[Path]:
-    """The offline runs below folders that were not sent yet, the oldest first."""
-    found = {path.parent for folder in folders for path in folder.rglob("offline-run-*/run-*.wandb")}
-    waiting = [path for path in found if not list(path.glob("*.wandb.synced"))]
-    return sorted(waiting, key=lambda path: path.name)
+WANDB_SECONDS = 20  # to connect in
 
 
-def sync() -> None:
-    """`rlhf-sync FOLDER … [--boards]`: send what was written offline, by `wandb sync`."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="rlhf-sync", description="Send offline W&B runs to the server.")
-    parser.add_argument("folders", nargs="+", type=Path, help="anything above them, such as outputs/table1")
-    parser.add_argument("--dry-run", action="store_true", help="say which would be sent")
-    parser.add_argument("--boards", action="store_true", help="make a workspace and a report of each sweep as well")
-    options = parser.parse_args()
-    runs = offline_runs(options.folders)
-    code = 0
-    if not runs:
-        print("rlhf-sync: nothing waits to be sent")
-    elif options.dry_run:
-        print(*runs, sep="\n")
-    else:
-        code = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, runs)], check=False).returncode
-    if options.boards and not code:
-        code = _boards(options.folders, options.dry_run)
-    raise SystemExit(code)
+WANDB_FINISH_SECONDS = 60  # to send the rest in
 
 
-def _boards(folders: Sequence[Path], dry_run: bool) -> int:
-    """Write the specification of each sweep's workspace and report, and put them into W&B; the exit code."""
-    try:
-        from rlhf.report.boards import Boards
-    except ModuleNotFoundError:
-        print("rlhf-sync: --boards needs the package wandb-workspaces: pip install 'rlhf[dashboards]'", file=sys.stderr)
-        return 2
+def wandb_logger(stage_tags: Mapping[str, Sequence[str]] | None = None, **options: Any) -> Dashboard:
+    """A W&B run; without a key, or if W&B cannot be reached, it writes offline, to be synced later.
+
+    It has the `tags`, and of `stage_tags` those of its stage (`job_type`): an SFT model knows no divergence.
+
+    Should W&B vanish during the run, what cannot be sent within a minute of its end is left to `wandb sync` too.
+    """
     import wandb
+    from hydra.core.hydra_config import HydraConfig
 
-    from rlhf.errors import NoRunsError
-
+    wandb.finish()  # the run of a sweep's job before this one, or it would be continued
+    tags = [*(options.get("tags") or ()), *(stage_tags or {}).get(options.get("job_type") or "", ())]
+    options = {**options, "tags": tags}
+    options = {"save_dir": options.pop("save_dir", None) or HydraConfig.get().runtime.output_dir, **options}
+    # where W&B keeps tables until they are sent; its own choice is the home folder
+    os.environ.setdefault("WANDB_DATA_DIR", str(Path(options["save_dir"]).resolve().parent / "wandb-staging"))
+    if options.get("mode") == "offline" or not _has_wandb_key():
+        return Dashboard(**{**options, "mode": "offline"})
+    patience = wandb.Settings(
+        init_timeout=WANDB_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, finish_timeout_raises=False
+    )
+    logger = Dashboard(settings=patience, **options)
     try:
-        for folder in folders:
-            boards = Boards.of(folder)
-            print(*boards.write(folder / "report"), sep="\n")
-            if not dry_run:
-                entity = boards.entity or wandb.Api(timeout=CONNECT_SECONDS).default_entity
-                print(*boards.push(str(entity), folder / "report"), sep="\n")
-    except NoRunsError as error:
-        print(f"rlhf-sync: {error}", file=sys.stderr)
-        return 2
+        logger.experiment.id  # noqa: B018  (this is where it connects)
     except wandb.errors.Error as error:
-        told = str(error).partition("\n")[0]
-        print(f"rlhf-sync: no boards were put into W&B, later the same command does: {told}", file=sys.stderr)
-        return 2 if isinstance(error, wandb.errors.UsageError) else 1
-    return 0
+        log.warning("W&B cannot be used (%s): writing offline, `wandb sync` sends it later", first_line(error))
+        wandb.teardown()  # its helper process would say that the run's id is in use
+        return Dashboard(mode="offline", **options)
+    return logger
+
+
+def _has_wandb_key() -> bool:
+    from requests.utils import get_netrc_auth
+
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth("https://api.wandb.ai"))

@@ -1,0 +1,279 @@
+"""Two real processes on one run: what they add up, the updates they make together, and how they leave."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from rlhf import ppo
+from rlhf.distributed import collectives, processes, strategies
+from rlhf.errors import Interrupted
+from rlhf.models.roles import Roles
+from rlhf.rollout.engine import Generated
+from tests.helpers.harness import PROMPTS, gradients, make_ppo, ppo_settings, train, weights
+from tests.helpers.tiny_runs import TINY, sentence
+from tests.pipeline.test_crash import assert_same, remains_of
+
+DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+
+
+def together(work: Callable, *arguments: Any) -> None:
+    """`work(rank, …)` in two processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_member, (port, work, arguments), nprocs=2)
+
+
+def _member(rank: int, port: int, work: Callable, arguments: Sequence[Any]) -> None:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in own.items()}
+    torch.set_num_threads(1)
+    with processes.joined():
+        work(rank, *arguments)
+
+
+# -- the pieces ------------------------------------------------------------------------------------------------------
+
+
+def _pieces(rank: int) -> None:
+    assert (collectives.rank(), collectives.size(), collectives.is_rank_zero()) == (rank, 2, rank == 0)
+    x = torch.tensor([1.0, 2.0]) * (rank + 1)
+    assert collectives.all_reduce_sum(x).tolist() == [3, 6]
+    assert x.tolist() == [rank + 1, 2 * (rank + 1)]  # a sum of its own
+    mixed = [torch.full((2, 3), 1.0 + rank), torch.tensor(5 + rank), torch.ones(4) * rank]
+    collectives.BUCKET = 7  # so that one does not hold them all
+    collectives.all_reduce_(mixed)
+    assert [t.flatten()[0].item() for t in mixed] == [3.0, 11, 1.0]
+    assert collectives.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert collectives.on_rank_zero(lambda: f"said by {rank}") == "said by 0"
+    assert (
+        collectives.on_rank_zero(lambda: collectives.on_rank_zero(collectives.size)) == 1
+    )  # it asks nobody who does not listen
+    with pytest.raises(Interrupted, match="by 0"):
+        collectives.on_rank_zero(lambda: _fail(rank))
+    _means(rank)
+
+
+def _fail(rank: int) -> None:
+    raise Interrupted(f"raised by {rank}")
+
+
+def _means(rank: int) -> None:
+    """Over uneven shares, every mean and spread is that of the whole batch."""
+    numbers = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 4, generator=numbers), torch.randn(5, 4, generator=numbers)
+    mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
+    own, total = slice(rank, None, 2), collectives.all_reduce_sum
+    expected = ppo.whiten(x, mask, keep_mean=True)[own]
+    torch.testing.assert_close(ppo.whiten(x[own], mask[own], keep_mean=True, total=total), expected)
+    torch.testing.assert_close(
+        ppo.explained_variance(x[own], y[own], mask[own], total), ppo.explained_variance(x, y, mask)
+    )
+    alone, shared = ppo.ScoreNormalizer("standardize", None), ppo.ScoreNormalizer("standardize", None, total)
+    for column in x.T:
+        torch.testing.assert_close(shared(column[own]), alone(column)[own])
+
+
+def test_sums_and_decisions() -> None:
+    together(_pieces)
+
+
+def test_alone_everything_is_the_identity() -> None:
+    x = torch.ones(3)
+    collectives.all_reduce_([x])
+    assert collectives.all_reduce_sum(x) is x
+    assert (collectives.size(), collectives.all_gather(7), collectives.on_rank_zero(lambda: 8)) == (1, [7], 8)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [({}, 1), ({"devices": 3}, 3), ({"devices": "2"}, 2), ({"devices": [0, 2, 3]}, 3),
+     ({"devices": "auto", "accelerator": "cpu"}, 1), ({"devices": "auto"}, max(1, torch.cuda.device_count()))],
+)  # fmt: skip
+def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
+    assert processes.wanted(OmegaConf.create(trainer)) == expected
+
+
+# -- the updates -----------------------------------------------------------------------------------------------------
+
+
+class Parrot:
+    """An engine that answers a prompt with its own words, so that one process and two roll out the same."""
+
+    def generate(self, roles: Roles, role: str, prompts: Sequence[Sequence[int]], limit: int, *_: Any) -> Generated:
+        rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.ones(len(rows), limit, dtype=torch.long)
+        for row, words in zip(ids, rows, strict=True):
+            row[: len(words)] = torch.tensor(words)
+        return Generated(ids, lengths, None)
+
+
+def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **trainer: Any) -> tuple[Any, Any, Any]:
+    stage = make_ppo(ppo_settings(**options), folders, folder / "samples")
+    stage.engine = Parrot()  # type: ignore[assignment]
+    with gradients() as seen:
+        metrics = train(stage, folder, **trainer)
+    return seen, metrics, {key: value for key, value in weights(stage.roles).items() if ".lora_" in key}
+
+
+def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace, folder: Path) -> None:
+    together = {
+        "devices": 2, "strategy": strategies.DataParallel(), "plugins": [processes.environment()],
+        "use_distributed_sampler": False,
+    }  # fmt: skip
+    own = folder / str(rank)
+    own.mkdir()
+    torch.save(_updates(options, folders, own, **together), folder / f"{rank}.pt")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options",
+    [{"rollout_batch_size": 10, "minibatch_size": 5}, {}, {"divergence": "exact_kl", "kind": "logits"}],
+    ids=["uneven", "even", "exact"],
+)
+def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleNamespace, tmp_path: Path) -> None:
+    """The same global batch: gradients to 1e-5 at every step, uneven shares too; every metric the same in both."""
+    options = {"epochs": 2, "lr": 1e-4, **options}
+    (tmp_path / "alone").mkdir()
+    expected, metrics, alone = _updates(options, folders, tmp_path / "alone")
+    together(_updates_of_two, options, folders, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(first[0]) == len(expected) == 8
+    for step in zip(expected, first[0], second[0], strict=True):
+        for one, a, b in zip(*step, strict=True):
+            assert (one is None) == (a is None)
+            if one is not None:
+                assert torch.equal(a, b)
+                torch.testing.assert_close(a, one, rtol=1e-4, atol=1e-5)
+    for key, value in alone.items():
+        torch.testing.assert_close(first[2][key], value, rtol=0, atol=1e-5)
+        assert torch.equal(first[2][key], second[2][key])
+    clock = ("time", "ppo/rollouts_per_second")
+    for one, a, b in zip(metrics, first[1], second[1], strict=True):
+        kept = [key for key in one if not key.startswith(clock)]
+        assert {key: a[key] for key in kept} == {key: b[key] for key in kept}
+        assert {key: a[key] for key in kept} == pytest.approx({key: one[key] for key in kept}, rel=1e-3, abs=1e-4)
+
+
+def _own_rollouts(rank: int, folders: SimpleNamespace, folder: Path) -> None:
+    stage = make_ppo(ppo_settings(), folders, folder / "samples")
+    prompts, _ = stage.deal(PROMPTS[:12], 1)
+    stream = torch.rand(3, generator=stage.stream(f"rollout of process {rank}" if rank else "rollout", 1))
+    everyone = collectives.all_gather((prompts, stream.tolist()))
+    assert sorted(everyone[0][0] + everyone[1][0]) == sorted(PROMPTS[:12])
+    assert everyone[0][1] != everyone[1][1]
+
+
+@pytest.mark.long
+def test_each_has_its_own_prompts_and_random_numbers(folders: SimpleNamespace, tmp_path: Path) -> None:
+    together(_own_rollouts, folders, tmp_path)
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+
+
+def cached(folder: Path, stage: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = next(folder.glob(f"outputs/cache/{stage}-*/model/*.safetensors"))
+    return load_file(path)
+
+
+@pytest.mark.long
+def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
+    """SFT and reward model of two processes, by the command: the weights of one process to 1e-5."""
+    folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    for name, folder in folders.items():
+        folder.mkdir()
+        done = run(folder, "stage=reward", *(DEVICES if name == "two" else []))
+        assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("sft", "reward"):
+        one, two = (cached(folder, stage) for folder in folders.values())
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
+        rows = [
+            [json.loads(line) for line in next(folder.glob(f"outputs/cache/{stage}-*/metrics.jsonl")).open()]
+            for folder in folders.values()
+        ]
+        for a, b in zip(*rows, strict=True):
+            kept = [key for key in a if not key.startswith("time")]
+            assert {key: b[key] for key in kept} == pytest.approx({key: a[key] for key in kept}, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.long
+def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> None:
+    """A signal to either process stops both after the step; the same command ends as the undisturbed run does."""
+    options = [*DEVICES, "ppo.steps=6", "ppo.checkpoint_every=1"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    done = run(whole, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for to_child in (False, True):
+        assert stop(stopped, to_child, options) == 75
+    folder = next(stopped.glob("outputs/rlhf/*"))
+    refused = run(stopped, "trainer=cpu", "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={folder}")
+    assert refused.returncode == 2
+    assert "the checkpoint was made by 2" in sentence(refused.stderr)
+    done = run(stopped, *options, "resume=must")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [next(folder.glob("outputs/rlhf/*/summary.json")).parent for folder in (whole, stopped)]
+    a, b = (list(remains_of([run]).values()) for run in runs)
+    assert len(a) > 4
+    assert_same(a, b)
+
+
+def stop(folder: Path, to_child: bool, options: Sequence[str]) -> int:
+    """Start, wait for a step more than there is, send SIGTERM to the launcher or to its second process."""
+    command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *options]
+    before = steps(folder)
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while steps(folder) <= before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]) if to_child else process.pid, signal.SIGTERM)
+    return process.wait(timeout=120)
+
+
+def steps(folder: Path) -> int:
+    lines = [line for path in folder.glob("outputs/rlhf/*/metrics.jsonl") for line in path.read_text().splitlines()]
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trainer=cpu", "trainer.devices=2"], "trainer=ddp"),
+        ([*DEVICES, "ppo.minibatch_size=1"], "each needs a row"),
+        ([*DEVICES, "trainer.num_nodes=2"], "torchrun"),
+        ([*DEVICES, "ppo=as_published", "ppo.rollout_batch_size=64", "ppo.minibatch_size=64"], "as_published"),
+    ],
+)
+def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:
+    code, _, said = command("debug=quick", *arguments)
+    assert code == 2
+    assert words in said

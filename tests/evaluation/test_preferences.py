@@ -1,0 +1,380 @@
+"""Simulated preferences: which prompts are asked, what becomes of a verdict, what survives a break, a whole run."""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from omegaconf import OmegaConf
+
+from rlhf import root
+from rlhf.data.farm import Farm
+from rlhf.data.records import Prompt, SampledComparison, records
+from rlhf.data.templates import Template
+from rlhf.errors import ConfigError, DataError, Interrupted
+from rlhf.evaluation import preferences
+from rlhf.evaluation.llm_pool import LLMPool
+from rlhf.evaluation.preferences import SPLITS, SavedPreferences, Simulated, counts
+from rlhf.evaluation.prompts import bare_instruction
+from rlhf.files import read_lines
+from rlhf.finished.chat.models import Models, score
+from rlhf.finished.judge import FinishedRewardModelJudge
+from rlhf.finished.run import FinishedRun
+from rlhf.tracking.metrics_file import read_metrics
+from rlhf.tracking.summary import read_summary
+from tests.conftest import word_tokenizer
+from tests.evaluation.test_llm_pool import context
+from tests.helpers.finished_runs import outputs
+from tests.helpers.openai_server import serving, text_of
+from tests.helpers.tiny_runs import TINY, rlhf, sentence
+
+GOLD = {"_target_": "rlhf.evaluation.judges.GoldJudge"}
+
+
+def simulated(**keys: Any) -> Simulated:
+    return Simulated(judge=GOLD, **{"validation_pairs": 2, "max_new_tokens": 8, **keys})
+
+
+class Words:
+    """A data set of prompts alone."""
+
+    def __init__(self, **prompts: list[str]):
+        self.prompts, self.splits = prompts, tuple(prompts)
+
+    def load(self, split: str) -> Dataset:
+        return Dataset.from_dict({"prompt": self.prompts[split]})
+
+
+# -- what is asked -----------------------------------------------------------------------------------------------------
+
+
+def texts(rows: Sequence[Prompt]) -> list[str]:
+    return [row.prompt for row in rows]
+
+
+def test_the_prompts_are_the_splits_own_in_an_order_that_the_seed_decides() -> None:
+    source = Words(preference=list("aabcdefgh"), preference_validation=list("xyz"))
+    asked = simulated().questions(source, None)
+    assert sorted(texts(asked["preference"])) == list("aabcdefgh")
+    assert set(texts(asked["preference_validation"])) < set("xyz")
+    assert asked == simulated().questions(source, None)
+    assert asked != simulated(seed=1).questions(source, None)
+
+
+def test_beyond_its_end_a_split_begins_again() -> None:
+    source = Words(preference=list("abc"), preference_validation=list("xyz"))
+    asked = texts(simulated(pairs=7).questions(source, None)["preference"])
+    assert asked[3:6] == asked[:3]
+    assert Counter(asked).most_common()[0] == (asked[0], 3)
+    assert texts(simulated(pairs=2).questions(source, None)["preference"]) == asked[:2]
+
+
+def test_a_prompt_that_is_held_out_is_in_no_pair_for_training() -> None:
+    asked = simulated(split="prompts").questions(Words(prompts=list("aaaabbbbccccdd")), None)
+    train, held_out = (texts(asked[split]) for split in SPLITS)
+    assert len(held_out) == len(set(held_out)) == 2
+    assert set(train) == set("abcd") - set(held_out)
+    with pytest.raises(DataError, match=r"has 2 different prompts, too few to hold out preferences.validation_pairs=2"):
+        simulated(split="prompts").questions(Words(prompts=["a", "b", "b"]), None)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "question_answer", "short"])
+def test_judges_read_the_instruction_without_its_template(name: str) -> None:
+    template = Template(**OmegaConf.load(root() / "conf/data/template" / f"{name}.yaml"))
+    for instruction, more in (("Add {1} and 2.\n\nThen (stop)?", ""), ("Sort.", "b\n\n### Response:\na")):
+        prompt = template.render(instruction, more)
+        assert bare_instruction(prompt, template) == (f"{instruction}\n\n{more}" if more else instruction)
+    assert bare_instruction("Introduce Mira.\n", template) == "Introduce Mira.\n"
+    source = Words(preference=[template.render("Go!")], preference_validation=[template.render("Stop!")])
+    assert simulated().questions(source, template)["preference"][0].instruction == "Go!"
+
+
+# -- what becomes of a verdict -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcome", "first", "preferred", "dropped"),
+    [
+        (1.0, "a", "first", None),
+        (0.0, "a", "second", None),
+        (0.75, "a", "first", None),  # three of four annotators
+        (0.5, "a", None, "tie"),
+        (None, "a", None, "unjudged"),
+        (1.0, "b", None, "identical"),
+    ],
+)
+def test_a_verdict_is_a_label_or_a_reason(outcome: Any, first: str, preferred: Any, dropped: Any) -> None:
+    row = simulated().annotated("preference/0", "Q", first, "b", outcome, 0.0)
+    assert (row.preferred, row.dropped, row.flipped) == (preferred, dropped, False)
+    if dropped is None:
+        chosen = "a" if preferred == "first" else "b"
+        assert (row.comparison.chosen, row.comparison.rejected) == (chosen, "b" if chosen == "a" else "a")
+        turned = simulated().annotated("preference/0", "Q", first, "b", outcome, 1.0)
+        assert turned.flipped
+        assert (turned.comparison.chosen, turned.comparison.rejected) == (row.comparison.rejected, chosen)
+
+
+def test_flips_are_a_share_of_the_labels_the_same_for_a_seed_and_counted() -> None:
+    def labels(seed: int, rows: int = 4000) -> list[bool]:
+        making = simulated(seed=seed)
+        return [making.annotated(f"preference/{i}", "Q", "a", "b", 1.0, 0.25).flipped for i in range(rows)]
+
+    flipped = labels(0)
+    assert abs(sum(flipped) / 4000 - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 4000)
+    assert flipped[:100] == labels(0, 100)
+    assert flipped != labels(1)
+    making = simulated()
+    rows = [making.annotated(f"preference/{i}", "Q", "a", "b", 1.0, 0.25) for i in range(4000)]
+    assert counts(rows)["flipped"] == sum(flipped) == sum(row.comparison.chosen == "b" for row in rows)
+
+
+def test_a_coin_decides_ties_if_so_wanted() -> None:
+    making = simulated(ties="random")
+    rows = [making.annotated(f"preference/{i}", "Q", "a", "b", 0.5, 0.0) for i in range(1000)]
+    heads = sum(row.preferred == "first" for row in rows)
+    assert abs(heads - 500) < 3 * math.sqrt(250)
+    assert counts(rows) == {
+        "pairs": 1000, "identical": 0, "unjudged": 0, "ties": 1000, "flipped": 0, "comparisons": 1000
+    }  # fmt: skip
+
+
+# -- the making --------------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Answers that are numbered; the judge likes longer ones, does not understand `?`, and fails when told to."""
+
+    def __init__(self, broken: bool = False):
+        self.parts: list[int] = []
+        self.broken, self.report = broken, {"judge/cost": 0.5}
+
+    def answer(self, prompts: list[str], part: int) -> Any:
+        self.parts.append(part)
+        script = {"long": ("x", "xxx"), "same": ("x", "x"), "tie": ("x", "y"), "odd": ("?", "x")}
+        said = [script[prompt.split()[0]][place % 2] for place, prompt in enumerate(prompts)]
+        return SimpleNamespace(responses=said, ended=torch.tensor([text != "xxx" for text in said]))
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        if self.broken:
+            raise Interrupted("the endpoint is out")
+        assert all(row.reference_output != response for row, response in zip(prompts, responses, strict=True))
+        pairs = [(response, row.reference_output) for row, response in zip(prompts, responses, strict=True)]
+        return [None if "?" in a + b else (1 + (len(a) > len(b)) - (len(a) < len(b))) / 2 for a, b in pairs]
+
+
+ASKED = {
+    "preference": [Prompt(f"{word} {i}") for i, word in enumerate(["long", "same", "tie", "odd", "long", "long"])],
+    "preference_validation": [Prompt("long 6"), Prompt("tie 7")],
+}
+
+
+def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preferences, "PAIRS_AT_ONCE", 3)
+    making, first = simulated(flip=1.0), Scripted(broken=True)
+    with pytest.raises(Interrupted):
+        making.make(tmp_path, ASKED, first.answer, lambda: first)
+    assert first.parts == [0, 1, 2]
+    (tmp_path / "samples" / "00000003.json").unlink()  # as if killed in the middle
+    second = Scripted()
+    found = making.make(tmp_path, ASKED, second.answer, lambda: second)
+    assert second.parts == [1]
+    assert found == {
+        "preferences/pairs": 6, "preferences/identical": 1, "preferences/unjudged": 1, "preferences/ties": 1,
+        "preferences/flipped": 3, "preferences/comparisons": 3, "preferences/validation_comparisons": 1,
+        "preferences/cut": 4 / 16, "judge/cost": 0.5,
+    }  # fmt: skip
+    saved = SavedPreferences(tmp_path)
+    assert saved.load("preference").to_list() == [
+        {"prompt": f"long {i}", "chosen": "x", "rejected": "xxx", "chosen_ended": True, "rejected_ended": False}
+        for i in (0, 4, 5)
+    ]
+    held_out = {"prompt": "long 6", "chosen": "xxx", "rejected": "x", "chosen_ended": False, "rejected_ended": True}
+    assert saved.load("preference_validation").to_list() == [held_out]
+    assert records(saved.load("preference_validation"), "preference_validation") == [SampledComparison(**held_out)]
+    rows = read_lines(tmp_path / "preference_pairs.jsonl")
+    assert [row["dropped"] for row in rows] == [None, "identical", "tie", "unjudged", None, None]
+    assert [row["outcome"] for row in rows] == [0.0, None, 0.5, None, 0.0, 0.0]
+
+
+def test_no_comparison_at_all_is_said(tmp_path: Path) -> None:
+    script = Scripted()
+    asked = {**ASKED, "preference_validation": [Prompt("same 0")]}
+    with pytest.raises(DataError, match="preference_validation: none of the simulated preferences can be used"):
+        simulated().make(tmp_path, asked, script.answer, lambda: script)
+
+
+def test_a_pool_reads_bare_instructions_and_its_keys_are_named_in_full(tmp_path: Path) -> None:
+    asked = {split: [Prompt(row.prompt, instruction=f"Do {row.prompt}!") for row in ASKED[split]] for split in ASKED}
+
+    def make(folder: Path, answer: Callable[[dict[str, Any], int], str]) -> tuple[dict[str, float], list[str]]:
+        folder.mkdir()
+        with serving(answer) as server:
+            client = {"base_url": server.url, "api_key_env": None}
+            keys = {"model": "some", "client": client, "pool": {"one": {"prompt": "compare"}}, "attempts": 1}
+            found = simulated().make(folder, asked, Scripted().answer, lambda: LLMPool(context(folder), **keys))
+            return found, [text_of(request) for request in server.requests]
+
+    def likes_y(request: dict[str, Any], number: int) -> str:
+        places = [place for place in "12" if f"Answer {place}:\ny" in text_of(request)]
+        return f"Verdict: {places[0]}" if places else "no idea"
+
+    found, requests = make(tmp_path / "a", likes_y)
+    assert len(requests) == 7  # nobody is asked about the identical pair
+    assert all("Do " in request for request in requests)
+    assert found["preferences/comparisons"] == found["preferences/validation_comparisons"] == 1
+    assert found["preferences/unjudged"] == 4
+    assert (found["judge/answers"], found["judge/unparsable"]) == (7, 5)
+    with pytest.raises(ConfigError, match=r"^preferences\.judge\.answer=.* the prompts, preferences\.judge\.sampling"):
+        make(tmp_path / "b", lambda request, number: "no idea")
+
+
+def test_a_finished_reward_model_decides_as_it_scores(tmp_path: Path) -> None:
+    runs = outputs(tmp_path)
+    judge = FinishedRewardModelJudge(context(tmp_path), str(runs.reward))
+    part, tokenizer = Models().reward(FinishedRun.open(runs.reward)), word_tokenizer()
+
+    def scored(prompt: str, response: str) -> float:
+        prompt_ids, ids = (tokenizer(text)["input_ids"] for text in (prompt, response))
+        return score(part, prompt_ids, [*ids, tokenizer.eos_token_id])
+
+    asked = [Prompt(f"w5 w{7 + i} w6", f"w{11 + i} w{40 - i}") for i in range(12)]
+    responses = [f"w{20 + i}" for i in range(12)]
+    expected = [
+        float(scored(row.prompt, response) > scored(row.prompt, row.reference_output))
+        for row, response in zip(asked, responses, strict=True)
+    ]
+    assert judge(asked, responses) == expected
+    assert set(expected) == {0.0, 1.0}
+    with pytest.raises(ConfigError, match=r"^judge\.folder=.*sft-0 is of stage=sft; allowed: stage=reward"):
+        FinishedRewardModelJudge.check({"folder": str(runs.sft)})
+    shutil.rmtree(runs.sft)
+    with pytest.raises(ConfigError, match=r"was trained on sft-0, which is not in the cache"):
+        FinishedRewardModelJudge.check({"folder": str(runs.reward)})
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+# so small a model says nothing: only where its answers end makes one better than the other
+FARM = ["preferences=simulated", "preferences.pairs=30", "preferences.max_new_tokens=40"]
+
+
+def cached(stage: str) -> list[Path]:
+    return sorted(path.parent for path in Path("outputs/cache").glob(f"{stage}-*/summary.json"))
+
+
+@pytest.mark.long
+def test_the_reward_model_learns_from_answers_that_the_farm_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert rlhf(*TINY, *FARM, "stage=preferences", "name=made") == 0
+    assert not cached("reward")
+    (folder,) = cached("preferences")
+    summary = read_summary(folder)
+    assert summary is not None
+    metrics, farm = summary["metrics"], Farm(people=12, comparisons=120)
+    assert read_metrics(folder)[0]["preferences/pairs"] == metrics["preferences/pairs"] == 30
+    assert (tmp_path / "outputs/made" / next((tmp_path / "outputs/made").iterdir()) / "preference.jsonl").exists()
+    for split, prefix, prompts in (
+        ("preference", "", set(farm.load("preference")["prompt"])),
+        ("preference_validation", "validation_", set(farm.load("preference_validation")["prompt"])),
+    ):
+        pairs, rows = read_lines(folder / f"{split}_pairs.jsonl"), read_lines(folder / f"{split}.jsonl")
+        kept = [pair for pair in pairs if not pair["dropped"]]
+        assert metrics[f"preferences/{prefix}comparisons"] == len(rows) == len(kept) > 0
+        assert sum(pair["flipped"] for pair in kept) == (0 if prefix else metrics["preferences/flipped"])
+        assert {pair["prompt"] for pair in pairs} <= prompts
+        for pair, row in zip(kept, rows, strict=True):
+            lead = farm.utility(row["prompt"], row["chosen"]) - farm.utility(row["prompt"], row["rejected"])
+            assert lead < 0 if pair["flipped"] else lead > 0
+    assert metrics["preferences/flipped"] > 0
+
+    before = (folder / "preference_pairs.jsonl").read_bytes()
+    shutil.rmtree(folder)
+    assert rlhf(*TINY, *FARM, "stage=reward") == 0
+    assert (folder / "preference_pairs.jsonl").read_bytes() == before
+    (reward,) = cached("reward")
+    learned = read_summary(reward)
+    assert learned is not None
+    assert learned["preferences"] == folder.name
+    assert learned["rows"]["preference"] == metrics["preferences/comparisons"]
+    assert 0 <= learned["metrics"]["reward/accuracy"] <= 1
+
+    assert rlhf(*TINY, *FARM, "preferences.flip=0", "stage=reward") == 0
+    assert [len(cached(stage)) for stage in ("sft", "preferences", "reward")] == [1, 2, 2]
+    clean = next(path for path in cached("preferences") if path != folder)
+    assert (read_summary(clean) or {})["metrics"]["preferences/flipped"] == 0
+    unflipped = [{**pair, "flipped": False} for pair in read_lines(folder / "preference_pairs.jsonl")]
+    for pair, again in zip(unflipped, read_lines(clean / "preference_pairs.jsonl"), strict=True):
+        assert {**pair, "preferred": again["preferred"]} == again  # the same answers and verdicts
+
+
+def plan(capsys: pytest.CaptureFixture, *arguments: str) -> Any:
+    assert rlhf("dry_run=true", *arguments) == 0
+    return OmegaConf.create(capsys.readouterr().out)
+
+
+def test_what_is_cached_depends_on_the_preferences_only_where_they_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sft, reward = plan(capsys).cached
+    assert list(plan(capsys, "scorer=gold", "preferences=simulated").cached) == [sft]
+    same_sft, comparisons, other_reward = plan(capsys, "preferences=simulated").cached
+    assert (same_sft, comparisons.partition("-")[0]) == (sft, "preferences")
+    assert other_reward != reward
+    pool = ["preferences=simulated", "judge@preferences.judge=llm_pool", "preferences.judge.model=some"]
+    asked = plan(capsys, *pool).cached
+    assert list(asked)[1] != comparisons
+    assert plan(capsys, *pool, "preferences.judge.client.concurrency=1").cached == asked
+
+
+REFUSED = [
+    (["preferences=nope"], "preferences=nope", "from_data, simulated"),
+    (["preferences=null"], "a config group was given no option", "group=option"),
+    (["preferences=simulated", "preferences.flip=1.5"], "preferences.flip=1.5", "from 0 to 1"),
+    (["preferences=simulated", "preferences.temperature=0"], "preferences.temperature=0", "above 0"),
+    (["preferences=simulated", "preferences.pairs=0"], "preferences.pairs=0", "above 0, or null"),
+    (["preferences=simulated", "preferences.ties=keep"], "preferences.ties=keep", "drop or random"),
+    (["preferences=simulated", "preferences.split=eval"], "preferences.split=eval", "preference, prompts or sft"),
+    (["preferences=simulated", "preferences.nope=1"], "preferences.nope", "temperature"),
+    (["preferences.flip=0.1"], "preferences.flip", ""),
+    (["preferences=simulated", "judge@preferences.judge=reward_model"], "preferences.judge", "gold, llm_pool"),
+    (["preferences=simulated", "judge@preferences.judge=none"], "preferences.judge=none", "llm_pool"),
+    (
+        ["preferences=simulated", "judge@preferences.judge=finished_reward_model", "preferences.judge.folder=nowhere"],
+        "rlhf: preferences.judge.folder=nowhere", "no such folder",
+    ),
+    (["judge=finished_reward_model", "judge.folder=nowhere"], "rlhf: judge.folder=nowhere", "no such folder"),
+    (["preferences=simulated", "preferences.judge=null"], "preferences.judge", "judge"),
+    (["preferences=simulated", "judge@preferences.judge=llm_pool"], "preferences.judge.model", "no value"),
+    (
+        ["preferences=simulated", "judge@preferences.judge=llm_pool", "preferences.judge.model=some",
+         "preferences.judge.client.api_key_env=NO_SUCH_KEY"],
+        "rlhf: preferences.judge.client.api_key_env=NO_SUCH_KEY", "null",
+    ),
+    (
+        ["preferences=simulated", "preferences.split=prompts", "preferences.validation_pairs=100000"],
+        "the split prompts", "preferences.validation_pairs=100000",
+    ),
+    (["preferences=simulated", "data=alpaca", "judge=none"], "preferences.judge=gold", "data=farm"),
+    (["stage=preferences"], "stage=preferences", "preferences=simulated"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "names", "allowed"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
+def test_a_mistake_is_one_sentence_before_anything_is_built(
+    command: Callable, arguments: list[str], names: str, allowed: str
+) -> None:
+    code, _, err = command("debug=quick", *arguments)
+    assert code == 2, err
+    said = sentence(err)
+    assert names in said
+    assert allowed in said
+    assert not list(Path().rglob("*.safetensors"))

@@ -1,0 +1,216 @@
+"""The checkpoint of the best evaluation: which one it is, that it stays across kills, and what a run leaves of it."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from rlhf.data.farm import Farm
+from rlhf.data.records import Prompt
+from rlhf.distributed.processes import SIGNALS
+from rlhf.errors import Interrupted
+from rlhf.evaluation.evaluate import logged
+from rlhf.files import read_json
+from rlhf.files.digests import sha256
+from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
+from rlhf.pipeline.train import train_ppo
+from rlhf.stages.ppo import PPO
+from rlhf.tracking.metrics_file import evaluated_at
+from tests.helpers.harness import PROMPTS, make_ppo, ppo_settings, quiet_trainer, weights
+from tests.helpers.tiny_runs import TINY, command  # noqa: F401
+from tests.pipeline.test_crash import assert_same
+
+
+def lines(folder: Path, *values: float | None, torn: str = "") -> None:
+    """Evaluations at the steps 0, 10, 20 …, one without the metric for None, each after a line of training."""
+    rows = [json.dumps({"step": 10 * i, "eval/win_rate": 0.99, "ppo/reward": 1.0}) for i in range(len(values))]
+    for i, value in enumerate(values):
+        found = {} if value is None else {"eval/win_rate": value}
+        rows.insert(2 * i + 1, json.dumps({"step": 10 * i, **found, "time/evaluate": 1.0}))
+    (folder / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows) + torn)
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "step"),
+    [
+        ((0.2, 0.3, 0.5, 0.4), "max", 20),
+        ((0.2, 0.3, 0.5, 0.4), "min", 10),
+        ((0.9, 0.3, 0.5, 0.5), "max", 30),  # step 0 is no checkpoint; of equally good ones the last
+        ((0.9, 0.3, 0.3, 0.5), "min", 20),
+        ((0.1, math.nan, 0.2, math.inf), "max", 20),
+        ((0.1, None, -0.2, None), "min", 20),
+        ((0.1, None), "max", None),
+        ((0.1,), "max", None),
+    ],
+)
+def test_which_evaluation_is_the_best(tmp_path: Path, values: tuple, mode: str, step: int | None) -> None:
+    lines(tmp_path, *values, torn='{"step": 50, "time/evaluate": 1.0, "eval/win_rate": 0.9')
+    assert Best(tmp_path, "eval/win_rate", mode).step() == step
+
+
+def test_nothing_is_the_best_of_nothing(tmp_path: Path) -> None:
+    assert Best(tmp_path, "eval/win_rate", "max").step() is None
+
+
+# what the judge says at steps 0, 2, 4, 6, 8, 9
+VERDICTS = {0: 0.9, 2: 0.3, 4: 0.6, 6: 0.5, 8: 0.6 - 1e-9, 9: 0.1}
+
+
+def lose_power() -> None:
+    raise RuntimeError("the power is gone")
+
+
+def run(
+    folders: SimpleNamespace,
+    folder: Path,
+    seen: dict[int, dict[str, Tensor]],
+    moment: tuple[int, str] | None = None,
+    act: Callable[[], None] = lose_power,
+) -> PPO:
+    """`train_ppo` from where `folder` was left, `act` at a moment; the policy at each evaluation goes into `seen`."""
+    options = {"steps": 9, "eval_every": 2, "checkpoint_every": 5, "epochs": 1, "rollout_batch_size": 6}
+    stage = make_ppo(ppo_settings(**options), folders, folder / "samples.jsonl")
+
+    def judge(prompts: Any, responses: Any) -> tuple[dict, list[dict]]:
+        if moment == (stage.ppo_step, "evaluation"):
+            act()
+        seen[stage.ppo_step] = weights(stage.roles)
+        return {"eval/win_rate": VERDICTS[stage.ppo_step]}, [{"win": 0.5} for _ in responses]
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        if moment == (stage.ppo_step + 1, "step") and len(prompts) == 6:  # 4 in an evaluation
+            act()
+        return [float(len(response)) for response in responses]
+
+    stage.evaluator, stage.scorer.function = judge, score  # type: ignore[attr-defined]
+
+    folder.mkdir(exist_ok=True)
+    evaluation: DataLoader = DataLoader([Prompt(p, "w5") for p in PROMPTS[:4]], batch_size=4, collate_fn=list)  # type: ignore[arg-type]
+    train_ppo(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto", Best(folder, "eval/win_rate", "max"))
+    return stage
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(StepCheckpoints.step_of(path) for path in folder.glob("checkpoints/*.ckpt"))
+
+
+def states(folder: Path) -> dict[str, Any]:
+    """All checkpoints, without how often Lightning has gone through its loops, the broken-off ones included."""
+    files = sorted(folder.glob("checkpoints/*.ckpt"))
+    return {path.name: {**torch.load(path, weights_only=True), "loops": None} for path in files}
+
+
+def test_the_best_stays_beside_the_newest_through_every_kill(folders: SimpleNamespace, tmp_path: Path) -> None:
+    straight: dict[int, dict[str, Tensor]] = {}
+    run(folders, tmp_path / "straight", straight)
+    assert sorted(straight) == [0, 2, 4, 6, 8, 9]
+    assert kept(tmp_path / "straight") == [4, 8, 9]  # saved at 2, 4, 5, 6, 8, 9
+    best = StepCheckpoints(
+        tmp_path / "straight/checkpoints", 1, best=Best(tmp_path / "straight", "eval/win_rate", "max")
+    )
+    path = best.of_best()
+    assert path is not None
+    state = torch.load(path, weights_only=True)["state_dict"]
+    trained = {f"roles.{name}" for name in straight[4]} & state.keys()
+    assert len(trained) == len(state) > 8
+    assert all(torch.equal(state[name], straight[4][name.removeprefix("roles.")]) for name in trained)
+    assert any(not torch.equal(state[name], straight[9][name.removeprefix("roles.")]) for name in trained)
+
+    moments = [(3, "step"), (4, "evaluation"), (7, "step"), (9, "evaluation")]
+    for moment in moments:
+        with pytest.raises(RuntimeError, match="power"):
+            run(folders, tmp_path / "killed", {}, moment)
+        if moment[0] >= 7:
+            assert 4 in kept(tmp_path / "killed"), moment
+    run(folders, tmp_path / "killed", {})
+    assert_same(states(tmp_path / "killed"), states(tmp_path / "straight"))
+    assert Best(tmp_path / "killed", "eval/win_rate", "max").step() == 4
+
+
+def test_a_signal_is_heeded_in_every_evaluation_and_given_back(folders: SimpleNamespace, tmp_path: Path) -> None:
+    """Lightning alone would lose a SIGTERM in an evaluation outside of training, and ever after."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for moment in ((0, "evaluation"), (2, "evaluation"), (3, "step")):
+        with pytest.raises(Interrupted, match=f"stopped by SIGTERM after step {moment[0]}"):
+            run(folders, tmp_path, {}, moment, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert kept(tmp_path) == [2, 3]
+    seen: dict[int, dict[str, Tensor]] = {}
+    run(folders, tmp_path, seen)
+    assert sorted(seen) == [4, 6, 8, 9]  # that of step 2 was complete
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines(tmp_path, 0.1, 0.5, 0.3, 0.2, 0.1)
+    checkpoints = StepCheckpoints(tmp_path / "checkpoints", 10, keep=2, best=Best(tmp_path, "eval/win_rate", "max"))
+    checkpoints.folder.mkdir()
+    for step in (10, 20, 30, 40):
+        path = checkpoints.folder / f"step-{step:06d}.ckpt"
+        torch.save({"state_dict": {}}, path)
+        _checksum_file(path).write_text(sha256(path))
+    checkpoints.prune()
+    assert kept(tmp_path) == [10, 30, 40]
+    path = checkpoints.folder / "step-000010.ckpt"
+    assert checkpoints.of_best() == path
+    path.write_bytes(path.read_bytes()[:-1])
+    assert checkpoints.of_best() is None
+    path.unlink()
+    assert checkpoints.of_best() is None
+    assert [record.message for record in caplog.records] == [f"{path}, the best, is gone or damaged"] * 2
+    lines(tmp_path, 0.1, 0.5, 0.3, 0.2, 0.6)
+    checkpoints.prune()
+    assert kept(tmp_path) == [30, 40]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path: Path) -> None:  # noqa: F811
+    """By the least KL, which the first step has; the last step's policy by the most. With an adapter and without."""
+    allowed = logged(Farm(), judged=True, factscore=False)
+    common = [*TINY, f"output_dir={tmp_path}/outputs", "ppo.eval_every=1", "ppo.checkpoint_every=3"]
+    least = [*common, "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min"]
+    for lora, kind, file in (
+        ("r8", AutoPeftModelForCausalLM, "adapter_model.safetensors"),
+        ("none", AutoModelForCausalLM, "model.safetensors"),
+    ):
+        assert command(*least, f"lora={lora}", f"name={lora}")[0] == 0
+        (folder,) = (tmp_path / "outputs" / lora).iterdir()
+        summary = read_json(folder / "summary.json")
+        metrics = evaluated_at(folder, 1)
+        told = {"step": 1, "metric": "eval/true_kl", "value": metrics["eval/true_kl"], "metrics": metrics}
+        assert summary["best"] == {**told, "model": "model_best"}
+        assert summary["metrics"] == evaluated_at(folder, 3)  # the report's figures are those of the end
+        chosen_by = {name for name in metrics if name.startswith("eval/") and not name.endswith(("_se", "_fall"))}
+        assert chosen_by == set(allowed)
+        saved = torch.load(folder / "checkpoints/step-000001.ckpt", weights_only=True)["state_dict"]
+        state, last = load_file(folder / "model_best" / file), load_file(folder / "model" / file)
+        assert state.keys() == last.keys()
+        assert any(not torch.equal(state[name], last[name]) for name in state)
+        policy = [_sum(saved[name]) for name in saved if "policy" in name]
+        assert sorted(map(_sum, state.values())) == sorted(policy)
+        kind.from_pretrained(folder / "model_best")
+    assert command(*common, "ppo.keep_best=eval/true_kl", "name=most")[0] == 0
+    (folder,) = (tmp_path / "outputs/most").iterdir()
+    best = read_json(folder / "summary.json")["best"]
+    assert (best["step"], best["model"]) == (3, "model")
+    assert not (folder / "model_best").exists()
+    assert command(*least, "name=other")[0] == 0  # the same run under another name
+    (folder,) = (tmp_path / "outputs/other").iterdir()
+    assert (folder / "model_best/adapter_model.safetensors").exists()
+    assert read_json(folder / "summary.json")["best"]["step"] == 1
+
+
+def _sum(tensor: Tensor) -> float:
+    return float(tensor.double().abs().sum())

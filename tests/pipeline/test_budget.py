@@ -1,0 +1,155 @@
+"""`ppo.microbatch_tokens=auto`: what is picked, and that a run goes on with what it began with."""
+
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from rlhf import root
+from rlhf.errors import ConfigError, Interrupted, ModelError
+from rlhf.files import BUDGET, read_json
+from rlhf.models.memory import AUTOMATIC, estimate, largest_budget
+from rlhf.pipeline import preflight as preview
+from rlhf.pipeline.config import data_source, settings_of
+from rlhf.pipeline.run import Run
+from rlhf.settings import Settings
+from rlhf.stages.ppo import PPO
+from tests.helpers.tiny_runs import TINY, before_call
+from tests.models.test_memory import VOCABULARY, settings
+from tests.pipeline.test_crash import assert_same, remains_of
+
+GIB = 2**30
+
+
+def peak(chosen: Settings, tokens: int) -> int:
+    chosen.ppo.microbatch_tokens = tokens
+    found = estimate(chosen, VOCABULARY, True)
+    assert found is not None
+    return found.peak
+
+
+@pytest.mark.parametrize("options", [(), ("ppo.minibatch_size=16", "lora=none"), ("model.max_prompt_tokens=200",)])
+def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
+    chosen = settings("ppo.microbatch_tokens=auto", *options)
+    text = chosen.model.max_prompt_tokens + chosen.generation.max_new_tokens
+    budgets = []
+    for free in [0, *(int(GIB * 1.16**i / 2) for i in range(15))]:
+        budget = largest_budget(chosen, VOCABULARY, True, free)
+        assert budget is not None
+        budgets.append(budget)
+        assert budget & (budget - 1) == 0
+        least, most = budget // 2 < text, budget >= text * chosen.ppo.minibatch_size
+        assert least or peak(chosen, budget) <= AUTOMATIC * free
+        assert most or peak(chosen, 2 * budget) > AUTOMATIC * free
+    assert all(one <= other for one, other in pairwise(budgets))  # more memory, never fewer tokens
+    assert budgets[0] // 2 < text <= budgets[0]  # a text goes through at once, whatever is free
+    assert budgets[-1] // 2 < text * chosen.ppo.minibatch_size <= budgets[-1]  # and more than a minibatch never does
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "2.5", "null", "all", "[1]", "{a: 1}", "true"])
+def test_other_values_are_refused_in_a_sentence(value: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        settings(f"ppo.microbatch_tokens={value}")
+    assert str(refused.value).startswith("ppo.microbatch_tokens=")
+    assert str(refused.value).endswith("is not allowed; allowed: a whole number above 0, or auto")
+
+
+def test_other_stages_take_a_number() -> None:
+    with pytest.raises(ConfigError, match=r"sft.microbatch_tokens: Value 'auto'"):
+        settings("sft.microbatch_tokens=auto")
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """A run of the default configuration where so many GiB are free."""
+
+    def make(gib: float, *overrides: str) -> Run:
+        monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
+        with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
+            config = compose("config", [f"output_dir={tmp_path}", *overrides])
+        return Run(config, settings_of(config), data_source(config), tmp_path / "run")
+
+    return make
+
+
+def settled(run: Run, **options: object) -> int:
+    preview.settle_budget(run, **options)  # type: ignore[arg-type]
+    run.folder.mkdir(exist_ok=True)
+    preview.keep_budget(run)
+    return run.settings.ppo.microbatch_tokens
+
+
+def test_a_run_goes_on_with_what_it_began_with(make_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    auto = "ppo.microbatch_tokens=auto"
+    first = make_run(2, auto)
+    began = settled(first)
+    assert f"auto: {began}; the run needs about" in caplog.text
+    assert settled(make_run(0.9, auto)) == began  # another machine, or something else runs on it
+    assert f"auto: {began}, as the run began" in caplog.text
+    assert settled(make_run(2, auto, "seed=1")) == began  # another configuration: what was kept is not looked at
+    fewer = settled(make_run(0.9, auto, "seed=2"))
+    assert fewer < began
+    assert settled(make_run(2, auto, "seed=2")) == fewer
+    assert settled(make_run(2, auto, "seed=2"), fresh=True) == began
+    assert settled(make_run(4, auto, "seed=3"), jobs=2) == began  # two at once have half of it each
+
+
+def test_the_identity_says_auto(make_run: Callable[..., Run]) -> None:
+    auto = "ppo.microbatch_tokens=auto"
+    one = make_run(2, auto)
+    picked, before = settled(one), make_run(2, auto).identity
+    other = make_run(0.9, auto)
+    assert settled(other, fresh=True) < picked
+    assert one.identity == other.identity == before != make_run(2, f"ppo.microbatch_tokens={picked}").identity
+
+
+def test_a_number_stays_what_it_is(make_run: Callable[..., Run]) -> None:
+    assert settled(make_run(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
+    run = make_run(2, "ppo.microbatch_tokens=300")
+    before = (run.folder / BUDGET).read_bytes()
+    assert settled(run) == 300
+    assert (run.folder / BUDGET).read_bytes() == before
+
+
+def test_what_cannot_be_estimated_is_refused(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as without the Hub
+    with pytest.raises(ModelError, match=r"ppo.microbatch_tokens=auto needs .* cannot be read; allowed: a number"):
+        preview.settle_budget(make_run(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b"))
+
+
+@pytest.mark.slow
+def test_a_run_continued_where_less_is_free(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the same bits. What would be picked is shown before, what was picked is told in the summary."""
+    arguments = [*TINY, "ppo.microbatch_tokens=auto", "ppo.minibatch_size=8", f"output_dir={tmp_path}"]
+    ample, scarce = 8, 0.75
+
+    def run(gib: float, *more: str) -> tuple[int, str]:
+        monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
+        code, output, error = command(*arguments, *more)
+        return code, output + error
+
+    def leave(stage: PPO, *_: object) -> None:
+        if stage.ppo_step == 2:
+            raise Interrupted("enough")
+
+    shown = [run(gib, "dry_run=true") for gib in (ample, scarce)]
+    assert [code for code, _ in shown] == [0, 0]
+    picked, fewer = (int(said.partition("microbatch_tokens: ")[2].split()[0]) for _, said in shown)
+    assert fewer < picked
+    assert not list(tmp_path.glob(f"rlhf/*/{BUDGET}"))
+    with before_call(PPO, "training_step", leave):
+        assert run(ample, "name=stopped")[0] == 75
+    assert run(scarce, "name=stopped", "resume=must")[0] == 0
+    assert run(ample, "name=whole", "resume=never")[0] == 0
+    stopped, whole = (next(tmp_path.glob(f"{name}/*")) for name in ("stopped", "whole"))
+    assert read_json(stopped / "summary.json")["microbatch_tokens"] == picked
+    assert_same(remains_of([stopped]), remains_of([whole]))
+    assert run(scarce, "name=fewer", "resume=never")[0] == 0
+    other = next(tmp_path.glob("fewer/*"))
+    assert read_json(other / "summary.json")["microbatch_tokens"] == fewer
+    adapters = [(folder / "model/adapter_model.safetensors").read_bytes() for folder in (stopped, other)]
+    assert adapters[0] != adapters[1]  # or nothing would have been shown

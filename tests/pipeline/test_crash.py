@@ -1,0 +1,275 @@
+"""Real processes, killed: after the same command again everything is what an undisturbed run leaves, bit for bit."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import dying
+from tests.helpers.tiny_runs import TINY
+
+pytestmark = pytest.mark.long
+KILLS = int(os.environ.get("RLHF_KILLS", "0"))  # how many more kills, at random moments
+COMMAND = [
+    *TINY, "logger=csv", "seed=1", "ppo.steps=10", "ppo.eval_every=2", "ppo.checkpoint_every=3",
+    "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min",
+]  # fmt: skip
+
+# what is going on, where in the program that is (see dying.py), at the how manieth time, and how many seconds later
+SFT, REWARD, RUN = "*/.sft-*.building", "*/.reward-*.building", "*/outputs/rlhf/*"
+MOMENTS: list[tuple[str, str, int, float]] = [
+    ("SFT: an update", "rlhf.stages.base:Stage.accumulate", 2, 0),
+    ("SFT: a checkpoint begun", f"write {SFT}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0),
+    ("SFT: a checkpoint written", f"rename {SFT}/checkpoints/step-*.ckpt", 1, 0),
+    ("SFT: the last validation", "rlhf.stages.sft:SupervisedFineTuning.on_validation_epoch_end", 1, 0),
+    ("SFT: the model", "rlhf.pipeline.build:save_model", 1, 0),
+    ("SFT: the model, half-way", "rlhf.pipeline.build:save_model", 1, 0.005),
+    ("SFT: the checksums", f"rename {SFT}/checksums.json", 1, 0),
+    ("SFT: the summary", f"rename {SFT}/summary.json", 1, 0),
+    ("SFT: into the cache", "rename */cache/sft-*", 1, 0),
+    ("reward: an update", "rlhf.stages.base:Stage.accumulate", 1, 0.005),
+    ("reward: a checkpoint begun", "rlhf.pipeline.checkpoints:StepCheckpoints.save", 1, 0.002),
+    ("reward: a checkpoint written", f"rename {REWARD}/checkpoints/step-*.ckpt", 1, 0),
+    ("reward: the last validation", "rlhf.stages.reward:RewardModeling.on_validation_epoch_end", 1, 0),
+    ("reward: the baseline", "rlhf.stages.reward:RewardModeling.baseline", 1, 0),
+    ("reward: the model", "rlhf.pipeline.build:save_adapter", 1, 0),
+    ("reward: the summary", f"rename {REWARD}/summary.json", 1, 0),
+    ("reward: into the cache", "rename */cache/reward-*", 1, 0),
+    ("evaluation of SFT", "rlhf.stages.ppo:PPO.validation_step", 1, 0),
+    ("evaluation of SFT: samples", f"write {RUN}/samples.jsonl", 1, 0),
+    ("the first rollout", "rlhf.stages.ppo:rollout", 1, 0.02),
+    ("an update", "rlhf.stages.base:Stage.accumulate", 3, 0),
+    ("a checkpoint begun", f"write {RUN}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0),
+    ("a checkpoint half-written", "rlhf.pipeline.checkpoints:StepCheckpoints.save", 1, 0.002),
+    ("a checksum written", f"rename {RUN}/checkpoints/step-*.sha256", 1, 0),
+    ("a checkpoint written", f"rename {RUN}/checkpoints/step-*.ckpt", 1, 0),
+    ("evaluation", "rlhf.stages.ppo:PPO.validation_step", 1, 0.02),
+    ("evaluation: metrics", "rlhf.stages.ppo:PPO.emit", 1, 0),
+    ("evaluation: samples", f"write {RUN}/samples.jsonl", 1, 0),
+    ("evaluation: outcomes", f"write {RUN}/outcomes.jsonl", 1, 0),
+    ("evaluation: the export", f"rename {RUN}/alpaca_eval.json", 1, 0),
+    ("what is forgotten", f"rename {RUN}/metrics.jsonl", 1, 0),
+    ("a rollout", "rlhf.stages.ppo:rollout", 1, 0.02),
+    ("scores", "rlhf.stages.ppo:PPO.assess", 1, 0.01),
+    ("an update, half-way", "rlhf.stages.ppo:PPO.update", 1, 0.02),
+    ("an old checkpoint", f"remove {RUN}/checkpoints/step-*.ckpt", 1, 0),
+    ("an old checksum", f"remove {RUN}/checkpoints/step-*.sha256", 1, 0),
+    ("the model", "rlhf.pipeline.run:save_adapter", 1, 0),
+    ("the best model", "rlhf.pipeline.run:save_adapter", 2, 0),
+    ("the checksums", f"rename {RUN}/checksums.json", 1, 0),
+    ("the summary", f"rename {RUN}/summary.json", 1, 0),
+    ("the register", "rename */cache/runs/*.json", 1, 0),
+    ("the report", "rlhf.report.cli:_make", 1, 0),
+    ("the report: a table", "write */report/table.md", 1, 0),
+    ("the report: figures", "rlhf.report.cli:make_figures", 1, 0.2),
+    ("the report: its page", "write */report/report.html", 1, 0),
+]  # fmt: skip
+KILLED = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (-signal.SIGTERM, 75), signal.SIGUSR1: (75,)}
+STAGES = {"SFT": "cache/sft-*", "reward": "cache/reward-*", "PPO": "rlhf/*"}
+
+
+def arguments(folder: Path) -> list[str]:
+    return ["-m", *COMMAND, f"output_dir={folder}/outputs"]
+
+
+def to_the_end(folder: Path) -> str:
+    """The command as anybody starts it, undisturbed; what it says."""
+    command = [sys.executable, "-m", "rlhf", *arguments(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def kill_at(folder: Path, where: str, nth: int, seconds: float, number: signal.Signals) -> bool:
+    """Run until a moment and be killed there; False where the run ended without it."""
+    log = folder / "died.log"
+    log.unlink(missing_ok=True)
+    process = dying.start(folder, arguments(folder), where, nth, seconds, number)
+    process.join()
+    expected = KILLED[number] if log.exists() else (0,)
+    assert process.exitcode in expected, (where, number, process.exitcode, (folder / "said.log").read_text())
+    return log.exists()
+
+
+def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
+    """Run for so long and be killed; False where the run ended before."""
+    process = dying.start(folder, arguments(folder))
+    process.join(seconds)
+    if process.is_alive():
+        os.kill(process.pid or 0, number)
+        process.join()
+    expected = (0, *KILLED[number])  # it may have ended just before
+    assert process.exitcode in expected, (seconds, number, process.exitcode, (folder / "said.log").read_text())
+    return process.exitcode != 0
+
+
+def remains(folder: Path) -> dict[str, Any]:
+    """What runs, caches and reports below `folder` leave."""
+    outputs = folder / "outputs"
+    found = remains_of(path.parent for name in STAGES.values() for path in outputs.glob(f"{name}/summary.json"))
+    for path in [*outputs.glob("rlhf/*/alpaca_eval*.json"), *outputs.glob("rlhf/report/**/*.[mct]*")]:
+        found[f"{path.parent.name}/{path.name}"] = path.read_text()
+    found["registered"] = sorted(path.name for path in outputs.glob("cache/runs/[!.]*"))
+    # in cache/runs, which nobody holds a lock of, some bytes may stay
+    found["torn"] = [str(path) for path in outputs.glob("[rc]*/*/.*.*[0-9]") if path.parent.name != "runs"]
+    found["report"] = sorted(path.name for path in outputs.glob("rlhf/report/**/*"))
+    return found
+
+
+def remains_of(runs: Iterable[Path]) -> dict[str, Any]:
+    """What runs leave, without what depends on the clock and the place."""
+    found: dict[str, Any] = {}
+    for run in runs:
+        name = run.name
+        for path in sorted([*run.glob("model/**/*"), *run.glob("model_best/**/*")]):
+            if path.suffix in (".safetensors", ".json") and path.name != "adapter_config.json":
+                found[f"{name}/{path.parent.name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[f"{name}/metrics"] = [timeless(json.loads(line)) for line in lines_of(run / "metrics.jsonl")]
+        for extra in ("samples.jsonl", "outcomes.jsonl"):
+            if (run / extra).exists():
+                found[f"{name}/{extra}"] = (run / extra).read_text()
+        summary = json.loads((run / "summary.json").read_text())
+        told = ("stage", "metrics", "sft_metrics", "best", "guards", "rows", "reward_model")
+        found[f"{name}/summary"] = timeless({key: summary[key] for key in told if key in summary})
+        kept = sorted(run.glob("checkpoints/step-*.ckpt"))
+        best = (summary.get("best") or {}).get("step", 0)
+        for path in kept[-1:] + [path for path in kept[:-1] if path.name == f"step-{best:06d}.ckpt"]:
+            # how often Lightning went through its loops counts those that were broken off too
+            found[f"{name}/{path.name}"] = {**torch.load(path, weights_only=True), "loops": None}
+    return found
+
+
+def timeless(node: Any) -> Any:
+    """Without what the clock says."""
+    if not isinstance(node, dict):
+        return node
+    kept = {key: value for key, value in node.items() if not key.startswith(("time", "ppo/rollouts_per_second"))}
+    return {key: timeless(value) for key, value in kept.items()}
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, float) and math.isnan(a):
+        assert math.isnan(b), where
+    else:
+        assert a == b, where
+
+
+class Lives:
+    """One run after another, each killed again and again; those that end are held against the undisturbed one."""
+
+    def __init__(self, folder: Path, undisturbed: dict[str, Any]):
+        self.root, self.undisturbed = folder, undisturbed
+        self.kills: Counter[str] = Counter()
+        self.compared = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.folder = self.root / str(self.compared)
+        self.folder.mkdir()
+
+    def killed(self, what: str, number: signal.Signals) -> None:
+        self.kills[f"{number.name}: {what}"] += 1
+        print(f"{time.strftime('%X')} {number.name}: {what}", flush=True)
+
+    def ended(self) -> None:
+        """Compare, and begin anew."""
+        assert_same(remains(self.folder), self.undisturbed)
+        shutil.rmtree(self.folder)
+        self.compared += 1
+        self._begin()
+
+    def end(self) -> None:
+        assert not kill_after(self.folder, 9999, signal.SIGKILL)
+        self.ended()
+        print(f"\n{self.kills.total()} kills, {self.compared} runs compared, no difference")
+        for what, times in sorted(self.kills.items()):
+            print(f"{times:4} {what}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    to_the_end(folder)
+    found = remains(folder)
+    assert len([name for name in found if "adapter_model.safetensors" in name]) == 3  # reward, last and best policy
+    assert len([name for name in found if name.endswith(".ckpt")]) == 2
+    assert {"report/table.md", "report/table.csv"} <= found.keys()
+    assert found["torn"] == []
+    return found
+
+
+@pytest.mark.parametrize(
+    "first",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.skipif(not KILLS, reason="RLHF_KILLS is not set"))],
+    ids=["kill", "terminate"],
+)
+def test_killed_at_every_moment_a_run_ends_with_the_same_bits(
+    undisturbed: dict[str, Any], tmp_path: Path, first: signal.Signals
+) -> None:
+    """Each moment in the order in which they come, one killed and the next terminated; then the other way round."""
+    lives = Lives(tmp_path, undisturbed)
+    signals = sorted((signal.SIGKILL, signal.SIGTERM), key=lambda number: number != first)
+    for i, (what, where, nth, seconds) in enumerate(MOMENTS):
+        number = signals[i % 2]
+        if not kill_at(lives.folder, where, nth, seconds, number):  # the run before had got past it
+            lives.ended()
+            assert kill_at(lives.folder, where, nth, seconds, number), f"this moment never comes: {what}"
+        lives.killed(what, number)
+    lives.end()
+
+
+@pytest.mark.skipif(not KILLS, reason="RLHF_KILLS is not set")
+def test_killed_at_random_a_run_ends_with_the_same_bits(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    lives, random = Lives(tmp_path, undisturbed), Random(KILLS)
+    started = time.monotonic()
+    assert not kill_after(lives.folder, 9999, signal.SIGKILL)
+    longest = time.monotonic() - started
+    lives.ended()
+    while lives.kills.total() < KILLS:
+        number = random.choice((signal.SIGKILL, signal.SIGTERM))
+        if kill_after(lives.folder, random.uniform(0, longest), number):
+            done = [name for name, place in STAGES.items() if list(lives.folder.glob(f"outputs/{place}/summary.json"))]
+            lives.killed(f"at random, {' and '.join(done) or 'nothing'} being there", number)
+        else:
+            lives.ended()
+    lives.end()
+
+
+def test_a_damaged_checkpoint_is_passed_over(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    assert kill_at(tmp_path, "rlhf.stages.ppo:PPO.update", 4, 0, signal.SIGUSR1)
+    newest = sorted(tmp_path.glob("outputs/rlhf/*/checkpoints/step-*.ckpt"))[-1]
+    assert newest.name == "step-000004.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 255
+    newest.write_bytes(content)
+    said = to_the_end(tmp_path)
+    assert "is damaged" in said
+    assert "continuing from step 3" in said
+    assert_same(remains(tmp_path), undisturbed)

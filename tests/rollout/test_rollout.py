@@ -1,0 +1,270 @@
+"""Both engines against transformers' own `generate`, and the log-probs they report against plain forward passes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.models.roles import Roles
+from rlhf.models.sequences import Sequences
+from rlhf.rollout import native
+from rlhf.rollout.engine import Generated
+from rlhf.rollout.huggingface import TransformersEngine
+from rlhf.rollout.native import NativeEngine, _choose
+from rlhf.rollout.sample import Rollouts, make_engine, rollout, serve_as_old
+from rlhf.settings import GenerationSettings
+from rlhf.stages.experience import score_logprobs, score_values
+
+EOS, PAD, LIMIT = 1, 0, 20
+KINDS = ["llama", "tied", "neox"]
+PROMPTS = [[5, 9, 7], [3], [11, 4, 4, 30, 8, 22, 17], [40, 41], [6, 6, 6, 6, 6], [49, 3, 12, 13]] * 4
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
+    options = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded(), **options}
+    return engine.generate(roles, prompts=prompts, **options)  # type: ignore[attr-defined]
+
+
+def rows_of(generated: Generated) -> list[list[int]]:
+    return [ids[:n] for ids, n in zip(generated.ids.tolist(), generated.lengths.tolist(), strict=True)]
+
+
+def forced(model: nn.Module, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
+    """Log-probs of a response, by a plain forward pass of a plain model on that row alone."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
+    table = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+    return table[torch.arange(len(response)), torch.tensor(response)]
+
+
+@pytest.fixture(params=["llama", "neox"])
+def roles(request: pytest.FixtureRequest, make_roles: Callable) -> Roles:
+    return make_roles(request.param)
+
+
+# -- the same tokens as Hugging Face ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_generate(make_roles: Callable, kind: str, attention: str) -> None:
+    """Row by row without any padding is the reference; ragged batches must agree with it, with HF's own too."""
+    roles = make_roles(kind, attn_implementation=attention)
+    model = roles.copy_trunk("policy")
+    expected = []
+    for prompt in PROMPTS[:6]:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT, do_sample=False)
+        expected.append(out[0, len(prompt) :].tolist())
+    native = sample(NativeEngine(EOS), roles, PROMPTS[:6], temperature=0.0)
+    assert rows_of(native) == expected
+    assert rows_of(sample(TransformersEngine(EOS, PAD), roles, PROMPTS[:6], temperature=0.0)) == expected
+    assert native.logprobs is not None
+    for i, row in enumerate(expected):
+        torch.testing.assert_close(
+            native.logprobs[i, : len(row)], forced(model, PROMPTS[i], row, 1.0), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: float) -> None:
+    generated = sample(NativeEngine(EOS), roles, temperature=temperature)
+    rows = rows_of(generated)
+    batch = Sequences.from_lists(PROMPTS, rows)
+    scored, model = score_logprobs(roles, "policy", batch, 64, temperature), roles.copy_trunk("policy")
+    assert generated.logprobs is not None
+    for i, row in enumerate(rows):
+        expected = forced(model, PROMPTS[i], row, temperature)
+        torch.testing.assert_close(generated.logprobs[i, : len(row)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scored[i, : len(row)], expected, rtol=1e-4, atol=1e-4)
+        assert (scored[i, len(row) :] == 0).all()
+
+
+def test_values_of_a_head_on_the_policys_trunk(
+    make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read off while sampling, whichever rows are done and dropped: what a pass over the texts finds."""
+    monkeypatch.setattr("rlhf.rollout.native.CHECK_EVERY", 2)
+    roles, prompts = make_roles(), [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS]
+    settings = GenerationSettings(max_new_tokens=LIMIT, batch_size=5)
+    engine = make_engine(settings, make_tokenizer(), roles)
+
+    def sampled() -> Rollouts:
+        return rollout(engine, roles, "policy", make_tokenizer(), prompts, settings, torch.Generator().manual_seed(3))
+
+    assert sampled().values is None  # the value function is an adapter of its own
+    roles.table["value"] = roles.table["policy"]
+    roles.add_head("value", zero=False)
+    found = sampled()
+    lengths = found.mask.sum(1)
+    assert lengths.min() < lengths.max()
+    assert found.values is not None
+    torch.testing.assert_close(found.values, score_values(roles, found.sequences, 64), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_of_what_generate_sampled(roles: Roles, temperature: float) -> None:
+    """`generate` tells the scores it sampled with: our scoring pass must find the same log-probs."""
+    prompts = [[5, 9, 7], [40, 41, 3], [6, 8, 8], [49, 3, 12]]
+    ids, model = torch.tensor(prompts), roles.copy_trunk("policy")
+    torch.manual_seed(0)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT, do_sample=True, temperature=temperature,
+        top_k=0, top_p=1.0, output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    told = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    responses = [row[: row.index(EOS) + 1] if EOS in row else row for row in out.sequences[:, 3:].tolist()]
+    scored = score_logprobs(roles, "policy", Sequences.from_lists(prompts, responses), 64, temperature)
+    for i, row in enumerate(responses):
+        torch.testing.assert_close(scored[i, : len(row)], told[i, : len(row)], rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_engine_samples_as_generate_does(roles: Roles) -> None:
+    """With equally long prompts there is no padding: the same seed through plain `generate` gives the same tokens."""
+    prompts = [[5, 9, 7], [40, 41, 3]] * 4
+    got = rows_of(sample(TransformersEngine(EOS, PAD), roles, prompts, temperature=0.7))
+    ids = torch.tensor(prompts)
+    torch.manual_seed(int(torch.randint(2**62, (), generator=seeded())))
+    out = (
+        roles.copy_trunk("policy")
+        .generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=LIMIT,
+            do_sample=True,
+            temperature=0.7,
+            top_k=0,
+            top_p=1.0,
+        )[:, 3:]
+        .tolist()
+    )
+    assert got == [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
+
+
+# -- what must not matter --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+def test_dropping_rows_changes_no_token(roles: Roles, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    whole = sample(NativeEngine(EOS), roles, max_new_tokens=40)
+    assert (
+        len({n for n in whole.lengths.tolist() if n < 40}) > 3
+    )  # rows end at different times, so that some are dropped
+    monkeypatch.setattr(native, "CHECK_EVERY", every)
+    other = sample(NativeEngine(EOS), roles, max_new_tokens=40)
+    assert rows_of(other) == rows_of(whole)
+    assert whole.logprobs is not None
+    assert other.logprobs is not None
+    for i, n in enumerate(whole.lengths.tolist()):
+        torch.testing.assert_close(other.logprobs[i, :n], whole.logprobs[i, :n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", [NativeEngine(EOS), TransformersEngine(EOS, PAD)])
+def test_the_same_seed_gives_the_same_ids(make_roles: Callable, engine: object) -> None:
+    roles = make_roles()
+    before = torch.random.get_rng_state()
+    first, again, other = (rows_of(sample(engine, roles, generator=seeded(s))) for s in (3, 3, 4))
+    assert first == again
+    assert first != other
+    assert torch.equal(torch.random.get_rng_state(), before)  # and the global stream is left alone
+
+
+@pytest.mark.parametrize("engine", [NativeEngine(EOS), TransformersEngine(EOS, PAD)])
+def test_eos_is_kept_and_never_appended(make_roles: Callable, engine: object) -> None:
+    generated = sample(engine, make_roles(), max_new_tokens=30)
+    ended = [row[-1] == EOS for row in rows_of(generated)]
+    assert 0 < sum(ended) < len(ended)
+    for row, end in zip(rows_of(generated), ended, strict=True):
+        assert EOS not in row[:-1]
+        assert end or len(row) == 30
+
+
+@pytest.mark.parametrize("role", ["policy", "reference"])
+def test_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
+    roles, rows = make_roles(), 4000
+    got = sample(NativeEngine(EOS), roles, [[5, 9, 7]] * rows, role=role, max_new_tokens=1, temperature=1.3).ids[:, 0]
+    with torch.no_grad():
+        logits = roles.copy_trunk(role)(input_ids=torch.tensor([[5, 9, 7]])).logits[0, -1]
+    expected = (logits / 1.3).softmax(-1) * rows
+    counts = torch.bincount(got, minlength=50).float()
+    bins = torch.cumsum(expected >= 5, 0) * (expected >= 5)  # the rare tokens share bin 0
+    observed, wanted = (torch.zeros(51).index_add(0, bins, x) for x in (counts, expected))
+    kept = wanted > 0
+    statistic, freedom = float(((observed - wanted)[kept] ** 2 / wanted[kept]).sum()), int(kept.sum()) - 1
+    assert freedom > 5
+    assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p ≈ 0.001 one-sided, and the seed is fixed
+
+
+@given(st.floats(0, 1, exclude_max=True, width=32), st.integers(0, 2**30), st.sampled_from([0.1, 1.0, 3.0]))
+def test_choose_inverts_the_distribution(draw: float, seed: int, temperature: float) -> None:
+    """Never a token of probability 0; the token whose share of [0, 1) holds the draw."""
+    logits = torch.randn(1, 12, generator=seeded(seed)) * 4
+    logits[0, [0, 5, 11]] = -torch.inf
+    token, logprob = _choose(logits, temperature, torch.tensor([draw]), True)
+    logprobs = (logits / temperature).log_softmax(-1)
+    assert int(token) not in (0, 5, 11)
+    assert float(logprob) == pytest.approx(float(logprobs[0, token]), abs=1e-5)
+    edges = logprobs.double().exp().cumsum(-1)[0]
+    low = float(edges[int(token) - 1])
+    assert low - 2e-6 <= draw <= float(edges[token]) + 2e-6
+
+
+# -- whole rollouts --------------------------------------------------------------------------------------------------
+
+
+def texts(rows: int) -> list[str]:
+    return [" ".join(f"w{i}" for i in prompt) for prompt in (PROMPTS * 3)[:rows]]
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_rollout_keeps_order_ids_and_eos(make_roles: Callable, make_tokenizer: Callable, engine: str, pad: str) -> None:
+    roles, tokenizer = make_roles(), make_tokenizer(pad)
+    settings = GenerationSettings(engine=engine, max_new_tokens=24, batch_size=5)
+    prompts = texts(13)
+    result = rollout(make_engine(settings, tokenizer, roles), roles, "policy", tokenizer, prompts, settings, seeded())
+    assert result.prompts == prompts
+    batch = result.sequences
+    assert 0 < int(result.ended.sum()) < 13
+    scored, model = score_logprobs(roles, "policy", batch, 64, 1.0), roles.copy_trunk("policy")
+    assert (result.logprobs is None) == (engine == "transformers")
+    for i, (text, p, n) in enumerate(zip(prompts, batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)):
+        assert batch.ids[i, :p].tolist() == tokenizer(text)["input_ids"]
+        response = batch.ids[i, p:n].tolist()
+        assert EOS not in response[:-1]
+        assert (response[-1] == EOS) == bool(result.ended[i])
+        assert bool(result.ended[i]) or len(response) == 24
+        assert result.responses[i] == tokenizer.decode(response, skip_special_tokens=True)
+        assert result.mask[i].sum() == len(response)
+        expected = forced(model, batch.ids[i, :p].tolist(), response, 1.0)
+        torch.testing.assert_close(scored[i, : n - p], expected, rtol=1e-4, atol=1e-4)
+        if result.logprobs is not None:
+            torch.testing.assert_close(result.logprobs[i, : n - p], expected, rtol=1e-4, atol=1e-4)
+            assert (result.logprobs[i, n - p :] == 0).all()
+
+
+def test_captured_log_probs_serve_as_old_ones_only_where_that_is_exact(
+    make_roles: Callable, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def captured(dtype: torch.dtype, capture: str, name: str = "native") -> tuple[bool, bool]:
+        roles = make_roles()
+        roles.compute_dtype = dtype
+        settings = GenerationSettings(max_new_tokens=2, capture_logprobs=capture)
+        known = sample(make_engine(settings, tokenizer, roles), roles, max_new_tokens=2).logprobs is not None
+        return known, serve_as_old(replace(settings, engine=name), roles)
+
+    assert captured(torch.float32, "auto") == (True, True)
+    assert captured(torch.bfloat16, "auto") == (True, False)  # to be compared with what is scored again
+    assert captured(torch.float32, "auto", "vllm") == (True, False)
+    assert captured(torch.bfloat16, "always") == (True, True)
+    assert captured(torch.float32, "never") == (False, False)

@@ -1,0 +1,137 @@
+"""Decoding at fixed shapes (what a CUDA graph needs), on the CPU: the same as decoding over what is there so far."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.models.roles import Roles
+from rlhf.rollout import native
+from rlhf.rollout.decoding import FixedStep, captured
+from rlhf.rollout.kv_cache import BufferCache
+from rlhf.rollout.native import NativeEngine
+from rlhf.rollout.sample import make_engine
+from rlhf.settings import GenerationSettings
+from tests.rollout.test_rollout import EOS, KINDS, rows_of, sample, seeded
+
+FIXED, GROWING = NativeEngine(EOS, fixed=True), NativeEngine(EOS)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[Any]]]:
+    """For each batch, its size and where its steps found everything, in which shapes."""
+    batches: list[tuple[int, set[Any]]] = []
+    step, keep = FixedStep.step, FixedStep.keep
+
+    def watched(self: FixedStep) -> torch.Tensor:
+        if not batches:
+            batches.append((len(self.token), set()))
+        tensors = [self.token, self.positions, self.place, self.visible]
+        tensors += [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+        batches[-1][1].add(tuple((x.data_ptr(), x.shape) for x in tensors))
+        return step(self)
+
+    def anew(self: FixedStep, rows: torch.Tensor) -> None:
+        keep(self, rows)
+        batches.append((len(rows), set()))
+
+    monkeypatch.setattr(FixedStep, "step", watched)
+    monkeypatch.setattr(FixedStep, "keep", anew)
+    return batches
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_tokens_and_logprobs(
+    make_roles: Callable, seen: list, monkeypatch: pytest.MonkeyPatch, kind: str, temperature: float
+) -> None:
+    """And all steps of a batch find the same shapes at the same addresses, until it has shrunk to a power of two."""
+    monkeypatch.setattr(native, "CHECK_EVERY", 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the adapters
+        roles = make_roles(kind)
+    options: Any = {"max_new_tokens": 60, "temperature": temperature}
+    fixed, growing = sample(FIXED, roles, **options), sample(GROWING, roles, **options)
+    assert rows_of(fixed) == rows_of(growing)
+    assert fixed.logprobs is not None
+    assert growing.logprobs is not None
+    for i, n in enumerate(fixed.lengths.tolist()):
+        torch.testing.assert_close(fixed.logprobs[i, :n], growing.logprobs[i, :n], rtol=1e-4, atol=1e-5)
+    sizes = [size for size, _ in seen]
+    assert sizes[0] == 24
+    assert len(sizes) > 1 or temperature == 0  # few rows end then
+    assert all(size & (size - 1) == 0 for size in sizes[1:])
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(len(places) <= 1 for _, places in seen)
+    assert len(seen[0][1]) == 1
+
+
+def test_in_bfloat16_under_autocast(make_roles: Callable) -> None:
+    """There rounding differs with the shapes: the first tokens agree."""
+    roles = make_roles().bfloat16()
+    roles.compute_dtype = torch.bfloat16
+    fixed, growing = (sample(engine, roles, temperature=0.0) for engine in (FIXED, GROWING))
+    assert torch.equal(fixed.ids[:, :2], growing.ids[:, :2])
+
+
+def test_what_was_in_the_buffers_does_not_matter() -> None:
+    """Memory that held anything before, such as values that are no number, is behind the mask but in the product."""
+    cache, place = BufferCache(1, 6), torch.tensor([2])
+    states = torch.randn(3, 2, 2, 4, generator=seeded())
+    cache.update(states, states, 0)
+    layer: Any = cache.layers[0]
+    layer.keys[:, :, 2:] = layer.values[:, :, 2:] = torch.nan
+    cache.fix(place)
+    assert (layer.keys[:, :, 2:] == 0).all()
+    assert (layer.values[:, :, 2:] == 0).all()
+    for slot in (2, 3, 2):  # written again, as by the steps before a capture, it is the same
+        place.fill_(slot)
+        keys, values = cache.update(states[:, :, :1], states[:, :, :1], 0)
+        assert keys.shape == values.shape == (3, 2, 6, 4)
+        assert torch.equal(keys[:, :, slot], states[:, :, 0])
+    assert torch.equal(keys[:, :, :2], states)
+    assert (keys[:, :, 4:] == 0).all()
+
+
+def test_eager_attention_grows(make_roles: Callable, seen: list) -> None:
+    roles = make_roles(attn_implementation="eager")
+    assert rows_of(sample(FIXED, roles)) == rows_of(sample(GROWING, roles))
+    assert not seen
+
+
+def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    def step() -> torch.Tensor:
+        return torch.ones(1)
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU can capture it")
+    assert captured(step) is step
+    assert "no CUDA graph of the decoding step" in caplog.text
+
+
+def test_a_gpu_and_the_setting_choose_it(
+    make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles, tokenizer = make_roles(), make_tokenizer()
+
+    def fixed(chosen: str) -> bool:
+        engine = make_engine(GenerationSettings(max_new_tokens=4, cuda_graphs=chosen), tokenizer, roles)
+        assert isinstance(engine, NativeEngine)
+        return engine.fixed
+
+    assert not fixed("auto")
+    monkeypatch.setattr(Roles, "device", torch.device("cuda"))
+    assert [fixed("never"), fixed("auto")] == [False, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_on_a_gpu(make_roles: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """Twice, with another adapter the second time: nothing of the first graphs is used again."""
+    roles = make_roles().to("cuda")
+    for _ in range(2):
+        fixed, growing = sample(FIXED, roles), sample(GROWING, roles)
+        assert rows_of(fixed) == rows_of(growing)
+        assert "no CUDA graph" not in caplog.text
+        for parameter in roles.adapter_parameters("base", "policy").values():
+            parameter.data.add_(0.05)

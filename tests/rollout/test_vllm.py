@@ -1,0 +1,111 @@
+"""`generation.engine=vllm` as far as it goes without vLLM and a GPU: what it refuses, and the adapter it hands over."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+
+from rlhf.errors import ConfigError, ModelError
+from rlhf.models.export import ADAPTER
+from rlhf.rollout.sample import make_engine
+from rlhf.rollout.vllm import write_adapter
+from rlhf.settings import GenerationSettings
+from tests.data.test_bad_input import compose_and_check
+from tests.helpers.harness import LORA, make_ppo, ppo_settings
+from tests.models.test_memory import of
+
+CHOSEN = ["generation=vllm", "model.dtype=bfloat16"]
+REFUSED = [
+    ("lora=none", "lora.r=0 .* allowed: lora=r8"),
+    ("lora.r=1024", "lora.r=1024 .* others up to 512"),
+    ("quantization=nf4", "allowed: quantization=none, or generation.engine=native"),
+    ("model.dtype=float32", "16 bits only, and model.dtype=float32; allowed: model.dtype=bfloat16"),
+    ("trainer=ddp trainer.devices=2 trainer.accelerator=cpu", "for one process; allowed: trainer.devices=1"),
+    ("generation.temperature=2.5", "generation.temperature=2.5: .* takes 0.01 to 2.0"),
+    ("evaluation.temperature=0.001", "evaluation.temperature=0.001: .* takes 0.01 to 2.0"),
+    ("generation.vllm.gpu_memory_utilization=1.5", "allowed: keywords of vllm.LLM, gpu_memory_utilization being"),
+    ("generation.vllm.gpu_memory_utilization=most", "allowed: keywords of vllm.LLM, gpu_memory_utilization being"),
+    ("+generation.vllm.generation_config=auto", "generation.vllm.generation_config=auto .* keywords of vllm.LLM but "),
+    ("generation.vllm=0.5", "generation.vllm=0.5 is not allowed; allowed: keys below it"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_it_cannot_do_is_refused(overrides: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as refused:
+        compose_and_check([*CHOSEN, *overrides.split()])
+    assert str(refused.value).startswith(("generation.", "evaluation."))
+    assert "\n" not in str(refused.value)
+
+
+def test_without_vllm_or_a_gpu(command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = importlib.util.find_spec
+    for found, expected in (
+        (None, "rlhf: generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'\n"),
+        (real("torch"), "rlhf: generation.engine=vllm, but torch sees no GPU here; allowed: generation.engine=native"),
+    ):
+
+        def find(name: str, *rest: object, found: object = found) -> object:
+            return found if name == "vllm" else real(name, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(importlib.util, "find_spec", find)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        code, _, error = command(*CHOSEN, f"output_dir={tmp_path}")
+        assert code == 2
+        assert error.startswith(expected)
+        assert error.count("\n") == 1
+    assert not list(tmp_path.glob("cache/*"))
+
+
+@torch.no_grad()
+def test_the_adapter_handed_over_is_the_policy(folders: SimpleNamespace, make_texts: Callable, tmp_path: Path) -> None:
+    """On the folder that the roles know as the SFT model plain peft computes what the role does, also after a step."""
+    stage, batch = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl"), make_texts(4, seed=0)
+    roles = stage.roles.eval()
+    assert roles.trunk("reference").name_or_path == str(folders.sft)
+    assert roles.trunk("reference").peft_config["policy"].r == LORA.r
+    seen = []
+    for version in ("first", "second"):
+        assert write_adapter(roles, "policy", tmp_path / version)
+        assert {path.name for path in (tmp_path / version).iterdir()} == {ADAPTER, "adapter_config.json"}
+        expected = roles.output("policy")(roles.hidden("policy", batch))
+        plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / version).eval()
+        torch.testing.assert_close(plain(input_ids=batch.ids).logits, expected, rtol=1e-4, atol=1e-5)
+        seen.append(expected)
+        for parameter in roles.adapter_parameters("base", "policy").values():
+            parameter.add_(0.01)
+    assert not torch.allclose(*seen)
+
+
+def test_roles_without_an_adapter(folders: SimpleNamespace, tmp_path: Path) -> None:
+    settings = ppo_settings()
+    assert not write_adapter(make_ppo(settings, folders, tmp_path / "a").roles, "reference", tmp_path / "none")
+    settings.lora = replace(settings.lora, r=0)
+    with pytest.raises(ValueError, match="role policy does not run on the model that vLLM serves"):
+        write_adapter(make_ppo(settings, folders, tmp_path / "b").roles, "policy", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is there")
+def test_what_goes_wrong_in_vllm_is_told_in_a_sentence(folders: SimpleNamespace, tmp_path: Path) -> None:
+    stage = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl")
+    before = torch.random.get_rng_state()
+    with pytest.raises(ModelError, match=r"vllm: the model cannot be served .ModuleNotFoundError: .*vllm") as told:
+        make_engine(GenerationSettings(engine="vllm", max_new_tokens=8), folders.tokenizer, stage.roles)
+    assert "\n" not in str(told.value)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_estimate_knows_what_vllm_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = of("model.dtype=bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * 2**30, 10 * 2**30))
+    served = of(*CHOSEN)
+    assert served.program == 4 * 2**30
+    assert served.generating == 0
+    assert served.peak == 4 * 2**30 + plain.weights + plain.trained + plain.updating
