@@ -103,7 +103,7 @@ def rates(world: World, overrides: list[str], tokens: int, repeats: int, device:
 
 
 @contextmanager
-def acting(roles: Roles, merged: bool) -> Iterator[str]:
+def using_adapter(roles: Roles, merged: bool) -> Iterator[str]:
     """The role to decode: the policy, or the base while the policy's adapter is merged into it."""
     if not merged:
         yield "policy"

@@ -53,7 +53,9 @@ CASES = {
     "forced_4": Case("3.7M, 48 tokens, 4 epochs", epochs=4, target="1.5x"),
     "natural": Case("3.7M, ending by themselves, at most 96 tokens, 1 epoch", tokens=96, eos=3.55, target="2.5x"),
     "trunk_head": Case(
-        "3.7M, 48 tokens, 1 epoch, ours with ppo.value=trunk_head", ours=("ppo.value=trunk_head",), target="3x"
+        "3.7M, 48 tokens, 1 epoch, ours with ppo.value_model=trunk_head",
+        ours=("ppo.value_model=trunk_head",),
+        target="3x",
     ),
     "large": Case("110M, 48 tokens, 1 epoch", "110M", steps=4, target="2x, memory 0.5x"),
     "toy": Case("toy", "toy", tokens=8, eos=3.0, rounds=1, steps=1, rollouts=16, minibatch=8, prompt=8),
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="measured steps of a process")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides")
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache" / "rlhf-bench" / f"trl-{TRL}")
-    parser.add_argument("--ours", nargs="*", default=(), help="more configuration of our side, such as ppo.value=full")
+    parser.add_argument("--ours", nargs="*", default=(), help="more of our configuration, such as ppo.value_model=full")
     parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
     options = parser.parse_args()
     python = trl_environment(options.venv)

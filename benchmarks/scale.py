@@ -22,7 +22,7 @@ BASE = {"shape": "3.7M", "rollouts": 32, "tokens": 32}
 ROLES = {
     "policy, value, reference (score: a function)": ([], False),
     "… and a reward adapter": ([], True),
-    "value a model of its own": (["ppo.value=full"], True),
+    "value a model of its own": (["ppo.value_model=full"], True),
     "policy and value models of their own (lora=none)": (["lora=none"], True),
 }
 

@@ -11,7 +11,6 @@ from typing import Any
 import lightning
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_method
 from omegaconf import DictConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -25,20 +24,19 @@ from transformers import (
 
 import rlhf.sweep.resolvers  # noqa: F401  (Hydra composes with them)
 from rlhf import root
-from rlhf.cli import quieten
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.roles import Role, Roles
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.config import instantiate, settings_of
-from rlhf.rollout.sample import make_engine
+from rlhf.pipeline.quiet import quieten
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
 from rlhf.seeding import generator
 from rlhf.settings import LoraSettings, Settings, is_quantized
 from rlhf.stages.batches import SeededBatches, loader
-from rlhf.stages.ppo import PPO
+from rlhf.stages.ppo import PPO, make_ppo
 from rlhf.tracking.metrics_file import JsonLines, read_metrics
 
 PAD, EOS, UNK = 0, 1, 2
@@ -188,7 +186,7 @@ def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str
     """A PPO stage of the configuration that `rlhf` composes; without a reward model every score is 0."""
     fixed = [
         "model=custom", f"model.name_or_path={world.sft}", "ppo.eval_every=1000000", "ppo.schedule=constant",
-        "ppo.warmup_steps=0", "ppo.missing_eos_penalty=0", "ppo.yardstick_every=1000000",
+        "ppo.warmup_steps=0", "ppo.missing_eos_penalty=0", "ppo.reference_every=1000000",
     ]  # fmt: skip
     config, settings = composed([*fixed, *overrides])
     quieten()
@@ -202,11 +200,8 @@ def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str
     scorer = RewardModelScorer(context)
     if not reward:
         scorer = lambda rollouts: torch.zeros(len(rollouts.prompts), device=device)  # noqa: E731
-    return PPO(
-        settings, roles, tokenizer, make_engine(settings.generation, tokenizer, roles), scorer,
-        get_method(settings.divergence.function), instantiate(config.kl, "kl"), lambda *_: ({}, []),
-        folder / "samples.jsonl",
-    )  # fmt: skip
+    samples = folder / "samples.jsonl"
+    return make_ppo(settings, roles, tokenizer, scorer, instantiate(config.kl, "kl"), lambda *_: ({}, []), samples)
 
 
 class Clock(lightning.Callback):
@@ -248,7 +243,7 @@ def train(
         logger=[JsonLines(folder)], enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         inference_mode=False, log_every_n_steps=1, max_time=None if seconds is None else timedelta(seconds=seconds),
     )  # fmt: skip
-    batches = SeededBatches(len(prompts), settings.rollout_batch_size, stage.all.seed, settings.steps)
+    batches = SeededBatches(len(prompts), settings.rollout_batch_size, stage.config.seed, settings.steps)
     trainer.fit(stage, loader(prompts, list, batches))
     if not clock.laps:
         raise RuntimeError(f"no step was measured: the warm-up alone took longer than {seconds} seconds")

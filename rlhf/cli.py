@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from rlhf.errors.machine import of_the_machine
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
+from rlhf.pipeline.quiet import quieten
 from rlhf.sweep.plan import PLAN, jobs_of, naming, on_slurm, parallel_jobs
 from rlhf.sweep.states import counts, states
 
@@ -262,20 +262,3 @@ def _leave(error: Exception) -> None:
         if sentence:
             print(f"rlhf: {sentence}", file=sys.stderr)
             raise SystemExit(code) from None
-
-
-def quieten() -> None:
-    """Silence what is noise here: advice on loops of the common kind, and progress bars inside of progress bars."""
-    import transformers
-
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
-        ".*exists and is not empty", ".*`srun` command is available", ".*sync_dist=True",
-        "Already found a `peft_config`", ".*weights_only", "fan_in_fan_out is set to",
-    ):  # fmt: skip
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it
-    transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

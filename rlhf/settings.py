@@ -67,7 +67,7 @@ class ModelSettings:
     tokenizer: str | None = None
     config: dict[str, Any] | None = None
     dtype: str = choice("float32", "bfloat16", "float16")
-    attention: str | None = None
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -125,7 +125,7 @@ class RewardSettings(OptimizerSettings):
     batch_size: int = positive()
     max_length: int = positive()
     validation_size: int = positive(500)
-    centre_on: int = positive(256)
+    baseline_rows: int = positive(256)
 
 
 @dataclass
@@ -159,14 +159,14 @@ class PPOSettings(OptimizerSettings):
     score_clip: float | None = optional_positive()
     accumulation: str = choice("exact", "as_published")
     published_rows: int = positive(16)
-    value: str = choice("adapter", "trunk_head", "full")
+    value_model: str = choice("adapter", "trunk_head", "full")
     target_kl: float | None = field(
         default=None, metadata={"check": lambda x: x is None or x > 0, "allowed": "null or a number above 0"}
     )
     eval_every: int = positive()
     keep_best: str | None = "auto"
     keep_best_mode: str = choice("max", "min")
-    yardstick_every: int = positive(10)
+    reference_every: int = positive(10)
 
 
 @dataclass
@@ -219,7 +219,7 @@ class GuardSettings:
     """A key of `conf/guards`: what happens when the guard finds something, and how many values it looks at."""
 
     action: str = choice("off", "warn", "stop")
-    over: int = positive()
+    window: int = positive()
 
     def __post_init__(self) -> None:
         if self.action == "False":  # what YAML makes of a bare off

@@ -88,7 +88,9 @@ def tiny_roles(kind: str = "llama", dropout: float = 0.0, **options: object) -> 
     """`policy`, `value` and `reward` as adapters that matter, on one base, with heads; policy and value train."""
     roles = Roles(tiny_model(kind, **options))
     for seed, name in enumerate(("policy", "value", "reward")):
-        roles.add_adapter("base", name, tiny_lora(kind, dropout))
+        with torch.random.fork_rng():  # peft draws A from the global stream, whatever tests came before
+            torch.manual_seed(seed)
+            roles.add_adapter("base", name, tiny_lora(kind, dropout))
         randomise(roles.adapter_parameters("base", name), seed)
         roles.table[name] = Role("base", name)
     for seed, name in enumerate(("value", "reward")):

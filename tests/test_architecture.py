@@ -1,9 +1,10 @@
-"""The one-way flow: data → models → stages → evaluation → pipeline; nothing imports what stands after it."""
+"""The one-way flow: data → models → rollout → evaluation → stages → pipeline → report; no import back, no circle."""
 
 import ast
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,33 +12,75 @@ import pytest
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
-ORDER = [
-    "failures", "files", "run_files", "digests", "allocation", "earlier", "code", "dashboards", "resolvers",
-    "settings", "explaining", "objectives", "slurm", "parallel", "sweep", "guards", "divergence", "restoring_pull",
-    "ppo", "checksums", "locks", "data", "models", "rollout", "vllm_engine", "trial", "scorers", "stages",
-    "evaluation", "identity", "checkpoints", "capabilities", "config", "tracking", "cache", "interruption",
-    "training", "building", "pipeline", "preview", "report", "search", "cli", "worker", "finished", "publish", "chat",
-    "finished_judge",
-]  # fmt: skip
+# Folders and single files, from the ground up. What stands on a floor may import what stands below it, and what stands
+# on the same floor as long as there is no circle.
+FLOORS = [
+    ["errors", "__init__"],
+    ["settings", "seeding", "files"],
+    ["distributed", "objectives", "divergence", "restoring_pull", "ppo"],
+    ["tracking", "guards"],
+    ["data"],
+    ["models"],
+    ["rollout"],
+    ["scorers"],
+    ["evaluation"],
+    ["stages"],
+    ["pipeline"],
+    ["report"],
+    ["sweep"],
+    ["finished"],
+    ["cli"],
+    ["worker", "__main__"],
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    return ".".join(["rlhf", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
 def imports(file: Path) -> set[str]:
-    """First names below `rlhf` that a module imports when it is loaded."""
-    names = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "rlhf":
-            rest = node.module.split(".")[1:]
-            names |= {rest[0]} if rest else {alias.name for alias in node.names}
-    return names & set(ORDER)
+    """The modules of ours that a file imports, at its top or inside of functions."""
+    known, found = {module_of(other) for other in FILES}, set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{name.name}" for name in node.names} & known
+            named = all(f"{node.module}.{name.name}" in known for name in node.names)
+            found |= inside if named else {*inside, node.module}
+    return (found & known) - {module_of(file), "rlhf"}
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_nothing_imports_what_stands_after_it(file: Path) -> None:
-    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own in ("__init__", "__main__"):
-        return
-    later = {name for name in imports(file) if ORDER.index(name) > ORDER.index(own)}
-    assert not later
+def floor_of(module: str) -> int:
+    return FLOOR[module.split(".")[1]]
+
+
+def test_every_folder_has_its_floor() -> None:
+    inside = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert inside == set(FLOOR)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_nothing_imports_what_stands_above_it(file: Path) -> None:
+    own = module_of(file)
+    if own != "rlhf":
+        assert not {module for module in imports(file) if floor_of(module) > floor_of(own)}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({module_of(file): imports(file) for file in FILES}).prepare()
+
+
+@pytest.mark.parametrize("folder", ["tracking", "report", "sweep"])
+def test_stages_know_nothing_of(folder: str) -> None:
+    assert not {
+        module
+        for file in (PACKAGE / "stages").glob("*.py")
+        for module in imports(file)
+        if module.startswith(f"rlhf.{folder}.")
+    }
 
 
 def test_the_command_line_does_not_wait_for_torch() -> None:

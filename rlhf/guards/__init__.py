@@ -47,8 +47,8 @@ class Guards:
         """Whether updates that are no numbers are to be skipped."""
         return "non_finite" in self.watching
 
-    def refusal(self, loss: float, grad_norm: float) -> str:
-        """Why an update with this loss and gradient norm must not be made, or nothing."""
+    def skip_reason(self, loss: float, grad_norm: float) -> str:
+        """Which of the two is not finite, so that the update must be skipped; empty if both are finite."""
         if not self.skip or (math.isfinite(loss) and math.isfinite(grad_norm)):
             return ""
         return "loss" if not math.isfinite(loss) else "gradient"
@@ -75,10 +75,10 @@ class Guards:
             self.see(line["step"], line, again=True)
 
     def check(self) -> None:
-        """At a step boundary.
+        """Called at a step boundary.
 
         Raises:
-            Stopped: a guard asked for it, now or in an earlier process of this run.
+            GuardStop: a guard asked for it, now or in an earlier process of this run.
         """
         if self.stopped:
             raise GuardStop(self.stopped)

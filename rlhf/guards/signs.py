@@ -24,7 +24,7 @@ class Guard:
     advice: str
 
     def __init__(self, options: GuardSettings):
-        self.over = options.over
+        self.window = options.window
 
     def see(self, step: int, metrics: Metrics) -> str | None:
         """What is wrong now, in words, or None."""
@@ -55,7 +55,7 @@ class NonFinite(Guard):
     @property
     def exhausted(self) -> bool:
         """Whether it happened in so many steps in a row that going on is of no use."""
-        return self.row >= self.over
+        return self.row >= self.window
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class Watch(Guard):
         super().__init__(options)
         self.limit, self.sign, self.advice = options.limit, sign, sign.advice
         self.first: list[float] = []
-        self.recent: deque[float] = deque(maxlen=self.over)
+        self.recent: deque[float] = deque(maxlen=self.window)
 
     def see(self, step: int, metrics: Metrics) -> str | None:
         """Judge the newest values once there are enough; what is not finite is left to `NonFinite`."""
         value = metrics.get(self.sign.key)
         if value is None or not math.isfinite(value):
             return None
-        if len(self.first) < self.over:
+        if len(self.first) < self.window:
             self.first.append(value)
         self.recent.append(value)
-        if len(self.recent) < self.over or not self.sign.wrong(self):
+        if len(self.recent) < self.window or not self.sign.wrong(self):
             return None
         return self.sign.what.format(now=self.now, start=self.start)
 
@@ -179,7 +179,7 @@ class Spike(Guard):
     def __init__(self, options: LimitGuard):
         super().__init__(options)
         self.limit = options.limit
-        self.recent = {key: deque[float](maxlen=self.over) for key in self.keys}
+        self.recent = {key: deque[float](maxlen=self.window) for key in self.keys}
 
     def see(self, step: int, metrics: Metrics) -> str | None:
         """Compare first, then remember: a spike is no part of what it is compared with."""
@@ -188,7 +188,7 @@ class Spike(Guard):
             value, recent = metrics.get(key), self.recent[key]
             if value is None or not math.isfinite(value):
                 continue
-            usual = statistics.median(recent) if len(recent) == self.over else math.inf
+            usual = statistics.median(recent) if len(recent) == self.window else math.inf
             if value > self.limit * usual > 0:
                 found.append(f"{key} jumped to {value:.3g} from a median of {usual:.3g}")
             recent.append(value)
@@ -232,7 +232,7 @@ class Overoptimization(Guard):
             if value > best:
                 self.best[key] = value, error, reward
         self.row = self.row + 1 if found else 0
-        return found[0] if self.row >= self.over else None
+        return found[0] if self.row >= self.window else None
 
 
 class LinearRange(Guard):
@@ -261,7 +261,7 @@ class LinearRange(Guard):
         if self.slope is None:
             self.slope = slope
         self.row = self.row + 1 if slope < self.limit * self.slope else 0
-        if self.row < self.over:
+        if self.row < self.window:
             return None
         return f"the learned reward gained {slope:.2f} per √KL (nats per token), and {self.slope:.2f} at first"
 

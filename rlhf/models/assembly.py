@@ -76,9 +76,9 @@ def ppo_roles(
     else:
         roles.add_adapter("base", "policy", lora_config(settings.lora))
         roles.table["policy"] = Role("base", "policy")
-    if settings.ppo.value == "trunk_head":
+    if settings.ppo.value_model == "trunk_head":
         roles.table["value"] = roles.table["policy"]
-    elif full or settings.ppo.value == "full":
+    elif full or settings.ppo.value_model == "full":
         roles.add_trunk("value", roles.copy_trunk("reward" if reward else "reference"))
         roles.table["value"] = Role("value", None)
     else:

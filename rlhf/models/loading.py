@@ -100,13 +100,13 @@ def load_causal_lm(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attention)
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
     else:
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
         if model.gguf_file is not None and path is None:
             options["gguf_file"] = model.gguf_file
-        if model.attention is not None:
-            options["attn_implementation"] = model.attention
+        if model.attn_implementation is not None:
+            options["attn_implementation"] = model.attn_implementation
         if quantization:
             options["quantization_config"] = BitsAndBytesConfig(**quantization)
             options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}

@@ -60,7 +60,7 @@ def estimate(settings: Settings, vocabulary: int | None, reward_model: bool, sha
     weights = int((parameters - linear) * size + linear * width / shares)
 
     full = settings.lora.r == 0
-    value = settings.ppo.value
+    value = settings.ppo.value_model
     value_lora = settings.reward.lora if reward_model and settings.reward.lora.r else settings.lora
     trained = parameters * TRAINED if full else _adapter(model, settings.lora) * TRAINED
     if value != "trunk_head":

@@ -133,7 +133,7 @@ class Roles(nn.Module):
         return model.float()
 
     @contextmanager
-    def acting(self, role: str) -> Iterator[PreTrainedModel]:
+    def using_adapter(self, role: str) -> Iterator[PreTrainedModel]:
         """The role's trunk with its adapter, and no other, switched on: microseconds, and no requires_grad touched."""
         trunk, adapter = self.table[role]
         with _switched(self._layers[trunk], adapter):
@@ -172,7 +172,7 @@ class Roles(nn.Module):
             self._blocks += blocks
 
     @contextmanager
-    def plain_blocks(self) -> Iterator[None]:
+    def uncompiled_blocks(self) -> Iterator[None]:
         """Blocks as they were, for what runs once at its shapes, or is compiled as a whole (`CompiledStep`)."""
         calls = [block._compiled_call_impl for block in self._blocks]
         for block in self._blocks:
@@ -211,7 +211,7 @@ class Roles(nn.Module):
         trunk, adapter = self.table[role]
         layers = [layer for layer in self._layers[trunk] if adapter in layer.lora_A]
         if self.sharded or any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
-            with self.acting(role) as model:
+            with self.using_adapter(role) as model:
                 yield model
             return
         pristine = [layer.get_base_layer().weight.data for layer in layers]
@@ -230,7 +230,7 @@ class Roles(nn.Module):
 
         No attention mask is needed or given: see `rlhf.models.sequences`.
         """
-        with self.acting(role) as model, self.autocast():
+        with self.using_adapter(role) as model, self.autocast():
             return model.base_model(
                 input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
@@ -242,7 +242,7 @@ class Roles(nn.Module):
         """
         if not ((batch.ragged or self.compiled) and self.unpadded):
             return self.hidden(role, batch)[where]
-        with self.acting(role) as model, self.autocast():
+        with self.using_adapter(role) as model, self.autocast():
             return unpadded.hidden_states(model, batch, where)
 
     @property
@@ -259,7 +259,7 @@ class Roles(nn.Module):
         """Which rows go through a trunk together, for passes of at most `budget` tokens, padding included."""
         return list(filled(lengths, budget) if self.unpadded else length_buckets(lengths, budget))
 
-    def scalars(self, role: str, batch: Sequences) -> Float[Tensor, "batch"]:
+    def last_token_scores(self, role: str, batch: Sequences) -> Float[Tensor, "batch"]:
         """The role's head at each row's last token: a reward model's score, uncentred."""
         last = spans(batch.lengths - 1, batch.lengths, batch.ids.shape[1])
         return self.heads[role](self.states(role, batch, last))

@@ -180,7 +180,7 @@ class Builder:
         short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
         stage.total_steps = steps_of(settings, len(train))
         metrics = train_supervised(self.make_trainer, stage, settings, pairs, measured, folder)
-        demonstrations = records(self.source.load("sft").select(range(settings.centre_on)), "sft")
+        demonstrations = records(self.source.load("sft").select(range(settings.baseline_rows)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
         metrics["reward/longer_accuracy"] = longer_accuracy(held_out)
         log.info("right on %.1f %% of %d held-out comparisons, where the longer answer is on %.1f %%",

@@ -109,8 +109,10 @@ def _check_sharding(stage: str, settings: Settings) -> None:
                 f"{key}=none trains the base itself, of which trainer=fsdp leaves each process but a share; "
                 f"allowed: an adapter such as {key}=r8, or trainer=ddp"
             )
-    if settings.ppo.value == "full" and stage in ("ppo", "evaluate"):
-        raise ConfigError("ppo.value=full trains a whole model, which trainer=fsdp cannot share out; allowed: adapter")
+    if settings.ppo.value_model == "full" and stage in ("ppo", "evaluate"):
+        raise ConfigError(
+            "ppo.value_model=full trains a whole model, which trainer=fsdp cannot share out; allowed: adapter"
+        )
 
 
 def check_vllm(config: DictConfig, settings: Settings) -> None:

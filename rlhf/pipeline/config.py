@@ -179,8 +179,10 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             )
     if settings.sft.lora.r == 0 and quantized and config.stage.name == "sft":
         raise ConfigError("lora@sft.lora=none trains the base itself: use lora@sft.lora=r8 or quantization=none")
-    if quantized and settings.ppo.value == "full" and config.stage.name == "ppo":
-        raise ConfigError("ppo.value=full trains a model of its own, which quantization forbids; allowed: adapter")
+    if quantized and settings.ppo.value_model == "full" and config.stage.name == "ppo":
+        raise ConfigError(
+            "ppo.value_model=full trains a model of its own, which quantization forbids; allowed: adapter"
+        )
     simulated = _check_preferences(config, source)
     check_trainer(config)
     if config.stage.name in ("ppo", "evaluate"):

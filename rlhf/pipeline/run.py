@@ -8,7 +8,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning
 import torch
 from lightning.pytorch.loggers import Logger
@@ -36,11 +35,10 @@ from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.config import best_metric, instantiate, needs, target_class
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.train import train_ppo, train_supervised
-from rlhf.rollout.sample import make_engine
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
 from rlhf.settings import Settings, is_quantized
-from rlhf.stages.ppo import PPO
+from rlhf.stages.ppo import PPO, make_ppo
 from rlhf.tracking import dashboards
 from rlhf.tracking.dashboards import Dashboard
 from rlhf.tracking.metrics_file import JsonLines, evaluated_at
@@ -49,9 +47,9 @@ from rlhf.tracking.summary import read_summary, run_id, write_summary
 log = logging.getLogger(__name__)
 Build = Callable[[Path], None]
 # The code that decides what is cached: these modules and all of ours that they import (`identity.code_of`).
-SFT_CODE = ("rlhf.stages.sft", "rlhf.models.assembly")
+SFT_CODE = ("rlhf.stages.sft", "rlhf.stages.batches", "rlhf.models.assembly")
 REWARD_CODE = (*SFT_CODE, "rlhf.stages.reward")
-PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout.engine", "rlhf.rollout.vllm", "rlhf.evaluation.preferences")
+PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout.sample", "rlhf.rollout.vllm", "rlhf.evaluation.preferences")
 # The functions of modules that hold others too which decide it as well.
 _TRAINING = (train_supervised, divided, records, steps_of)
 BUILDING: dict[str, tuple[Callable[..., Any], ...]] = {
@@ -60,8 +58,8 @@ BUILDING: dict[str, tuple[Callable[..., Any], ...]] = {
     "preferences": (Builder._simulate, short_enough),
 }
 # Keys that name, place or show a run. Of `preferences` the name of the reward model tells, where there is one.
-NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "arm", "guards", "objectives",
-                "preferences")  # fmt: skip
+NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "variant", "guards",
+                "objectives", "preferences")  # fmt: skip
 
 
 class Run:
@@ -223,17 +221,9 @@ class Run:
         scored = self.config.evaluation.get("factscore")
         factscore = instantiate(scored, "evaluation.factscore", cached) if scored else None
         held_out = self._held_out(factscore)
-        stage = PPO(
-            settings,
-            roles,
-            tokenizer,
-            make_engine(settings.generation, tokenizer, roles),
-            instantiate(self.config.scorer, "scorer", context),
-            hydra.utils.get_method(settings.divergence.function),
-            instantiate(self.config.kl, "kl"),
-            self._evaluation(instantiate(self.config.judge, "judge", context), held_out, factscore),
-            self.folder / "samples.jsonl",
-        )
+        scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
+        evaluator = self._evaluation(instantiate(self.config.judge, "judge", context), held_out, factscore)
+        stage = make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, self.folder / "samples.jsonl")
         held_out = held_out[: settings.evaluation.prompts]
         evaluation = DataLoader(held_out, batch_size=settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type, var-annotated]
         told: dict[str, Any] = {}

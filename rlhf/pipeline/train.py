@@ -84,7 +84,7 @@ def train_ppo(
     best: Best | None = None,
 ) -> dict[str, float]:
     """Train from the SFT model, or the last checkpoint, to the end; returns the evaluation of step 0."""
-    settings, ppo = stage.all, stage.ppo
+    settings, ppo = stage.config, stage.ppo
     checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, also_every=ppo.eval_every)
     last = collectives.on_rank_zero(checkpoints.latest)
     if last is None and resume == "must":

@@ -1,17 +1,15 @@
 """Which runs may be averaged as seeds of one row: those whose configurations differ in nothing that is trained."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.files import SUMMARY
-
-if TYPE_CHECKING:
-    from rlhf.report.runs import Run
+from rlhf.report.recorded import RecordedRun
 
 # keys that only say where a run stands, how it is shown or watched, and the replicate itself
 DESCRIPTIVE = (
     "name", "output_dir", "seed", "resume", "dry_run", "report", "logger", "experiments", "sweeps", "objectives",
-    "guards", "arm", "recipe", "debug", "cluster",
+    "guards", "variant", "recipe", "debug", "cluster",
 )  # fmt: skip
 # of the trainer: on how many devices of which kind, and what is printed
 DEVICES = (
@@ -22,12 +20,12 @@ FETCHING = ("client", "cache")  # how a judge's answers are fetched and kept
 Missing = object()
 
 
-def divide(runs: Sequence["Run"]) -> tuple[list["Run"], list[tuple["Run", list[str]]]]:
+def divide(runs: Sequence[RecordedRun]) -> tuple[list[RecordedRun], list[tuple[RecordedRun, list[str]]]]:
     """(the runs of one configuration, the others with what they differ in).
 
     The configuration of most seeds is kept; of two with as many, that of the newest run.
     """
-    groups: list[list[Run]] = []
+    groups: list[list[RecordedRun]] = []
     for run in runs:
         place = next((group for group in groups if not differences(group[0], run)), None)
         if place is None:
@@ -39,7 +37,7 @@ def divide(runs: Sequence["Run"]) -> tuple[list["Run"], list[tuple["Run", list[s
     return kept, others
 
 
-def differences(reference: "Run", run: "Run") -> list[str]:
+def differences(reference: RecordedRun, run: RecordedRun) -> list[str]:
     """`key=value (there: value)` for what a run's configuration has otherwise than another's; [] if they are seeds.
 
     A key that only one of them has counts where both were made by the same code; otherwise it may just be newer. A
@@ -84,7 +82,7 @@ def _code(summary: Mapping[str, Any]) -> tuple[Any, Any]:
     return summary.get("git_commit"), (summary.get("versions") or {}).get("rlhf")
 
 
-def _written(run: "Run") -> float:
+def _written(run: RecordedRun) -> float:
     return (run.folder / SUMMARY).stat().st_mtime
 
 

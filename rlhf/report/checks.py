@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.report.measures import measure
-from rlhf.report.runs import Row, Run, Sweep
+from rlhf.report.recorded import RecordedRun
+from rlhf.report.runs import Row, Sweep
 from rlhf.report.words import count, quoted
 
 CUT_OFF = 0.2
@@ -65,7 +66,7 @@ def _numbers(sweep: Sweep) -> Iterator[str]:
 
 def _guards(sweep: Sweep) -> Iterator[str]:
     """A sentence a guard, with what it said of the first of its runs."""
-    found: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    found: dict[str, list[tuple[RecordedRun, dict[str, Any]]]] = {}
     for run in sweep.finished:
         for name, finding in (run.summary.get("guards") or {}).items():
             found.setdefault(name, []).append((run, finding))

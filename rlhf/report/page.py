@@ -8,7 +8,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from rlhf.report.checks import warnings
-from rlhf.report.runs import Run, Sweep
+from rlhf.report.recorded import RecordedRun
+from rlhf.report.runs import Sweep
 from rlhf.report.tables import Table
 from rlhf.report.words import duration
 
@@ -91,7 +92,7 @@ def _short(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _line(run: Run, reference: Run) -> dict[str, Any]:
+def _line(run: RecordedRun, reference: RecordedRun) -> dict[str, Any]:
     done = run.state == "finished"
     return {
         "name": run.name,

@@ -5,8 +5,7 @@ A *row* is all runs that differ in nothing but their seed, by their overrides an
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +14,14 @@ import numpy as np
 from rlhf.errors import NoRunsError
 from rlhf.files import FAILED, METRICS, SUMMARY
 from rlhf.report.alike import divide
+from rlhf.report.recorded import RecordedRun, Steps
 from rlhf.report.statistics import Array
-from rlhf.tracking.reading import numbers_only, read_plan, read_summary, renamed, stepped_lines, try_object
+from rlhf.tracking.reading import read_plan, read_summary, try_object
 
 log = logging.getLogger(__name__)
 EARLIER = "earlier"  # in a run's folder: its runs that were moved aside, which are no rows
 SFT = "SFT"
 PLAIN = "PPO"  # the label of a row without overrides
-Steps = dict[int, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: `state` is finished, failed, unfinished or missing, and `reason` says why it is not finished."""
-
-    folder: Path
-    overrides: tuple[str, ...]
-    state: str
-    reason: str = ""
-    summary: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
-        return self.summary.get("config") or {}
-
-    @property
-    def seed(self) -> int:
-        """The seed of PPO."""
-        seed = self.config.get("seed", 0)
-        return seed if isinstance(seed, int) else 0
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What it shares with the other runs of its row."""
-        return tuple(item for item in self.overrides if not item.startswith("seed="))
-
-    @cached_property
-    def metrics(self) -> Steps:
-        """Everything logged, by step."""
-        return {step: renamed(values) for step, values in merge(self._lines(METRICS)).items()}
-
-    @cached_property
-    def evaluations(self) -> Steps:
-        """The logged steps at which the policy was evaluated."""
-        evaluated = [step for step, values in self.metrics.items() if any(key.startswith("eval/") for key in values)]
-        return {step: self.metrics[step] for step in sorted(evaluated)}
-
-    @cached_property
-    def outcomes(self) -> Steps:
-        """Evaluation results by step, a list over the instructions each."""
-        return merge([numbers_only(line) for line in self._lines("outcomes.jsonl")])
-
-    @cached_property
-    def samples(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """Prompt → step → the sampled response and what it was given."""
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for line in self._lines("samples.jsonl"):
-            if isinstance(line.get("prompt"), str) and line["step"] is not None:
-                found.setdefault(line["prompt"], {})[line["step"]] = line
-        return found
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / name
-        if not path.exists() and self.summary.get("same_as"):
-            path = self.folder / self.summary["same_as"] / name
-        return stepped_lines(path)
 
 
 @dataclass(frozen=True)
@@ -93,7 +29,7 @@ class Row:
     """A line of the table: the runs of one configuration at their end, or one run at step 0 (`step=0`: the SFT row)."""
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[RecordedRun, ...]
     step: int | None = None
 
     def is_called(self, name: str) -> bool:
@@ -125,14 +61,14 @@ class Row:
 class Sweep:
     """All that was found: `finished` runs in rows, the others with their state, and how the report is to look."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[RecordedRun, ...]
     rows: tuple[Row, ...]
-    doubled: tuple[Run, ...]
+    doubled: tuple[RecordedRun, ...]
     layout: Mapping[str, Any]
-    unlike: tuple[tuple[Run, list[str]], ...] = ()  # left out of their row, with what they differ in
+    unlike: tuple[tuple[RecordedRun, list[str]], ...] = ()  # left out of their row, with what they differ in
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[RecordedRun]:
         """The runs with results."""
         return [run for run in self.runs if run.state == "finished"]
 
@@ -144,7 +80,7 @@ class Sweep:
 
 def load(folders: Sequence[Path]) -> Sweep:
     """Read the folders; the layout is that of the newest run."""
-    runs: list[Run] = []
+    runs: list[RecordedRun] = []
     for folder in folders:
         found = _load_folder(folder)
         if not any(run.state == "finished" for run in found):
@@ -153,15 +89,15 @@ def load(folders: Sequence[Path]) -> Sweep:
     finished = [run for run in runs if run.state == "finished"]
     newest = max(finished, key=lambda run: (run.folder / SUMMARY).stat().st_mtime)
     layout = newest.config.get("report") or {}
-    keyed: dict[tuple[str, ...], list[Run]] = {}
+    keyed: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in finished:
         keyed.setdefault(run.key, []).append(run)
     labels, table = layout.get("labels") or {}, list[Row]()
-    doubled, unlike = list[Run](), list[tuple[Run, list[str]]]()
+    doubled, unlike = list[RecordedRun](), list[tuple[RecordedRun, list[str]]]()
     for key, found in keyed.items():
         alike, others = divide(found)
         unlike += others
-        seeds: dict[int, Run] = {}
+        seeds: dict[int, RecordedRun] = {}
         for run in alike:
             if seeds.setdefault(run.seed, run) is not run:
                 doubled.append(run)
@@ -179,16 +115,7 @@ def label(key: Sequence[str], labels: Mapping[str, str]) -> str:
     return ", ".join(map(str, parts)) or PLAIN
 
 
-def merge(lines: Sequence[Mapping[str, Any]]) -> Steps:
-    """By step; of a step written twice (a resumed run) the last value of each key."""
-    steps: Steps = {}
-    for line in lines:
-        if line.get("step") is not None:
-            steps.setdefault(int(line["step"]), {}).update(line)
-    return steps
-
-
-def _load_folder(folder: Path) -> list[Run]:
+def _load_folder(folder: Path) -> list[RecordedRun]:
     plan, fault = read_plan(folder / "plan.json")
     if fault:
         log.warning("%s: %s", folder, fault)
@@ -197,24 +124,26 @@ def _load_folder(folder: Path) -> list[Run]:
     present = [folder] if alone else sorted(path for path in folder.glob("*/") if _is_run(path))
     names = {path.name for path in present}
     runs = [_load_run(path, planned.get(path.name, ())) for path in present]
-    runs += [Run(folder / name, said, "missing", "not begun") for name, said in planned.items() if name not in names]
+    runs += [
+        RecordedRun(folder / name, said, "missing", "not begun") for name, said in planned.items() if name not in names
+    ]
     order = {name: place for place, name in enumerate(planned)}
     return sorted(runs, key=lambda run: order.get(run.name, len(order)))
 
 
-def _load_run(folder: Path, planned: tuple[str, ...]) -> Run:
+def _load_run(folder: Path, planned: tuple[str, ...]) -> RecordedRun:
     summary, fault = read_summary(folder / SUMMARY)
     failed, damaged = try_object(folder / FAILED)
     overrides = tuple(summary.get("overrides") or failed.get("overrides") or planned)
     if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
-        return Run(folder, overrides, "finished", summary=summary)
+        return RecordedRun(folder, overrides, "finished", summary=summary)
     if summary:
-        return Run(folder, overrides, "unfinished", "it was not evaluated", summary)
+        return RecordedRun(folder, overrides, "unfinished", "it was not evaluated", summary)
     if fault:
-        return Run(folder, overrides, "failed", f"{fault}: it cannot be reported on")
+        return RecordedRun(folder, overrides, "failed", f"{fault}: it cannot be reported on")
     if failed or damaged:
-        return Run(folder, overrides, "failed", str(failed.get("error", damaged or "no reason given")))
-    return Run(folder, overrides, "unfinished", "it has not ended")
+        return RecordedRun(folder, overrides, "failed", str(failed.get("error", damaged or "no reason given")))
+    return RecordedRun(folder, overrides, "unfinished", "it has not ended")
 
 
 def _is_run(folder: Path) -> bool:

@@ -38,7 +38,7 @@ class TransformersEngine:
             **(sampling if temperature > 0 else {"do_sample": False}),
         )  # fmt: skip
         devices = [roles.device] if roles.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), roles.acting(role) as model, roles.autocast():
+        with torch.random.fork_rng(devices=devices), roles.using_adapter(role) as model, roles.autocast():
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             # `generate` takes what its argument leaves open from the model's own configuration
             own, model.generation_config = model.generation_config, plain

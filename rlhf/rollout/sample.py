@@ -62,7 +62,7 @@ def rollout(
     parts: list[tuple[list[int], Generated]] = []
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
-        with roles.plain_blocks():
+        with roles.uncompiled_blocks():
             part = engine.generate(roles, role, [encoded[i] for i in rows], limit, temperature, generator)
         for i, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
             responses[i] = ids[:length]

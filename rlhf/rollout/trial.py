@@ -40,7 +40,7 @@ def try_out(roles: Roles, role: str, engine: str = "", packing: bool = False) ->
     name = type(roles.trunk(role)).__name__
     compiled, roles.compiled = roles.compiled, None  # a compiled step would be compiled for the trial alone
     try:
-        with _evaluating(roles), roles.plain_blocks():
+        with _evaluating(roles), roles.uncompiled_blocks():
             _try_out(roles, role, name, engine, packing)
     finally:
         roles.compiled = compiled
@@ -97,7 +97,7 @@ def _alone(
     chosen, best = [], []
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response]], device=roles.device)
-        with roles.acting(role) as model, roles.autocast():
+        with roles.using_adapter(role) as model, roles.autocast():
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         logprobs = logits.log_softmax(-1)
         chosen.append(logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0])

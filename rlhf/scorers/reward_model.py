@@ -33,5 +33,5 @@ class RewardModelScorer:
         groups = self.context.roles.groups(batch.lengths.tolist(), self.context.microbatch_tokens)
         rows = (torch.tensor(group, device=batch.ids.device) for group in groups)
         with self.context.roles.scoring("reward"):
-            scores = [self.context.roles.scalars("reward", batch.rows(index)) for index in rows]
+            scores = [self.context.roles.last_token_scores("reward", batch.rows(index)) for index in rows]
         return concatenate(scores, [row for group in groups for row in group]) - self.baseline

@@ -17,7 +17,7 @@ from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 
 
-class SentimentScorer:
+class ClassifierScorer:
     """The classifier's logit of `label` for prompt and response together, decoded and tokenised anew for it.
 
     `label=None` reads a model with a single output, as reward models on the Hub have.

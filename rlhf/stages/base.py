@@ -4,8 +4,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
@@ -19,20 +20,34 @@ from rlhf.guards.signs import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.settings import OptimizerSettings
-from rlhf.tracking.dashboards import Dashboard
 
 
-class Step(NamedTuple):
+@runtime_checkable
+class Dashboard(Protocol):
+    """A logger that takes more than numbers, such as that of W&B (`rlhf.tracking.dashboards`)."""
+
+    def log_samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Evaluated responses, a record each."""
+
+    def log_histograms(self, scores: Tensor, ratio_counts: Tensor | None, largest_ratio: float, step: int) -> None:
+        """The scores of a rollout batch, and how many ratios fell into each of equal bins from 0 to `largest_ratio`."""
+
+    def alert(self, title: str, text: str) -> None:
+        """What a guard has found."""
+
+
+@dataclass(frozen=True)
+class Step:
     """What an optimiser step reports: gradient norm before clipping, and the sums that the losses returned.
 
-    `over` is what the sums are to be divided by: the count in all processes. `refused` says why the step was not made,
-    and is empty when it was.
+    `count` is what the sums are to be divided by: the targets in all processes. `skip_reason` says why the step was
+    skipped; it is empty when the step was made.
     """
 
     grad_norm: Tensor
     sums: dict[str, Tensor]
-    over: Tensor
-    refused: str = ""
+    count: Tensor
+    skip_reason: str = ""
 
 
 class Stage(lightning.LightningModule):
@@ -134,23 +149,23 @@ class Stage(lightning.LightningModule):
             self.manual_backward(0 * loss(part)[0])
         collectives.all_reduce_([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
-        refused = self.refusal(norm, sums, count)
-        if refused:  # a step without gradients changes nothing, and Lightning counts it
+        skip_reason = self.skip_reason(norm, sums, count)
+        if skip_reason:  # a step without gradients changes nothing, and Lightning counts it
             optimizer.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return Step(norm, sums, count, refused)
+        return Step(norm, sums, count, skip_reason)
 
-    def refusal(self, norm: Tensor, sums: Mapping[str, Tensor], count: Tensor | int) -> str:
+    def skip_reason(self, norm: Tensor, sums: Mapping[str, Tensor], count: Tensor | int) -> str:
         """Why an optimiser step must not be made, or nothing; waits for the device once."""
         if not self.guards.skip:
             return ""
-        return self.guards.refusal(*torch.stack([sums["loss"], norm.to(sums["loss"])]).tolist())
+        return self.guards.skip_reason(*torch.stack([sums["loss"], norm.to(sums["loss"])]).tolist())
 
-    def note_refusal(self, result: Step, step: int, batch: Sequences) -> None:
+    def note_skipped(self, result: Step, step: int, batch: Sequences) -> None:
         """Keep the batch (this process's share) of a supervised step that was not made, and log that at once."""
-        if result.refused:
-            self.guards.save(step, batch.tensors(), result.refused)
+        if result.skip_reason:
+            self.guards.save(step, batch.tensors(), result.skip_reason)
             self.emit({SKIPPED: 1.0}, step)
 
     def on_train_batch_end(self, *args: Any) -> None:

@@ -22,7 +22,7 @@ from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.seeding import generator
 from rlhf.settings import Settings
 from rlhf.stages.base import Stage
-from rlhf.stages.experience import score_exact
+from rlhf.stages.passes import compute_divergence
 
 OUTCOMES = "outcomes.jsonl"
 Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
@@ -43,7 +43,7 @@ class _Measured:
 class PolicyEvaluation(Stage):
     """A stage with a policy that can be measured; the evaluator gives metrics and a record per response."""
 
-    all: Settings
+    config: Settings
     roles: Roles
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
@@ -55,7 +55,7 @@ class PolicyEvaluation(Stage):
 
     def stream(self, purpose: str, step: int) -> torch.Generator:
         """The random stream of a purpose at a step, on the device."""
-        return generator(self.all.seed, purpose, step, str(self.roles.device))
+        return generator(self.config.seed, purpose, step, str(self.roles.device))
 
     def on_validation_epoch_start(self) -> None:
         """Begin a measurement of the policy as it is now."""
@@ -71,25 +71,27 @@ class PolicyEvaluation(Stage):
         """
         if index % collectives.size() != collectives.rank():
             return
-        config, texts = self.all.evaluation, [row.prompt for row in batch]
+        config, texts = self.config.evaluation, [row.prompt for row in batch]
         answers = rollout(
             self.engine, self.roles, "policy", self.tokenizer, [text for text in texts for _ in range(config.best_of)],
-            self.all.generation, self.stream("evaluation", index), config.temperature, config.max_new_tokens,
+            self.config.generation, self.stream("evaluation", index), config.temperature, config.max_new_tokens,
         )  # fmt: skip
         rewards = self.scorer(answers)
         best = (
             rewards.view(len(texts), config.best_of).argmax(1)
             + torch.arange(len(texts), device=rewards.device) * config.best_of
         )
-        left = config.kl_prompts - index * self.all.generation.batch_size
+        left = config.kl_prompts - index * self.config.generation.batch_size
         kl = torch.empty(0)
         if left > 0:
             sampled = rollout(
-                self.engine, self.roles, "policy", self.tokenizer, texts[:left], self.all.generation,
+                self.engine, self.roles, "policy", self.tokenizer, texts[:left], self.config.generation,
                 self.stream("true KL", index),
             )  # fmt: skip
-            temperature = self.all.generation.temperature
-            exact = score_exact(self.roles, sampled.sequences, self.all.ppo.microbatch_tokens, temperature, exact_kl)
+            temperature = self.config.generation.temperature
+            exact = compute_divergence(
+                self.roles, sampled.sequences, self.config.ppo.microbatch_tokens, temperature, exact_kl
+            )
             kl = exact[sampled.mask].cpu()
         responses = [answers.responses[row] for row in best.tolist()]
         lengths = answers.mask.sum(1)[best]
@@ -105,7 +107,7 @@ class PolicyEvaluation(Stage):
         rewards, lengths = torch.cat([part.rewards for part in parts]), torch.cat([part.lengths for part in parts])
         for record, reward, length in zip(records, rewards.tolist(), lengths.tolist(), strict=True):
             record |= {"reward": reward, "tokens": length}
-        shown = records[: self.all.evaluation.samples]
+        shown = records[: self.config.evaluation.samples]
         metrics |= collectives.on_rank_zero(lambda: self._write(records, shown))
         metrics |= {
             "eval/reward": float(rewards.mean()),

@@ -1,18 +1,30 @@
-"""What PPO knows about a rollout batch before it updates, and the frozen passes that find it out."""
+"""What PPO knows about a rollout batch before it updates, and how it is computed."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.models.heads import token_divergence
+from rlhf import ppo
+from rlhf.distributed import collectives
+from rlhf.divergence import bregman
+from rlhf.guards.signs import repetition
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences, unflatten
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
+from rlhf.models.sequences import Sequences
+from rlhf.rollout.sample import Rollouts
+from rlhf.settings import Settings
+from rlhf.stages.minibatches import Microbatch, Minibatch
+from rlhf.stages.passes import (
+    Divergence,
+    UpdatePasses,
+    compute_divergence,
+    compute_logprobs,
+    compute_reference_logprobs,
+    compute_reference_states,
+    compute_values,
+)
 
 
 @dataclass
@@ -21,10 +33,10 @@ class Experience:
 
     `old_logprobs` and `old_values` are what the update's ratios and value clip start from, under the update's dropout
     masks. `sampled_logprobs` (None where nothing needs them) and `values` are without dropout, like the sampling:
-    penalty and KL are of the former, advantages and returns of the latter. `sampling_gap` is how far captured
-    log-probs are from scored ones, where both are known by now. `rewards` are shaped but not whitened. `ref_logprobs`
-    is None when the reference pass was not made. An exact divergence keeps the reference's hidden states (by row,
-    [response, hidden]) and the weight it has in the loss.
+    penalty and KL are computed from the former, advantages and returns from the latter. `sampling_gap` is the mean
+    distance between captured and recomputed log-probs, where both are known by now. `rewards` are shaped but not
+    whitened. `ref_logprobs` is None when there was no reference pass. For an exact divergence, `ref_hidden` holds the
+    reference's hidden states (by row, [response, hidden]) and `divergence_weight` the weight in the loss.
     """
 
     sequences: Sequences
@@ -43,120 +55,160 @@ class Experience:
     sampling_gap: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, to be looked at elsewhere."""
-        # copies: without dropout some are one and the same, which safetensors would refuse
+        """All tensors by name, to be saved and looked at elsewhere."""
+        # copies: without dropout some are one and the same tensor, which safetensors would refuse
         own = {key: value.clone() for key, value in vars(self).items() if isinstance(value, Tensor)}
         return self.sequences.tensors() | own
 
 
-def by_rows(
-    batch: Sequences, groups: Sequence[Sequence[int]], passes: Callable[[int, Sequences], Tensor]
-) -> Float[Tensor, "batch response"]:
-    """Run a pass over groups of rows; each gives a number per response token, laid out by row again."""
-    mask = batch.response_mask
-    result = torch.zeros(mask.shape, device=mask.device)
-    for number, group in enumerate(groups):
-        rows = torch.tensor(group, device=mask.device)
-        part = batch.rows(rows)
-        values = unflatten(passes(number, part), part.response_mask)
-        result[rows, : values.shape[1]] = values
-    return result
+@dataclass(frozen=True)
+class ExperienceMaker:
+    """Turns a rollout batch and its scores into an `Experience`: all that PPO computes before it updates.
 
-
-@torch.no_grad()
-def score_values(roles: Roles, batch: Sequences, budget: int) -> Float[Tensor, "batch response"]:
-    """Value of the state in which each response token was chosen."""
-    groups = roles.groups(batch.lengths.tolist(), budget)
-    with roles.scoring("value"):
-        return by_rows(
-            batch, groups, lambda _, part: roles.heads["value"](roles.states("value", part, part.predicting))
-        )
-
-
-@torch.no_grad()
-def score_logprobs(
-    roles: Roles, role: str, batch: Sequences, budget: int, temperature: float
-) -> Float[Tensor, "batch response"]:
-    """Log-probability of each response token under a role, in nats at the sampling temperature."""
-    groups = roles.groups(batch.lengths.tolist(), budget)
-    return by_rows(batch, groups, lambda _, part: logprobs_of(roles, role, part, temperature))
-
-
-def logprobs_of(roles: Roles, role: str, part: Sequences, temperature: float) -> Float[Tensor, "tokens"]:
-    """Log-probabilities of a part's response tokens, one after the other."""
-    hidden = roles.states(role, part, part.predicting)
-    return roles.token_stats(role, hidden, part.target_ids, temperature).logprobs
-
-
-@torch.no_grad()
-def reference_states(roles: Roles, batch: Sequences, budget: int) -> list[Float[Tensor, "response hidden"]]:
-    """For each row the reference's hidden states that predict the response tokens."""
-    states: list[Tensor] = [torch.empty(0)] * len(batch)
-    for group in roles.groups(batch.lengths.tolist(), budget):
-        part = batch.rows(torch.tensor(group, device=batch.ids.device))
-        hidden = roles.states("reference", part, part.predicting)
-        for row, own in zip(group, hidden.split(part.response_mask.sum(1).tolist()), strict=True):
-            states[row] = own
-    return states
-
-
-@torch.no_grad()
-def score_states(
-    roles: Roles, batch: Sequences, states: Sequence[Tensor], temperature: float
-) -> Float[Tensor, "batch response"]:
-    """`score_logprobs` of the reference from hidden states that are known already."""
-    stats = roles.token_stats("reference", torch.cat(list(states)), batch.target_ids, temperature)
-    return unflatten(stats.logprobs, batch.response_mask)
-
-
-@torch.no_grad()
-def score_exact(
-    roles: Roles,
-    batch: Sequences,
-    budget: int,
-    temperature: float,
-    divergence: Divergence,
-    states: Sequence[Tensor] | None = None,
-) -> Float[Tensor, "batch response"]:
-    """A divergence between policy and reference over the whole vocabulary, at every response token.
-
-    `states` are the reference's (`reference_states`), made here if not given. Logits exist for a chunk of tokens.
+    `captured_are_old` says whether the log-probs that the engine captured serve as the old ones as they are.
     """
-    groups = roles.groups(batch.lengths.tolist(), budget)
-    known = reference_states(roles, batch, budget) if states is None else states
 
-    def passes(number: int, part: Sequences) -> Tensor:
-        reference = torch.cat([known[row] for row in groups[number]])
-        return exact_divergence(
-            roles, roles.states("policy", part, part.predicting), reference, temperature, divergence
-        )
+    config: Settings
+    roles: Roles
+    passes: UpdatePasses
+    divergence: Divergence
+    captured_are_old: bool
 
-    return by_rows(batch, groups, passes)
+    @torch.no_grad()
+    def make(
+        self,
+        rollouts: Rollouts,
+        scores: Float[Tensor, "batch"],
+        minibatches: Sequence[Minibatch],
+        step: int,
+        kl_coef: float,
+    ) -> Experience:
+        """All that the update learns from, in four steps; `kl_coef` is the penalty's coefficient β."""
+        config, batch, mask = self.config.ppo, rollouts.sequences, rollouts.mask
+        all_reduce = collectives.all_reduce_sum
+        # 1. Values and old log-probs.
+        values, old_values, old_logprobs = self._old(rollouts, minibatches, step)
+        # 2. The reference, and the penalty for being far from it.
+        penalty, sampled, ref_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
+        # 3. A reward per token, and from it advantages and returns.
+        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef)
+        shaped = ppo.whiten(rewards, mask, keep_mean=True, total=all_reduce) if config.whiten_rewards else rewards
+        advantages, returns = ppo.gae(shaped, values, mask, config.gamma, config.lam)
+        # 4. The weight of an exact divergence in the loss: its coefficient, in the units of the advantages.
+        weight = kl_coef * (ppo.whitening_scale(rewards, mask, all_reduce) if config.whiten_rewards else 1.0)
+        if config.whiten_advantages:
+            weight = weight * ppo.whitening_scale(advantages, mask, all_reduce)
+            advantages = ppo.whiten(advantages, mask, total=all_reduce)
+        return Experience(
+            batch, mask, old_logprobs, old_values, values, rewards, penalty, advantages, returns, ref_logprobs,
+            ref_states, weight, sampled, self._sampling_gap(rollouts, old_logprobs, minibatches),
+        )  # fmt: skip
+
+    def _old(
+        self, rollouts: Rollouts, minibatches: Sequence[Minibatch], step: int
+    ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
+        """Values without dropout, old values and old log-probs.
+
+        With LoRA dropout the update's passes have masks and the sampling had none. What the update compares with its
+        own results (ratios, value clip) is computed under its masks; what describes the sampling policy (penalty, KL,
+        advantages, returns) comes from the policy and the value function without dropout.
+        """
+        batch = rollouts.sequences
+        values = rollouts.values if self.captured_are_old else None
+        if values is None:
+            values = compute_values(self.roles, batch, self.config.ppo.microbatch_tokens)
+        if self.passes.dropout:
+            old_logprobs, old_values = self.passes.replay(batch, minibatches, step)
+            return values, old_values, old_logprobs
+        if rollouts.logprobs is not None and self.captured_are_old:
+            return values, values, rollouts.logprobs
+        return values, values, self.passes.old_logprobs(batch, minibatches)
+
+    def _reference(
+        self, rollouts: Rollouts, old_logprobs: Float[Tensor, "batch response"], step: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor] | None]:
+        """Penalty, log-probs under the sampling policy and the reference (None if not needed), reference's states.
+
+        An exact divergence D_t depends on the state alone, so as a reward it says which *states* to avoid and nothing
+        about the action taken there. The gradient of −β E[Σ D_t] has a second part, −β E[Σ ∇D_t] at the states visited,
+        which the loss of the update adds in the units of the advantages. A penalty d on the sampled token has such a
+        part too, −β E[Σ ∇d], and it is left out: it is 0 for k1 (E[∇δ] = 0) and for no other (docs/divergences.md).
+        """
+        batch, roles, kind = rollouts.sequences, self.roles, self.config.divergence.input
+        budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
+        penalty, states = torch.zeros_like(old_logprobs), None
+        if kind == "logits":
+            states = compute_reference_states(roles, batch, budget)
+            reference = compute_reference_logprobs(roles, batch, states, temperature)
+            penalty = compute_divergence(roles, batch, budget, temperature, self.divergence, states)
+        elif kind == "logprobs" or step % self.config.ppo.reference_every == 0:
+            reference = compute_logprobs(roles, "reference", batch, budget, temperature)
+        else:
+            return penalty, None, None, None
+        sampled = self._sampled_logprobs(rollouts, old_logprobs)
+        if kind == "logprobs":
+            penalty = torch.where(rollouts.mask, self.divergence(sampled, reference), 0.0)
+        return penalty, sampled, reference, states
+
+    def _sampled_logprobs(self, rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
+        """Log-probs under the sampling policy, without dropout; a pass of its own where the engine captured none."""
+        if not self.passes.dropout:
+            return old_logprobs
+        if rollouts.logprobs is not None:
+            return rollouts.logprobs
+        budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
+        return compute_logprobs(self.roles, "policy", rollouts.sequences, budget, temperature)
+
+    def _sampling_gap(
+        self, rollouts: Rollouts, old_logprobs: Tensor, minibatches: Sequence[Minibatch]
+    ) -> Tensor | None:
+        """Mean |log π_captured − log π_recomputed| per token.
+
+        None where the engine captured nothing, or where nothing was recomputed: then the first minibatch of the update
+        makes the comparison. With dropout, `old_logprobs` are of another function than the sampler's, so that one
+        micro-batch is computed again without it: a small part of a pass.
+        """
+        captured, mask = rollouts.logprobs, rollouts.mask
+        if captured is None or (self.captured_are_old and not self.passes.dropout):
+            return None
+        recomputed = old_logprobs
+        if self.passes.dropout:
+            recomputed, mask = captured.clone(), torch.zeros_like(mask)
+            for _, rows in minibatches[0][:1]:
+                mask[rows] = rollouts.mask[rows]
+                alone = [[Microbatch(0, torch.arange(len(rows), device=rows.device))]]
+                own = self.passes.old_logprobs(rollouts.sequences.rows(rows), alone)
+                recomputed[rows, : own.shape[1]] = own
+        return ppo.masked_mean((captured - recomputed).abs(), mask, collectives.all_reduce_sum)
 
 
-def exact_divergence(
-    roles: Roles,
-    hidden: Float[Tensor, "tokens hidden"],
-    ref_hidden: Float[Tensor, "tokens hidden"],
-    temperature: float,
-    divergence: Divergence,
-) -> Float[Tensor, "tokens"]:
-    """A divergence over the whole vocabulary from the hidden states of policy and reference; differentiable."""
-    with roles.autocast():
-        outputs = roles.output("policy"), roles.output("reference")
-        return token_divergence(divergence, hidden, ref_hidden, *outputs, temperature)
+def rollout_metrics(
+    experience: Experience, rollouts: Rollouts, scores: Float[Tensor, "batch"], whitened_rewards: bool
+) -> dict[str, Tensor]:
+    """The metrics of a rollout batch: means over the response tokens or the responses of all processes."""
+    mask, all_reduce = experience.mask, collectives.all_reduce_sum
+    count = all_reduce(torch.tensor(len(scores), device=mask.device))
 
+    def mean(x: Tensor) -> Tensor:
+        return all_reduce(x.sum()) / count
 
-@contextmanager
-def replayed_dropout(seed: int, active: bool, device: torch.device) -> Iterator[None]:
-    """Draw dropout masks from `seed` and leave the global random state as it was.
-
-    The same micro-batch under the same seed sees the same masks, so that old and new log-probs are of one policy and
-    the first ratio is exactly 1 (the published code takes old ones without dropout and new ones with it).
-    """
-    if not active:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    repeated = torch.tensor(repetition(rollouts.sequences.responses()) * len(scores), device=mask.device)
+    metrics = {
+        "ppo/reward": mean(scores),
+        "ppo/shaped_reward": mean(experience.rewards),
+        "ppo/penalty": ppo.masked_mean(experience.penalty, mask, all_reduce),
+        "ppo/explained_variance": ppo.explained_variance(experience.values, experience.returns, mask, all_reduce),
+        "ppo/response_tokens": mean(mask),
+        "ppo/missing_eos": 1 - mean(rollouts.ended),
+        "ppo/repetition": mean(repeated),
+    }
+    if whitened_rewards:
+        metrics["ppo/whitening_length_term"] = ppo.whitening_length_term(experience.rewards, mask, all_reduce)
+    if experience.sampling_gap is not None:
+        metrics["ppo/sampling_gap"] = experience.sampling_gap
+    sampled, reference = experience.sampled_logprobs, experience.ref_logprobs
+    if sampled is not None and reference is not None:
+        k1, k3 = sampled - reference, bregman(sampled, reference)
+        metrics["ppo/k1"] = ppo.masked_mean(k1, mask, all_reduce)
+        metrics["ppo/k3"] = ppo.masked_mean(k3, mask, all_reduce)
+    return metrics

@@ -60,7 +60,7 @@ class RewardModeling(Stage):
 
     def margins(self, batch: Sequences) -> Tensor:
         """r(chosen) − r(rejected) per pair."""
-        scores = self.roles.scalars("reward", batch).view(-1, 2)
+        scores = self.roles.last_token_scores("reward", batch).view(-1, 2)
         return scores[:, 0] - scores[:, 1]
 
     def training_step(self, batch: Sequences, index: int) -> None:
@@ -76,11 +76,11 @@ class RewardModeling(Stage):
         result = self.accumulate(self.microbatches(batch), loss, pairs)
         self.advance_schedule()
         step = self.trainer.global_step
-        self.note_refusal(result, step, batch)
+        self.note_skipped(result, step, batch)
         if step % self.settings.log_every == 0 or step == self.total_steps:
             metrics: dict[str, Tensor | float] = {
-                "reward/loss": result.sums["loss"] / result.over,
-                "reward/train_accuracy": result.sums["right"] / result.over,
+                "reward/loss": result.sums["loss"] / result.count,
+                "reward/train_accuracy": result.sums["right"] / result.count,
                 "reward/grad_norm": result.grad_norm,
                 "reward/lr": lr,
             }
@@ -117,5 +117,5 @@ class RewardModeling(Stage):
             batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group]).to(
                 self.roles.device
             )
-            total += float(self.roles.scalars("reward", batch).sum())
+            total += float(self.roles.last_token_scores("reward", batch).sum())
         return total / len(pairs)

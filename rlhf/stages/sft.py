@@ -56,9 +56,9 @@ class SupervisedFineTuning(Stage):
         result = self.accumulate(self.microbatches(batch), lambda rows: (self.loss_sum(batch.rows(rows)), {}), count)
         self.advance_schedule()
         step = self.trainer.global_step
-        self.note_refusal(result, step, batch)
+        self.note_skipped(result, step, batch)
         if step % self.settings.log_every == 0 or step == self.total_steps:
-            loss = result.sums["loss"] / result.over
+            loss = result.sums["loss"] / result.count
             self.emit({"sft/loss": loss, "sft/grad_norm": result.grad_norm, "sft/lr": lr}, step, bar=["sft/loss"])
 
     def on_validation_epoch_start(self) -> None:

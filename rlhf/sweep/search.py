@@ -29,7 +29,7 @@ from rlhf.sweep.plan import PLAN, naming, on_slurm, parallel_jobs, run_folder
 
 log = logging.getLogger(__name__)
 Space = dict[str, BaseDistribution]
-NOT_IDENTITY = ("hydra", "report", "arm")  # and what a run's folder is not named by
+NOT_IDENTITY = ("hydra", "report", "variant")  # and what a run's folder is not named by
 
 
 class Study(OptunaSweeperImpl):

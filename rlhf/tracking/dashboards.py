@@ -23,7 +23,6 @@ from rlhf.files import SUMMARY, read_json
 log = logging.getLogger(__name__)
 STEP = "step"  # the x axis: what metrics.jsonl calls so
 GROUPS = ("sft", "reward", "ppo", "eval", "time", "guard", "judge")
-RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of histogram/ratio; larger ratios count in the last bin
 
 
 def harmless(method: Callable[..., None]) -> Callable[..., None]:
@@ -81,13 +80,13 @@ class Dashboard(WandbLogger):
         self.experiment.log({"samples": table, STEP: step})
 
     @harmless
-    def log_histograms(self, scores: Tensor, ratio_counts: Tensor | None, step: int) -> None:
-        """`histogram/reward` of a rollout batch, and `histogram/ratio` of its updates' tokens (`count_ratios`)."""
+    def log_histograms(self, scores: Tensor, ratio_counts: Tensor | None, largest_ratio: float, step: int) -> None:
+        """`histogram/reward` of a rollout batch, and `histogram/ratio` of its updates' tokens."""
         import wandb
 
         found = {"histogram/reward": wandb.Histogram(scores[scores.isfinite()].tolist())}
         if ratio_counts is not None:
-            edges = np.linspace(0, LARGEST_RATIO, RATIO_BINS + 1)
+            edges = np.linspace(0, largest_ratio, len(ratio_counts) + 1)
             found["histogram/ratio"] = wandb.Histogram(np_histogram=(ratio_counts.long().cpu().numpy(), edges))
         self.experiment.log({**found, STEP: step})
 

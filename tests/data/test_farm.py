@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -153,9 +154,9 @@ def test_determinism_in_this_process_and_in_another():
         backwards.load(split)
     assert digest(backwards) == digest(Farm(**settings))
     assert digest(backwards) != digest(Farm(seed=1, **settings))
-    code = f"from tests.test_farm import Farm, digest; print(digest(Farm(**{settings})))"
+    code = f"from tests.data.test_farm import Farm, digest; print(digest(Farm(**{settings})))"
     environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    root = str(Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
     output = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert output.stdout.strip() == digest(backwards), output.stderr
 

@@ -22,6 +22,7 @@ from rlhf.distributed import collectives, processes, strategies
 from rlhf.errors import Interrupted
 from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Generated
+from rlhf.stages.minibatches import split_minibatches
 from tests.helpers.harness import PROMPTS, gradients, make_ppo, ppo_settings, train, weights
 from tests.helpers.tiny_runs import TINY, sentence
 from tests.pipeline.test_crash import assert_same, remains_of
@@ -172,7 +173,7 @@ def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleName
 
 def _own_rollouts(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     stage = make_ppo(ppo_settings(), folders, folder / "samples")
-    prompts, _ = stage.deal(PROMPTS[:12], 1)
+    prompts, _ = split_minibatches(PROMPTS[:12], stage.ppo.minibatch_size, stage.config.seed, 1)
     stream = torch.rand(3, generator=stage.stream(f"rollout of process {rank}" if rank else "rollout", 1))
     everyone = collectives.all_gather((prompts, stream.tolist()))
     assert sorted(everyone[0][0] + everyone[1][0]) == sorted(PROMPTS[:12])

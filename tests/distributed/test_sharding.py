@@ -18,7 +18,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sharding import gathered, shard
 from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import Settings
-from rlhf.stages.experience import score_values
+from rlhf.stages.passes import compute_values
 from rlhf.stages.ppo import PPO
 from tests.distributed.test_parallel import Parrot, cached, run, stop, together
 from tests.helpers.harness import PROMPTS, gradients, make_ppo, ppo_settings, spy, train, weights
@@ -66,7 +66,7 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
     prompts, limit = (PROMPTS[:3], 5) if rank else (PROMPTS[3:20], 16)
 
     def answers(of: PPO) -> Rollouts:
-        generation = of.all.generation
+        generation = of.config.generation
         return rollout(of.engine, of.roles, "policy", of.tokenizer, prompts, generation, of.stream("x", 0), None, limit)
 
     expected, sampled = answers(whole), answers(stage)
@@ -74,9 +74,9 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
     lengths = collectives.all_gather(sampled.mask.sum(1).max().item())
     assert lengths[0] > lengths[1]
     # passes of the first alone, such as those of a judge that reads the reward model
-    score = collectives.on_rank_zero(lambda: score_values(stage.roles, sampled.sequences, 60))
+    score = collectives.on_rank_zero(lambda: compute_values(stage.roles, sampled.sequences, 60))
     if rank == 0:
-        torch.testing.assert_close(score, score_values(whole.roles, sampled.sequences, 60))
+        torch.testing.assert_close(score, compute_values(whole.roles, sampled.sequences, 60))
 
 
 @pytest.mark.long
@@ -206,7 +206,7 @@ def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tm
         (["lora@reward.lora=none"], "lora@reward.lora=none"),
         (["lora@sft.lora=none", "stage=sft"], "lora@sft.lora=none"),
         (["quantization=int8"], "quantized base; allowed: quantization=none"),
-        (["ppo.value=full"], "allowed: adapter"),
+        (["ppo.value_model=full"], "allowed: adapter"),
     ],
 )
 def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:

@@ -55,7 +55,7 @@ def test_greedy_answers_and_rewards_are_those_of_the_policies(runs: SimpleNamesp
             assert not answer.scores
             continue
         with torch.no_grad():
-            scored = runs.roles.scalars("reward", Sequences.from_lists(IDS, [ids]))
+            scored = runs.roles.last_token_scores("reward", Sequences.from_lists(IDS, [ids]))
         torch.testing.assert_close(torch.tensor([answer.scores["reward"]]), scored - 0.5, rtol=1e-4, atol=1e-4)
 
 

@@ -81,7 +81,7 @@ def test_a_reward_model_scores_as_in_the_run(runs: SimpleNamespace, make_texts: 
     inside = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
     with torch.no_grad():
         got = model(input_ids=batch.ids.where(inside, 0), attention_mask=inside.long()).logits.squeeze(-1)
-        torch.testing.assert_close(got, runs.roles.scalars("reward", batch), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, runs.roles.last_token_scores("reward", batch), rtol=1e-4, atol=1e-5)
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "text-classification"
     assert "reward-model" in card.data.tags

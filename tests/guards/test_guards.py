@@ -321,14 +321,14 @@ def test_an_unknown_kl_leaves_the_coefficient_alone(
     stage = make_ppo(
         guarded(only("non_finite", "warn", 3), steps=1), folders, tmp_path / "s", kl=ppo.AdaptiveKL(0.05, 6.0, 0.1)
     )
-    assess = stage.assess
+    assess = stage.make_experience
 
     def spoiled(*args: Any) -> Any:
         experience = assess(*args)
         experience.ref_logprobs[0, 0] = math.nan
         return experience
 
-    monkeypatch.setattr(stage, "assess", spoiled)
+    monkeypatch.setattr(stage, "make_experience", spoiled)
     (row,) = train(stage, tmp_path)
     assert math.isnan(row["ppo/k1"])
     assert stage.kl.coef == 0.05
@@ -383,7 +383,7 @@ def test_supervised_stages_skip_too(
     stage, rows = (sft_stage(folders), DEMONSTRATIONS) if kind == "sft" else (reward_stage(folders), COMPARISONS)
     stage.total_steps, stage.guards = 3, Guards(only("non_finite", "warn", 3), tmp_path)
     token_stats, made = stage.roles.token_stats, 0
-    scalars = stage.roles.scalars
+    scalars = stage.roles.last_token_scores
 
     def spoiled(real: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -396,7 +396,7 @@ def test_supervised_stages_skip_too(
         return call
 
     monkeypatch.setattr(stage.roles, "token_stats", spoiled(token_stats))
-    monkeypatch.setattr(stage.roles, "scalars", spoiled(scalars))
+    monkeypatch.setattr(stage.roles, "last_token_scores", spoiled(scalars))
     batches = SeededBatches(len(rows), len(rows), 0, 3)
     with gradients() as seen:
         lines = fit(stage, stage.encode(rows), batches, tmp_path)  # type: ignore[arg-type]

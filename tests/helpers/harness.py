@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from rlhf import divergence, ppo
+from rlhf import ppo
 from rlhf.models.assembly import ppo_roles
 from rlhf.models.roles import Roles
-from rlhf.rollout.sample import make_engine
 from rlhf.scorers import Context
 from rlhf.scorers.text import FunctionScorer
 from rlhf.settings import (
@@ -27,6 +26,7 @@ from rlhf.settings import (
     PPOSettings,
     Settings,
 )
+from rlhf.stages import ppo as ppo_stage
 from rlhf.stages.base import Stage
 from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
@@ -90,11 +90,8 @@ def make_ppo(
     if warm and settings.lora.r:
         for key, parameter in roles.adapter_parameters("base", "policy").items():
             parameter.data.copy_(folders.policy[key])
-    return PPO(
-        settings, roles, tokenizer, make_engine(settings.generation, tokenizer, roles),
-        FunctionScorer(Context(NoSource(), tokenizer, roles), f"{__name__}.count_low_words"),
-        getattr(divergence, settings.divergence.name), kl or ppo.FixedKL(0.05), no_metrics, samples,
-    )  # fmt: skip
+    scorer = FunctionScorer(Context(NoSource(), tokenizer, roles), f"{__name__}.count_low_words")
+    return ppo_stage.make_ppo(settings, roles, tokenizer, scorer, kl or ppo.FixedKL(0.05), no_metrics, samples)
 
 
 def fit(stage: Stage, rows: Any, batches: SeededBatches, folder: Path, **options: Any) -> list[dict[str, float]]:
@@ -109,7 +106,7 @@ def fit(stage: Stage, rows: Any, batches: SeededBatches, folder: Path, **options
 
 
 def train(stage: PPO, folder: Path, start: int = 0, **options: Any) -> list[dict[str, float]]:
-    batches = SeededBatches(len(PROMPTS), stage.ppo.rollout_batch_size, stage.all.seed, stage.ppo.steps, start)
+    batches = SeededBatches(len(PROMPTS), stage.ppo.rollout_batch_size, stage.config.seed, stage.ppo.steps, start)
     return fit(stage, PROMPTS, batches, folder, **options)
 
 

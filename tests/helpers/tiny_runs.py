@@ -15,7 +15,7 @@ TINY = [
     "data.demonstrations=200", "data.comparisons=120", "data.prompts=40", "data.eval_prompts=8", "data.people=12",
     "sft.epochs=0.3", "sft.batch_size=10", "sft.warmup_steps=1", "sft.checkpoint_every=2", "sft.log_every=1",
     "sft.validation_size=10", "reward.epochs=0.3", "reward.batch_size=10", "reward.warmup_steps=1",
-    "reward.checkpoint_every=2", "reward.validation_size=10", "reward.centre_on=10", "generation.max_new_tokens=8",
+    "reward.checkpoint_every=2", "reward.validation_size=10", "reward.baseline_rows=10", "generation.max_new_tokens=8",
     "ppo.steps=3", "ppo.eval_every=3", "evaluation.prompts=4", "evaluation.kl_prompts=2",
 ]  # fmt: skip
 

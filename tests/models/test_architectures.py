@@ -25,7 +25,7 @@ from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.native import NativeEngine
 from rlhf.scorers import Context
-from rlhf.scorers.sentiment import SentimentScorer
+from rlhf.scorers.sentiment import ClassifierScorer
 from rlhf.settings import LoraSettings, ModelSettings
 from tests.conftest import EOS, SPECIAL, randomise, word_tokenizer
 from tests.models.test_memory import settings
@@ -232,9 +232,9 @@ def test_a_published_reward_model_reads_each_text_as_if_it_were_alone(
     plain = AutoTokenizer.from_pretrained(tmp_path)
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([plain(text)["input_ids"]])).logits[0, 0] for text in TEXTS]
-    SentimentScorer.check({"model": str(tmp_path), "label": None, "max_length": 40})
+    ClassifierScorer.check({"model": str(tmp_path), "label": None, "max_length": 40})
     context = Context(Farm(), Farm().tokenizer(), Roles(made("gpt2", **KINDS["gpt2"][0])))
-    scorer = SentimentScorer(context, str(tmp_path), label=None, max_length=40)
+    scorer = ClassifierScorer(context, str(tmp_path), label=None, max_length=40)
     torch.testing.assert_close(scorer.score(TEXTS), torch.stack(alone), rtol=1e-4, atol=1e-5)
 
 

@@ -61,7 +61,7 @@ def test_exported_reward_loads_with_plain_peft(
     inside = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
     with torch.no_grad():
         got = model(input_ids=batch.ids.where(inside, 0), attention_mask=inside.long()).logits.squeeze(-1)
-        torch.testing.assert_close(got, roles.scalars("reward", batch), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, roles.last_token_scores("reward", batch), rtol=1e-4, atol=1e-5)
     assert torch.equal(saved_head(tmp_path / "adapter"), roles.heads["reward"].weight)
 
 

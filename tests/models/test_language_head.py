@@ -118,4 +118,4 @@ def test_states_narrower_than_the_layers(make_texts: Callable) -> None:
     roles, texts = Roles(tiny("opt", **options)), make_texts(3, seed=1)
     assert width_of(roles.trunk("reference")) == roles.hidden_size == 16
     roles.add_head("reference", zero=False)
-    assert roles.scalars("reference", texts).shape == (3,)
+    assert roles.last_token_scores("reference", texts).shape == (3,)

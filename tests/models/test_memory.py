@@ -34,7 +34,7 @@ def test_weights_and_adapters_by_hand() -> None:
     memory = of()
     assert memory.weights == 4 * (linear + rest) + 4 * reward
     assert memory.trained == TRAINED * (policy + reward)  # the value adapter has the reward adapter's rank and targets
-    assert of("ppo.value=trunk_head").trained == TRAINED * policy
+    assert of("ppo.value_model=trunk_head").trained == TRAINED * policy
     assert of("lora=none").trained == 2 * TRAINED * (linear + rest)
     assert of("quantization=int8").weights == 4 * rest + linear + 4 * reward
     assert of(shares=4).weights == 4 * rest + linear + 4 * reward  # of float32, a quarter
@@ -44,7 +44,7 @@ def test_what_makes_it_smaller() -> None:
     plain = of()
     assert of("ppo.microbatch_tokens=1024").updating < plain.updating
     assert of("model.gradient_checkpointing=true").updating < plain.updating / 2
-    assert of("ppo.value=trunk_head").updating < plain.updating
+    assert of("ppo.value_model=trunk_head").updating < plain.updating
     assert of("model.dtype=bfloat16").weights < plain.weights
     assert of("generation.batch_size=8").generating < plain.generating
 

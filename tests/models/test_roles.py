@@ -77,7 +77,7 @@ def test_reference_is_the_base_bit_for_bit(
 def test_scalars_read_the_last_token(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch = make_roles(), make_texts(5, seed=3)
     with torch.no_grad():
-        scores = roles.scalars("reward", batch)
+        scores = roles.last_token_scores("reward", batch)
         for i, length in enumerate(batch.lengths.tolist()):
             alone = Sequences.from_lists([batch.ids[i, :length].tolist()], [[]])
             expected = roles.hidden("reward", alone)[0, -1] @ roles.heads["reward"].weight[0]
@@ -91,16 +91,16 @@ def state(roles: Roles) -> list[tuple[object, bool]]:
     return [(tuple(layer._active_adapter), layer._disable_adapters) for layer in roles._layers["base"]]
 
 
-@pytest.mark.parametrize("how", ["acting", "merged"])
+@pytest.mark.parametrize("how", ["using_adapter", "merged"])
 def test_switching_leaves_everything_as_it_was(make_roles: Callable, how: str) -> None:
     roles: Roles = make_roles()
     switch = getattr(roles, how)
     flags = {name: p.requires_grad for name, p in roles.named_parameters()}
     assert 0 < sum(flags.values()) < len(flags)
-    with roles.acting("value"):
+    with roles.using_adapter("value"):
         before = state(roles)
         for role in [*ROLES, "reference"]:
-            with switch(role), roles.acting("reference"), roles.acting("reward"):
+            with switch(role), roles.using_adapter("reference"), roles.using_adapter("reward"):
                 assert flags == {name: p.requires_grad for name, p in roles.named_parameters()}
             assert state(roles) == before
         with pytest.raises(RuntimeError, match="inside"), switch("policy"):
@@ -132,7 +132,7 @@ def test_a_switch_costs_little(make_roles: Callable) -> None:
     best = float("inf")
     for _ in range(20):
         started = time.process_time()
-        with roles.acting("policy"):
+        with roles.using_adapter("policy"):
             pass
         best = min(best, time.process_time() - started)
     assert best < 2e-3

@@ -67,7 +67,7 @@ def test_under_autocast(make_roles: Callable, make_texts: Callable, base: torch.
 def test_the_last_token_is_scored(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch = make_roles(), make_texts(7, seed=3)
     with torch.no_grad():
-        scores = roles.scalars("reward", batch)
+        scores = roles.last_token_scores("reward", batch)
         for i, length in enumerate(batch.lengths.tolist()):
             row = batch.rows(torch.tensor([i]))
             alone = roles.heads["reward"](roles.hidden("reward", row)[0, length - 1])

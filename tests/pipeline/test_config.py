@@ -54,7 +54,7 @@ BAD = [
     ("ppo.minibatch_size=7", "ppo.minibatch_size=7", "divisor"),
     ("ppo.warmup_steps=60", "ppo.warmup_steps=60", "below ppo.steps=40"),
     ("ppo=as_published ppo.published_rows=48", "ppo.published_rows=48", "divisor"),
-    ("ppo.value=foo", "ppo.value=foo", "trunk_head"),
+    ("ppo.value_model=foo", "ppo.value_model=foo", "trunk_head"),
     ("lora=none quantization=int8", "lora=none", "quantization"),
     ("quantization=nf4 lora@reward.lora=none stage=reward", "lora@reward.lora=none", "quantization"),
     ("lora.target_modules=[nope]", "nope", "q_proj"),
@@ -78,10 +78,10 @@ BAD = [
     ("guards=foo", "guards=foo", "strict"),
     ("guards.spike.action=explode", "guards.spike.action=explode", "off, warn or stop"),
     ("guards.spike.limit=-1", "guards.spike.limit=-1", "0 or above"),
-    ("guards.spike.over=0", "guards.spike.over=0", "above 0"),
-    ("guards.spikes.over=2", "guards.spikes", "did you mean spike"),
-    ("guards.non_finite.limit=2", "guards.non_finite.limit", "allowed: action, over"),
-    ("guards.spike=stop", "guards.spike=stop", "action, limit, over"),
+    ("guards.spike.window=0", "guards.spike.window=0", "above 0"),
+    ("guards.spikes.window=2", "guards.spikes", "did you mean spike"),
+    ("guards.non_finite.limit=2", "guards.non_finite.limit", "allowed: action, window"),
+    ("guards.spike=stop", "guards.spike=stop", "action, limit, window"),
     ("ppo.target_kl=0", "ppo.target_kl=0", "null or a number above 0"),
     ("ppo.keep_best=eval/nope", "ppo.keep_best=eval/nope", "auto, null, eval/reward"),
     ("ppo.keep_best=eval/win_rate judge=none", "ppo.keep_best=eval/win_rate", "eval/gold_utility"),
@@ -169,18 +169,18 @@ PUBLISHED = {
 PAPER = ["experiments=table1", "recipe=paper", "model=llama_7b", "data=alpaca_farm", "judge=reward_model"]
 
 
-@pytest.mark.parametrize("arm", sorted(path.stem for path in (CONF / "arm").glob("*.yaml")))
-def test_the_study_composes_with_the_published_hyper_parameters(arm: str) -> None:
+@pytest.mark.parametrize("variant", sorted(path.stem for path in (CONF / "variant").glob("*.yaml")))
+def test_the_study_composes_with_the_published_hyper_parameters(variant: str) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", [*PAPER, f"arm={arm}"])
+        config = compose("config", [*PAPER, f"variant={variant}"])
     settings_of(config)
     for group, values in PUBLISHED.items():
         for key, value in values.items():
-            if group == "lora" and (arm.startswith("full") or (arm == "lora_dropout" and key == "dropout")):
+            if group == "lora" and (variant.startswith("full") or (variant == "lora_dropout" and key == "dropout")):
                 continue
             assert config[group][key] == value, f"{group}.{key}"
-    assert config.lora.r == (0 if arm.startswith("full") else 8)
-    assert config.divergence.name == (arm.partition("_")[2] if arm != "lora_dropout" else "none")
+    assert config.lora.r == (0 if variant.startswith("full") else 8)
+    assert config.divergence.name == (variant.partition("_")[2] if variant != "lora_dropout" else "none")
     assert config.sft.warmup_steps == round(0.03 * 3 * 10_000 / 128)
     assert config.reward.warmup_steps == round(0.03 * 9_500 / 16)
 

@@ -63,7 +63,7 @@ MOMENTS: list[tuple[str, str, int, float]] = [
     ("evaluation: the export", f"rename {RUN}/alpaca_eval.json", 1, 0),
     ("what is forgotten", f"rename {RUN}/metrics.jsonl", 1, 0),
     ("a rollout", "rlhf.stages.ppo:rollout", 1, 0.02),
-    ("scores", "rlhf.stages.ppo:PPO.assess", 1, 0.01),
+    ("scores", "rlhf.stages.ppo:PPO.make_experience", 1, 0.01),
     ("an update, half-way", "rlhf.stages.ppo:PPO.update", 1, 0.02),
     ("an old checkpoint", f"remove {RUN}/checkpoints/step-*.ckpt", 1, 0),
     ("an old checksum", f"remove {RUN}/checkpoints/step-*.sha256", 1, 0),

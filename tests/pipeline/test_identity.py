@@ -1,6 +1,7 @@
 """What an identity counts, and what it does not."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,22 +220,50 @@ def modules_of(*names: str) -> set[str]:
 
 
 def test_the_code_that_decides_a_model_is_what_makes_it() -> None:
-    sft, reward = modules_of(*SFT_CODE), modules_of(*REWARD_CODE)
-    assert {"stages/sft.py", "stages/base.py", "models/roles.py", "models/loading.py", "settings.py"} <= sft
-    assert "stages/reward.py" in reward - sft
-    assert {"rollout.py", "evaluation/preferences.py"} <= modules_of(*PREFERENCES_CODE)
-    for unrelated in (
-        "rollout.py",
-        "models/decoding.py",
-        "models/kv_cache.py",
-        "vllm_engine.py",
-        "ppo.py",
-        "stages/ppo.py",
-        "dashboards.py",
-        "divergence.py",
-    ):
-        assert unrelated not in reward
-    assert not any(name.startswith(("report/", "chat/", "publish/")) for name in reward)
+    sft, reward, preferences = map(folders_of, (SFT_CODE, REWARD_CODE, PREFERENCES_CODE))
+    made_by = {"data", "distributed", "models", "guards", "stages", "seeding.py", "settings.py"}
+    assert sft == reward == made_by
+    assert preferences == made_by | {"rollout", "evaluation", "scorers"}
+    assert "stages/reward.py" in modules_of(*REWARD_CODE) - modules_of(*SFT_CODE)
+    assert "stages/ppo.py" not in modules_of(*PREFERENCES_CODE)
+
+
+def folders_of(modules: tuple[str, ...]) -> set[str]:
+    return {name.partition("/")[0] for name in modules_of(*modules)}
+
+
+@pytest.mark.parametrize(
+    ("edited", "rebuilt"),
+    [
+        ("rollout/native.py", set()),
+        ("rollout/kv_cache.py", set()),
+        ("stages/ppo.py", set()),
+        ("evaluation/judges.py", set()),
+        ("tracking/dashboards.py", set()),
+        ("report/tables.py", set()),
+        ("stages/reward.py", {"reward"}),
+        ("models/roles.py", {"sft", "reward"}),
+        ("seeding.py", {"sft", "reward"}),
+    ],
+)
+def test_editing_a_file_rebuilds_what_it_decides(
+    edited: str, rebuilt: set[str], make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a copy of the package, with a line more in one of its files."""
+
+    def names() -> dict[str, str]:
+        run = make_run()
+        return {"sft": run.sft_folder.name, "reward": run.reward_folder.name}
+
+    before = names()
+    copy = tmp_path / "rlhf"
+    shutil.copytree(identity.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(identity, "PACKAGE", copy)
+    assert names() == before
+    with (copy / edited).open("a") as file:
+        file.write("\n# edited\n")
+    after = names()
+    assert {stage for stage in before if before[stage] != after[stage]} == rebuilt
 
 
 def test_a_change_of_what_trains_it_is_another_model(

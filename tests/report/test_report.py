@@ -33,19 +33,19 @@ from rlhf.report.tables import Interval, Number, Table
 from rlhf.sweep.states import states
 from rlhf.sweep.status import status
 
-ARMS = {"lora_kl": (0.36, 0.3), "lora_none": (0.37, 0.9), "full_none": (0.55, 1.4)}
+VARIANTS = {"lora_kl": (0.36, 0.3), "lora_none": (0.37, 0.9), "full_none": (0.55, 1.4)}
 PROMPTS, STEPS = 120, (0, 10, 20, 30, 40, 50)
 
 
 # -- made-up sweeps ----------------------------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, arm: str, seed: int, layout: Mapping[str, Any] | None = None, **changes: Any) -> None:
+def write_run(folder: Path, variant: str, seed: int, layout: Mapping[str, Any] | None = None, **changes: Any) -> None:
     """A run folder as rlhf.pipeline.run leaves it, with smooth made-up curves."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng((seed, sum(map(ord, arm))))
+    rng = np.random.default_rng((seed, sum(map(ord, variant))))
     hard = np.random.default_rng(0).normal(0, 0.15, PROMPTS)
-    level, kl = ARMS.get(arm, (0.4, 0.5))
+    level, kl = VARIANTS.get(variant, (0.4, 0.5))
     lines, outcomes, samples = [], [], []
     for step in STEPS:
         source = np.random.default_rng(1) if step == 0 else rng
@@ -67,7 +67,7 @@ def write_run(folder: Path, arm: str, seed: int, layout: Mapping[str, Any] | Non
         arrays = {"win": win, "gold_utility": gold, "stated": stated, "true": true, "reward": reward, "tokens": tokens}
         outcomes.append({"step": step, **{key: value.tolist() for key, value in arrays.items()}})
         samples += [
-            {"step": step, "prompt": f"Tell me about <{i}>.\n", "response": f"{arm} {step} & more", "win": 1.0,
+            {"step": step, "prompt": f"Tell me about <{i}>.\n", "response": f"{variant} {step} & more", "win": 1.0,
              "reference_output": "The reference.", "reward": 0.25}
             for i in range(8)
         ]  # fmt: skip
@@ -83,8 +83,8 @@ def write_run(folder: Path, arm: str, seed: int, layout: Mapping[str, Any] | Non
         "peak_memory_bytes": 2**30,
         "versions": {"torch": "2.13"},
         "git_commit": "abc",
-        "config": {"seed": seed, "name": "made_up", "lora": {"r": 8 if "lora" in arm else 0}, "report": layout},
-        "overrides": [f"arm={arm}", f"seed={seed}"],
+        "config": {"seed": seed, "name": "made_up", "lora": {"r": 8 if "lora" in variant else 0}, "report": layout},
+        "overrides": [f"variant={variant}", f"seed={seed}"],
     }
     (folder / "summary.json").write_text(json.dumps({**summary, **changes}))
 
@@ -93,10 +93,12 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_sweep(folder: Path, layout: Mapping[str, Any] | None = None, arms: Sequence[str] = tuple(ARMS)) -> Path:
-    for arm in arms:
+def write_sweep(
+    folder: Path, layout: Mapping[str, Any] | None = None, variants: Sequence[str] = tuple(VARIANTS)
+) -> Path:
+    for variant in variants:
         for seed in (1, 2, 3):
-            write_run(folder / f"arm-{arm}_seed-{seed}", arm, seed, layout)
+            write_run(folder / f"variant-{variant}_seed-{seed}", variant, seed, layout)
     return folder
 
 
@@ -325,9 +327,9 @@ def test_a_straight_beginning_is_found_and_its_end() -> None:
 def test_rows_are_runs_that_differ_in_their_seed(sweep: Sweep) -> None:
     assert [(row.label, row.seeds) for row in sweep.rows] == [
         ("SFT", ()),
-        ("arm=full_none", (1, 2, 3)),
-        ("arm=lora_kl", (1, 2, 3)),
-        ("arm=lora_none", (1, 2, 3)),
+        ("variant=full_none", (1, 2, 3)),
+        ("variant=lora_kl", (1, 2, 3)),
+        ("variant=lora_none", (1, 2, 3)),
     ]
     for row in sweep.rows:
         for metric in ("eval/win_rate", "eval/factual_precision", "eval/response_tokens"):
@@ -338,10 +340,10 @@ def test_rows_are_runs_that_differ_in_their_seed(sweep: Sweep) -> None:
 
 
 def test_labels() -> None:
-    names = {"arm=kl": "KL", "none": "no penalty", "arm=kl, lora.r=8": "both"}
-    assert label(["arm=kl"], names) == "KL"
+    names = {"variant=kl": "KL", "none": "no penalty", "variant=kl, lora.r=8": "both"}
+    assert label(["variant=kl"], names) == "KL"
     assert label(["divergence=none", "lora.r=4"], names) == "no penalty, lora.r=4"
-    assert label(["arm=kl", "lora.r=8"], names) == "both"
+    assert label(["variant=kl", "lora.r=8"], names) == "both"
     assert label([], names) == "PPO"
 
 
@@ -373,7 +375,7 @@ def test_failed_missing_and_odd_runs_are_named(tmp_path: Path) -> None:
     (folder / "c" / "failed.json").write_text('{"error": "out of memory"}')
     (folder / "d").mkdir()
     (folder / "d" / "metrics.jsonl").write_text("")
-    plan = [{"folder": name, "overrides": [f"arm={name}", "seed=1"]} for name in "abcde"]
+    plan = [{"folder": name, "overrides": [f"variant={name}", "seed=1"]} for name in "abcde"]
     (folder / "plan.json").write_text(json.dumps({"runs": plan}))
     found = load([folder])
     assert {run.name: run.state for run in found.runs} == {
@@ -394,64 +396,64 @@ def reconfigured(folder: Path, **config: Any) -> None:
 
 def test_runs_of_other_configurations_are_no_seeds_of_a_row(tmp_path: Path) -> None:
     """An edited experiment leaves the overrides as they were: three steps are never averaged with eight."""
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     for seed, steps in ((1, 8), (2, 3), (3, 8)):
-        reconfigured(folder / f"arm-lora_kl_seed-{seed}", ppo={"steps": steps, "lr": 0.1})
+        reconfigured(folder / f"variant-lora_kl_seed-{seed}", ppo={"steps": steps, "lr": 0.1})
     found = load([folder])
     assert [row.seeds for row in found.trained] == [(1, 3)]
     assert [(run.name, differing) for run, differing in found.unlike] == [
-        ("arm-lora_kl_seed-2", ["ppo.steps=3 (there: 8)"])
+        ("variant-lora_kl_seed-2", ["ppo.steps=3 (there: 8)"])
     ]
     told = [text for text in warnings(found) if "is left out" in text]
     assert len(told) == 1
-    assert "arm-lora_kl_seed-2" in told[0]
+    assert "variant-lora_kl_seed-2" in told[0]
     assert "ppo.steps=3 (there: 8)" in told[0]
     assert "ppo.steps=3 (there: 8)" in make_report([folder]).read_text()
 
 
 def test_what_only_describes_a_run_does_not_part_the_seeds(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     changes: tuple[dict[str, Any], ...] = (
         {"name": "other", "guards": {"spike": 1}, "judge": {"model": "a", "client": {"base_url": "b"}}, "trainer": {}},
         {"output_dir": "x", "trainer": {"devices": 2}, "judge": {"model": "a"}},
         {"trainer": {"devices": 1, "accelerator": "gpu"}, "judge": {"model": "a"}, "report": {"title": "T"}},
     )
     for seed, change in zip((1, 2, 3), changes, strict=True):
-        reconfigured(folder / f"arm-lora_kl_seed-{seed}", **change)
+        reconfigured(folder / f"variant-lora_kl_seed-{seed}", **change)
     assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
-    reconfigured(folder / "arm-lora_kl_seed-3", trainer={"devices": 1, "limit_train_batches": 1})
+    reconfigured(folder / "variant-lora_kl_seed-3", trainer={"devices": 1, "limit_train_batches": 1})
     assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
 
 
 def test_a_key_that_an_older_version_lacks_does_not_part_the_seeds(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
-    reconfigured(folder / "arm-lora_kl_seed-3", evaluation={"difficulty": None})
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
+    reconfigured(folder / "variant-lora_kl_seed-3", evaluation={"difficulty": None})
     assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
-    path = folder / "arm-lora_kl_seed-3" / "summary.json"
+    path = folder / "variant-lora_kl_seed-3" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "git_commit": "newer"}))
     assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
-    path = folder / "arm-lora_kl_seed-2" / "summary.json"
+    path = folder / "variant-lora_kl_seed-2" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "reward_model": "reward-1"}))
     assert any("different reward models (None, reward-1)" in text for text in warnings(load([folder])))
 
 
 def test_runs_moved_aside_are_no_rows(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
-    write_run(folder / "arm-lora_kl_seed-1" / "earlier" / "1", "lora_none", 1)
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
+    write_run(folder / "variant-lora_kl_seed-1" / "earlier" / "1", "lora_none", 1)
     write_run(folder / "earlier", "lora_none", 2)
     found = load([folder])
-    assert [row.label for row in found.rows] == ["SFT", "arm=lora_kl"]
+    assert [row.label for row in found.rows] == ["SFT", "variant=lora_kl"]
     assert len(found.runs) == 3
-    (folder / "arm-lora_kl_seed-1" / "summary.json").unlink()
-    assert {run.name: run.state for run in load([folder]).runs}["arm-lora_kl_seed-1"] == "unfinished"
+    (folder / "variant-lora_kl_seed-1" / "summary.json").unlink()
+    assert {run.name: run.state for run in load([folder]).runs}["variant-lora_kl_seed-1"] == "unfinished"
     with pytest.raises(NoRunsError):
-        load([folder / "arm-lora_kl_seed-1"])
+        load([folder / "variant-lora_kl_seed-1"])
 
 
 def test_an_earlier_runs_length_controlled_rate_is_reported_as_what_it_is(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     for seed in (1, 2, 3):
-        path = folder / f"arm-lora_kl_seed-{seed}" / "summary.json"
+        path = folder / f"variant-lora_kl_seed-{seed}" / "summary.json"
         summary = json.loads(path.read_text())
         old = {**summary["metrics"], "eval/length_controlled_win_rate": 0.4}
         path.write_text(json.dumps({**summary, "metrics": old}))
@@ -478,16 +480,16 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("name", "content", "said"), DAMAGED)
 def test_damaged_files_are_named_and_the_rest_is_reported(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
-    (folder / "arm-lora_kl_seed-1" / name).write_bytes(content)
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
+    (folder / "variant-lora_kl_seed-1" / name).write_bytes(content)
     page = make_report([folder]).read_text(encoding="utf-8")
     assert len(load([folder]).rows[1].runs) == (2 if said else 3)
-    found = next(run for run in load([folder]).runs if run.name == "arm-lora_kl_seed-1")
+    found = next(run for run in load([folder]).runs if run.name == "variant-lora_kl_seed-1")
     assert said in found.reason
-    assert not said or f"arm-lora_kl_seed-1 failed: {said}" in html.unescape(page)
+    assert not said or f"variant-lora_kl_seed-1 failed: {said}" in html.unescape(page)
     plan = {"runs": [{"folder": run.name, "overrides": []} for run in load([folder]).runs]}
     (folder / "plan.json").write_text(json.dumps(plan))
-    state = next(run for run in states(folder) if run.folder.name == "arm-lora_kl_seed-1")
+    state = next(run for run in states(folder) if run.folder.name == "variant-lora_kl_seed-1")
     assert (state.state, said in state.reason) == ("failed" if said else "done", True)
 
 
@@ -495,7 +497,7 @@ def test_damaged_files_are_named_and_the_rest_is_reported(tmp_path: Path, name: 
 def test_a_damaged_plan_is_one_sentence(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl"])
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     (folder / "plan.json").write_bytes(content)
     assert len(load([folder]).finished) == 3
     monkeypatch.setattr(sys, "argv", ["rlhf-status", str(folder)])
@@ -583,7 +585,7 @@ def test_main_table_shows_what_is_there_or_what_is_asked_for(sweep: Sweep, tmp_p
 
 def test_comparisons_are_one_family(sweep: Sweep) -> None:
     found = comparisons(sweep, sweep.rows[2], ["eval/win_rate"])
-    assert [item.row.label for item in found] == ["SFT", "arm=full_none", "arm=lora_none"]
+    assert [item.row.label for item in found] == ["SFT", "variant=full_none", "variant=lora_none"]
     assert [item.difference.verdict for item in found][1:] == ["higher", "not distinguishable"]
     assert found[1].need is None
     assert found[2].need is not None
@@ -691,7 +693,7 @@ def test_bare_runs_make_a_report_too(tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverged_does_not_stop_the_report(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "s", arms=["lora_kl", "lora_none"]) / "arm-lora_none_seed-3"
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl", "lora_none"]) / "variant-lora_none_seed-3"
     for name, key in (("metrics", "eval/win_rate"), ("outcomes", "win")):
         lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         broken = [{**line, key: [math.nan] * PROMPTS if name == "outcomes" else math.nan} for line in lines]
@@ -700,13 +702,13 @@ def test_a_run_that_diverged_does_not_stop_the_report(tmp_path: Path) -> None:
     summary["metrics"]["eval/win_rate"] = math.nan
     (folder / "summary.json").write_text(json.dumps(summary))
     text = make_report([tmp_path / "s"]).read_text()
-    assert "arm-lora_none_seed-3 has values that are no numbers in eval/win_rate" in text
+    assert "variant-lora_none_seed-3 has values that are no numbers in eval/win_rate" in text
 
 
 def test_the_command(sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(sweep_folder), "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().out
-    assert "arm=lora_kl" in shown
+    assert "variant=lora_kl" in shown
     assert "report.html" in shown
     assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
         "win_rate", "true_kl", "response_tokens", "win_rate_by_kl",

@@ -19,7 +19,7 @@ from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.rollout.native import NativeEngine, _choose
 from rlhf.rollout.sample import Rollouts, make_engine, rollout, serve_as_old
 from rlhf.settings import GenerationSettings
-from rlhf.stages.experience import score_logprobs, score_values
+from rlhf.stages.passes import compute_logprobs, compute_values
 
 EOS, PAD, LIMIT = 1, 0, 20
 KINDS = ["llama", "tied", "neox"]
@@ -81,7 +81,7 @@ def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: flo
     generated = sample(NativeEngine(EOS), roles, temperature=temperature)
     rows = rows_of(generated)
     batch = Sequences.from_lists(PROMPTS, rows)
-    scored, model = score_logprobs(roles, "policy", batch, 64, temperature), roles.copy_trunk("policy")
+    scored, model = compute_logprobs(roles, "policy", batch, 64, temperature), roles.copy_trunk("policy")
     assert generated.logprobs is not None
     for i, row in enumerate(rows):
         expected = forced(model, PROMPTS[i], row, temperature)
@@ -109,7 +109,7 @@ def test_values_of_a_head_on_the_policys_trunk(
     lengths = found.mask.sum(1)
     assert lengths.min() < lengths.max()
     assert found.values is not None
-    torch.testing.assert_close(found.values, score_values(roles, found.sequences, 64), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.values, compute_values(roles, found.sequences, 64), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -124,7 +124,7 @@ def test_scores_of_what_generate_sampled(roles: Roles, temperature: float) -> No
     )  # fmt: skip
     told = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
     responses = [row[: row.index(EOS) + 1] if EOS in row else row for row in out.sequences[:, 3:].tolist()]
-    scored = score_logprobs(roles, "policy", Sequences.from_lists(prompts, responses), 64, temperature)
+    scored = compute_logprobs(roles, "policy", Sequences.from_lists(prompts, responses), 64, temperature)
     for i, row in enumerate(responses):
         torch.testing.assert_close(scored[i, : len(row)], told[i, : len(row)], rtol=1e-4, atol=1e-4)
 
@@ -236,7 +236,7 @@ def test_rollout_keeps_order_ids_and_eos(make_roles: Callable, make_tokenizer: C
     assert result.prompts == prompts
     batch = result.sequences
     assert 0 < int(result.ended.sum()) < 13
-    scored, model = score_logprobs(roles, "policy", batch, 64, 1.0), roles.copy_trunk("policy")
+    scored, model = compute_logprobs(roles, "policy", batch, 64, 1.0), roles.copy_trunk("policy")
     assert (result.logprobs is None) == (engine == "transformers")
     for i, (text, p, n) in enumerate(zip(prompts, batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)):
         assert batch.ids[i, :p].tolist() == tokenizer(text)["input_ids"]

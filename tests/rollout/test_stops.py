@@ -174,8 +174,10 @@ def test_a_judge_scores_what_was_sampled(same: bool) -> None:
     ids = [[9, 8], [9, UNK, 8, OTHER] if same else [9, 8, EOS], [9, EOS]]
     prompts = [Prompt("w5 w6", f"w{20 + i}") for i in range(3)]
     with torch.no_grad():
-        ours = roles.scalars("reward", Sequences.from_lists([[5, 6]] * 3, ids))
-        theirs = roles.scalars("reward", Sequences.from_lists([[5, 6]] * 3, [[20 + i, EOS] for i in range(3)]))
+        ours = roles.last_token_scores("reward", Sequences.from_lists([[5, 6]] * 3, ids))
+        theirs = roles.last_token_scores(
+            "reward", Sequences.from_lists([[5, 6]] * 3, [[20 + i, EOS] for i in range(3)])
+        )
     torch.testing.assert_close(torch.tensor(judge._scores(prompts, texts)), ours, rtol=1e-4, atol=1e-4)
     assert judge(prompts, texts) == [float(a > b) for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
     sampled = [Prompt("w5 w6", text) for text in reversed(texts)]
@@ -257,7 +259,7 @@ def test_a_padded_batch_of_an_exported_reward_model_is_scored_as_here(
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     batch = known.pad({"input_ids": texts}, return_tensors="pt", padding_side="right")
     with torch.no_grad():
-        expected = roles.scalars("reward", Sequences.from_lists(prompts, responses))
+        expected = roles.last_token_scores("reward", Sequences.from_lists(prompts, responses))
         torch.testing.assert_close(plain(**batch).logits[:, 0], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -140,7 +140,7 @@ def test_the_best_of_several_answers_counts(folders: SimpleNamespace, tmp_path: 
     kept: dict[int, Tensor] = {}
 
     def evaluate(stage: PPO, answers: int) -> float:
-        stage.all.evaluation.best_of, stage.all.evaluation.temperature = answers, 1.0
+        stage.config.evaluation.best_of, stage.config.evaluation.temperature = answers, 1.0
         stage.evaluator = lambda prompts, responses: ({}, [{"response": r} for r in responses])  # type: ignore[assignment]
         trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
                           inference_mode=False)  # fmt: skip

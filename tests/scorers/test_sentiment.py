@@ -19,7 +19,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
-from rlhf.scorers.sentiment import SentimentScorer
+from rlhf.scorers.sentiment import ClassifierScorer
 
 FARM = Farm()
 LLAMA = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -43,21 +43,21 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_logits_are_the_pipelines(classifier: Path) -> None:
-    scorer = SentimentScorer(CONTEXT, str(classifier), batch_size=2)
+    scorer = ClassifierScorer(CONTEXT, str(classifier), batch_size=2)
     pipe = pipeline("text-classification", str(classifier), function_to_apply="none", top_k=None)
     expected = [next(row["score"] for row in rows if row["label"] == "POSITIVE") for rows in pipe(TEXTS)]
     assert scorer.score(TEXTS).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_log_odds_are_the_logit_of_the_probability(classifier: Path) -> None:
-    scorer = SentimentScorer(CONTEXT, str(classifier), output="log_odds")
+    scorer = ClassifierScorer(CONTEXT, str(classifier), output="log_odds")
     pipe = pipeline("text-classification", str(classifier), top_k=None)
     p = torch.tensor([next(row["score"] for row in rows if row["label"] == "POSITIVE") for rows in pipe(TEXTS)])
     torch.testing.assert_close(scorer.score(TEXTS), p.logit(), rtol=1e-3, atol=1e-3)
 
 
 def test_prompt_and_response_are_read_together(classifier: Path) -> None:
-    scorer = SentimentScorer(CONTEXT, str(classifier), label="negative")
+    scorer = ClassifierScorer(CONTEXT, str(classifier), label="negative")
     rollouts = Rollouts(
         Sequences.from_lists([[1]], [[2]]), None, torch.ones(1, dtype=torch.bool), ["Introduce "], ["Lilo Kunn."]
     )
@@ -66,8 +66,8 @@ def test_prompt_and_response_are_read_together(classifier: Path) -> None:
 
 def test_mistakes_are_sentences(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such label; allowed: negative, positive"):
-        SentimentScorer(CONTEXT, str(classifier), label="joy")
+        ClassifierScorer(CONTEXT, str(classifier), label="joy")
     with pytest.raises(ModelError, match="no text classifier"):
-        SentimentScorer(CONTEXT, str(tmp_path))
+        ClassifierScorer(CONTEXT, str(tmp_path))
     with pytest.raises(ConfigError, match="logit or log_odds"):
-        SentimentScorer(CONTEXT, str(classifier), output="rank")
+        ClassifierScorer(CONTEXT, str(classifier), output="rank")

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf import divergence, ppo
 from rlhf.divergence import bregman
 from rlhf.rollout.sample import Rollouts
-from rlhf.stages.experience import score_exact, score_logprobs, score_values
+from rlhf.stages.passes import compute_divergence, compute_logprobs, compute_values
 from rlhf.stages.ppo import PPO
 from tests.helpers.harness import LORA, gradients, make_ppo, ppo_settings, spy, train
 
@@ -32,8 +32,8 @@ def dropping(dropout: float, folders: SimpleNamespace, folder: Path, *name: str,
 def test_before_any_update_values_are_the_old_values(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, value: str
 ) -> None:
-    stage = dropping(dropout, folders, tmp_path / "s", value=value)
-    losses, assessed = spy(monkeypatch, ppo, "value_losses"), spy(monkeypatch, stage, "assess")
+    stage = dropping(dropout, folders, tmp_path / "s", value_model=value)
+    losses, assessed = spy(monkeypatch, ppo, "value_losses"), spy(monkeypatch, stage, "make_experience")
     train(stage, tmp_path)
     assert len(losses) > 1
     for (values, old, *_), _ in losses:
@@ -48,13 +48,13 @@ def test_advantages_and_returns_are_of_the_values_without_dropout(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     stage = dropping(dropout, folders, tmp_path / "s", whiten_rewards=False, whiten_advantages=False)
-    assess, expected = stage.assess, []
+    assess, expected = stage.make_experience, []
 
     def look(rollouts: Rollouts, *args: Any) -> Any:
-        expected.append(score_values(stage.roles, rollouts.sequences, 60))
+        expected.append(compute_values(stage.roles, rollouts.sequences, 60))
         return assess(rollouts, *args)
 
-    monkeypatch.setattr(stage, "assess", look)
+    monkeypatch.setattr(stage, "make_experience", look)
     experiences = spy(monkeypatch, stage, "update")
     train(stage, tmp_path)
     experience = experiences[0][0][0]
@@ -71,14 +71,14 @@ def test_penalty_and_kl_are_of_the_policy_that_samples(
     stage.kl = ppo.AdaptiveKL(0.05, 6.0, 0.1)
     stage.engine.capture = capture == "auto"
     measured: list[Tensor] = []
-    assess = stage.assess
+    assess = stage.make_experience
 
     def look(rollouts: Rollouts, *args: Any) -> Any:
-        measured.extend(score_logprobs(stage.roles, role, rollouts.sequences, 60, 0.9) for role in
+        measured.extend(compute_logprobs(stage.roles, role, rollouts.sequences, 60, 0.9) for role in
                         ("policy", "reference"))  # fmt: skip
         return assess(rollouts, *args)
 
-    monkeypatch.setattr(stage, "assess", look)
+    monkeypatch.setattr(stage, "make_experience", look)
     experiences, losses = spy(monkeypatch, stage, "update"), spy(monkeypatch, ppo, "policy_losses")
     (row,) = train(stage, tmp_path)
     experience, (sampled, reference) = experiences[0][0][0], measured
@@ -105,11 +105,11 @@ def test_an_exact_divergence_is_without_dropout_in_reward_and_loss(
     if checkpointing:
         stage.roles.checkpoint_activations()
     trained = [p for p in stage.parameters() if p.requires_grad]
-    assess, expected = stage.assess, []
+    assess, expected = stage.make_experience, []
 
     def look(rollouts: Rollouts, *args: Any) -> Any:
         experience = assess(rollouts, *args)
-        exact = score_exact(stage.roles, rollouts.sequences, 60, 0.9, divergence.exact_kl)
+        exact = compute_divergence(stage.roles, rollouts.sequences, 60, 0.9, divergence.exact_kl)
         torch.testing.assert_close(experience.penalty, exact, rtol=1e-4, atol=1e-5)
         experience.advantages = torch.zeros_like(experience.advantages)
         experience.returns = experience.old_values
@@ -120,7 +120,7 @@ def test_an_exact_divergence_is_without_dropout_in_reward_and_loss(
             expected.extend(torch.autograd.grad(0.7 * kl, trained, allow_unused=True))
         return experience
 
-    monkeypatch.setattr(stage, "assess", look)
+    monkeypatch.setattr(stage, "make_experience", look)
     with gradients() as seen:
         train(stage, tmp_path)
     compared = 0

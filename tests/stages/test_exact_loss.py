@@ -22,7 +22,7 @@ def brute_force(stage: PPO, experience: Any, coef: float) -> list[Tensor | None]
     logits = {role: roles.output(role)(roles.hidden(role, batch)[batch.predicting]) for role in ("policy", "reference")}
     logp, logq = ((logits[role] / 0.9).log_softmax(-1) for role in ("policy", "reference"))
     exact = (logp.exp() * (logp - logq.detach())).sum(-1)
-    if stage.all.divergence.name == "exact_jensen_shannon":
+    if stage.config.divergence.name == "exact_jensen_shannon":
         mixture = ((logp.exp() + logq.exp().detach()) / 2).log()
         exact = (logp.exp() * (logp - mixture) + logq.exp().detach() * (logq.detach() - mixture)).sum(-1) / 2
     trained = [p for p in stage.parameters() if p.requires_grad]
@@ -37,7 +37,7 @@ def test_the_gradient_is_that_of_the_divergence(
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", chunk)
     settings = ppo_settings(name, "logits", whiten_rewards=False, whiten_advantages=False, **PLAIN)
     stage = make_ppo(settings, folders, tmp_path / "samples", kl=ppo.FixedKL(0.7))
-    assess, expected = stage.assess, []
+    assess, expected = stage.make_experience, []
 
     def without_advantages(*args: Any) -> Any:
         experience = assess(*args)
@@ -47,7 +47,7 @@ def test_the_gradient_is_that_of_the_divergence(
             expected.extend(brute_force(stage, experience, 0.7))
         return experience
 
-    monkeypatch.setattr(stage, "assess", without_advantages)
+    monkeypatch.setattr(stage, "make_experience", without_advantages)
     with gradients() as seen:
         train(stage, tmp_path)
     compared = 0
@@ -69,9 +69,9 @@ def test_its_weight_is_in_the_units_of_the_advantages(
         # without the whitening of rewards, which would leave their mean as it is
         settings = ppo_settings("exact_kl", "logits", whiten_rewards=False, **PLAIN)
         stage = make_ppo(settings, folders, tmp_path / "s", kl=ppo.FixedKL(scale))
-        scorer, assess = stage.scorer, stage.assess
+        scorer, assess = stage.scorer, stage.make_experience
         stage.scorer = lambda rollouts, scale=scale, scorer=scorer: scale * scorer(rollouts)
-        stage.assess = lambda *args, assess=assess: weights.append(assess(*args)) or weights[-1]  # type: ignore[method-assign]
+        stage.make_experience = lambda *args, assess=assess: weights.append(assess(*args)) or weights[-1]  # type: ignore[method-assign]
         train(stage, tmp_path / str(scale))
     assert float(weights[0].divergence_weight) == pytest.approx(float(weights[1].divergence_weight), rel=1e-3)
     assert float(weights[0].divergence_weight) > 0
@@ -82,15 +82,15 @@ def test_it_leads_back_to_the_reference(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From an adapter that has left the reference, the term alone brings the KL down."""
-    settings = ppo_settings("exact_kl", "logits", steps=12, lr=1e-2, yardstick_every=1)
+    settings = ppo_settings("exact_kl", "logits", steps=12, lr=1e-2, reference_every=1)
     stage = make_ppo(settings, folders, tmp_path / "samples", kl=ppo.FixedKL(0.5))
-    assess = stage.assess
+    assess = stage.make_experience
 
     def without_advantages(*args: Any) -> Any:
         experience = assess(*args)
         experience.advantages = torch.zeros_like(experience.advantages)
         return experience
 
-    monkeypatch.setattr(stage, "assess", without_advantages)
+    monkeypatch.setattr(stage, "make_experience", without_advantages)
     rows = train(stage, tmp_path)
     assert rows[-1]["ppo/k3"] < 0.5 * rows[0]["ppo/k3"]

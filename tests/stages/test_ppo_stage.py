@@ -19,6 +19,7 @@ from rlhf.models.sequences import Sequences
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.rollout.sample import serve_as_old
 from rlhf.settings import LoraSettings
+from rlhf.stages.minibatches import split_minibatches
 from rlhf.stages.ppo import PPO
 from tests.helpers.harness import LORA, changed, count_low_words, gradients, make_ppo, ppo_settings, spy, train, weights
 
@@ -29,7 +30,7 @@ def test_the_first_ratio_is_one(
 ) -> None:
     settings = ppo_settings(lora=replace(LORA, dropout=dropout), epochs=1, minibatch_size=12, steps=3)
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    losses, assessed = spy(monkeypatch, ppo, "policy_losses"), spy(monkeypatch, stage, "assess")
+    losses, assessed = spy(monkeypatch, ppo, "policy_losses"), spy(monkeypatch, stage, "make_experience")
     metrics = train(stage, tmp_path)
     assert len(losses) > 6  # several micro-batches a step, one optimiser step each: no ratio but the first of a batch
     for (logprobs, old, *_), _ in losses:
@@ -48,7 +49,7 @@ def test_samples_of_another_distribution_are_seen_though_scoring_again_hides_the
 ) -> None:
     stage = make_ppo(ppo_settings(steps=1, warmup_steps=0), folders, tmp_path / "samples")
     stage.roles.compute_dtype = getattr(torch, precision)
-    stage.captured_are_old = serve_as_old(stage.all.generation, stage.roles)
+    stage.captured_are_old = serve_as_old(stage.config.generation, stage.roles)
     generate = stage.engine.generate
     monkeypatch.setattr(stage.engine, "generate", lambda *args: generate(*args[:4], temperature, args[5]))
     (row,) = train(stage, tmp_path)
@@ -69,8 +70,8 @@ def test_ratios_move_after_the_first_minibatch(folders: SimpleNamespace, tmp_pat
 
 CASES = {
     "adapters": {},
-    "trunk_head": {"value": "trunk_head"},
-    "full value": {"value": "full"},
+    "trunk_head": {"value_model": "trunk_head"},
+    "full value": {"value_model": "full"},
     "full tuning": {"lora": LoraSettings(r=0)},
 }
 
@@ -131,7 +132,7 @@ def test_exact_penalties_by_brute_force(
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 7 * 50)
     stage = make_ppo(ppo_settings(name, "logits", steps=1), folders, tmp_path / "samples")
     save_adapter(stage.roles, "policy", lora_config(LORA), folders.sft, tokenizer, tmp_path / "policy")
-    assessed = spy(monkeypatch, stage, "assess")
+    assessed = spy(monkeypatch, stage, "make_experience")
     train(stage, tmp_path)
     policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     reference = AutoModelForCausalLM.from_pretrained(folders.sft).eval()
@@ -153,7 +154,7 @@ def test_exact_penalties_by_brute_force(
 def test_without_divergence_no_reference_pass(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ppo_settings("none", "none", steps=4, yardstick_every=2, epochs=1)
+    settings = ppo_settings("none", "none", steps=4, reference_every=2, epochs=1)
     stage = make_ppo(settings, folders, tmp_path / "samples")
     calls = spy(monkeypatch, stage.roles, "states")
     made, ends = [], spy(monkeypatch, stage, "update")
@@ -172,7 +173,7 @@ def test_missing_eos_costs_the_penalty(
     for penalty in (0.0, 1.5):
         settings = ppo_settings(steps=1, whiten_rewards=False, missing_eos_penalty=penalty)
         stage = make_ppo(settings, folders, tmp_path / "samples")
-        assessed = spy(monkeypatch, stage, "assess")
+        assessed = spy(monkeypatch, stage, "make_experience")
         train(stage, tmp_path / str(penalty))
         (rollouts, *_), experience = assessed[0]
         shaped.append(experience.rewards)
@@ -229,9 +230,11 @@ def test_the_published_shape_means_32_steps_where_4_were_meant(folders: SimpleNa
     steps = {}
     for accumulation in ("exact", "as_published"):
         stage = make_ppo(ppo_settings(accumulation=accumulation, **shape), folders, tmp_path / "samples")
-        prompts, shares = stage.deal(["w5"] * 256, step=1)
-        minibatches = stage.divide(Sequences.from_lists([[5]] * len(prompts), [[5, 5, 5]] * len(prompts)), shares)
+        prompts, shares = split_minibatches(["w5"] * 256, stage.ppo.minibatch_size, 3, step=1)
+        minibatches = stage.split_microbatches(
+            Sequences.from_lists([[5]] * len(prompts), [[5, 5, 5]] * len(prompts)), shares
+        )
         taken = [part for minibatch in minibatches for part in stage.optimizer_steps(minibatch)]
         steps[accumulation] = len(taken) * stage.ppo.epochs
-        assert all(len(part) == 8 and len(part[0]) == 16 for part in taken) or accumulation == "exact"
+        assert all(len(part) == 8 and len(part[0].rows) == 16 for part in taken) or accumulation == "exact"
     assert steps == {"exact": 4, "as_published": 32}

@@ -185,10 +185,10 @@ def test_ppo_gradient_by_plain_autograd(
     """Tiny micro-batches, one micro-batch, and the clipped losses written out on each row alone: one gradient."""
     results = {}
     for budget in (24, 100000):
-        options = {"microbatch_tokens": budget, "steps": 1, "epochs": 2, "minibatch_size": 12, "value": value}
+        options = {"microbatch_tokens": budget, "steps": 1, "epochs": 2, "minibatch_size": 12, "value_model": value}
         stage = make_ppo(ppo_settings(max_grad_norm=NO_CLIPPING, lr=0.05, **options), folders, tmp_path / "samples")
         stage.roles.heads["value"].weight.data.normal_(generator=torch.Generator().manual_seed(5))
-        assessed, updated = spy(monkeypatch, stage, "assess"), spy(monkeypatch, stage, "losses")
+        assessed, updated = spy(monkeypatch, stage, "make_experience"), spy(monkeypatch, stage, "microbatch_loss")
         with gradients() as seen:
             train(stage, tmp_path / str(budget))
         results[budget] = seen[0], assessed[0][1], len(updated)
@@ -198,14 +198,14 @@ def test_ppo_gradient_by_plain_autograd(
     for a, b in zip(tiny, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
-    roles: Roles = make_ppo(ppo_settings(value=value), folders, tmp_path / "samples").roles
+    roles: Roles = make_ppo(ppo_settings(value_model=value), folders, tmp_path / "samples").roles
     roles.heads["value"].weight.data.normal_(generator=torch.Generator().manual_seed(5))
     batch, total, count = experience.sequences, torch.zeros(()), int(experience.mask.sum())
     for i, (start, end) in enumerate(zip(batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)):
         ids, n = batch.ids[i : i + 1, :end], end - start
-        with roles.acting("policy") as model:
+        with roles.using_adapter("policy") as model:
             table = (model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / 0.9).log_softmax(-1)
-        with roles.acting("value") as model:
+        with roles.using_adapter("value") as model:
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 : -1]
         ratio = (table[torch.arange(n), ids[0, start:]] - experience.old_logprobs[i, :n]).exp()
         advantages, returns, old = (getattr(experience, k)[i, :n] for k in ("advantages", "returns", "old_values"))

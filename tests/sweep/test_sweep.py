@@ -20,7 +20,7 @@ from tests.pipeline.test_end_to_end import QUICK, rlhf
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two arms and two seeds, one of whose runs failed: it does not stop the others."""
+    """A sweep of two variants and two seeds, one of whose runs failed: it does not stop the others."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "mine.py").write_text(
         "from pathlib import Path\n"
@@ -49,7 +49,7 @@ def sweep(folder: Path, *arguments: str, code: int = 0) -> str:
 
 @pytest.mark.long
 def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(workplace: Path) -> None:
-    axis = "arm=lora_kl,lora_none"
+    axis = "variant=lora_kl,lora_none"
     listing = sweep(workplace, axis, "dry_run=true")
     assert listing.count("missing  ") == 4
     said = sweep(workplace, axis, code=1)
@@ -68,7 +68,7 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert not list(study.glob(f"*/{FAILED}"))
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     # under another name the same configuration is the same run
-    said = sweep(workplace, "arm=lora_none", "name=other")
+    said = sweep(workplace, "variant=lora_none", "name=other")
     assert said.count("taken over from it") == 2
     taken = next((workplace / "outputs/other").glob("*seed-1*"))
     origin = next(study.glob("*lora_none*seed-1*"))
@@ -77,7 +77,7 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert (taken / "model/adapter_model.safetensors").exists()
     assert read_json(taken / SUMMARY)["config"]["name"] == "other"  # so that its report has its own layout
     # one more seed: one more run
-    assert sweep(workplace, "arm=lora_none", "seed=1,2,3", "dry_run=true").count("missing  ") == 1
+    assert sweep(workplace, "variant=lora_none", "seed=1,2,3", "dry_run=true").count("missing  ") == 1
 
 
 @pytest.mark.long
@@ -85,7 +85,7 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
 def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None:
     """SIGKILL to the command and its jobs, twice, at random moments; then the command once more."""
     random = Random(0)
-    command = ["-m", *TINY, "name=study", "arm=lora_kl,full_none", "seed=1,2", "hydra/launcher=joblib"]
+    command = ["-m", *TINY, "name=study", "variant=lora_kl,full_none", "seed=1,2", "hydra/launcher=joblib"]
     folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
     for folder in folders.values():
         folder.mkdir()

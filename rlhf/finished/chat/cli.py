@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.web:
             _needs_gradio()
         # imported here so that mistakes do not wait for torch
-        from rlhf.cli import quieten
         from rlhf.finished.chat.voices import Sampling, open_voices
+        from rlhf.pipeline.quiet import quieten
 
         quieten()
         voices = open_voices(runs, options.score, options.seed)

@@ -85,7 +85,7 @@ class Models:
 def score(part: Part, prompt: list[int], response: list[int]) -> float:
     """The uncentred score of a reward model."""
     batch = Sequences.from_lists([prompt], [response]).to(part.roles.device)
-    return float(part.roles.scalars(part.role, batch))
+    return float(part.roles.last_token_scores(part.role, batch))
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:

@@ -111,7 +111,7 @@ def stream(
     roles, cache = part.roles, DynamicCache()
     ids = torch.tensor([prompt])
     for _ in range(most):
-        with torch.no_grad(), roles.acting(part.role) as model, roles.autocast():
+        with torch.no_grad(), roles.using_adapter(part.role) as model, roles.autocast():
             argument = cache_argument(model.base_model)
             states = model.base_model(input_ids=ids.to(roles.device), use_cache=True, **{argument: cache})
             logits = roles.output(part.role)(states.last_hidden_state[0, -1]).float().cpu()

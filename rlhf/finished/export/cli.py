@@ -107,10 +107,10 @@ def _describe(run: FinishedRun, options: argparse.Namespace) -> None:
 
 def _write(run: FinishedRun, options: argparse.Namespace) -> None:
     # imported here so that mistakes do not wait for torch
-    from rlhf.cli import quieten
     from rlhf.finished.export.merging import merged, write_adapter
     from rlhf.models.export import save_tokenizer
     from rlhf.models.loading import DTYPES as TORCH
+    from rlhf.pipeline.quiet import quieten
 
     quieten()
     dtype = TORCH[_dtype(run, options)]

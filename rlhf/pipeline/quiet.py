@@ -1,0 +1,22 @@
+"""What other libraries print, silenced where it is noise here."""
+
+import logging
+import os
+import warnings
+
+
+def quieten() -> None:
+    """Silence what is noise here: advice on loops of the common kind, and progress bars inside of progress bars."""
+    import transformers
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
+        ".*exists and is not empty", ".*`srun` command is available", ".*sync_dist=True",
+        "Already found a `peft_config`", ".*weights_only", "fan_in_fan_out is set to",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
