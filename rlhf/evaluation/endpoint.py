@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf.errors import ConfigError, EndpointRefused, Interrupted
-from rlhf.settings import at_least_zero, positive
+from rlhf.schema import at_least_zero, positive
 
 log = logging.getLogger(__name__)
 TRANSIENT = (408, 409, 425, 429)  # and everything from 500: another time it may work

@@ -28,7 +28,7 @@ from rlhf.evaluation.endpoint import (
 )
 from rlhf.evaluation.knowledge import Knowledge, read_entities, sentences
 from rlhf.evaluation.prompts import load_template, own_files
-from rlhf.settings import at_least_zero, positive, typed
+from rlhf.schema import at_least_zero, positive, typed
 
 KEY = "evaluation.factscore"
 PLAIN = re.compile(r"(?i)\W*(?:answer\W+)?(true|false)\b(?=\W*$|\W*[,*)\]—–-]|\s+(?:because|since|as)\b)")

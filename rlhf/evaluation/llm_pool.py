@@ -15,8 +15,8 @@ from rlhf.errors import ConfigError
 from rlhf.evaluation.client import ChatClient, uniform
 from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Price, Request, check_client, check_sampling
 from rlhf.evaluation.prompts import ChatTemplate, load_template, own_files
+from rlhf.schema import at_least_zero, choice, positive, typed
 from rlhf.scorers import Context
-from rlhf.settings import at_least_zero, choice, positive, typed
 
 PLACEHOLDERS = {"instruction", "output_1", "output_2"}
 MEANING = {"1": 1.0, "a": 1.0, "2": 0.0, "b": 0.0, "draw": 0.5, "tie": 0.5}  # for the output shown first

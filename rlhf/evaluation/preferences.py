@@ -28,8 +28,8 @@ from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import aside, read_json, read_lines, write_json
 from rlhf.models.tokenizing import Response
 from rlhf.rollout.sample import Rollouts
+from rlhf.schema import choice, fraction, optional_positive, positive, seed, typed
 from rlhf.seeding import generator
-from rlhf.settings import choice, fraction, optional_positive, positive, seed, typed
 
 log = logging.getLogger(__name__)
 PAIRS_AT_ONCE = 512  # sampled together, and kept should the process die

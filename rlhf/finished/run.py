@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf.errors import RunError
 from rlhf.files import MODEL, SUMMARY, read_object
 from rlhf.files.checksums import damage
-from rlhf.settings import ModelSettings, typed
+from rlhf.schema import typed
+from rlhf.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,7 +23,8 @@ from rlhf.evaluation.difficulty import difficulties
 from rlhf.evaluation.evaluate import instruction_of, logged
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.identity import HARMLESS, LIGHTNING
-from rlhf.settings import Settings, is_quantized, typed
+from rlhf.schema import typed
+from rlhf.settings import Settings, is_quantized
 
 # groups that name a class by `_target_`
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
