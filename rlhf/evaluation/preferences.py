@@ -16,16 +16,16 @@ from typing import Any, ClassVar
 
 import hydra
 import torch
-from datasets import Dataset
 
 from rlhf.data.records import DataSource, Prompt, SampledComparison, Split
+from rlhf.data.saved_preferences import PREFERENCE_SPLITS
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation.client import uniform
 from rlhf.evaluation.evaluate import Judge
 from rlhf.evaluation.judges import NoJudge
 from rlhf.evaluation.prompts import bare_instruction
-from rlhf.files import aside, read_json, read_lines, write_json
+from rlhf.files import aside, read_json, write_json
 from rlhf.models.tokenizing import Response
 from rlhf.rollout.sample import Rollouts
 from rlhf.schema import choice, fraction, optional_positive, positive, seed, typed
@@ -33,7 +33,6 @@ from rlhf.seeding import generator
 
 log = logging.getLogger(__name__)
 PAIRS_AT_ONCE = 512  # sampled together, and kept should the process die
-SPLITS: tuple[Split, ...] = ("preference", "preference_validation")
 HELD_OUT: dict[str, Split] = {"preference": "preference_validation", "sft": "sft_validation"}
 Answer = Callable[[list[str], int], Rollouts]
 """Answers prompts; the number says which stream of random numbers to draw from."""
@@ -156,7 +155,7 @@ class Simulated:
             train = [row for row in train if row.prompt not in kept]
         pairs = settings.pairs or len(train)
         asked = [train[i % len(train)] for i in range(pairs)]
-        return dict(zip(SPLITS, (asked, held_out[: settings.validation_pairs]), strict=True))
+        return dict(zip(PREFERENCE_SPLITS, (asked, held_out[: settings.validation_pairs]), strict=True))
 
     def _shuffled(self, source: DataSource, split: Split, template: Template | None) -> list[Prompt]:
         rows = source.load(split)
@@ -182,12 +181,12 @@ class Simulated:
             ConfigError, Interrupted: the judge's; the same call continues.
         """
         metrics: dict[str, float] = {}
-        asked = [(split, row) for split in SPLITS for row in questions[split]]
+        asked = [(split, row) for split in PREFERENCE_SPLITS for row in questions[split]]
         pairs, cut = self._sample(folder, [row for _, row in asked], answer)
         with _under_its_own_name():
             judge = hire()
             outcomes = _judge([row for _, row in asked], pairs, judge)
-        for split in SPLITS:
+        for split in PREFERENCE_SPLITS:
             places = [i for i, (whose, _) in enumerate(asked) if whose == split]
             noise = self.settings.flip if split == "preference" else 0.0
             found = [
@@ -272,19 +271,6 @@ def counts(rows: Sequence[Annotated]) -> dict[str, int]:
         "flipped": sum(row.flipped for row in rows),
         "comparisons": dropped.count(None),
     }
-
-
-class SavedPreferences:
-    """What `Simulated.make` left in a folder, as a source of data."""
-
-    splits: ClassVar[tuple[Split, ...]] = SPLITS
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def load(self, split: Split) -> Dataset:
-        """Rows of `split`: prompt, chosen, rejected."""
-        return Dataset.from_list(read_lines(self.folder / f"{split}.jsonl"))
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

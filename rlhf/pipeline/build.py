@@ -15,10 +15,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlhf.data.options import parse_template
 from rlhf.data.records import DataSource, divided, records, skipped_rows
+from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.distributed import collectives
 from rlhf.evaluation.evaluate import Judge
-from rlhf.evaluation.preferences import FromData, SavedPreferences, Simulated
+from rlhf.evaluation.preferences import FromData, Simulated
 from rlhf.files import METRICS, MODEL
 from rlhf.guards import Guards
 from rlhf.models.assembly import lora_config, reward_roles, sft_roles

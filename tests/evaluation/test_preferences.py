@@ -16,11 +16,12 @@ from omegaconf import OmegaConf
 from rlhf import root
 from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt, SampledComparison, records
+from rlhf.data.saved_preferences import PREFERENCE_SPLITS, SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation import preferences
 from rlhf.evaluation.llm_pool import LLMPool
-from rlhf.evaluation.preferences import SPLITS, SavedPreferences, Simulated, counts
+from rlhf.evaluation.preferences import Simulated, counts
 from rlhf.evaluation.prompts import bare_instruction
 from rlhf.files import read_lines
 from rlhf.finished.chat.models import Models, score
@@ -77,7 +78,7 @@ def test_beyond_its_end_a_split_begins_again() -> None:
 
 def test_a_prompt_that_is_held_out_is_in_no_pair_for_training() -> None:
     asked = simulated(split="prompts").questions(Words(prompts=list("aaaabbbbccccdd")), None)
-    train, held_out = (texts(asked[split]) for split in SPLITS)
+    train, held_out = (texts(asked[split]) for split in PREFERENCE_SPLITS)
     assert len(held_out) == len(set(held_out)) == 2
     assert set(train) == set("abcd") - set(held_out)
     with pytest.raises(DataError, match=r"has 2 different prompts, too few to hold out preferences.validation_pairs=2"):
