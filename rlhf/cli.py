@@ -102,7 +102,8 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     # imported here so that completion, --help and composition errors do not wait for torch
     from rlhf.distributed import processes
     from rlhf.pipeline import cache
-    from rlhf.pipeline.config import check, data_source, settings_of
+    from rlhf.pipeline.checks import check
+    from rlhf.pipeline.config import data_source, settings_of
     from rlhf.pipeline.preflight import describe
     from rlhf.pipeline.run import Run
 

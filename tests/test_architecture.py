@@ -16,7 +16,7 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 # on the same floor as long as there is no circle.
 FLOORS = [
     ["errors", "__init__"],
-    ["settings", "seeding", "files"],
+    ["settings", "schema", "seeding", "files"],
     ["distributed", "objectives", "divergence", "restoring_pull", "ppo"],
     ["tracking", "guards"],
     ["data"],

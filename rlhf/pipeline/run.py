@@ -32,7 +32,8 @@ from rlhf.pipeline import cache, earlier, identity
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.build import Builder, save_full_reward, steps_of
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
-from rlhf.pipeline.config import best_metric, instantiate, needs, target_class
+from rlhf.pipeline.checks import best_metric
+from rlhf.pipeline.config import instantiate, needs, target_class
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.train import train_ppo, train_supervised
 from rlhf.rollout.trial import try_out

@@ -29,7 +29,8 @@ from rlhf.errors.explaining import explain
 from rlhf.models.export import load_adapter, save_model, saved_head
 from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
 from rlhf.models.tokenizing import encode_pairs
-from rlhf.pipeline.config import check, data_source, settings_of
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.run import Run
 from rlhf.settings import ModelSettings, Settings
 from tests.conftest import tiny_model, tiny_roles, word_tokenizer

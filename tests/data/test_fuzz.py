@@ -24,7 +24,8 @@ from rlhf import root
 from rlhf.data.records import columns
 from rlhf.errors import DataError
 from rlhf.errors.explaining import explain
-from rlhf.pipeline.config import check, data_source, settings_of
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.config import data_source, settings_of
 from tests.data.test_bad_input import FILES, GOOD, PAIR, SPLIT, alpaca, dump, imdb, pairs, preference
 
 MORE = int(os.environ.get("RLHF_FUZZ", "1"))  # how many times as many examples

@@ -14,7 +14,8 @@ from rlhf.data.alpaca import Alpaca
 from rlhf.data.farm import Farm
 from rlhf.errors import ConfigError, DataError
 from rlhf.pipeline import identity
-from rlhf.pipeline.config import check, data_source, settings_of
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.run import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
 from rlhf.sweep.resolvers import folder_name
 

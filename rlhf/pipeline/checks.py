@@ -1,0 +1,244 @@
+"""Contradictions between parts of a configuration, found before any model is loaded."""
+
+import importlib.util
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.data.records import DataSource, Prompt
+from rlhf.errors import ConfigError
+from rlhf.evaluation.difficulty import difficulties
+from rlhf.evaluation.evaluate import instruction_of, logged
+from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
+from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
+from rlhf.pipeline.identity import HARMLESS, LIGHTNING
+from rlhf.settings import Settings, is_quantized
+
+# Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
+INSTEAD = (
+    (("max_epochs", "min_epochs"), "sft.epochs, reward.epochs and ppo.steps"),
+    (
+        ("max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches"),
+        "sft.max_steps, reward.max_steps and ppo.steps",
+    ),
+    (("fast_dev_run", "barebones"), "debug=quick"),
+    (
+        ("limit_val_batches", "num_sanity_val_steps"),
+        "sft.validation_size, reward.validation_size and evaluation.prompts",
+    ),
+    (("val_check_interval", "check_val_every_n_epoch"), "ppo.eval_every"),
+    (("accumulate_grad_batches",), "sft.microbatch_tokens, reward.microbatch_tokens and ppo.microbatch_tokens"),
+    (
+        ("gradient_clip_val", "gradient_clip_algorithm"),
+        "sft.max_grad_norm, reward.max_grad_norm and ppo.max_grad_norm",
+    ),
+    (("precision",), "model.dtype"),
+    (("logger",), "logger=csv, tensorboard or wandb"),
+    (("enable_checkpointing",), "sft.checkpoint_every, reward.checkpoint_every and ppo.checkpoint_every"),
+)
+
+
+def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
+    """Refuse a configuration whose parts contradict each other, or that this machine cannot run.
+
+    Raises:
+        ConfigError: one sentence that names the key, its value and what is allowed.
+        DataError: a file of the data set is missing.
+        ModelError: the model cannot be used as configured.
+    """
+    # 1. What each part says by itself.
+    if config.resume not in ("auto", "must", "never"):
+        raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
+    _check_ppo(settings)
+    if config.scorer.get("function"):
+        _check_function("scorer.function", config.scorer.function)
+    check_trainer(config)
+    _check_model(settings)
+    instantiate(config.kl, "kl")
+    # 2. What parts need of each other.
+    _check_quantization(config, settings)
+    simulated = _check_preferences(config, source)
+    if config.stage.name in ("ppo", "evaluate"):
+        _check_evaluation(config, settings, source, simulated)
+    # 3. What this machine and these models can do.
+    check_processes(config, settings)
+    check_vllm(config, settings)
+    check_model(config, settings, needs_reward_model(config), simulated)
+    # 4. The files of the data set.
+    if hasattr(source, "check"):
+        source.check()
+
+
+def check_trainer(config: DictConfig) -> None:
+    """Refuse what would change how long or in which precision a stage trains, past the stage's own settings.
+
+    Raises:
+        ConfigError: a key of Lightning's trainer that the stages ignore or set themselves, or no GPU.
+    """
+    if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU here; allowed: trainer=cpu or trainer=auto")
+    if config.trainer._target_ not in LIGHTNING:
+        return  # the keys of a user's own trainer are part of the run's identity
+    for key in config.trainer:
+        if str(key) not in HARMLESS:
+            harmless = ", ".join(f"trainer.{name}" for name in sorted(HARMLESS - {"_target_"}))
+            instead = next((ours for theirs, ours in INSTEAD if key in theirs), harmless)
+            raise ConfigError(f"trainer.{key} would change what is trained unnoticed; allowed: {instead}")
+
+
+def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
+    """The metric by which `ppo.keep_best` chooses a checkpoint; None if only the latest ones are to be kept.
+
+    Raises:
+        ConfigError: the evaluations of this configuration do not log that metric.
+    """
+    chosen = settings.ppo.keep_best
+    judged = getattr(target_class(config.judge, "judge"), "compares", True)
+    factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
+    allowed = logged(source, judged, factscore, difficulty)
+    if chosen == "auto":
+        return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
+    if chosen is not None and chosen not in allowed:
+        raise ConfigError(f"ppo.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
+    return chosen
+
+
+# -- what each part says by itself -------------------------------------------------------------------------------------
+
+
+def _check_ppo(settings: Settings) -> None:
+    ppo = settings.ppo
+    if ppo.rollout_batch_size % ppo.minibatch_size:
+        raise ConfigError(
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
+            "allowed: a divisor of it"
+        )
+    if ppo.accumulation == "as_published" and ppo.minibatch_size % ppo.published_rows:
+        raise ConfigError(
+            f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
+            "allowed: a divisor of it"
+        )
+    if ppo.warmup_steps >= ppo.steps:
+        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    _check_function("divergence.function", settings.divergence.function)
+
+
+def _check_function(key: str, path: str) -> None:
+    try:
+        hydra.utils.get_method(path)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}={path} cannot be imported; allowed: a function as package.module.name") from error
+
+
+def _check_model(settings: Settings) -> None:
+    if settings.model.dtype == "float16":
+        raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
+    name = settings.model.name_or_path
+    # a Hub id has at most one slash and does not look like a path
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"model.name_or_path={name}: there is no such folder")
+        if settings.model.gguf_file and not (folder / settings.model.gguf_file).is_file():
+            raise ConfigError(f"model.gguf_file={settings.model.gguf_file}: there is no such file in {name}")
+    if settings.model.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
+
+
+# -- what parts need of each other -------------------------------------------------------------------------------------
+
+
+def _check_quantization(config: DictConfig, settings: Settings) -> None:
+    """A quantized base cannot be trained, only adapters on it."""
+    if not is_quantized(settings.quantization):
+        return
+    stage = config.stage.name
+    for key, lora in (("lora", settings.lora), ("lora@reward.lora", settings.reward.lora)):
+        if lora.r == 0 and stage in ("ppo", key.partition("@")[2].partition(".")[0]):
+            raise ConfigError(
+                f"{key}=none trains the base itself, which quantization forbids; choose an adapter such as lora=r8"
+            )
+    if settings.sft.lora.r == 0 and stage == "sft":
+        raise ConfigError("lora@sft.lora=none trains the base itself: use lora@sft.lora=r8 or quantization=none")
+    if settings.ppo.value_model == "full" and stage == "ppo":
+        raise ConfigError(
+            "ppo.value_model=full trains a model of its own, which quantization forbids; allowed: adapter"
+        )
+
+
+def _check_preferences(config: DictConfig, source: DataSource) -> bool:
+    """Check the preference source; return whether it is simulated."""
+    preferences = instantiate(config.preferences, "preferences", _recursive_=False)
+    if not hasattr(preferences, "simulated"):
+        chosen = config.preferences._target_
+        raise ConfigError(f"preferences._target_={chosen} makes no preferences; allowed: a class that says `simulated`")
+    if not preferences.simulated:
+        if config.stage.name == "preferences":
+            raise ConfigError("stage=preferences makes comparisons, which the data set has: use preferences=simulated")
+        return False
+    _check_needs(config, "preferences.judge", source, simulated=True)
+    if needs(config, "preferences.judge", "needs_reward_model"):
+        raise ConfigError(
+            "preferences.judge needs the reward model of this run, which is to learn from its verdicts; "
+            "allowed: gold, llm_pool, or finished_reward_model with the folder of another"
+        )
+    preferences.check(source.splits)
+    return True
+
+
+def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource, simulated: bool) -> None:
+    """Scorer, judge and evaluation must have what they need, and be content with their own configuration."""
+    for key in ("scorer", "judge"):
+        _check_needs(config, key, source, simulated)
+    for key in ("scorer", "judge", "evaluation.factscore"):
+        _check_own(config, key)
+    best_metric(config, settings, source)
+    if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
+        raise ConfigError(
+            "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"
+        )
+    if settings.evaluation.difficulty:
+        _check_difficulty(config, settings, source)
+
+
+def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bool) -> None:
+    """The class of a group declares what it needs (`needs_reward_model` and its like); the data set must have it."""
+    node = OmegaConf.select(config, key)
+    group = f"judge@{key}" if "." in key else key
+    choice = HydraConfig.get().runtime.choices.get(group, "") if HydraConfig.initialized() else node._target_
+    if not hasattr(target_class(node, key), "needs_reward_model"):
+        raise ConfigError(
+            f"{key}._target_={node._target_} is no {key}; allowed: a class that says `needs_reward_model`"
+        )
+    if needs(config, key, "needs_utility") and not hasattr(source, "utility"):
+        raise ConfigError(
+            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; choose another {key}"
+        )
+    if needs(config, key, "needs_labels") and not hasattr(source, "labelled"):
+        raise ConfigError(
+            f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
+        )
+    if needs(config, key, "needs_reward_model") and not simulated and "preference" not in source.splits:
+        raise ConfigError(
+            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on"
+        )
+
+
+def _check_own(config: DictConfig, key: str) -> None:
+    """Let the class of a group, and the classes nested in its configuration, check their own keys."""
+    for node in nodes(OmegaConf.select(config, key)):
+        own = getattr(target_class(node, key), "check", None) if "_target_" in node else None
+        if own:
+            own(OmegaConf.to_container(node, resolve=True))
+
+
+def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource) -> None:
+    """Length control by difficulty needs a win rate, and a file that knows every instruction."""
+    path = settings.evaluation.difficulty
+    if settings.evaluation.factscore or not getattr(target_class(config.judge, "judge"), "compares", True):
+        raise ConfigError(f"evaluation.difficulty={path} needs a judge that compares; allowed: null without one")
+    held_out = [instruction_of(Prompt(**row)) for row in source.load("eval")]
+    difficulties(str(path), held_out, settings.evaluation.prompts)
