@@ -1,4 +1,4 @@
-"""What the stages share: seeded batches, token-budgeted accumulation, AdamW with a schedule, metrics by step."""
+"""What all stages share: accumulation within a token budget, AdamW with a schedule, metrics by step."""
 
 import math
 import time
@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf.distributed import collectives
 from rlhf.errors import ConfigError
 from rlhf.guards import Guards
-from rlhf.guards.signs import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.settings import OptimizerSettings
@@ -38,7 +37,7 @@ class Dashboard(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimiser step reports: gradient norm before clipping, and the sums that the losses returned.
+    """The result of an optimiser step: the gradient norm before clipping, and the sums that the losses returned.
 
     `count` is what the sums are to be divided by: the targets in all processes. `skip_reason` says why the step was
     skipped; it is empty when the step was made.
@@ -51,7 +50,10 @@ class Step:
 
 
 class Stage(lightning.LightningModule):
-    """Manual optimisation: micro-batches by token budget, normalised by the whole minibatch, one clip, one step."""
+    """Manual optimisation: micro-batches within a token budget, normalised by the whole minibatch, one clip, one step.
+
+    `total_steps` is the length of the learning-rate schedule.
+    """
 
     roles: Roles
 
@@ -65,29 +67,29 @@ class Stage(lightning.LightningModule):
         self.guards = Guards()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """AdamW over what trains; the schedule counts `total_steps` and never trains a step at rate 0."""
-        decayed = [p for p in self.parameters() if p.requires_grad]
+        """AdamW over all parameters that require a gradient, with a schedule over `total_steps`."""
+        trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            decayed,
+            trained,
             lr=self.settings.lr,
             eps=self.settings.adam_eps,
             weight_decay=self.settings.weight_decay,
-            fused=all(p.device.type in ("cuda", "cpu") for p in decayed),
+            fused=all(p.device.type in ("cuda", "cpu") for p in trained),
         )
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: self.rate(step))}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Token batches move to the device; texts have nowhere to go."""
+        """Move token batches to the device; texts stay as they are."""
         return batch.to(device) if isinstance(batch, Sequences) else batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains: the frozen base can be loaded again."""
+        """Save only the parameters that are trained; the frozen base can be loaded again."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["processes"] = collectives.size()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what cannot be continued exactly.
+        """Refuse a checkpoint that this run cannot continue exactly.
 
         Raises:
             ConfigError: the checkpoint was made by another number of processes.
@@ -100,12 +102,15 @@ class Stage(lightning.LightningModule):
             )
 
     def load_trained(self, path: Path) -> None:
-        """Take the weights of a checkpoint outside of training, as for an evaluation that was still due."""
+        """Load the weights of a checkpoint outside of training, for an evaluation that is still due."""
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def rate(self, step: int) -> float:
-        """Share of the full learning rate at `step`: linear warm-up to 1, then the schedule down to 0 at the end."""
+        """Factor of the learning rate at `step`: linear warm-up to 1, then the schedule down to 0 after the last step.
+
+        No step is trained at rate 0: warm-up begins above it, and the schedule reaches it only after the last step.
+        """
         warmup = self.settings.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -115,7 +120,7 @@ class Stage(lightning.LightningModule):
         ]
 
     def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Row indices of `batch` in groups of at most `microbatch_tokens`, padding included."""
+        """Row indices of `batch` in groups of at most `microbatch_tokens` tokens, padding included."""
         groups = self.roles.groups(batch.lengths.tolist(), self.settings.microbatch_tokens)
         return [torch.tensor(group, device=batch.ids.device) for group in groups]
 
@@ -126,10 +131,12 @@ class Stage(lightning.LightningModule):
         count: Tensor | int,
         clip_each: bool = False,
     ) -> Step:
-        """One optimiser step: `loss` gives each part's *sum*, divided here by the count over all parts and processes.
+        """One optimiser step over several micro-batches (`parts`).
 
-        Averaging per part instead would weigh tokens of short parts more (and is what breaks accumulation elsewhere).
-        `clip_each` clips after every part too, which is only there to reproduce a published fault.
+        `loss` returns the *sum* over a part's targets, which is divided here by the count over all parts and processes.
+
+        A mean per part would instead give tokens of short parts more weight.
+        `clip_each` also clips after every part, to reproduce a fault of the published code.
         """
         count = collectives.all_reduce_sum(torch.as_tensor(count, device=self.device))
         optimizer = self.optimizers()
@@ -150,53 +157,50 @@ class Stage(lightning.LightningModule):
         collectives.all_reduce_([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
         skip_reason = self.skip_reason(norm, sums, count)
-        if skip_reason:  # a step without gradients changes nothing, and Lightning counts it
+        if skip_reason:  # without gradients the step changes nothing, but Lightning still counts it
             optimizer.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return Step(norm, sums, count, skip_reason)
 
     def skip_reason(self, norm: Tensor, sums: Mapping[str, Tensor], count: Tensor | int) -> str:
-        """Why an optimiser step must not be made, or nothing; waits for the device once."""
+        """Why the optimiser step must be skipped; empty if it need not be. Synchronises with the device once."""
         if not self.guards.skip:
             return ""
         return self.guards.skip_reason(*torch.stack([sums["loss"], norm.to(sums["loss"])]).tolist())
 
-    def note_skipped(self, result: Step, step: int, batch: Sequences) -> None:
-        """Keep the batch (this process's share) of a supervised step that was not made, and log that at once."""
-        if result.skip_reason:
-            self.guards.save(step, batch.tensors(), result.skip_reason)
-            self.emit({SKIPPED: 1.0}, step)
-
     def on_train_batch_end(self, *args: Any) -> None:
-        """Leave if a guard asks for it: after the callbacks, so that the step is saved."""
+        """Stop if a guard asks for it. This runs after the callbacks, so that the step has been saved."""
         self.guards.check()
 
     def on_validation_end(self) -> None:
-        """The same after an evaluation."""
+        """Stop after an evaluation if a guard asks for it."""
         self.guards.check()
 
     @property
     def steps_done(self) -> int:
-        """Steps finished so far: of a supervised stage optimiser steps, of PPO rollout batches."""
-        return max(self.trainer.global_step, self.resumed_at)  # a trainer that only validates knows of no steps
+        """Steps finished so far: optimiser steps in a supervised stage, rollout batches in PPO."""
+        return max(self.trainer.global_step, self.resumed_at)  # a trainer that only validates counts no steps
 
     def advance_schedule(self) -> None:
-        """Move the learning rate on by one step."""
+        """Advance the learning rate by one step."""
         self.lr_schedulers().step()  # type: ignore[union-attr]
 
     @property
     def current_lr(self) -> float:
-        """The learning rate of the coming step."""
+        """The learning rate of the next step."""
         return self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
 
     @property
     def dashboards(self) -> list[Dashboard]:
-        """The loggers that take more than numbers."""
+        """The loggers that accept more than numbers."""
         return [logger for logger in self.loggers if isinstance(logger, Dashboard)]
 
     def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
-        """Send metrics to every logger under `step`, and to Lightning's callbacks and bar; waits for the device."""
+        """Send metrics to the guards, to every logger under `step`, and to Lightning's callbacks and progress bar.
+
+        Synchronises with the device.
+        """
         values = {key: float(value) for key, value in metrics.items()}
         found = self.guards.see(step, values)
         for logger in self.loggers:
@@ -210,7 +214,7 @@ class Stage(lightning.LightningModule):
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall time of a phase to `time/<phase>` (seconds, the device waited for)."""
+        """Add the wall time of a phase to `time/<phase>`, in seconds, including the device's work."""
         started = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -218,6 +222,6 @@ class Stage(lightning.LightningModule):
         self.timings[f"time/{phase}"] = self.timings.get(f"time/{phase}", 0.0) + time.perf_counter() - started
 
     def take_timings(self) -> dict[str, float]:
-        """The phases since the last call, in seconds."""
+        """The times of all phases since the last call, in seconds."""
         timings, self.timings = self.timings, {}
         return timings

@@ -1,7 +1,7 @@
-"""What cutting to `max_length` tokens takes from rows: pairs that it makes equal, responses of which little is left.
+"""What cutting texts to `max_length` tokens can spoil: pairs that become equal, responses of which little remains.
 
-A prompt as long as the limit leaves one token of its response, and two answers that begin alike become one text. Such a
-pair has the loss log 2 and no gradient whatever the model is; it would only dilute the batches and the accuracy.
+A prompt as long as the limit leaves one token of its response, and two answers that begin alike become the same text.
+Such a pair has the loss log 2 and no gradient, whatever the model; it would only dilute the batches and the accuracy.
 """
 
 import logging
@@ -14,18 +14,18 @@ log = logging.getLogger(__name__)
 Encoded = tuple[list[int], list[int]]  # the ids of prompt and response
 Row = TypeVar("Row")
 FEW = 4
-"""A cut response with fewer tokens than this says next to nothing."""
+"""A cut response with fewer tokens than this carries next to no information."""
 
 
 def distinct(
     rows: Sequence[Row], pairs: Sequence[tuple[Encoded, Encoded]], name: str, limit: str
 ) -> tuple[list[Row], list[tuple[Encoded, Encoded]], dict[str, int]]:
-    """The rows and pairs whose two sides still differ in tokens, and how many do not, by reason.
+    """The rows and pairs whose sides still differ in their tokens, and the number of pairs left out, by reason.
 
-    `name` says which rows these are and `limit` what cut them, as "reward.max_length=512".
+    `name` says which rows these are and `limit` which setting cut them, such as "reward.max_length=512".
 
     Raises:
-        DataError: not a single pair differs.
+        DataError: no pair differs.
     """
     kept = [index for index, (chosen, rejected) in enumerate(pairs) if chosen != rejected]
     equal = len(pairs) - len(kept)
@@ -40,7 +40,7 @@ def distinct(
 
 
 def count_short(texts: Sequence[Encoded], max_length: int, eos: int | None, name: str, limit: str) -> dict[str, int]:
-    """How many cut responses keep fewer than `FEW` tokens, by reason; they are kept, and a warning says so."""
+    """The number of cut responses with fewer than `FEW` tokens, by reason. They are kept, with a warning."""
     short = sum(
         len(response) < FEW and response[-1:] != [eos] and len(prompt) + len(response) >= max_length
         for prompt, response in texts
