@@ -5,10 +5,9 @@ Two runs of one identity are the same run, so whatever changes a result must cha
 
 import ast
 import hashlib
-import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,18 +29,20 @@ UNDECIDING = frozenset({"name", "checkpoint_every", "log_every"})
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function
-# What watches a run or tells of it, and what only names paths and errors, does not decide it.
-WATCHING = ("rlhf.errors", "rlhf.files", "rlhf.tracking", "rlhf.report", "rlhf.sweep", "rlhf.pipeline.cache",
-            "rlhf.pipeline.checkpoints", "rlhf.pipeline.identity", "rlhf.pipeline.interruption")  # fmt: skip
+# Code that observes a run, stores it or reports on it does not decide its result.
+WATCHING = (
+    "rlhf.errors", "rlhf.files", "rlhf.tracking", "rlhf.report", "rlhf.sweep", "rlhf.pipeline.cache",
+    "rlhf.pipeline.checkpoints", "rlhf.pipeline.config", "rlhf.pipeline.identity", "rlhf.pipeline.interruption",
+)  # fmt: skip
 
 
-def digest(determinants: Mapping[str, Any], code: Iterable[bytes] = (), known: Path | None = None) -> str:
-    """Twelve hex digits of configuration keys, the local files that they name, and source code.
+def digest(determinants: Mapping[str, Any], code: Iterable[Path] = (), known: Path | None = None) -> str:
+    """Twelve hex digits of configuration keys, the local files that they name, and files of source code.
 
     A file counts by its content, wherever it lies. `known` is where digests of files are kept, so that a large one is
     read once (`content_digest`).
     """
-    source = hashlib.sha256(b"".join(code))
+    source = hashlib.sha256(b"".join(file.read_bytes() for file in code))
     content = {"config": by_content(dict(determinants), known), "code": source.hexdigest()}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -123,12 +124,6 @@ def decisive(node: Any) -> Any:
         for key, value in node.items()
         if key not in UNDECIDING
     }
-
-
-def source_of(modules: Iterable[str], functions: Iterable[Callable[..., Any]]) -> list[bytes]:
-    """The source code of modules, with what they import (`code_of`), and of functions by themselves."""
-    parts = [file.read_bytes() for file in code_of(*modules)]
-    return parts + [inspect.getsource(function).encode() for function in functions]
 
 
 def code_of(*modules: str) -> list[Path]:

@@ -13,51 +13,51 @@ from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
 from rlhf.models.memory import Memory, available, estimate, largest_budget
 from rlhf.pipeline import cache, earlier
 from rlhf.pipeline.checkpoints import StepCheckpoints
-from rlhf.pipeline.run import Run
+from rlhf.pipeline.plan import Plan
 
 log = logging.getLogger(__name__)
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(plan: Plan) -> dict[str, Any]:
     """What a run would do (`dry_run=true`); here nothing is refused, as it may be meant for another machine."""
-    found = run.finished()
-    place = run.folder if _is_present(run) else earlier.place(run.folder, run.identity)
-    unmade = run.config.stage.name == "ppo" and found is None
+    found = plan.finished()
+    place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
+    unmade = plan.stage == "ppo" and found is None
     if unmade:
         with suppress(ModelError):
-            settle_budget(run)
-    needed = _needed(run) if unmade else None
+            settle_budget(plan)
+    needed = _needed(plan) if unmade else None
     return {
-        "folder": str(run.folder),
-        "stage": run.config.stage.name,
-        "cached": {path.name: cache.known(path) for path in run.needed()},
+        "folder": str(plan.folder),
+        "stage": plan.stage,
+        "cached": {path.name: cache.known(path) for path in plan.needed().values()},
         "done": found is not None,
-        "same_as": str(found) if found not in (None, run.folder, place) else None,
-        "moves_aside": _moves_aside(run),
+        "same_as": str(found) if found not in (None, plan.folder, place) else None,
+        "moves_aside": _moves_aside(plan),
         "step": StepCheckpoints.reached(place / "checkpoints"),
         "memory": f"{needed}; {available() / 2**30:.1f} GiB are free here" if needed else None,
-        "microbatch_tokens": run.settings.ppo.microbatch_tokens if unmade else None,
+        "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
     }
 
 
-def _is_present(run: Run) -> bool:
-    return earlier.identity_of(run.folder) in (None, run.identity)
+def _is_present(plan: Plan) -> bool:
+    return earlier.identity_of(plan.folder) in (None, plan.identity)
 
 
-def _moves_aside(run: Run) -> str | None:
+def _moves_aside(plan: Plan) -> str | None:
     """What the run would find in its folder and move aside, and where to."""
-    if _is_present(run) and (run.config.resume != "never" or earlier.identity_of(run.folder) is None):
+    if _is_present(plan) and (plan.config.resume != "never" or earlier.identity_of(plan.folder) is None):
         return None
-    return f"moves {run.present} to {run.folder / EARLIER}"
+    return f"moves {plan.present} to {plan.folder / EARLIER}"
 
 
-def check_memory(run: Run) -> None:
+def check_memory(plan: Plan) -> None:
     """See whether a PPO run fits, before anything is loaded.
 
     Raises:
         ModelError: it needs more than the machine has.
     """
-    needed, free = _needed(run), available()
+    needed, free = _needed(plan), available()
     if needed is not None and needed.peak > free:
         raise ModelError(
             f"the run needs {needed}, and {free / 2**30:.1f} GiB are free; allowed: a smaller model, "
@@ -65,7 +65,7 @@ def check_memory(run: Run) -> None:
         )
 
 
-def settle_budget(run: Run, fresh: bool = False, jobs: int = 1) -> None:
+def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
     """Put a number in the place of `ppo.microbatch_tokens=auto`.
 
     It is the one that the run in this folder began with (`keep_budget`), whatever is free now, because another would
@@ -76,50 +76,50 @@ def settle_budget(run: Run, fresh: bool = False, jobs: int = 1) -> None:
     Raises:
         ModelError: the model's configuration cannot be read, so that nothing is known of its memory.
     """
-    ppo = run.settings.ppo
+    ppo = plan.settings.ppo
     if ppo.microbatch_tokens != "auto":
         return
-    kept = None if fresh else collectives.on_rank_zero(lambda: _kept_budget(run))
+    kept = None if fresh else collectives.on_rank_zero(lambda: _kept_budget(plan))
     if kept is not None:
         log.info("ppo.microbatch_tokens=auto: %d, as the run began", kept)
         ppo.microbatch_tokens = kept
         return
-    sharing = jobs * (1 if torch.cuda.is_available() else processes.wanted(run.config.trainer))
+    sharing = jobs * (1 if torch.cuda.is_available() else processes.wanted(plan.config.trainer))
     free = min(collectives.all_gather(available())) // sharing
-    shares = processes.shares(run.config.trainer)
-    chosen = largest_budget(run.settings, _vocabulary(run), run.needs_reward_model, free, shares)
+    shares = processes.shares(plan.config.trainer)
+    chosen = largest_budget(plan.settings, _vocabulary(plan), plan.needs_reward_model, free, shares)
     if chosen is None:
         raise ModelError(
             "ppo.microbatch_tokens=auto needs the configuration of model.name_or_path="
-            f"{run.settings.model.name_or_path}, which cannot be read; allowed: a number"
+            f"{plan.settings.model.name_or_path}, which cannot be read; allowed: a number"
         )
     ppo.microbatch_tokens = chosen
-    log.info("ppo.microbatch_tokens=auto: %d; the run needs %s, %.1f GiB are free", chosen, _needed(run), free / 2**30)
+    log.info("ppo.microbatch_tokens=auto: %d; the run needs %s, %.1f GiB are free", chosen, _needed(plan), free / 2**30)
 
 
-def keep_budget(run: Run) -> None:
+def keep_budget(plan: Plan) -> None:
     """Leave in the run's folder what was put in the place of auto, for those who continue it."""
-    if run.plain["ppo"]["microbatch_tokens"] == "auto" and isinstance(run.settings.ppo.microbatch_tokens, int):
-        budget = {"identity": run.identity, "microbatch_tokens": run.settings.ppo.microbatch_tokens}
-        write_json(run.folder / BUDGET, budget)
+    if plan.plain["ppo"]["microbatch_tokens"] == "auto" and isinstance(plan.settings.ppo.microbatch_tokens, int):
+        budget = {"identity": plan.identity, "microbatch_tokens": plan.settings.ppo.microbatch_tokens}
+        write_json(plan.folder / BUDGET, budget)
 
 
-def _kept_budget(run: Run) -> int | None:
+def _kept_budget(plan: Plan) -> int | None:
     """None without any, or with that of a run of another configuration."""
-    for path in (run.folder / BUDGET, earlier.place(run.folder, run.identity) / BUDGET):
+    for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.identity) / BUDGET):
         kept = read_object(path, microbatch_tokens=int) if path.exists() else {}
-        if kept.get("identity") == run.identity:
+        if kept.get("identity") == plan.identity:
             return int(kept["microbatch_tokens"])
     return None
 
 
-def _needed(run: Run) -> Memory | None:
-    return estimate(run.settings, _vocabulary(run), run.needs_reward_model, processes.shares(run.config.trainer))
+def _needed(plan: Plan) -> Memory | None:
+    return estimate(plan.settings, _vocabulary(plan), plan.needs_reward_model, processes.shares(plan.config.trainer))
 
 
-def _vocabulary(run: Run) -> int | None:
+def _vocabulary(plan: Plan) -> int | None:
     """That of the tokenizer, for a model made from a configuration."""
-    if run.settings.model.name_or_path is not None:
+    if plan.settings.model.name_or_path is not None:
         return None
-    known = hasattr(run.source, "tokenizer")
-    return len(load_tokenizer(run.settings.model, run.source)) if known else BPE_VOCABULARY
+    known = hasattr(plan.source, "tokenizer")
+    return len(load_tokenizer(plan.settings.model, plan.source)) if known else BPE_VOCABULARY

@@ -1,0 +1,61 @@
+"""The loggers of each stage of a run: `metrics.jsonl` always, and the configured one."""
+
+from itertools import takewhile
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from rlhf.distributed import collectives
+from rlhf.pipeline import cache
+from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.pipeline.config import instantiate, target_class
+from rlhf.pipeline.plan import Plan
+from rlhf.tracking.dashboards import Dashboard, wandb_logger
+from rlhf.tracking.metrics_file import JsonLines
+
+
+class Loggers:
+    """Makes the loggers of one stage after the other; of W&B, a stage built for the cache has a run of its own."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.dashboard: Dashboard | None = None
+        self.offline = False
+
+    def of(self, folder: Path) -> list[Logger]:
+        """The loggers of the stage that works in `folder`; none in any process but the first."""
+        if not collectives.is_rank_zero():
+            return []
+        config, own = self.plan.config.logger, folder == self.plan.folder
+        lines = JsonLines(folder)
+        if target_class(config, "logger") is not wandb_logger:
+            return [lines, instantiate(config, "logger")] if own else [lines]
+        self.dashboard = self._dashboard(folder, own)
+        self.offline = self.dashboard.offline
+        return [lines, self.dashboard]
+
+    def _dashboard(self, folder: Path, own: bool) -> Dashboard:
+        """The W&B run of a stage, with an edge to each model that it starts from."""
+        plan, needed = self.plan, list(self.plan.needed().values())
+        stage, name, run_id = plan.stage, plan.folder.name, f"{plan.stage}-{plan.identity}"
+        if not own:
+            run_id = name = cache.name_of(folder)
+            stage, needed = name.partition("-")[0], list(takewhile(lambda path: path.name != name, needed))
+        # "allow" continues the W&B run of an interrupted stage; None overwrites what was there
+        continued = "allow" if StepCheckpoints.reached(folder / "checkpoints") else None
+        chosen = {"id": run_id, "name": name, "job_type": stage, "resume": continued, "save_dir": str(plan.folder)}
+        if self.offline:  # W&B could not be reached for an earlier stage: do not wait for it again
+            chosen["mode"] = "offline"
+        dashboard = instantiate(plan.config.logger, "logger", **chosen)
+        row = ", ".join(item for item in plan.overrides if not item.startswith("seed="))
+        dashboard.log_hyperparams({**plan.plain, "row": row or "PPO"})  # what the seeds of a table's row share
+        for path in needed:
+            dashboard.uses(path.name, path)
+        return dashboard
+
+    def hand_over(self, name: str, folder: Path) -> None:
+        """End the W&B run of the stage just finished, if there is one, leaving its model to the next stage."""
+        if self.dashboard is not None:
+            self.dashboard.leaves(name, folder)
+            self.dashboard.close()
+            self.dashboard = None

@@ -1,0 +1,149 @@
+"""What a composed configuration amounts to: the run's identity, the models that it needs, and where they all lie."""
+
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.data.records import SPLITS, DataSource, Split
+from rlhf.evaluation.preferences import FromData, Simulated
+from rlhf.pipeline import cache, earlier, identity
+from rlhf.pipeline.config import instantiate, needs_reward_model
+from rlhf.settings import Settings, is_quantized
+from rlhf.tracking.summary import read_summary
+
+# Keys that name, place or present a run but do not decide its result. What `preferences` decides is in the name of the
+# reward model, which is part of the identity by itself.
+NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "variant", "guards",
+                "objectives", "preferences")  # fmt: skip
+# The splits that each product of the cache is built from.
+READS: dict[str, Collection[Split]] = {
+    "sft": ("sft", "sft_validation"),
+    "preferences": SPLITS,
+    "reward": ("preference", "preference_validation"),
+}
+
+
+class Plan:
+    """A run before anything is loaded; `folder` is where Hydra put it."""
+
+    def __init__(
+        self,
+        config: DictConfig,
+        settings: Settings,
+        source: DataSource,
+        folder: Path,
+        overrides: Sequence[str] = (),
+    ):
+        self.config, self.settings, self.source, self.folder = config, settings, source, folder
+        self.overrides = list(overrides)
+        self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        self.quantization = settings.quantization if is_quantized(settings.quantization) else None
+
+    @property
+    def stage(self) -> str:
+        """`sft`, `preferences`, `reward`, `ppo` or `evaluate`."""
+        return str(self.config.stage.name)
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of all runs and of the cache."""
+        return Path(self.plain["output_dir"])
+
+    # -- the models and comparisons that it needs ----------------------------------------------------------------------
+
+    @cached_property
+    def comparisons(self) -> FromData | Simulated:
+        """The source of the comparisons for the reward model."""
+        return instantiate(self.plain["preferences"], "preferences", _recursive_=False)
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether the scorer or the judge uses the reward model."""
+        return needs_reward_model(self.config)
+
+    @cached_property
+    def sft_folder(self) -> Path:
+        """Where the SFT model of this configuration is, or will be."""
+        return self._cached("sft", {})
+
+    @cached_property
+    def preferences_folder(self) -> Path | None:
+        """Where the simulated comparisons are, or will be; None if the comparisons come from the data set."""
+        if not self.comparisons.simulated:
+            return None
+        sampled = {key: self.plain["generation"][key] for key in ("engine", "batch_size")}
+        return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled})
+
+    @cached_property
+    def reward_folder(self) -> Path:
+        """Where the reward model of this configuration is, or will be."""
+        upstream = {"sft_model": self.sft_folder.name}
+        if self.preferences_folder:
+            upstream["preferences"] = self.preferences_folder.name
+        return self._cached("reward", upstream)
+
+    def needed(self) -> dict[str, Path]:
+        """The cached folders that this run needs, by product and in the order of building."""
+        folders = {"sft": self.sft_folder}
+        reward = self.stage == "reward" or (self.stage in ("ppo", "evaluate") and self.needs_reward_model)
+        if self.preferences_folder and (reward or self.stage == "preferences"):
+            folders["preferences"] = self.preferences_folder
+        if reward:
+            folders["reward"] = self.reward_folder
+        return folders
+
+    def _cached(self, product: str, upstream: dict[str, Any]) -> Path:
+        """`cache/<product>-<digest>`: the digest is of the keys, the rows, the upstream models and the code."""
+        model = dict(self.plain["model"])
+        if product != "preferences":
+            del model["max_prompt_tokens"]  # it limits prompts to be answered, and training answers none
+        determinants = {
+            "model": model,
+            "data": identity.of_data(self.plain["data"], self.source, READS[product]),
+            **{key: self.plain[key] for key in ("quantization", product)},
+            **upstream,
+            **self._how,
+        }
+        code = identity.code_of(f"rlhf.pipeline.build.{product}", type(self.source).__module__)
+        name = identity.digest(identity.decisive(determinants), code, self._known)
+        return (self.outputs / "cache" / f"{product}-{name}").resolve()
+
+    # -- the run itself ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the configuration and of the models it starts from: equal identities are the same run.
+
+        PPO's own code is not part of it, so that a corrected line does not discard a week of runs. Reports name the
+        commits.
+        """
+        chosen = {key: value for key, value in self.plain.items() if key not in NOT_IDENTITY}
+        needed = [path.name for path in self.needed().values()]
+        return identity.digest(identity.decisive({**chosen, "needed": needed, **self._how}), known=self._known)
+
+    def finished(self) -> Path | None:
+        """The folder of this very run if it is finished: here, moved aside from here, or under another name."""
+        for folder in (self.folder, earlier.place(self.folder, self.identity)):
+            summary = read_summary(folder)
+            if summary is not None and summary.get("identity") == self.identity:
+                return folder
+        return cache.find_run(self.outputs, self.identity)
+
+    @property
+    def present(self) -> str:
+        """A description of the run that is in the folder now, for when it has to move aside."""
+        return earlier.describe(self.folder, self.plain, NOT_IDENTITY)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What decides a result among keys that mostly do not: trainers of the user, and skipped updates."""
+        skips = self.settings.guards.non_finite.action != "off"
+        return {"trainer": identity.of_trainer(self.plain["trainer"]), "skips_non_finite": skips}
+
+    @property
+    def _known(self) -> Path:
+        """Where digests of files are kept."""
+        return self.outputs / "cache" / "digests"

@@ -1,0 +1,74 @@
+"""Train PPO from wherever it was left to its end, with the evaluations that are due."""
+
+import logging
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from rlhf.distributed import collectives
+from rlhf.errors import ConfigError
+from rlhf.pipeline.build import MakeTrainer
+from rlhf.pipeline.checkpoints import Best, StepCheckpoints
+from rlhf.pipeline.interruption import Interruption
+from rlhf.pipeline.train import keep_metrics, send_again
+from rlhf.stages.batches import SeededBatches, loader
+from rlhf.stages.ppo import PPO
+from rlhf.tracking.metrics_file import evaluated_at
+
+log = logging.getLogger(__name__)
+
+
+def train_ppo(
+    make_trainer: MakeTrainer,
+    stage: PPO,
+    prompts: list[str],
+    evaluation: DataLoader,
+    folder: Path,
+    resume: str,
+    best: Best | None = None,
+) -> dict[str, float]:
+    """Train from the SFT model, or from the last checkpoint in `folder`, to the end.
+
+    Returns the evaluation of step 0, that of the SFT model.
+
+    Raises:
+        ConfigError: `resume` is `must`, and there is no checkpoint.
+    """
+    settings, ppo = stage.config, stage.ppo
+    # 1. Where the training was left.
+    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, also_every=ppo.eval_every)
+    last = collectives.on_rank_zero(checkpoints.latest)
+    if last is None and resume == "must":
+        raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
+    start = checkpoints.step_of(last) if last else 0
+    trainer = make_trainer(
+        folder,
+        callbacks=[checkpoints, Interruption(checkpoints)],
+        max_epochs=1,
+        val_check_interval=ppo.eval_every,
+        check_val_every_n_epoch=None,
+    )
+    stage.ppo_step = start
+    # 2. What was measured there, and what is still due.
+    evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
+    due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
+    kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
+    if last:
+        log.info("continuing from step %d", start)
+        stage.last_evaluation = evaluated
+        send_again(trainer, kept)
+        stage.guards.replay(kept)
+        stage.guards.check()
+        if due or start == ppo.steps:
+            stage.load_trained(last)
+    if due or not last:
+        trainer.validate(stage, evaluation, verbose=False)
+    # 3. Train; Lightning evaluates every `eval_every` steps.
+    if start < ppo.steps:
+        batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
+        trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
+        if ppo.steps % ppo.eval_every:
+            trainer.validate(stage, evaluation, verbose=False)
+    # 4. Only now is it known which checkpoint is the best.
+    collectives.on_rank_zero(checkpoints.prune)
+    return collectives.on_rank_zero(lambda: evaluated_at(folder, 0))

@@ -1,0 +1,57 @@
+"""A run on the terminal: its results as a table, or in a dry run what it would do."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Metric → its label, and the factor that it is shown with.
+ROWS = {
+    "eval/win_rate": ("win rate against the reference (%)", 100),
+    "eval/win_rate_se": ("  its standard error", 100),
+    "eval/length_adjusted_win_rate": ("  length-adjusted (%)", 100),
+    "eval/length_adjusted_win_rate_se": ("  its standard error", 100),
+    "eval/length_controlled_win_rate": ("  length-controlled (%)", 100),
+    "eval/length_controlled_win_rate_se": ("  its standard error", 100),
+    "eval/reward": ("learned reward", 1),
+    "eval/gold_utility": ("gold utility", 1),
+    "eval/true_kl": ("true KL from SFT (nats per token)", 1),
+    "eval/response_tokens": ("response length (tokens)", 1),
+    "eval/factual_precision": ("factual precision (%)", 100),
+    "eval/facts_per_response": ("facts per response", 1),
+    "eval/factscore": ("FActScore (%)", 100),
+    "eval/responding_ratio": ("responses that do not abstain (%)", 100),
+}
+
+
+def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
+    """Print what a job of a sweep would do (`rlhf.pipeline.preflight.describe`), in a line."""
+    step = description["step"]
+    state = "done   " if description["done"] else f"step {step:<3}" if step else "missing"
+    same = f"  (= {description['same_as']})" if description["same_as"] else ""
+    memory = (
+        f"  {description['memory'].partition(' (')[0]}" if description["memory"] and not description["done"] else ""
+    )
+    print(f"{state}  {' '.join(overrides)}{memory}{same}")
+    if description["moves_aside"]:
+        print(f"         {description['moves_aside']}")
+
+
+def show_results(summary: dict[str, Any], folder: Path) -> None:
+    """Print the metrics of a finished run; for PPO beside those of the SFT model that it started from."""
+    console = Console()
+    metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
+    table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
+    table.add_column("")
+    if summary["stage"] == "ppo":
+        table.add_column("SFT", justify="right")
+        table.add_column("PPO", justify="right")
+        for key, (label, scale) in ROWS.items():
+            if key in metrics:
+                table.add_row(label, *(f"{row[key] * scale:.2f}" if key in row else "" for row in (before, metrics)))
+    else:
+        table.add_column(summary["stage"], justify="right")
+        for key, value in metrics.items():
+            table.add_row(key, f"{value:.4f}")
+    console.print(table)
