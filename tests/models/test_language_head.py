@@ -13,7 +13,7 @@ from rlhf.models.logits import LanguageHead, head_of
 from rlhf.models.roles import Role, Roles, width_of
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.native import NativeEngine
-from rlhf.stages.experience import exact_divergence
+from rlhf.stages.passes import exact_divergence
 from tests.helpers.architectures import TRANSFORMED, tiny
 
 
