@@ -6,20 +6,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from rlhf import root
 from rlhf.errors import ConfigError, Interrupted, ModelError
 from rlhf.files import BUDGET, read_json
 from rlhf.models.memory import AUTOMATIC, estimate, largest_budget
 from rlhf.pipeline import preflight as preview
-from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.run import Run
 from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
-from tests.helpers.tiny_runs import TINY, before_call
-from tests.models.test_memory import VOCABULARY, settings
-from tests.pipeline.test_crash import assert_same, remains_of
+from tests.helpers.calls import before_call
+from tests.helpers.command_line import TINY
+from tests.helpers.composed_config import composed_run, composed_settings
+from tests.helpers.memory_estimates import VOCABULARY
+from tests.helpers.run_results import assert_same, remains_of
 
 GIB = 2**30
 
@@ -33,7 +32,7 @@ def peak(chosen: Settings, tokens: int) -> int:
 
 @pytest.mark.parametrize("options", [(), ("ppo.minibatch_size=16", "lora=none"), ("model.max_prompt_tokens=200",)])
 def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
-    chosen = settings("ppo.microbatch_tokens=auto", *options)
+    chosen = composed_settings("ppo.microbatch_tokens=auto", *options)
     text = chosen.model.max_prompt_tokens + chosen.generation.max_new_tokens
     budgets = []
     for free in [0, *(int(GIB * 1.16**i / 2) for i in range(15))]:
@@ -52,14 +51,14 @@ def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("value", ["0", "-5", "2.5", "null", "all", "[1]", "{a: 1}", "true"])
 def test_other_values_are_refused_in_a_sentence(value: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        settings(f"ppo.microbatch_tokens={value}")
+        composed_settings(f"ppo.microbatch_tokens={value}")
     assert str(refused.value).startswith("ppo.microbatch_tokens=")
     assert str(refused.value).endswith("is not allowed; allowed: a whole number above 0, or auto")
 
 
 def test_other_stages_take_a_number() -> None:
     with pytest.raises(ConfigError, match=r"sft.microbatch_tokens: Value 'auto'"):
-        settings("sft.microbatch_tokens=auto")
+        composed_settings("sft.microbatch_tokens=auto")
 
 
 @pytest.fixture
@@ -68,9 +67,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
 
     def make(gib: float, *overrides: str) -> Run:
         monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
-        with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-            config = compose("config", [f"output_dir={tmp_path}", *overrides])
-        return Run(config, settings_of(config), data_source(config), tmp_path / "run")
+        return composed_run(tmp_path, *overrides)
 
     return make
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from rlhf import root
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.farm import Farm
 from rlhf.errors import ConfigError, DataError
 from rlhf.pipeline import identity
-from rlhf.pipeline.config import check, data_source, settings_of
+from rlhf.pipeline.config import check
 from rlhf.pipeline.run import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
 from rlhf.sweep.resolvers import folder_name
+from tests.helpers.composed_config import composed_run
 
 
 @pytest.fixture
@@ -24,9 +23,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     """A run of the default configuration with some overrides."""
 
     def make(*overrides: str) -> Run:
-        with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-            config = compose("config", [f"output_dir={tmp_path}", *overrides])
-        return Run(config, settings_of(config), data_source(config), tmp_path / "run")
+        return composed_run(tmp_path, *overrides)
 
     return make
 
