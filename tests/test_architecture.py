@@ -83,6 +83,23 @@ def test_stages_know_nothing_of(folder: str) -> None:
     }
 
 
+def test_test_modules_share_code_only_through_the_helpers() -> None:
+    tests = Path(__file__).parent
+    found = {}
+    for file in tests.rglob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {f"{'.' * node.level}{node.module}.{name.name}" for name in node.names}
+        found[str(file.relative_to(tests))] = {
+            name for name in names if name.startswith((".", "tests.")) and not name.startswith("tests.helpers.")
+        }
+    # `from tests.helpers import killed_runs` is `tests.helpers.killed_runs` here
+    assert not {file: names for file, names in found.items() if names}
+
+
 def test_the_command_line_does_not_wait_for_torch() -> None:
     code = "import sys, rlhf.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ from rlhf.data.records import Prompt
 from rlhf.files import SUMMARY, read_lines
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.helpers.tiny_runs import TINY, rlhf
+from tests.helpers.command_line import TINY, rlhf
 
 pytestmark = pytest.mark.slow
 PAGE = (root() / "docs" / "extending.md").read_text()

@@ -7,23 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.records import SPLITS, columns
 from rlhf.errors import DataError
+from tests.helpers.composed_config import composed_data
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = {"with_input": "Q: {instruction} ({input})\nA:", "without_input": "Q: {instruction}\nA:"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 def alpaca(root: Path, **options: Any) -> Alpaca:
@@ -33,11 +25,6 @@ def alpaca(root: Path, **options: Any) -> Alpaca:
             (root / f"{split}.json").write_text(json.dumps(options[split]))
             options[split] = f"{split}.json"
     return Alpaca(**{"root": str(root), "template": TEMPLATE} | options)
-
-
-def configured(*overrides: str) -> Alpaca:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return instantiate(compose("data/alpaca", list(overrides)).data, _convert_="all")
 
 
 def demonstration(instruction: str, input: str = "", output: str = "An answer.") -> dict[str, str]:
@@ -191,22 +178,22 @@ def test_default_templates_are_alpaca_s_to_the_letter(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     others = [f"data.{split}=null" for split in SPLITS if split != "sft"]
     overrides = [f"data.root={tmp_path}", "data.sft=rows.json", *others]
-    assert configured(*overrides).load("sft")["prompt"] == [
+    assert composed_data("alpaca", *overrides).load("sft")["prompt"] == [
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:",
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nSay hi.\n\n### Response:",
     ]
-    assert configured(*overrides, "data/template=short").load("sft")["prompt"] == [
+    assert composed_data("alpaca", *overrides, "data/template=short").load("sft")["prompt"] == [
         "Instruction: Add.\nInput: 1 2\nResponse:\n",
         "Instruction: Say hi.\nResponse:\n",
     ]
     own = "data.template.without_input='{instruction} ->'"
-    assert configured(*overrides, own).load("sft")["prompt"][1] == "Say hi. ->"
+    assert composed_data("alpaca", *overrides, own).load("sft")["prompt"][1] == "Say hi. ->"
 
 
-def test_another_process_finds_the_cache(tmp_path, cache):
+def test_another_process_finds_the_cache(tmp_path, datasets_cache):
     """Evaluation instructions are part of the key, and the order of a set of texts differs between processes."""
     held_out = [demonstration(str(number)) for number in range(50)]
     source = alpaca(tmp_path, sft=[demonstration("A")], eval=held_out)
@@ -215,7 +202,11 @@ from rlhf.data.alpaca import Alpaca
 source = Alpaca(root={str(tmp_path)!r}, template={TEMPLATE!r}, sft="sft.json", eval="eval.json")
 print(source.load("sft")._fingerprint)
 """
-    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": str(datasets_cache),
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": str(ROOT),
+    }
     printed = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
@@ -226,7 +217,7 @@ print(source.load("sft")._fingerprint)
 @pytest.mark.skipif("RLHF_REAL_DATA" not in os.environ, reason="RLHF_REAL_DATA names no folder")
 def test_real_files():
     real = os.environ["RLHF_REAL_DATA"]
-    source = configured(f"data.root={real}")
+    source = composed_data("alpaca", f"data.root={real}")
     source.check()
     assert {split: len(source.load(split)) for split in source.splits} == {
         "sft": 5996,
@@ -242,10 +233,11 @@ def test_real_files():
         "`output_1` and `output_2` are identical": 3,
     }
     assert source.report["preference_validation"].counts == {"duplicate of an earlier row": 5}
-    whole = configured(f"data.root={real}", "data.sft=alpaca/alpaca_11k.jsonl.gz")
+    whole = composed_data("alpaca", f"data.root={real}", "data.sft=alpaca/alpaca_11k.jsonl.gz")
     assert len(whole.load("sft")) == 11_221
     assert sum(whole.report["sft"].read.values()) == 11_225
-    farm = configured(
+    farm = composed_data(
+        "alpaca",
         f"data.root={real}",
         "data.preference=alpaca_farm/simengsun_auto_annotations_test.json.gz",
         "data.eval=alpaca_eval/text_davinci_003_model_outputs.json.gz",

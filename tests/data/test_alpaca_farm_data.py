@@ -8,13 +8,11 @@ from typing import Any
 
 import datasets
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from rlhf.data import sources
-from rlhf.data.alpaca import Alpaca
 from rlhf.data.sources import Source
 from rlhf.errors import DataError
+from tests.helpers.composed_config import composed_data
 
 ROOT = Path(__file__).parents[2]
 HUB = "hf://datasets/tatsu-lab/alpaca_farm"
@@ -25,16 +23,6 @@ FILES = {
     "prompts": "alpaca_instructions/unlabeled.json",
     "eval": "alpaca_farm_evaluation.json",
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def configured(*overrides: str) -> Alpaca:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return instantiate(compose("data/alpaca_farm", list(overrides)).data, _convert_="all")
 
 
 def copy(root: Path, **rows: list[dict[str, Any]]) -> Path:
@@ -56,7 +44,7 @@ def copy(root: Path, **rows: list[dict[str, Any]]) -> Path:
 
 
 def test_a_local_copy(tmp_path):
-    data = configured(f"data.root={copy(tmp_path)}")
+    data = composed_data("alpaca_farm", f"data.root={copy(tmp_path)}")
     data.check()
     assert set(data.splits) == set(FILES)
     prompt = data.load("sft")["prompt"][0]
@@ -72,13 +60,13 @@ def test_a_local_copy(tmp_path):
 def test_other_preferences_and_files_by_name(tmp_path):
     copy(tmp_path)
     os.rename(tmp_path / FILES["preference"], tmp_path / "alpaca_noisy_multi_preference.json")
-    data = configured(f"data.root={tmp_path}", "data.preference=alpaca_noisy_multi_preference.json")
+    data = composed_data("alpaca_farm", f"data.root={tmp_path}", "data.preference=alpaca_noisy_multi_preference.json")
     assert len(data.load("preference")) == 1
 
 
 def test_evaluation_instructions_are_never_trained_on(tmp_path):
     rows = [{"instruction": name, "input": "", "output": "x"} for name in ("Sing.", "Dance.")]
-    data = configured(f"data.root={copy(tmp_path, sft=rows, prompts=rows)}")
+    data = composed_data("alpaca_farm", f"data.root={copy(tmp_path, sft=rows, prompts=rows)}")
     for split in ("sft", "prompts"):
         assert len(data.load(split)) == 1
         assert data.report[split].counts == {"instruction is in the evaluation set": 1}
@@ -87,7 +75,7 @@ def test_evaluation_instructions_are_never_trained_on(tmp_path):
 def test_a_missing_file_of_a_copy_is_named_at_once(tmp_path):
     (copy(tmp_path) / FILES["eval"]).unlink()
     with pytest.raises(DataError, match=r"^data\.eval: .*/alpaca_farm_evaluation\.json does not exist"):
-        configured(f"data.root={tmp_path}").check()
+        composed_data("alpaca_farm", f"data.root={tmp_path}").check()
 
 
 def test_the_hub_s_files_are_asked_for_by_name(tmp_path, monkeypatch):
@@ -100,7 +88,7 @@ def test_the_hub_s_files_are_asked_for_by_name(tmp_path, monkeypatch):
         return datasets.load_dataset(path, data_files=data_files.replace(HUB, str(tmp_path)), split=split)
 
     monkeypatch.setattr(sources, "load_dataset", load)
-    data = configured()
+    data = composed_data("alpaca_farm")
     data.check()
     assert all(len(data.load(split)) == 1 for split in data.splits)
     assert set(asked) == {f"{HUB}/{file}" for file in FILES.values()}
@@ -112,7 +100,7 @@ def test_without_a_hub_the_failure_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(sources, "load_dataset", load)
     with pytest.raises(DataError) as failure:
-        configured().load("eval")
+        composed_data("alpaca_farm").load("eval")
     assert str(failure.value) == (
         f"{HUB}/alpaca_farm_evaluation.json cannot be loaded (ConnectionError: Couldn't reach the Hugging Face Hub)"
     )
@@ -142,7 +130,7 @@ def test_a_root_on_the_hub_leaves_other_sources_as_they_are(spec):
 def test_real_evaluation_set(tmp_path):
     real = Path(os.environ["RLHF_REAL_DATA"], "alpaca_eval", "text_davinci_003_model_outputs.json.gz")
     copy(tmp_path, eval=json.loads(gzip.decompress(real.read_bytes())))
-    data = configured(f"data.root={tmp_path}")
+    data = composed_data("alpaca_farm", f"data.root={tmp_path}")
     assert len(data.load("eval")) == 803
     assert data.report["eval"].read == {"alpaca_farm_evaluation.json": 805}
     assert data.report["eval"].counts == {"empty `output`": 2}

@@ -1,93 +1,39 @@
 """A hundred and more bad inputs: each is refused in one sentence, or its bad rows are skipped and counted."""
 
-import gzip
 import json
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-import rlhf.sweep.resolvers  # noqa: F401
-from rlhf import root
-from rlhf.data.alpaca import Alpaca
-from rlhf.data.imdb import Imdb
-from rlhf.data.records import DataSource
-from rlhf.data.stack_exchange import StackExchange
 from rlhf.errors import DataError, ModelError
-from rlhf.errors.explaining import explain
 from rlhf.models.export import load_adapter, save_model, saved_head
 from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
-from rlhf.models.tokenizing import encode_pairs
-from rlhf.pipeline.checks import check
-from rlhf.pipeline.config import data_source, settings_of
-from rlhf.pipeline.run import Run
-from rlhf.settings import ModelSettings, Settings
-from tests.conftest import tiny_model, tiny_roles, word_tokenizer
-
-TEMPLATE = {"with_input": "Q: {instruction} ({input})\nA:", "without_input": "Q: {instruction}\nA:"}
-GOOD = {"instruction": "Do", "output": "Done.", "output_1": "one", "output_2": "two", "preference": 1,
-        "text": "A good film.", "label": 1}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def one_sentence(error: BaseException, expected: str) -> None:
-    """What the command would print: one line, and it names the thing."""
-    said = explain(error)
-    assert said is not None, f"a traceback would reach the user: {error!r}"
-    assert "\n" not in said
-    assert re.search(expected, said), said
-
-
-def lines(*rows: Any) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def parquet(**columns: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    return sink.getvalue().to_pybytes()
-
-
-def alpaca(folder: Path, name: str, split: str = "sft") -> DataSource:
-    return Alpaca(template=TEMPLATE, root=str(folder), **{split: name})
-
-
-def preference(folder: Path, name: str) -> DataSource:
-    return alpaca(folder, name, "preference")
-
-
-def imdb(folder: Path, name: str) -> DataSource:
-    return Imdb(reviews=name, shares={"sft": 1}, root=str(folder))
-
-
-def dump(folder: Path, name: str) -> DataSource:
-    return StackExchange(template=TEMPLATE, sources=name, shares={"prompts": 1}, root=str(folder))
-
-
-def pairs(folder: Path, name: str) -> DataSource:
-    return StackExchange(template=TEMPLATE, sources=name, shares={"preference": 1}, root=str(folder))
-
-
-SPLIT = {alpaca: "sft", preference: "preference", imdb: "sft", dump: "prompts", pairs: "preference"}
-PAIR = {"question": "Why?", "response_j": "So.", "response_k": "No."}
-CHAT = [{"role": "user", "content": "Hi"}]
-POST = b'<row Id="1" PostTypeId="1" Score="1" Body="Why?"/>'
+from rlhf.models.tokenizing import encode_pairs, short_enough
+from rlhf.settings import ModelSettings
+from tests.helpers.composed_config import compose_and_check
+from tests.helpers.data_readers import (
+    CHAT,
+    FILES,
+    GOOD,
+    PAIR,
+    SPLIT,
+    alpaca,
+    checked_and_loaded,
+    dump,
+    imdb,
+    lines,
+    one_sentence,
+    pairs,
+    preference,
+    shown,
+)
+from tests.helpers.tiny_models import tiny_model, tiny_roles, word_tokenizer
 
 # a good row and a bad one: which reader, the bad row, why it is skipped
 ROWS: list[tuple[Callable, Any, str]] = [
@@ -124,11 +70,6 @@ ROWS: list[tuple[Callable, Any, str]] = [
 ]
 
 
-def shown(value: object) -> str:
-    """A row's name, the same in every process."""
-    return getattr(value, "__name__", str(value)[:40])
-
-
 @pytest.mark.parametrize(("reader", "bad", "reason"), ROWS, ids=shown)
 def test_a_bad_row_is_skipped_and_counted(tmp_path: Path, reader: Callable, bad: Any, reason: str) -> None:
     good = PAIR if reader is pairs else GOOD
@@ -136,57 +77,6 @@ def test_a_bad_row_is_skipped_and_counted(tmp_path: Path, reader: Callable, bad:
     source, split = reader(tmp_path, "rows.jsonl"), SPLIT[reader]
     assert checked_and_loaded(source, split) == 1
     assert source.report[split].counts == {reason: 1}
-
-
-# a whole file: which reader, its name, its bytes, and the sentence, or how many rows are kept and how many counted
-FILES: list[tuple[Callable, str, bytes, str | tuple[int, int]]] = [
-    (alpaca, "x.jsonl", b"", "x.jsonl is empty"),
-    (alpaca, "x.jsonl", b"\n \n", "x.jsonl has no rows"),
-    (alpaca, "x.jsonl", b'{"instruction": "Do", "instruction": "Do not", "output": "x"}\n' + lines(GOOD), (1, 1)),
-    (alpaca, "x.jsonl", b"\xef\xbb\xbf" + lines(GOOD), (1, 0)),
-    (alpaca, "x.jsonl", lines(GOOD).decode().encode("utf-16"), "no row of x.jsonl can be used"),
-    (alpaca, "x.jsonl", lines(GOOD) + b'{"instruction": "D\xe9j\xe0", "output": "x"}\n', (1, 1)),
-    (alpaca, "x.jsonl", lines(GOOD).replace(b"\n", b"\r") * 2, "no row of x.jsonl can be used"),
-    (alpaca, "x.jsonl", gzip.compress(lines(GOOD), mtime=0), "no row of x.jsonl can be used"),
-    (alpaca, "x.jsonl", lines(GOOD) + b'{"instruction": "cut of', (1, 1)),
-    (alpaca, "x.jsonl.gz", gzip.compress(lines(GOOD) * 999, mtime=0)[:-9], "x.jsonl.gz cannot be read beyond row"),
-    (alpaca, "x.jsonl.gz", gzip.compress(lines(GOOD), mtime=0) + b"more", "x.jsonl.gz cannot be read beyond row 1"),
-    (alpaca, "x.jsonl.gz", b"PK\x03\x04", "x.jsonl.gz cannot be read beyond row 0: Not a gzipped file"),
-    (alpaca, "x.json", b"[", "x.json is not valid JSON"),
-    (alpaca, "x.json", b'{"data": []}', "x.json holds no list of rows"),
-    (alpaca, "x.json", b"[]", "x.json has no rows"),
-    (alpaca, "x.json", b"[" * 99_999, "x.json is not valid JSON"),
-    (alpaca, "x.json", b"[" + b"9" * 5_000 + b"]", "x.json is not valid JSON"),
-    (alpaca, "x.json", b'[{"instruction": "a", "output": "b", "output": "c"}]', "1 × a key that occurs twice"),
-    (alpaca, "x.csv", b"\n", "x.csv has no rows"),
-    (alpaca, "x.csv", b"instruction,output\n", "x.csv has no rows"),
-    (alpaca, "x.csv", b"instruction,output\nDo,x\nDo,x,y\nDo\nDo,y\n", (2, 2)),
-    (alpaca, "x.csv", b"instruction,output\n1,2\na,\n", (1, 1)),
-    (alpaca, "x.csv", b"instruction;output\nDo;x\n", "1 × no `instruction`"),
-    (alpaca, "x.csv", b"instruction,instruction,output\na,b,c\n", "x.csv names a column twice"),
-    (alpaca, "x.csv", b'instruction,output\na,"b\n', "x.csv cannot be read beyond row 0"),
-    (alpaca, "x.csv", "instruction,output\né,x\n".encode("latin-1"), "x.csv cannot be read beyond row 0: 'utf-8'"),
-    (alpaca, "x.csv", "instruction,output\na,x\n".encode("utf-16"), "x.csv cannot be read beyond row 0: 'utf-8'"),
-    (alpaca, "x.parquet", b"PAR1 but no more", "x.parquet cannot be loaded"),
-    (alpaca, "x.parquet", parquet(instruction=["a"] * 99, output=["b"] * 99)[:-9], "x.parquet cannot be loaded"),
-    (alpaca, "x.parquet", parquet(instruction=[1], output=["b"]), "`instruction` is of type int, not text"),
-    (alpaca, "x.parquet", parquet(instruction=["a", None], output=["b", "c"]), (1, 1)),
-    (alpaca, "x.parquet", parquet(other=["a"]), "1 × no `instruction`"),
-    (alpaca, "x.xlsx", b"PK\x03\x04", "x.xlsx ends in none of"),
-    (imdb, "x.csv", b"text,label\nA good film.,1.0\nA bad one.,0\n", (1, 1)),
-    (dump, "x.xml", b"", "x.xml is empty"),
-    (dump, "x.xml", b"<posts/>", r"not a single question can be used \(no rows\)"),
-    (dump, "x.xml", b"<html><body>404</body></html>", r"not a single question can be used \(no rows\)"),
-    (dump, "x.xml", b"<posts>" + POST, "x.xml is not valid XML beyond row 1"),
-    (dump, "x.xml", b"\x00\xff", "x.xml is not valid XML beyond row 0"),
-    (dump, "x.xml", b'<?xml version="1.0" encoding="nope"?><posts/>', "x.xml is not valid XML beyond row 0"),
-    (dump, "x.xml", b'<?xml version="1.0" encoding="shift_jis"?><posts/>', "x.xml is not valid XML beyond row 0"),
-    (dump, "x.xml", b'<!DOCTYPE p [<!ENTITY a SYSTEM "file:///etc/passwd">]><p>&a;</p>', "not valid XML .* entity"),
-    (dump, "x.xml", b"<posts>" + POST + POST + b"</posts>", (1, 1)),
-    (dump, "x.xml", b"<posts>" + POST + POST.replace(b'"1" Body', b'"9e9" Body') + b"</posts>", (1, 1)),
-    (dump, "x.xml", b"<posts>" + POST + b'<row Id="2"/></posts>', (1, 1)),
-    (dump, "x.xml.gz", b"<posts/>", "x.xml.gz cannot be read beyond row 0: Not a gzipped file"),
-]
 
 
 @pytest.mark.parametrize(("reader", "name", "content", "expected"), FILES, ids=shown)
@@ -201,12 +91,6 @@ def test_a_bad_file_is_one_sentence_or_counted(
     with pytest.raises(DataError) as failure:
         checked_and_loaded(source, split)
     one_sentence(failure.value, expected)
-
-
-def checked_and_loaded(source: DataSource, split: str) -> int:
-    """How many rows there are to use."""
-    source.check()
-    return len(source.load(split))
 
 
 PATHS = ["missing.jsonl", "folder.jsonl", "./missing", "x" * 300 + ".jsonl", "a\0b.jsonl", "~nobody/x.jsonl"]
@@ -288,15 +172,8 @@ CONFIGURED: list[tuple[str, str]] = [
 @pytest.mark.parametrize(("overrides", "expected"), CONFIGURED, ids=[row[0] for row in CONFIGURED])
 def test_a_bad_value_is_one_sentence_before_a_model_is_made(overrides: str, expected: str) -> None:
     with pytest.raises(Exception) as failure:  # noqa: PT011  (explain says which are told to the user)
-        compose_and_check(overrides.split())
+        compose_and_check(*overrides.split())
     one_sentence(failure.value, expected)
-
-
-def compose_and_check(overrides: list[str]) -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        config = compose("config", overrides)
-    settings = settings_of(config)
-    check(config, settings, data_source(config))
 
 
 def edited(name: str, **changes: Any) -> Callable[[Path], None]:
@@ -394,16 +271,13 @@ def test_a_tokenizer_without_a_pad_token_of_its_own_gets_one_that_exists(
 def test_texts_that_are_cut_and_prompts_that_are_left_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = word_tokenizer()
     encode_pairs(tokenizer, ["w3", "w4 w5 w6"], ["w7", "w8 w9"], 3)
-    source = SimpleNamespace(load=lambda split: {"prompt": ["w3", "w3 w4", "w3 w4 w5"]})
-    run = SimpleNamespace(settings=Settings(model=ModelSettings("x", max_prompt_tokens=2)), source=source)
-    assert Run._prompts(run, tokenizer) == ["w3", "w3 w4"]
+    assert short_enough(tokenizer, ["w3", "w3 w4", "w3 w4 w5"], 2) == [0, 1]
     assert caplog.messages == [
         "1 of 2 texts are longer than max_length=3 tokens and cut",
         "1 of 3 prompts are longer than model.max_prompt_tokens=2 and left out",
     ]
-    run.settings.model.max_prompt_tokens = 0
     with pytest.raises(DataError) as failure:
-        Run._prompts(run, tokenizer)
+        short_enough(tokenizer, ["w3"], 0)
     one_sentence(failure.value, "no prompt has at most model.max_prompt_tokens=0 tokens")
 
 

@@ -10,23 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-import rlhf.sweep.resolvers  # noqa: F401
-from rlhf import root
 from rlhf.data.records import columns
 from rlhf.errors import DataError
 from rlhf.errors.explaining import explain
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.config import data_source, settings_of
-from tests.data.test_bad_input import FILES, GOOD, PAIR, SPLIT, alpaca, dump, imdb, pairs, preference
+from tests.helpers.composed_config import composed
+from tests.helpers.data_readers import FILES, GOOD, PAIR, SPLIT, alpaca, dump, imdb, pairs, preference
 
 MORE = int(os.environ.get("RLHF_FUZZ", "1"))  # how many times as many examples
 FUZZ = settings(max_examples=30 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
@@ -42,12 +38,6 @@ names = st.sampled_from([*GOOD, *PAIR, "qid", "input"])
 rows = st.dictionaries(names, texts | values, max_size=8) | st.fixed_dictionaries(
     dict.fromkeys({**GOOD, **PAIR}, texts)
 )
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    datasets.disable_progress_bars()
 
 
 def read(reader: Callable, name: str, content: bytes) -> tuple[list[dict[str, str]], Any]:
@@ -160,18 +150,18 @@ def leaf_keys(node: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        config = compose("config", list(overrides))
+def unlocked(*overrides: str) -> DictConfig:
+    """A composed configuration to which any key can be added."""
+    config = composed(*overrides)
     OmegaConf.set_struct(config, False)
     return config
 
 
 CONFIGS = [
-    composed(),
-    composed("data=alpaca", "judge=none", "kl=adaptive", "data.root=/nope"),
-    composed("data=stack_exchange", "judge=none", "scorer=sentiment", "data.root=/nope"),
-    composed("data=imdb", "judge=none", "scorer=gold"),
+    unlocked(),
+    unlocked("data=alpaca", "judge=none", "kl=adaptive", "data.root=/nope"),
+    unlocked("data=stack_exchange", "judge=none", "scorer=sentiment", "data.root=/nope"),
+    unlocked("data=imdb", "judge=none", "scorer=gold"),
 ]
 # the size of the world and of a model from scratch may be anything: huge ones would take hours, not fail
 KEYS = [

@@ -6,24 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from rlhf.data.imdb import Imdb
 from rlhf.data.records import Demonstration, columns, skipped_rows
 from rlhf.errors import DataError
 from rlhf.models.sequences import pack
 from rlhf.models.tokenizing import encode_pairs
+from tests.helpers.composed_config import composed_data
 
 ROOT = Path(__file__).parents[2]
 SHARES = {"sft": 0.6, "prompts": 0.3, "eval": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def reviews(root: Path, rows: list[Any], only: str = "", **options: Any) -> Imdb:
@@ -175,9 +168,7 @@ def test_check_names_the_path(tmp_path):
 @pytest.mark.real
 @pytest.mark.skipif("RLHF_REAL_DATA" not in os.environ, reason="RLHF_REAL_DATA names no folder")
 def test_real_reviews():
-    overrides = [f"data.root={os.environ['RLHF_REAL_DATA']}", "data.reviews=imdb/imdb_train.jsonl.gz"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        data = instantiate(compose("data/imdb", overrides).data, _convert_="all")
+    data = composed_data("imdb", f"data.root={os.environ['RLHF_REAL_DATA']}", "data.reviews=imdb/imdb_train.jsonl.gz")
     data.check()
     counts = {split: len(data.load(split)) for split in data.splits}
     assert data.report["sft"].counts == {"duplicate of an earlier row": 98}

@@ -29,12 +29,6 @@ def to_record(row: Mapping[str, Any]) -> Demonstration:
     return Demonstration(text(row, "q"), text(row, "a"))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
-
-
 def read(root: Path, *specs: Any, **options: Any):
     return read_records(tuple(Source.parse(spec, root) for spec in specs), to_record, "sft", **options)
 
@@ -191,18 +185,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_cache_is_told_in_a_sentence_that_names_it(tmp_path, cache, name, damage):
+def test_damaged_cache_is_told_in_a_sentence_that_names_it(tmp_path, datasets_cache, name, damage):
     (tmp_path / "rows.jsonl").write_bytes(b"".join(map(line, numbered(9))) + b'17\n{"a": 1}\n')
     kept = read(tmp_path, "rows.jsonl")[0].to_list()
-    damaged = next(cache.rglob(name))
+    damaged = next(datasets_cache.rglob(name))
     damaged.write_bytes(damage(damaged.read_bytes()))
     with pytest.raises(
         DataError, match=r"^sft: the rows cannot be read from the cache of `datasets` \(\w+: "
     ) as failure:
         read(tmp_path, "rows.jsonl")
-    assert f"delete {cache}/generator, " in str(failure.value)
+    assert f"delete {datasets_cache}/generator, " in str(failure.value)
     assert "\n" not in str(failure.value)
-    shutil.rmtree(cache / "generator")
+    shutil.rmtree(datasets_cache / "generator")
     assert read(tmp_path, "rows.jsonl")[0].to_list() == kept
 
 
@@ -237,10 +231,10 @@ def test_slice_behind_the_end_is_fatal(tmp_path):
         read(tmp_path, "rows.jsonl[1:]")
 
 
-def test_report_is_the_same_from_the_cache(tmp_path, cache, caplog):
+def test_report_is_the_same_from_the_cache(tmp_path, datasets_cache, caplog):
     (tmp_path / "rows.jsonl").write_bytes(line(GOOD) + b"{\n" + line({**GOOD, "a": ""}))
     first = read(tmp_path, "rows.jsonl")
-    cached = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+    cached = {path: path.stat().st_mtime_ns for path in datasets_cache.rglob("*.arrow")}
     messages = list(caplog.messages)
     caplog.clear()
     second = read(tmp_path, "rows.jsonl")
@@ -249,7 +243,9 @@ def test_report_is_the_same_from_the_cache(tmp_path, cache, caplog):
     assert second[1] == first[1]
     assert second[0].to_list() == first[0].to_list()
     assert second[0]._fingerprint == first[0]._fingerprint
-    assert cached == {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}  # nothing was made anew
+    assert cached == {
+        path: path.stat().st_mtime_ns for path in datasets_cache.rglob("*.arrow")
+    }  # nothing was made anew
 
 
 def test_changed_file_is_read_again_even_if_size_and_time_are_the_same(tmp_path):

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-import datasets
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from rlhf.data.markdown import to_markdown
 from rlhf.data.posts import score
@@ -21,17 +18,11 @@ from rlhf.data.records import columns
 from rlhf.data.splitting import Shares
 from rlhf.data.stack_exchange import StackExchange
 from rlhf.errors import DataError
+from tests.helpers.composed_config import composed_data
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = {"with_input": "{instruction}{input}", "without_input": "Question: {instruction}\n\nAnswer: "}
 SHARES = {"sft": 0.3, "preference": 0.3, "preference_validation": 0.1, "prompts": 0.2, "eval": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 def xml(*rows: dict[str, Any]) -> str:
@@ -61,11 +52,6 @@ def source(root: Path, only: str = "", **options: Any) -> StackExchange:
     return StackExchange(
         **{"root": str(root), "template": TEMPLATE, "sources": "Posts.xml", "shares": shares} | options
     )
-
-
-def configured(*overrides: str) -> StackExchange:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return instantiate(compose("data/stack_exchange", list(overrides)).data, _convert_="all")
 
 
 @pytest.mark.parametrize(
@@ -286,10 +272,10 @@ def test_second_load_comes_from_the_cache_until_the_file_changes(tmp_path, monke
     assert source(tmp_path, "sft").load("sft")["response"] == ["Answer 3"]
 
 
-def test_nothing_temporary_is_left(tmp_path, cache):
+def test_nothing_temporary_is_left(tmp_path, datasets_cache):
     dump(tmp_path, question(1), answer(2, 1, 0))
     source(tmp_path, "sft").load("sft")
-    assert not list(cache.glob("stack_exchange-*"))
+    assert not list(datasets_cache.glob("stack_exchange-*"))
 
 
 @pytest.mark.parametrize(
@@ -332,14 +318,13 @@ def test_the_default_configuration_has_the_published_template(tmp_path):
         "data.shares.preference_validation=0",
         "data.shares.eval=0",
     ]
-    data = configured(f"data.root={tmp_path}", *only, "data.shares.prompts=1")
+    data = composed_data("stack_exchange", f"data.root={tmp_path}", *only, "data.shares.prompts=1")
     data.check()
     assert data.load("prompts")["prompt"] == ["Question: Question 1\n\nAnswer: "]
 
 
 PEAK = r"""
 import re, sys, datasets
-datasets.disable_progress_bars()
 from rlhf.data.stack_exchange import StackExchange
 data = StackExchange(template={"with_input": "{instruction}{input}", "without_input": "{instruction}"},
                      sources=sys.argv[1], shares={"sft": 0.5, "preference": 0.5})
@@ -379,7 +364,7 @@ def test_real_dumps():
         f"{site}_Posts.xml.gz"
         for site in ("ai_2017-03", "beer_2017-03", "matheducators_2014-05", "stackoverflow_first_2008-08")
     ]
-    data = configured(f"data.root={folder}", f"data.sources=[{','.join(dumps)}]")
+    data = composed_data("stack_exchange", f"data.root={folder}", f"data.sources=[{','.join(dumps)}]")
     data.check()
     assert {split: len(data.load(split)) for split in data.splits} == {
         "sft": 504, "preference": 1126, "preference_validation": 199, "prompts": 555, "eval": 88
@@ -390,7 +375,7 @@ def test_real_dumps():
     ]  # fmt: skip
     assert data.report["sft"].counts == {}
     assert any("```" in response for response in data.load("sft")["response"])
-    pairs = configured(
+    pairs = composed_data("stack_exchange", 
         f"data.root={folder}", "data.sources=torchtune_stack_exchange_paired_tiny.json.gz",
         "data.shares={sft:0.5,preference:0.5,preference_validation:0,prompts:0,eval:0}",
     )  # fmt: skip

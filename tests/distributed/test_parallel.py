@@ -1,13 +1,7 @@
 """Two real processes on one run: what they add up, the updates they make together, and how they leave."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,35 +9,20 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from rlhf import ppo
 from rlhf.distributed import collectives, processes, strategies
 from rlhf.errors import Interrupted
-from rlhf.models.roles import Roles
-from rlhf.rollout.engine import Generated
 from rlhf.stages.minibatches import split_minibatches
-from tests.helpers.harness import PROMPTS, gradients, make_ppo, ppo_settings, train, weights
-from tests.helpers.tiny_runs import TINY, sentence
-from tests.pipeline.test_crash import assert_same, remains_of
+from tests.helpers.command_line import sentence
+from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
+from tests.helpers.process_groups import together
+from tests.helpers.rollouts import Parrot
+from tests.helpers.run_results import assert_same, remains_of
+from tests.helpers.subprocess_runs import cached, run, stop
+from tests.helpers.training import gradients, weights
 
 DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
-
-
-def together(work: Callable, *arguments: Any) -> None:
-    """`work(rank, …)` in two processes of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_member, (port, work, arguments), nprocs=2)
-
-
-def _member(rank: int, port: int, work: Callable, arguments: Sequence[Any]) -> None:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in own.items()}
-    torch.set_num_threads(1)
-    with processes.joined():
-        work(rank, *arguments)
 
 
 # -- the pieces ------------------------------------------------------------------------------------------------------
@@ -111,18 +90,6 @@ def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
 # -- the updates -----------------------------------------------------------------------------------------------------
 
 
-class Parrot:
-    """An engine that answers a prompt with its own words, so that one process and two roll out the same."""
-
-    def generate(self, roles: Roles, role: str, prompts: Sequence[Sequence[int]], limit: int, *_: Any) -> Generated:
-        rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in prompts]
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.ones(len(rows), limit, dtype=torch.long)
-        for row, words in zip(ids, rows, strict=True):
-            row[: len(words)] = torch.tensor(words)
-        return Generated(ids, lengths, None)
-
-
 def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **trainer: Any) -> tuple[Any, Any, Any]:
     stage = make_ppo(ppo_settings(**options), folders, folder / "samples")
     stage.engine = Parrot()  # type: ignore[assignment]
@@ -188,18 +155,6 @@ def test_each_has_its_own_prompts_and_random_numbers(folders: SimpleNamespace, t
 # -- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-
-
-def cached(folder: Path, stage: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    path = next(folder.glob(f"outputs/cache/{stage}-*/model/*.safetensors"))
-    return load_file(path)
-
-
 @pytest.mark.long
 def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
     """SFT and reward model of two processes, by the command: the weights of one process to 1e-5."""
@@ -242,24 +197,6 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
     a, b = (list(remains_of([run]).values()) for run in runs)
     assert len(a) > 4
     assert_same(a, b)
-
-
-def stop(folder: Path, to_child: bool, options: Sequence[str]) -> int:
-    """Start, wait for a step more than there is, send SIGTERM to the launcher or to its second process."""
-    command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *options]
-    before = steps(folder)
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while steps(folder) <= before and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]) if to_child else process.pid, signal.SIGTERM)
-    return process.wait(timeout=120)
-
-
-def steps(folder: Path) -> int:
-    lines = [line for path in folder.glob("outputs/rlhf/*/metrics.jsonl") for line in path.read_text().splitlines()]
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -20,10 +20,14 @@ from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.passes import compute_values
 from rlhf.stages.ppo import PPO
-from tests.distributed.test_parallel import Parrot, cached, run, stop, together
-from tests.helpers.harness import PROMPTS, gradients, make_ppo, ppo_settings, spy, train, weights
-from tests.helpers.tiny_runs import sentence
-from tests.pipeline.test_crash import assert_same, remains_of
+from tests.helpers.calls import spy
+from tests.helpers.command_line import sentence
+from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
+from tests.helpers.process_groups import together
+from tests.helpers.rollouts import Parrot
+from tests.helpers.run_results import assert_same, remains_of
+from tests.helpers.subprocess_runs import cached, run, stop
+from tests.helpers.training import gradients, weights
 
 CPU = ["trainer.devices=2", "trainer.accelerator=cpu"]
 RUN = [

@@ -16,8 +16,8 @@ from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore, length_penalty, read_facts, read_truth
 from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, cut, read_entities, sentences
-from tests.helpers.harness import NoSource
 from tests.helpers.openai_server import Server, serving, text_of
+from tests.helpers.scorer_context import NoSource
 
 PAGES = {
     "Ada Lind": "Ada Lind was born in Oslo. She painted ships. She died in 1950.",

@@ -1,7 +1,6 @@
 """Judges behind an OpenAI-compatible endpoint: order, weights, retries, cache, cost, and what cannot be read."""
 
 import ast
-import functools
 import json
 import os
 import random
@@ -24,12 +23,9 @@ from rlhf.evaluation.endpoint import ClientSettings, Request, answering
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, reader
 from rlhf.evaluation.prompts import load_template
-from rlhf.models.roles import Roles
 from rlhf.report.runs import _per_prompt
-from rlhf.scorers import Context
-from tests.conftest import tiny_roles, word_tokenizer
-from tests.helpers.harness import NoSource
 from tests.helpers.openai_server import Server, serving, text_of
+from tests.helpers.scorer_context import NoSource, context
 
 PROMPTS = [Prompt(f"Q {i}\n", f"reference {i}", f"Question {i}?") for i in range(40)]
 GOOD = [f"good answer {i}" for i in range(40)]
@@ -54,15 +50,6 @@ def make(server: Server | None, folder: Path, **keys: Any) -> LLMPool:
         client["base_url"] = server.url
     keys = {"model": "some", "pool": {"one": {"prompt": "compare"}}, "sampling": {"temperature": 0.0}, **keys}
     return LLMPool(context(folder), client=client, **keys)
-
-
-@functools.cache
-def models() -> Roles:
-    return tiny_roles()
-
-
-def context(folder: Path) -> Context:
-    return Context(NoSource(), word_tokenizer(), models(), cache=folder)
 
 
 def test_the_better_one_wins_wherever_it_stands_and_both_places_occur(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.finished.run import FinishedRun
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.conftest import word_tokenizer
-from tests.evaluation.test_llm_pool import context
+from tests.helpers.command_line import TINY, rlhf, sentence
 from tests.helpers.finished_runs import outputs
 from tests.helpers.openai_server import serving, text_of
-from tests.helpers.tiny_runs import TINY, rlhf, sentence
+from tests.helpers.scorer_context import context
+from tests.helpers.tiny_models import word_tokenizer
 
 GOLD = {"_target_": "rlhf.evaluation.judges.GoldJudge"}
 

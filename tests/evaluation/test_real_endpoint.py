@@ -14,8 +14,8 @@ from rlhf.data.records import Prompt
 from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.llm_pool import LLMPool
 from rlhf.scorers import Context
-from tests.conftest import tiny_roles, word_tokenizer
-from tests.helpers.harness import NoSource
+from tests.helpers.scorer_context import NoSource
+from tests.helpers.tiny_models import tiny_roles, word_tokenizer
 
 MODEL = os.environ.get("RLHF_REAL_MODEL", "")
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.skipif(not MODEL, reason="RLHF_REAL_MODEL is not set")]

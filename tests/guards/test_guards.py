@@ -11,7 +11,6 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
@@ -22,8 +21,7 @@ from rlhf.files import read_json
 from rlhf.guards import MOST_SAVED, Guards
 from rlhf.guards.signs import GUARDS, SKIPPED, repetition
 from rlhf.pipeline.checkpoints import StepCheckpoints
-from rlhf.pipeline.config import settings_of
-from rlhf.pipeline.train import train_ppo
+from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.report.checks import warnings
 from rlhf.report.runs import load
 from rlhf.settings import GuardSettings, GuardsSettings, LimitGuard, Settings
@@ -31,21 +29,12 @@ from rlhf.stages.batches import SeededBatches
 from rlhf.stages.evaluation import falls
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import read_metrics
-from tests.helpers.harness import (
-    PROMPTS,
-    changed,
-    count_low_words,
-    fit,
-    gradients,
-    make_ppo,
-    ppo_settings,
-    quiet_trainer,
-    train,
-    weights,
-)
-from tests.pipeline.test_end_to_end import QUICK, rlhf
-from tests.report.test_report import write_run
-from tests.stages.test_stages import COMPARISONS, DEMONSTRATIONS, reward_stage, sft_stage
+from tests.helpers.composed_config import composed_settings
+from tests.helpers.made_up_sweeps import write_run
+from tests.helpers.ppo_stages import PROMPTS, count_low_words, make_ppo, ppo_settings, train
+from tests.helpers.subprocess_runs import QUICK, rlhf
+from tests.helpers.supervised_stages import COMPARISONS, DEMONSTRATIONS, reward_stage, sft_stage
+from tests.helpers.training import changed, fit, gradients, quiet_trainer, weights
 
 Line = dict[str, float]
 
@@ -205,15 +194,14 @@ def test_inspect_holds_only_so_many(tmp_path: Path) -> None:
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
-def composed(*overrides: str) -> GuardsSettings:
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        return settings_of(compose("config", list(overrides))).guards
+def composed_guards(*overrides: str) -> GuardsSettings:
+    return composed_settings(*overrides).guards
 
 
 def test_the_options_say_what_they_are_called() -> None:
     actions = {}
     for option in ("default", "strict", "off"):
-        guards = composed(f"guards={option}")
+        guards = composed_guards(f"guards={option}")
         actions[option] = {item.name: getattr(guards, item.name).action for item in fields(guards)}
     assert set(actions["default"].values()) == {"warn"}
     assert set(actions["off"].values()) == {"off"}
@@ -221,15 +209,15 @@ def test_the_options_say_what_they_are_called() -> None:
 
 
 def test_the_gap_has_its_limit_by_precision() -> None:
-    guards = composed()
+    guards = composed_guards()
     assert guards.at_precision(True).sampling_gap.limit == guards.sampling_gap.limit == 0.005
     assert guards.at_precision(False).sampling_gap.limit == 0.1
     assert guards.at_precision(False).first_ratio == guards.first_ratio
 
 
 def test_a_bare_off_of_yaml_is_off() -> None:
-    assert composed("guards.spike.action=false").spike.action == "off"
-    assert composed("guards.spike.action=off").spike.action == "off"
+    assert composed_guards("guards.spike.action=false").spike.action == "off"
+    assert composed_guards("guards.spike.action=off").spike.action == "off"
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -347,7 +335,7 @@ def test_without_the_guard_the_weights_are_lost(
 def test_a_healthy_run_has_the_same_bits_with_all_guards_as_with_none(folders: SimpleNamespace, tmp_path: Path) -> None:
     rows, ends = {}, {}
     for name in ("off", "default"):
-        stage = make_ppo(guarded(composed(f"guards={name}"), steps=3), folders, tmp_path / name)
+        stage = make_ppo(guarded(composed_guards(f"guards={name}"), steps=3), folders, tmp_path / name)
         lines = train(stage, tmp_path / name)
         rows[name] = [{k: v for k, v in r.items() if not k.startswith("time") and "per_second" not in k} for r in lines]
         ends[name] = stage.roles

@@ -6,13 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hydra
 from omegaconf import OmegaConf
 
-from rlhf import root
 from rlhf.models.export import save_adapter, save_model
 from rlhf.tracking.summary import write_summary
-from tests.conftest import tiny_lora, tiny_roles, word_tokenizer
+from tests.helpers.composed_config import composed
+from tests.helpers.tiny_models import tiny_lora, tiny_roles, word_tokenizer
 
 TEMPLATE = {"with_input": "w5 {instruction} {input} w6", "without_input": "w5 {instruction} w6"}
 METRICS = {
@@ -25,9 +24,8 @@ METRICS = {
 
 def config(*overrides: str) -> dict[str, Any]:
     """The resolved configuration of a run on tiny models, whose data set is words in a template."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        composed = hydra.compose("config", ["data=alpaca", "evaluation.max_new_tokens=6", *overrides])
-    plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    config = composed("data=alpaca", "evaluation.max_new_tokens=6", *overrides)
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return {**plain, "data": {**plain["data"], "template": TEMPLATE}}
 
 

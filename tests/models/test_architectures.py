@@ -27,8 +27,8 @@ from rlhf.rollout.native import NativeEngine
 from rlhf.scorers import Context
 from rlhf.scorers.sentiment import ClassifierScorer
 from rlhf.settings import LoraSettings, ModelSettings
-from tests.conftest import EOS, SPECIAL, randomise, word_tokenizer
-from tests.models.test_memory import settings
+from tests.helpers.composed_config import compose_and_check, composed_settings
+from tests.helpers.tiny_models import EOS, SPECIAL, randomise, word_tokenizer
 
 H = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 NOISE = {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "layerdrop": 0.3}
@@ -119,13 +119,11 @@ HERE = [GPT2, "lora.target_modules=[c_attn]", "reward.lora.target_modules=[c_pro
     ],
 )
 def test_what_an_architecture_cannot_do_is_refused_before_anything_is_made(overrides: list, expected: str) -> None:
-    from tests.data.test_bad_input import compose_and_check
-
     with pytest.raises(ConfigError, match=expected):
-        compose_and_check([*CUSTOM, *overrides])
+        compose_and_check(*CUSTOM, *overrides)
     if overrides[:1] == [GPT2]:
-        compose_and_check([*CUSTOM, *overrides[:3], "generation.max_new_tokens=136"])
-        compose_and_check([*CUSTOM, *overrides, "stage=sft", "sft.max_length=200"])
+        compose_and_check(*CUSTOM, *overrides[:3], "generation.max_new_tokens=136")
+        compose_and_check(*CUSTOM, *overrides, "stage=sft", "sft.max_length=200")
 
 
 def test_a_checkpoint_that_is_quantized_already_is_refused() -> None:
@@ -151,7 +149,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("kind", STRANGE)
 def test_the_memory_of_any_configuration_is_estimated(kind: str) -> None:
-    own = settings()
+    own = composed_settings()
     own.model.config, own.lora.r = STRANGE[kind], 0  # nothing is merged
     lm = skeleton(own.model, 500)
     needed = estimate(own, 500, reward_model=False)
@@ -239,14 +237,12 @@ def test_a_published_reward_model_reads_each_text_as_if_it_were_alone(
 
 
 def test_a_classifier_that_cannot_be_used_is_told_before_anything_is_trained(tmp_path: Path) -> None:
-    from tests.data.test_bad_input import compose_and_check
-
     config = AutoConfig.for_model("gpt2", **{**SPECIAL, **KINDS["gpt2"][0]})
     config.num_labels = 1
     save_model(AutoModelForSequenceClassification.from_config(config), word_tokenizer(), tmp_path)
     chosen = ["scorer=hub_reward_model", f"scorer.model={tmp_path}"]
     with pytest.raises(ConfigError, match=r"scorer.max_length=512: .* has 40 positions; allowed: up to 40"):
-        compose_and_check(chosen)
-    compose_and_check([*chosen, "scorer.max_length=40"])
+        compose_and_check(*chosen)
+    compose_and_check(*chosen, "scorer.max_length=40")
     with pytest.raises(Exception, match="has no such label"):
-        compose_and_check([*chosen, "scorer.max_length=40", "scorer.label=joy"])
+        compose_and_check(*chosen, "scorer.max_length=40", "scorer.label=joy")

@@ -12,7 +12,7 @@ from torch import nn
 from rlhf.models.fused_lora import FusedLinear, _Sum, fuse
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from tests.helpers.harness import LORA, make_ppo, ppo_settings
+from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings
 
 BATCH = Sequences.from_lists([[3, 4, 5], [6, 7]], [[8, 9, 10], [11, 12, 13, 14, 15]])
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from rlhf.data.farm import Farm
 from rlhf.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from rlhf.settings import ModelSettings
-from tests.helpers.tiny_runs import TINY, rlhf
+from tests.helpers.command_line import TINY, rlhf
 
 gguf = pytest.importorskip("gguf")
 FILE = "tiny.gguf"

@@ -14,7 +14,7 @@ from rlhf.models.roles import Role, Roles, width_of
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.native import NativeEngine
 from rlhf.stages.passes import exact_divergence
-from tests.helpers.architectures import TRANSFORMED, tiny
+from tests.helpers.tiny_architectures import TRANSFORMED, tiny
 
 
 @pytest.fixture(params=TRANSFORMED)

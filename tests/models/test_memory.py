@@ -4,25 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from rlhf import root
-from rlhf.models.memory import TRAINED, Memory, estimate
-from rlhf.pipeline.config import settings_of
-from rlhf.settings import Settings
-
-VOCABULARY = 500
-
-
-def settings(*overrides: str) -> Settings:
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        return settings_of(compose("config", list(overrides)))
-
-
-def of(*overrides: str, reward: bool = True, shares: int = 1) -> Memory:
-    found = estimate(settings(*overrides), VOCABULARY, reward, shares)
-    assert found is not None
-    return found
+from rlhf.models.memory import TRAINED, estimate
+from tests.helpers.composed_config import composed_settings
+from tests.helpers.memory_estimates import VOCABULARY, of
 
 
 def test_weights_and_adapters_by_hand() -> None:
@@ -60,7 +45,7 @@ NEOX_20B = "{model_type:gpt_neox,hidden_size:6144,intermediate_size:24576,num_hi
 def test_a_recipe_fits_the_card_that_it_names(
     recipe: str, config: str, vocabulary: int, reward: bool, card: int
 ) -> None:
-    own = settings(f"recipe={recipe}", "model.name_or_path=null", f"model.config={config}")
+    own = composed_settings(f"recipe={recipe}", "model.name_or_path=null", f"model.config={config}")
     needed = estimate(own, vocabulary, reward)
     assert needed is not None
     assert 0.8 * card < (needed.peak - needed.program) / 2**30 < 0.95 * card

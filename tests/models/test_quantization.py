@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf import root
 from rlhf.data.farm import Farm
 from rlhf.models.assembly import lora_config
 from rlhf.models.loading import load_causal_lm
@@ -13,6 +11,7 @@ from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.native import NativeEngine
 from rlhf.settings import LoraSettings, ModelSettings
+from tests.helpers.composed_config import composed
 
 pytest.importorskip("bitsandbytes")
 LORA = LoraSettings(r=4, alpha=32.0, dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -36,8 +35,7 @@ def model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
 
 
 def keywords(option: str) -> dict:
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        return dict(compose("config", [f"quantization={option}"]).quantization)
+    return dict(composed(f"quantization={option}").quantization)
 
 
 def quantized_roles(model: ModelSettings, tokenizer: PreTrainedTokenizerFast, option: str) -> Roles:

@@ -25,12 +25,13 @@ from rlhf.evaluation.evaluate import logged
 from rlhf.files import read_json
 from rlhf.files.digests import sha256
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
-from rlhf.pipeline.train import train_ppo
+from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import evaluated_at
-from tests.helpers.harness import PROMPTS, make_ppo, ppo_settings, quiet_trainer, weights
-from tests.helpers.tiny_runs import TINY, command  # noqa: F401
-from tests.pipeline.test_crash import assert_same
+from tests.helpers.command_line import TINY
+from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings
+from tests.helpers.run_results import assert_same
+from tests.helpers.training import quiet_trainer, weights
 
 
 def lines(folder: Path, *values: float | None, torn: str = "") -> None:
@@ -176,7 +177,7 @@ def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: 
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path: Path) -> None:
     """By the least KL, which the first step has; the last step's policy by the most. With an adapter and without."""
     allowed = logged(Farm(), judged=True, factscore=False)
     common = [*TINY, f"output_dir={tmp_path}/outputs", "ppo.eval_every=1", "ppo.checkpoint_every=3"]

@@ -6,20 +6,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from rlhf import root
 from rlhf.errors import ConfigError, Interrupted, ModelError
 from rlhf.files import BUDGET, read_json
 from rlhf.models.memory import AUTOMATIC, estimate, largest_budget
 from rlhf.pipeline import preflight as preview
-from rlhf.pipeline.config import data_source, settings_of
-from rlhf.pipeline.run import Run
+from rlhf.pipeline.plan import Plan
 from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
-from tests.helpers.tiny_runs import TINY, before_call
-from tests.models.test_memory import VOCABULARY, settings
-from tests.pipeline.test_crash import assert_same, remains_of
+from tests.helpers.calls import before_call
+from tests.helpers.command_line import TINY
+from tests.helpers.composed_config import composed_plan, composed_settings
+from tests.helpers.memory_estimates import VOCABULARY
+from tests.helpers.run_results import assert_same, remains_of
 
 GIB = 2**30
 
@@ -33,7 +32,7 @@ def peak(chosen: Settings, tokens: int) -> int:
 
 @pytest.mark.parametrize("options", [(), ("ppo.minibatch_size=16", "lora=none"), ("model.max_prompt_tokens=200",)])
 def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
-    chosen = settings("ppo.microbatch_tokens=auto", *options)
+    chosen = composed_settings("ppo.microbatch_tokens=auto", *options)
     text = chosen.model.max_prompt_tokens + chosen.generation.max_new_tokens
     budgets = []
     for free in [0, *(int(GIB * 1.16**i / 2) for i in range(15))]:
@@ -52,73 +51,73 @@ def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("value", ["0", "-5", "2.5", "null", "all", "[1]", "{a: 1}", "true"])
 def test_other_values_are_refused_in_a_sentence(value: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        settings(f"ppo.microbatch_tokens={value}")
+        composed_settings(f"ppo.microbatch_tokens={value}")
     assert str(refused.value).startswith("ppo.microbatch_tokens=")
     assert str(refused.value).endswith("is not allowed; allowed: a whole number above 0, or auto")
 
 
 def test_other_stages_take_a_number() -> None:
     with pytest.raises(ConfigError, match=r"sft.microbatch_tokens: Value 'auto'"):
-        settings("sft.microbatch_tokens=auto")
+        composed_settings("sft.microbatch_tokens=auto")
 
 
 @pytest.fixture
-def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     """A run of the default configuration where so many GiB are free."""
 
-    def make(gib: float, *overrides: str) -> Run:
+    def make(gib: float, *overrides: str) -> Plan:
         monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
-        with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-            config = compose("config", [f"output_dir={tmp_path}", *overrides])
-        return Run(config, settings_of(config), data_source(config), tmp_path / "run")
+        return composed_plan(tmp_path, *overrides)
 
     return make
 
 
-def settled(run: Run, **options: object) -> int:
+def settled(run: Plan, **options: object) -> int:
     preview.settle_budget(run, **options)  # type: ignore[arg-type]
     run.folder.mkdir(exist_ok=True)
     preview.keep_budget(run)
     return run.settings.ppo.microbatch_tokens
 
 
-def test_a_run_goes_on_with_what_it_began_with(make_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_goes_on_with_what_it_began_with(
+    make_plan: Callable[..., Plan], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     auto = "ppo.microbatch_tokens=auto"
-    first = make_run(2, auto)
+    first = make_plan(2, auto)
     began = settled(first)
     assert f"auto: {began}; the run needs about" in caplog.text
-    assert settled(make_run(0.9, auto)) == began  # another machine, or something else runs on it
+    assert settled(make_plan(0.9, auto)) == began  # another machine, or something else runs on it
     assert f"auto: {began}, as the run began" in caplog.text
-    assert settled(make_run(2, auto, "seed=1")) == began  # another configuration: what was kept is not looked at
-    fewer = settled(make_run(0.9, auto, "seed=2"))
+    assert settled(make_plan(2, auto, "seed=1")) == began  # another configuration: what was kept is not looked at
+    fewer = settled(make_plan(0.9, auto, "seed=2"))
     assert fewer < began
-    assert settled(make_run(2, auto, "seed=2")) == fewer
-    assert settled(make_run(2, auto, "seed=2"), fresh=True) == began
-    assert settled(make_run(4, auto, "seed=3"), jobs=2) == began  # two at once have half of it each
+    assert settled(make_plan(2, auto, "seed=2")) == fewer
+    assert settled(make_plan(2, auto, "seed=2"), fresh=True) == began
+    assert settled(make_plan(4, auto, "seed=3"), jobs=2) == began  # two at once have half of it each
 
 
-def test_the_identity_says_auto(make_run: Callable[..., Run]) -> None:
+def test_the_identity_says_auto(make_plan: Callable[..., Plan]) -> None:
     auto = "ppo.microbatch_tokens=auto"
-    one = make_run(2, auto)
-    picked, before = settled(one), make_run(2, auto).identity
-    other = make_run(0.9, auto)
+    one = make_plan(2, auto)
+    picked, before = settled(one), make_plan(2, auto).identity
+    other = make_plan(0.9, auto)
     assert settled(other, fresh=True) < picked
-    assert one.identity == other.identity == before != make_run(2, f"ppo.microbatch_tokens={picked}").identity
+    assert one.identity == other.identity == before != make_plan(2, f"ppo.microbatch_tokens={picked}").identity
 
 
-def test_a_number_stays_what_it_is(make_run: Callable[..., Run]) -> None:
-    assert settled(make_run(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
-    run = make_run(2, "ppo.microbatch_tokens=300")
+def test_a_number_stays_what_it_is(make_plan: Callable[..., Plan]) -> None:
+    assert settled(make_plan(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
+    run = make_plan(2, "ppo.microbatch_tokens=300")
     before = (run.folder / BUDGET).read_bytes()
     assert settled(run) == 300
     assert (run.folder / BUDGET).read_bytes() == before
 
 
-def test_what_cannot_be_estimated_is_refused(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_estimated_is_refused(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as without the Hub
     with pytest.raises(ModelError, match=r"ppo.microbatch_tokens=auto needs .* cannot be read; allowed: a number"):
-        preview.settle_budget(make_run(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b"))
+        preview.settle_budget(make_plan(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b"))
 
 
 @pytest.mark.slow

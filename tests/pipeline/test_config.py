@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import rlhf.sweep.resolvers  # noqa: F401
 from rlhf import root
 from rlhf.pipeline.config import instantiate, settings_of, target_class
 from rlhf.sweep.resolvers import folder_name
-from tests.helpers.tiny_runs import sentence
+from tests.helpers.command_line import sentence
+from tests.helpers.composed_config import composed
 
 CONF = root() / "conf"
 OPTIONS = [
@@ -36,8 +35,7 @@ def test_every_option_composes_and_what_it_names_exists(override: str) -> None:
         "judge=llm_pool_13": models,
         "evaluation=factscore": scored,
     }
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", [override, *beside.get(group, []), *beside.get(override, [])])
+    config = composed(override, *beside.get(group, []), *beside.get(override, []))
     settings_of(config)
     for key in ("scorer", "judge", "preferences", "data", "kl", "trainer", "logger"):
         assert callable(target_class(config[key], key))
@@ -171,8 +169,7 @@ PAPER = ["experiments=table1", "recipe=paper", "model=llama_7b", "data=alpaca_fa
 
 @pytest.mark.parametrize("variant", sorted(path.stem for path in (CONF / "variant").glob("*.yaml")))
 def test_the_study_composes_with_the_published_hyper_parameters(variant: str) -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", [*PAPER, f"variant={variant}"])
+    config = composed(*PAPER, f"variant={variant}")
     settings_of(config)
     for group, values in PUBLISHED.items():
         for key, value in values.items():
@@ -187,8 +184,7 @@ def test_the_study_composes_with_the_published_hyper_parameters(variant: str) ->
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (root() / "experiments").glob("*.yaml")))
 def test_every_experiment_composes(name: str) -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", [f"experiments={name}"])
+    config = composed(f"experiments={name}")
     settings_of(config)
     assert config.name == name
 
@@ -227,8 +223,7 @@ SYSTEMS = {
 
 @pytest.mark.parametrize("recipe", SYSTEMS)
 def test_a_recipe_has_the_published_numbers(recipe: str) -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", [f"recipe={recipe}"])
+    config = composed(f"recipe={recipe}")
     settings_of(config)
     for group, values in SYSTEMS[recipe].items():
         for key, value in values.items():

@@ -1,8 +1,5 @@
 """Real processes, killed: after the same command again everything is what an undisturbed run leaves, bit for bit."""
 
-import hashlib
-import json
-import math
 import os
 import shutil
 import signal
@@ -10,16 +7,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-import torch
 
-from tests.helpers import dying
-from tests.helpers.tiny_runs import TINY
+from tests.helpers import killed_runs
+from tests.helpers.command_line import TINY
+from tests.helpers.run_results import STAGES, assert_same, remains
 
 pytestmark = pytest.mark.long
 KILLS = int(os.environ.get("RLHF_KILLS", "0"))  # how many more kills, at random moments
@@ -28,15 +24,15 @@ COMMAND = [
     "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min",
 ]  # fmt: skip
 
-# what is going on, where in the program that is (see dying.py), at the how manieth time, and how many seconds later
+# a name, the moment (see killed_runs.py), at which of its occurrences the signal comes, and how many seconds later
 SFT, REWARD, RUN = "*/.sft-*.building", "*/.reward-*.building", "*/outputs/rlhf/*"
 MOMENTS: list[tuple[str, str, int, float]] = [
     ("SFT: an update", "rlhf.stages.base:Stage.accumulate", 2, 0),
     ("SFT: a checkpoint begun", f"write {SFT}/checkpoints/.step-*.ckpt.[0-9]*", 1, 0),
     ("SFT: a checkpoint written", f"rename {SFT}/checkpoints/step-*.ckpt", 1, 0),
     ("SFT: the last validation", "rlhf.stages.sft:SupervisedFineTuning.on_validation_epoch_end", 1, 0),
-    ("SFT: the model", "rlhf.pipeline.build:save_model", 1, 0),
-    ("SFT: the model, half-way", "rlhf.pipeline.build:save_model", 1, 0.005),
+    ("SFT: the model", "rlhf.pipeline.build.sft:save_model", 1, 0),
+    ("SFT: the model, half-way", "rlhf.pipeline.build.sft:save_model", 1, 0.005),
     ("SFT: the checksums", f"rename {SFT}/checksums.json", 1, 0),
     ("SFT: the summary", f"rename {SFT}/summary.json", 1, 0),
     ("SFT: into the cache", "rename */cache/sft-*", 1, 0),
@@ -45,7 +41,7 @@ MOMENTS: list[tuple[str, str, int, float]] = [
     ("reward: a checkpoint written", f"rename {REWARD}/checkpoints/step-*.ckpt", 1, 0),
     ("reward: the last validation", "rlhf.stages.reward:RewardModeling.on_validation_epoch_end", 1, 0),
     ("reward: the baseline", "rlhf.stages.reward:RewardModeling.baseline", 1, 0),
-    ("reward: the model", "rlhf.pipeline.build:save_adapter", 1, 0),
+    ("reward: the model", "rlhf.pipeline.build.reward:save_adapter", 1, 0),
     ("reward: the summary", f"rename {REWARD}/summary.json", 1, 0),
     ("reward: into the cache", "rename */cache/reward-*", 1, 0),
     ("evaluation of SFT", "rlhf.stages.ppo:PPO.validation_step", 1, 0),
@@ -78,7 +74,6 @@ MOMENTS: list[tuple[str, str, int, float]] = [
     ("the report: its page", "write */report/report.html", 1, 0),
 ]  # fmt: skip
 KILLED = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (-signal.SIGTERM, 75), signal.SIGUSR1: (75,)}
-STAGES = {"SFT": "cache/sft-*", "reward": "cache/reward-*", "PPO": "rlhf/*"}
 
 
 def arguments(folder: Path) -> list[str]:
@@ -97,7 +92,7 @@ def kill_at(folder: Path, where: str, nth: int, seconds: float, number: signal.S
     """Run until a moment and be killed there; False where the run ended without it."""
     log = folder / "died.log"
     log.unlink(missing_ok=True)
-    process = dying.start(folder, arguments(folder), where, nth, seconds, number)
+    process = killed_runs.start(folder, arguments(folder), where, nth, seconds, number)
     process.join()
     expected = KILLED[number] if log.exists() else (0,)
     assert process.exitcode in expected, (where, number, process.exitcode, (folder / "said.log").read_text())
@@ -106,7 +101,7 @@ def kill_at(folder: Path, where: str, nth: int, seconds: float, number: signal.S
 
 def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
     """Run for so long and be killed; False where the run ended before."""
-    process = dying.start(folder, arguments(folder))
+    process = killed_runs.start(folder, arguments(folder))
     process.join(seconds)
     if process.is_alive():
         os.kill(process.pid or 0, number)
@@ -114,71 +109,6 @@ def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
     expected = (0, *KILLED[number])  # it may have ended just before
     assert process.exitcode in expected, (seconds, number, process.exitcode, (folder / "said.log").read_text())
     return process.exitcode != 0
-
-
-def remains(folder: Path) -> dict[str, Any]:
-    """What runs, caches and reports below `folder` leave."""
-    outputs = folder / "outputs"
-    found = remains_of(path.parent for name in STAGES.values() for path in outputs.glob(f"{name}/summary.json"))
-    for path in [*outputs.glob("rlhf/*/alpaca_eval*.json"), *outputs.glob("rlhf/report/**/*.[mct]*")]:
-        found[f"{path.parent.name}/{path.name}"] = path.read_text()
-    found["registered"] = sorted(path.name for path in outputs.glob("cache/runs/[!.]*"))
-    # in cache/runs, which nobody holds a lock of, some bytes may stay
-    found["torn"] = [str(path) for path in outputs.glob("[rc]*/*/.*.*[0-9]") if path.parent.name != "runs"]
-    found["report"] = sorted(path.name for path in outputs.glob("rlhf/report/**/*"))
-    return found
-
-
-def remains_of(runs: Iterable[Path]) -> dict[str, Any]:
-    """What runs leave, without what depends on the clock and the place."""
-    found: dict[str, Any] = {}
-    for run in runs:
-        name = run.name
-        for path in sorted([*run.glob("model/**/*"), *run.glob("model_best/**/*")]):
-            if path.suffix in (".safetensors", ".json") and path.name != "adapter_config.json":
-                found[f"{name}/{path.parent.name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[f"{name}/metrics"] = [timeless(json.loads(line)) for line in lines_of(run / "metrics.jsonl")]
-        for extra in ("samples.jsonl", "outcomes.jsonl"):
-            if (run / extra).exists():
-                found[f"{name}/{extra}"] = (run / extra).read_text()
-        summary = json.loads((run / "summary.json").read_text())
-        told = ("stage", "metrics", "sft_metrics", "best", "guards", "rows", "reward_model")
-        found[f"{name}/summary"] = timeless({key: summary[key] for key in told if key in summary})
-        kept = sorted(run.glob("checkpoints/step-*.ckpt"))
-        best = (summary.get("best") or {}).get("step", 0)
-        for path in kept[-1:] + [path for path in kept[:-1] if path.name == f"step-{best:06d}.ckpt"]:
-            # how often Lightning went through its loops counts those that were broken off too
-            found[f"{name}/{path.name}"] = {**torch.load(path, weights_only=True), "loops": None}
-    return found
-
-
-def timeless(node: Any) -> Any:
-    """Without what the clock says."""
-    if not isinstance(node, dict):
-        return node
-    kept = {key: value for key, value in node.items() if not key.startswith(("time", "ppo/rollouts_per_second"))}
-    return {key: timeless(value) for key, value in kept.items()}
-
-
-def lines_of(path: Path) -> list[str]:
-    return path.read_text().splitlines()
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, float) and math.isnan(a):
-        assert math.isnan(b), where
-    else:
-        assert a == b, where
 
 
 class Lives:

@@ -22,12 +22,14 @@ import torch
 from rlhf.errors import ConfigError
 from rlhf.errors.machine import of_the_machine, writing
 from rlhf.files import aside, copy_folder, keep_lines, locks, read_json, write_json
-from rlhf.pipeline import build, cache, run
+from rlhf.pipeline import cache, run
+from rlhf.pipeline.build import sft
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import JsonLines
-from tests.helpers.tiny_runs import TINY, before_call, command, sentence  # noqa: F401
-from tests.pipeline.test_crash import assert_same, remains
+from tests.helpers.calls import before_call
+from tests.helpers.command_line import TINY, sentence
+from tests.helpers.run_results import assert_same, remains
 
 
 @contextmanager
@@ -60,27 +62,27 @@ def of_ppo(_: Any, trainer: Any, stage: Any) -> bool:
 MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "a line of metrics": (JsonLines, "log_metrics", lambda _, metrics, step=0: "sft/loss" in metrics),
     "a checkpoint of SFT": (StepCheckpoints, "save", lambda _, trainer, stage: stage.steps_done > 2),
-    "a cached model": (build, "save_model", lambda model, tokenizer, folder: True),
+    "a cached model": (sft, "save_model", lambda model, tokenizer, folder: True),
     "a checkpoint of PPO": (StepCheckpoints, "save", of_ppo),
     "a summary": (run, "write_summary", lambda folder, *rest: "cache" not in folder.parts),
 }
 
 
 @pytest.mark.long
-def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_bit(command: Callable, tmp_path: Path) -> None:  # noqa: F811
+def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_bit(command: Callable, tmp_path: Path) -> None:
     undisturbed = tmp_path / "undisturbed"
     assert command(*TINY, f"output_dir={undisturbed}/outputs")[0] == 0
     with mounted(tmp_path / "disk", "size=32m") as disk:
         arguments = [*TINY, f"output_dir={disk}/outputs"]
         for what, (owner, name, when) in MOMENTS.items():
             with before_call(owner, name, lambda *args, when=when: fill(disk) if when(*args) else None):
-                code, said = command(*arguments)
-            assert code == 1, (what, said)
-            assert "No space left on device" in sentence(said), what
+                code, out, error = command(*arguments)
+            assert code == 1, (what, out, error)
+            assert "No space left on device" in sentence(out + error), what
             (disk / "filler").unlink()
             assert not list(disk.rglob(f".*.{os.getpid()}")), f"{what}: something half-written was left"
-        code, said = command(*arguments)
-        assert code == 0, said
+        code, out, error = command(*arguments)
+        assert code == 0, out + error
         assert_same(remains(disk), remains(undisturbed))
 
 
@@ -155,15 +157,15 @@ def passable(folder: Path) -> None:
             parent.chmod(0o755)
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_sentence(command: Callable, tmp_path: Path) -> None:  # noqa: F811
+def test_an_output_folder_that_cannot_be_written_is_one_sentence(command: Callable, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     outputs.mkdir()
     outputs.chmod(0o555)
     with mounted(outputs, "ro,size=1m") if os.geteuid() == 0 else nullcontext():  # root may write everywhere else
-        code, said = command(*TINY, f"output_dir={outputs}")
+        code, out, error = command(*TINY, f"output_dir={outputs}")
     assert code == 1
     reason = "Read-only file system" if os.geteuid() == 0 else "Permission denied"
-    assert sentence(said).startswith(f"rlhf: {reason}: {outputs}")
+    assert sentence(out + error).startswith(f"rlhf: {reason}: {outputs}")
 
 
 def built(folder: Path) -> None:

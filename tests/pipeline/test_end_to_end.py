@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
+from tests.helpers.subprocess_runs import QUICK, rlhf
 
 pytestmark = pytest.mark.slow
-QUICK = ["debug=quick", "logger=csv", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"]
 PPO_METRICS = [
     "reward",
     "shaped_reward",
@@ -44,21 +44,6 @@ EVAL_METRICS = [
     "facts_per_response",
     "gold_utility",
 ]
-
-
-def rlhf(folder: Path, *arguments: str, code: int = 0) -> str:
-    """Run the command in a process of its own, below `folder`."""
-    flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them in front
-    overrides = [f"output_dir={folder}/outputs", *(argument for argument in arguments if argument not in flags)]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *flags, *overrides],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

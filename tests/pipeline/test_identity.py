@@ -7,27 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from rlhf import root
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.farm import Farm
 from rlhf.errors import ConfigError, DataError
 from rlhf.pipeline import identity
 from rlhf.pipeline.checks import check
-from rlhf.pipeline.config import data_source, settings_of
-from rlhf.pipeline.run import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
+from rlhf.pipeline.plan import Plan
 from rlhf.sweep.resolvers import folder_name
+from tests.helpers.composed_config import composed_plan
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Run]:
+def make_plan(tmp_path: Path) -> Callable[..., Plan]:
     """A run of the default configuration with some overrides."""
 
-    def make(*overrides: str) -> Run:
-        with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-            config = compose("config", [f"output_dir={tmp_path}", *overrides])
-        return Run(config, settings_of(config), data_source(config), tmp_path / "run")
+    def make(*overrides: str) -> Plan:
+        return composed_plan(tmp_path, *overrides)
 
     return make
 
@@ -180,11 +176,11 @@ DECIDED = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), DECIDED)
-def test_what_a_key_decides(make_run: Callable[..., Run], overrides: str, expected: str) -> None:
-    def names(run: Run) -> dict[str, str]:
+def test_what_a_key_decides(make_plan: Callable[..., Plan], overrides: str, expected: str) -> None:
+    def names(run: Plan) -> dict[str, str]:
         return {"sft": run.sft_folder.name, "reward": run.reward_folder.name, "run": run.identity}
 
-    before, after = names(make_run()), names(make_run(*overrides.split()))
+    before, after = names(make_plan()), names(make_plan(*overrides.split()))
     assert ", ".join(name for name in before if before[name] != after[name]) == expected
 
 
@@ -193,22 +189,22 @@ KEYS = ["limit_train_batches=1", "fast_dev_run=true", "overfit_batches=1", "max_
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_trainers_key_that_changes_training_is_refused(make_run: Callable[..., Run], key: str) -> None:
-    run = make_run(f"+trainer.{key}")
+def test_a_trainers_key_that_changes_training_is_refused(make_plan: Callable[..., Plan], key: str) -> None:
+    run = make_plan(f"+trainer.{key}")
     with pytest.raises(ConfigError, match=rf"^trainer\.{key.partition('=')[0]} .*; allowed: ") as refused:
         check(run.config, run.settings, run.source)
     assert "\n" not in str(refused.value)
 
 
-def test_a_stage_needs_no_data_of_later_stages(make_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_stage_needs_no_data_of_later_stages(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
     """SFT on demonstrations alone, although the default scorer would need comparisons."""
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     alone = ("data=alpaca", f"data.root={tmp_path}", "data.sft=rows.jsonl", "judge=reward_model", "model=custom",
              "model.name_or_path=a/b", *(f"data.{split}=null" for split in
              ("sft_validation", "preference", "preference_validation", "prompts", "eval")))  # fmt: skip
-    run = make_run("stage=sft", *alone)
+    run = make_plan("stage=sft", *alone)
     check(run.config, run.settings, run.source)
-    run = make_run("stage=ppo", *alone)
+    run = make_plan("stage=ppo", *alone)
     with pytest.raises((ConfigError, DataError), match="no preference split"):
         check(run.config, run.settings, run.source)
 
@@ -216,21 +212,34 @@ def test_a_stage_needs_no_data_of_later_stages(make_run: Callable[..., Run], tmp
 # -- code ------------------------------------------------------------------------------------------------------------
 
 
-def modules_of(*names: str) -> set[str]:
-    return {str(path.relative_to(identity.PACKAGE)) for path in identity.code_of(*names)}
-
-
 def test_the_code_that_decides_a_model_is_what_makes_it() -> None:
-    sft, reward, preferences = map(folders_of, (SFT_CODE, REWARD_CODE, PREFERENCES_CODE))
-    made_by = {"data", "distributed", "models", "guards", "stages", "seeding.py", "settings.py"}
-    assert sft == reward == made_by
-    assert preferences == made_by | {"rollout", "evaluation", "scorers"}
-    assert "stages/reward.py" in modules_of(*REWARD_CODE) - modules_of(*SFT_CODE)
-    assert "stages/ppo.py" not in modules_of(*PREFERENCES_CODE)
+    sft, reward, preferences = map(files_that_decide, ("sft", "reward", "preferences"))
+    made_by = {
+        "data",
+        "distributed",
+        "models",
+        "guards",
+        "stages",
+        "pipeline",
+        "schema.py",
+        "seeding.py",
+        "settings.py",
+    }
+    assert top(sft) == top(reward) == made_by
+    assert top(preferences) == made_by - {"guards", "stages"} | {"rollout", "evaluation", "scorers"}
+    assert "stages/sft.py" in sft - reward
+    assert "stages/reward.py" in reward - sft
+    assert "stages/ppo.py" not in sft | reward | preferences
 
 
-def folders_of(modules: tuple[str, ...]) -> set[str]:
-    return {name.partition("/")[0] for name in modules_of(*modules)}
+def files_that_decide(product: str) -> set[str]:
+    files = identity.code_of(f"rlhf.pipeline.build.{product}")
+    return {str(file.relative_to(identity.PACKAGE)) for file in files}
+
+
+def top(files: set[str]) -> set[str]:
+    """The folders, and the files beside them."""
+    return {file.partition("/")[0] for file in files}
 
 
 @pytest.mark.parametrize(
@@ -248,12 +257,12 @@ def folders_of(modules: tuple[str, ...]) -> set[str]:
     ],
 )
 def test_editing_a_file_rebuilds_what_it_decides(
-    edited: str, rebuilt: set[str], make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edited: str, rebuilt: set[str], make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a copy of the package, with a line more in one of its files."""
 
     def names() -> dict[str, str]:
-        run = make_run()
+        run = make_plan()
         return {"sft": run.sft_folder.name, "reward": run.reward_folder.name}
 
     before = names()
@@ -265,13 +274,3 @@ def test_editing_a_file_rebuilds_what_it_decides(
         file.write("\n# edited\n")
     after = names()
     assert {stage for stage in before if before[stage] != after[stage]} == rebuilt
-
-
-def test_a_change_of_what_trains_it_is_another_model(
-    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, after = make_run(), make_run()
-    names = before.sft_folder, before.reward_folder
-    monkeypatch.setattr(identity.inspect, "getsource", lambda function: function.__name__ * 2)
-    assert after.sft_folder != names[0]
-    assert after.reward_folder != names[1]

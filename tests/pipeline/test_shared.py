@@ -22,8 +22,8 @@ from rlhf.pipeline.checkpoints import StepCheckpoints, _checksum_file
 from rlhf.settings import ModelSettings
 from rlhf.tracking.dashboards import wandb_logger
 from rlhf.tracking.metrics_file import read_metrics
-from tests.conftest import tiny_model, word_tokenizer
-from tests.helpers.tiny_runs import TINY, command  # noqa: F401
+from tests.helpers.command_line import TINY
+from tests.helpers.tiny_models import tiny_model, word_tokenizer
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -71,7 +71,7 @@ def text_of(folder: Path) -> bytes:
 
 @pytest.mark.long
 def test_an_unreachable_wandb_stops_no_run_and_the_key_is_nowhere(
-    command: Callable,  # noqa: F811
+    command: Callable,
     fresh_wandb: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,7 +79,8 @@ def test_an_unreachable_wandb_stops_no_run_and_the_key_is_nowhere(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr("rlhf.tracking.dashboards.WANDB_SECONDS", 3)
-    code, said = command(*TINY, "logger=wandb")
+    code, out, error = command(*TINY, "logger=wandb")
+    said = out + error
     assert code == 0, said
     assert "W&B cannot be used" in said
     assert list(tmp_path.rglob("wandb/offline-run-*/*.wandb"))

@@ -15,9 +15,9 @@ import wandb
 from rlhf import root
 from rlhf.files import SUMMARY, read_json, write_json
 from rlhf.report import sync
-from tests.helpers.tiny_runs import TINY, rlhf
+from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.made_up_sweeps import write_run
 from tests.helpers.wandb_files import read_runs
-from tests.report.test_report import write_run
 
 wr = pytest.importorskip("wandb_workspaces.reports.v2", reason="the extra dashboards is not installed")
 

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -32,74 +31,9 @@ from rlhf.report.style import looks
 from rlhf.report.tables import Interval, Number, Table
 from rlhf.sweep.states import states
 from rlhf.sweep.status import status
-
-VARIANTS = {"lora_kl": (0.36, 0.3), "lora_none": (0.37, 0.9), "full_none": (0.55, 1.4)}
-PROMPTS, STEPS = 120, (0, 10, 20, 30, 40, 50)
-
+from tests.helpers.made_up_sweeps import PROMPTS, STEPS, write_lines, write_run, write_sweep
 
 # -- made-up sweeps ----------------------------------------------------------------------------------------------------
-
-
-def write_run(folder: Path, variant: str, seed: int, layout: Mapping[str, Any] | None = None, **changes: Any) -> None:
-    """A run folder as rlhf.pipeline.run leaves it, with smooth made-up curves."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng((seed, sum(map(ord, variant))))
-    hard = np.random.default_rng(0).normal(0, 0.15, PROMPTS)
-    level, kl = VARIANTS.get(variant, (0.4, 0.5))
-    lines, outcomes, samples = [], [], []
-    for step in STEPS:
-        source = np.random.default_rng(1) if step == 0 else rng
-        way = step / STEPS[-1]
-        win = (source.random(PROMPTS) < 0.25 + (level - 0.25) * way + hard).astype(float)
-        stated = source.integers(1, 5, PROMPTS).astype(float)
-        true = np.maximum(stated - (source.random(PROMPTS) < 0.1 * way), 0)
-        tokens = np.round(source.normal(15 + 6 * way, 2, PROMPTS))
-        distance = kl * way * (1 + 0.05 * rng.normal()) if step else 0.0
-        gold = 1.4 + 0.5 * math.sqrt(distance) - 0.3 * distance + 0.02 * source.normal(size=PROMPTS)
-        reward = 0.1 + 0.6 * math.sqrt(distance) + 0.02 * source.normal(size=PROMPTS)
-        metrics = {
-            "eval/win_rate": win.mean(), "eval/true_kl": distance, "eval/response_tokens": tokens.mean(),
-            "eval/factual_precision": true.sum() / stated.sum(), "eval/facts_per_response": stated.mean(),
-            "eval/reward": reward.mean(), "eval/gold_utility": gold.mean(),
-        }  # fmt: skip
-        lines.append({"step": step, "time": 1.0, **metrics})
-        lines.append({"step": step, "time": 1.5, "ppo/reward": reward.mean(), "ppo/missing_eos": 0.02})
-        arrays = {"win": win, "gold_utility": gold, "stated": stated, "true": true, "reward": reward, "tokens": tokens}
-        outcomes.append({"step": step, **{key: value.tolist() for key, value in arrays.items()}})
-        samples += [
-            {"step": step, "prompt": f"Tell me about <{i}>.\n", "response": f"{variant} {step} & more", "win": 1.0,
-             "reference_output": "The reference.", "reward": 0.25}
-            for i in range(8)
-        ]  # fmt: skip
-    write_lines(folder / "metrics.jsonl", lines)
-    write_lines(folder / "outcomes.jsonl", outcomes)
-    write_lines(folder / "samples.jsonl", samples)
-    keys = [key for key in lines[0] if key.startswith("eval/")]
-    summary = {
-        "metrics": {key: lines[-2][key] for key in keys},
-        "sft_metrics": {key: lines[0][key] for key in keys},
-        "stage": "ppo",
-        "wall_seconds": 60.0,
-        "peak_memory_bytes": 2**30,
-        "versions": {"torch": "2.13"},
-        "git_commit": "abc",
-        "config": {"seed": seed, "name": "made_up", "lora": {"r": 8 if "lora" in variant else 0}, "report": layout},
-        "overrides": [f"variant={variant}", f"seed={seed}"],
-    }
-    (folder / "summary.json").write_text(json.dumps({**summary, **changes}))
-
-
-def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_sweep(
-    folder: Path, layout: Mapping[str, Any] | None = None, variants: Sequence[str] = tuple(VARIANTS)
-) -> Path:
-    for variant in variants:
-        for seed in (1, 2, 3):
-            write_run(folder / f"variant-{variant}_seed-{seed}", variant, seed, layout)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.unpadded import takes_visible
 from rlhf.rollout import native
 from rlhf.rollout.native import NativeEngine
-from tests.helpers.architectures import LOCAL, tiny
+from tests.helpers.tiny_architectures import LOCAL, tiny
 
 SHORT, LONG = [7, 5, 3], [(7 * i) % 50 + 3 for i in range(17)]
 

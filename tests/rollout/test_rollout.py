@@ -14,29 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout import native
-from rlhf.rollout.engine import Generated
 from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.rollout.native import NativeEngine, _choose
 from rlhf.rollout.sample import Rollouts, make_engine, rollout, serve_as_old
 from rlhf.settings import GenerationSettings
 from rlhf.stages.passes import compute_logprobs, compute_values
-
-EOS, PAD, LIMIT = 1, 0, 20
-KINDS = ["llama", "tied", "neox"]
-PROMPTS = [[5, 9, 7], [3], [11, 4, 4, 30, 8, 22, 17], [40, 41], [6, 6, 6, 6, 6], [49, 3, 12, 13]] * 4
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def sample(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
-    options = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded(), **options}
-    return engine.generate(roles, prompts=prompts, **options)  # type: ignore[attr-defined]
-
-
-def rows_of(generated: Generated) -> list[list[int]]:
-    return [ids[:n] for ids, n in zip(generated.ids.tolist(), generated.lengths.tolist(), strict=True)]
+from tests.helpers.rollouts import EOS, KINDS, LIMIT, PAD, PROMPTS, rows_of, sample, seeded
 
 
 def forced(model: nn.Module, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:

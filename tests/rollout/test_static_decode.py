@@ -13,7 +13,7 @@ from rlhf.rollout.kv_cache import BufferCache
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.sample import make_engine
 from rlhf.settings import GenerationSettings
-from tests.rollout.test_rollout import EOS, KINDS, rows_of, sample, seeded
+from tests.helpers.rollouts import EOS, KINDS, rows_of, sample, seeded
 
 FIXED, GROWING = NativeEngine(EOS, fixed=True), NativeEngine(EOS)
 

@@ -29,16 +29,16 @@ from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenizing import Response
 from rlhf.models.tokens import stop_ids, stops_of
-from rlhf.pipeline.build import save_full_reward
+from rlhf.pipeline.build.reward import save_full_reward
 from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.sample import make_engine, rollout
 from rlhf.scorers import Context
 from rlhf.settings import GenerationSettings, ModelSettings
 from rlhf.stages.reward import RewardModeling
-from tests.conftest import EOS, PAD, UNK, tiny_lora, tiny_model, tiny_roles, word_tokenizer
-from tests.helpers.harness import NoSource
-from tests.models.test_tokens import gpt2
+from tests.helpers.scorer_context import NoSource
+from tests.helpers.tiny_models import EOS, PAD, UNK, tiny_lora, tiny_model, tiny_roles, word_tokenizer
+from tests.helpers.tiny_tokenizers import gpt2
 
 OTHER = 17  # a second id to stop at
 PROMPTS = [[5, 9, 7], [3], [11, 4, 4, 30, 8, 22, 17], [40, 41]] * 5

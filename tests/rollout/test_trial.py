@@ -8,7 +8,7 @@ import torch
 from rlhf.errors import ModelError
 from rlhf.models.roles import Roles
 from rlhf.rollout.trial import try_out
-from tests.helpers.architectures import LOCAL, STATEFUL, TRANSFORMED, tiny
+from tests.helpers.tiny_architectures import LOCAL, STATEFUL, TRANSFORMED, tiny
 
 LEAKING = {"bloom": LOCAL["bloom"], "mpt": LOCAL["mpt"], "gpt_oss": LOCAL["gpt_oss"], **STATEFUL}
 XGLM = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}

@@ -15,9 +15,9 @@ from rlhf.models.export import ADAPTER
 from rlhf.rollout.sample import make_engine
 from rlhf.rollout.vllm import write_adapter
 from rlhf.settings import GenerationSettings
-from tests.data.test_bad_input import compose_and_check
-from tests.helpers.harness import LORA, make_ppo, ppo_settings
-from tests.models.test_memory import of
+from tests.helpers.composed_config import compose_and_check
+from tests.helpers.memory_estimates import of
+from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings
 
 CHOSEN = ["generation=vllm", "model.dtype=bfloat16"]
 REFUSED = [
@@ -38,7 +38,7 @@ REFUSED = [
 @pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_what_it_cannot_do_is_refused(overrides: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as refused:
-        compose_and_check([*CHOSEN, *overrides.split()])
+        compose_and_check(*CHOSEN, *overrides.split())
     assert str(refused.value).startswith(("generation.", "evaluation."))
     assert "\n" not in str(refused.value)
 

@@ -25,7 +25,9 @@ from rlhf.scorers import Context
 from rlhf.scorers.bag_of_words import BagOfWordsScorer
 from rlhf.scorers.combine import WeightedSum
 from rlhf.stages.ppo import PPO
-from tests.helpers.harness import NoSource, make_ppo, ppo_settings, train
+from tests.helpers.composed_config import composed
+from tests.helpers.ppo_stages import make_ppo, ppo_settings, train
+from tests.helpers.scorer_context import NoSource
 
 
 def rollouts(responses: list[list[int]]) -> Rollouts:
@@ -61,14 +63,9 @@ def test_what_is_no_sum_is_refused(terms: dict) -> None:
 
 
 def test_a_sum_needs_what_its_terms_need() -> None:
-    from hydra import compose, initialize_config_dir
 
-    from rlhf import root
-
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        config = compose("config", ["scorer=weighted_sum"])
-        assert needs(config, "scorer", "needs_reward_model")
-        other = compose("config", ["scorer=weighted_sum", "~scorer.terms.reward"])
+    assert needs(composed("scorer=weighted_sum"), "scorer", "needs_reward_model")
+    other = composed("scorer=weighted_sum", "~scorer.terms.reward")
     assert not needs(other, "scorer", "needs_reward_model")
     scorer = instantiate(other.scorer, "scorer", CONTEXT)
     assert scorer(rollouts([[7, 8]])).tolist() == pytest.approx([-0.04])

@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 
 from rlhf.rollout.sample import rollout
 from rlhf.stages.ppo import PPO
-from tests.helpers.harness import PROMPTS, gradients, make_ppo, ppo_settings, train
-from tests.helpers.tiny_runs import sentence
+from tests.helpers.command_line import sentence
+from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
+from tests.helpers.training import gradients
 
 
 def updates(stage: PPO, folder: Path) -> tuple[list[dict[str, float]], list[torch.Tensor]]:

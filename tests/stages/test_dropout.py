@@ -14,7 +14,9 @@ from rlhf.divergence import bregman
 from rlhf.rollout.sample import Rollouts
 from rlhf.stages.passes import compute_divergence, compute_logprobs, compute_values
 from rlhf.stages.ppo import PPO
-from tests.helpers.harness import LORA, gradients, make_ppo, ppo_settings, spy, train
+from tests.helpers.calls import spy
+from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings, train
+from tests.helpers.training import gradients
 
 pytestmark = pytest.mark.parametrize("dropout", [0.1, 0.5])
 ONCE = {"epochs": 1, "minibatch_size": 12, "steps": 1, "warmup_steps": 0}

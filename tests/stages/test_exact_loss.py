@@ -11,7 +11,8 @@ from torch import Tensor
 from rlhf import ppo
 from rlhf.models import heads
 from rlhf.stages.ppo import PPO
-from tests.helpers.harness import gradients, make_ppo, ppo_settings, train
+from tests.helpers.ppo_stages import make_ppo, ppo_settings, train
+from tests.helpers.training import gradients
 
 PLAIN = {"epochs": 1, "minibatch_size": 12, "steps": 1, "warmup_steps": 0, "max_grad_norm": 1e9}
 

@@ -21,7 +21,9 @@ from rlhf.rollout.sample import serve_as_old
 from rlhf.settings import LoraSettings
 from rlhf.stages.minibatches import split_minibatches
 from rlhf.stages.ppo import PPO
-from tests.helpers.harness import LORA, changed, count_low_words, gradients, make_ppo, ppo_settings, spy, train, weights
+from tests.helpers.calls import spy
+from tests.helpers.ppo_stages import LORA, count_low_words, make_ppo, ppo_settings, train
+from tests.helpers.training import changed, gradients, weights
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -14,46 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.data.records import Comparison, Demonstration
-from rlhf.models.assembly import reward_roles, sft_roles
+from rlhf.data.records import Comparison
 from rlhf.models.roles import Roles
 from rlhf.models.tokenizing import encode_pairs
-from rlhf.seeding import generator, mixed_seed
-from rlhf.settings import LoraSettings, OptimizerSettings, RewardSettings, SFTSettings
+from rlhf.seeding import mixed_seed
+from rlhf.settings import OptimizerSettings
 from rlhf.stages.base import Stage
 from rlhf.stages.batches import SeededBatches
-from rlhf.stages.reward import RewardModeling, longer_accuracy
-from rlhf.stages.sft import SupervisedFineTuning
-from tests.helpers.harness import LORA, changed, fit, gradients, make_ppo, ppo_settings, spy, train, weights
+from rlhf.stages.reward import longer_accuracy
+from tests.helpers.calls import spy
+from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings, train
+from tests.helpers.supervised_stages import COMPARISONS, DEMONSTRATIONS, NO_CLIPPING, reward_stage, sft_stage
+from tests.helpers.training import changed, fit, gradients, weights
 
-NO_CLIPPING = 1e9
 EOS = 1
-
-
-def words(seed: int, length: int) -> str:
-    return " ".join(f"w{i}" for i in torch.randint(3, 50, (length,), generator=generator(seed, "words")).tolist())
-
-
-DEMONSTRATIONS = [Demonstration(words(i, 1 + i % 5), words(100 + i, 1 + (5 * i) % 11)) for i in range(12)]
-COMPARISONS = [
-    Comparison(words(i, 1 + i % 4), words(200 + i, 1 + (3 * i) % 8), words(300 + i, 2 + (5 * i) % 7)) for i in range(10)
-]
-FULL = LoraSettings(r=0)
-
-
-def sft_stage(folders: SimpleNamespace, lora: LoraSettings = FULL, **options: Any) -> SupervisedFineTuning:
-    config = {"epochs": 1, "batch_size": 12, "max_length": 48, "lr": 1e-3, "max_grad_norm": NO_CLIPPING, **options}
-    settings = replace(ppo_settings(), sft=SFTSettings(lora=lora, **config))
-    settings.model.name_or_path = str(folders.sft)
-    return SupervisedFineTuning(settings.sft, sft_roles(settings, folders.tokenizer, None), folders.tokenizer, 1)
-
-
-def reward_stage(folders: SimpleNamespace, lora: LoraSettings = FULL, **options: Any) -> RewardModeling:
-    config = {"epochs": 1, "batch_size": 10, "max_length": 48, "lr": 1e-3, "max_grad_norm": NO_CLIPPING, **options}
-    settings = replace(ppo_settings(), reward=RewardSettings(lora=lora, **config))
-    torch.manual_seed(0)
-    roles = reward_roles(settings, folders.tokenizer, folders.sft, None)
-    return RewardModeling(settings.reward, roles, folders.tokenizer, 1)
 
 
 def one_step(stage: Any, rows: list, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf import root
@@ -24,9 +23,10 @@ from rlhf.report.front import front_table, unbeaten
 from rlhf.report.runs import load
 from rlhf.sweep.plan import PLAN, told
 from rlhf.sweep.states import states
-from tests.helpers.tiny_runs import TINY
-from tests.pipeline.test_end_to_end import rlhf
-from tests.report.test_report import write_run
+from tests.helpers.command_line import TINY
+from tests.helpers.composed_config import composed, composed_settings
+from tests.helpers.made_up_sweeps import write_run
+from tests.helpers.subprocess_runs import rlhf
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 BOTH = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}
@@ -38,19 +38,18 @@ BOTH = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}
 def test_every_corner_of_the_space_composes() -> None:
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        config = compose("config", ["experiments=search"], return_hydra_config=True)
-        axes = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
-        space, fixed = create_params_from_overrides(axes)
-        assert set(space) == {"kl.coef", "ppo.lr", "lora"}
-        assert not fixed
-        ends = {"kl.coef": (0.005, 0.5), "ppo.lr": (1e-4, 1e-2), "lora": ("r8", "r16", "r64")}
-        for name, values in ends.items():
-            assert all(space[name]._contains(space[name].to_internal_repr(value)) for value in values)
-        for corner in range(3):
-            chosen = [f"{name}={values[corner % len(values)]}" for name, values in ends.items()]
-            settings = settings_of(compose("config", ["experiments=search", *chosen]))
-            assert settings.lora.alpha == 8 * settings.lora.r
+    config = composed("experiments=search", with_hydra=True)
+    axes = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+    space, fixed = create_params_from_overrides(axes)
+    assert set(space) == {"kl.coef", "ppo.lr", "lora"}
+    assert not fixed
+    ends = {"kl.coef": (0.005, 0.5), "ppo.lr": (1e-4, 1e-2), "lora": ("r8", "r16", "r64")}
+    for name, values in ends.items():
+        assert all(space[name]._contains(space[name].to_internal_repr(value)) for value in values)
+    for corner in range(3):
+        chosen = [f"{name}={values[corner % len(values)]}" for name, values in ends.items()]
+        settings = composed_settings("experiments=search", *chosen)
+        assert settings.lora.alpha == 8 * settings.lora.r
     assert dict(config.objectives) == BOTH
     assert config.hydra.sweeper.storage == "sqlite:///outputs/search/study.db"
 
@@ -66,8 +65,7 @@ def test_the_command_of_a_wandb_agent_composes() -> None:
     command = create_sweep_command(sweep["command"])
     assert command[:2] == ["${env}", "rlhf"]
     assert command.pop() == "${args_no_hyphens}"
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        config = compose("config", [*command[2:], *arguments])
+    config = composed(*command[2:], *arguments)
     settings = settings_of(config)
     assert (settings.ppo.lr, config.kl.coef, settings.lora.r) == (0.01, 0.5, 8)
     assert sweep["metric"]["name"].removesuffix(".last") in BOTH

@@ -15,9 +15,9 @@ from rlhf.errors import ConfigError
 from rlhf.files import read_json, read_lines
 from rlhf.sweep import slurm
 from rlhf.tracking.code import freeze
+from tests.helpers.run_results import assert_same, remains_of
 from tests.helpers.slurm_cluster import Cluster, missing, wait_for
-from tests.pipeline.test_crash import assert_same, remains_of
-from tests.pipeline.test_end_to_end import QUICK
+from tests.helpers.subprocess_runs import QUICK
 
 SEEDS = (1, 2)
 # a reward that waits where the test wants a run to be, or kills its process as the kernel does when memory is short

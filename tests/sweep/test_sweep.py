@@ -14,8 +14,8 @@ import pytest
 from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.sweep.plan import PLAN, parallel_jobs
 from rlhf.sweep.states import counts, seconds_left, states
-from tests.helpers.tiny_runs import TINY
-from tests.pipeline.test_end_to_end import QUICK, rlhf
+from tests.helpers.command_line import TINY
+from tests.helpers.subprocess_runs import QUICK, rlhf
 
 
 @pytest.fixture(scope="module")

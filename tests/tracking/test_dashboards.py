@@ -17,8 +17,8 @@ from rlhf.guards.signs import GUARDS, SKIPPED
 from rlhf.report.sync import offline_runs
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
+from tests.helpers.command_line import TINY, rlhf
 from tests.helpers.openai_server import serving
-from tests.helpers.tiny_runs import TINY, rlhf
 from tests.helpers.wandb_files import OfflineRun, read_runs
 
 pytestmark = pytest.mark.slow

@@ -1,10 +1,6 @@
-"""Whole runs in this process, as small as they get, and what they leave."""
+"""The `rlhf` command on runs as small as they get, in this process or in one of its own."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,36 +27,9 @@ def rlhf(*arguments: str) -> int:
     return 0
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path) -> Callable:
-    """Run `rlhf` in this process: (exit code, all that it says). An error of ours is raised, as it would be shown."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        code = rlhf(*arguments)
-        captured = capfd.readouterr()
-        return code, captured.out + captured.err
-
-    return run
-
-
 def sentence(said: str) -> str:
     """The one sentence that a failed command ends in."""
     assert "Traceback" not in said, said
     told = [line for line in said.splitlines() if line.startswith("rlhf: ")]
     assert len(told) == 1, said
     return told[0]
-
-
-@contextmanager
-def before_call(owner: Any, name: str, act: Callable[..., None]) -> Iterator[None]:
-    """`act` is called with the arguments before the real thing is."""
-    real = getattr(owner, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        act(*args)
-        return real(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, call)
-        yield

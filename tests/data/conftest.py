@@ -1,0 +1,16 @@
+"""Data sets are converted into a folder that belongs to one test."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which `datasets` keeps the Arrow files of this test."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder

@@ -1,0 +1,26 @@
+"""Functions run by two processes of one group."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rlhf.distributed import processes
+
+
+def together(work: Callable, *arguments: Any) -> None:
+    """`work(rank, …)` in two processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_member, (port, work, arguments), nprocs=2)
+
+
+def _member(rank: int, port: int, work: Callable, arguments: Sequence[Any]) -> None:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in own.items()}
+    torch.set_num_threads(1)
+    with processes.joined():
+        work(rank, *arguments)

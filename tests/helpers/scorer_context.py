@@ -1,0 +1,27 @@
+"""A scorer context on tiny models, for judges."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from rlhf.models.roles import Roles
+from rlhf.scorers import Context
+from tests.helpers.tiny_models import tiny_roles, word_tokenizer
+
+
+class NoSource:
+    """A data set that nobody reads."""
+
+    splits = ()
+
+    def load(self, split: str) -> Any:
+        raise AssertionError
+
+
+@functools.cache
+def models() -> Roles:
+    return tiny_roles()
+
+
+def context(folder: Path) -> Context:
+    return Context(NoSource(), word_tokenizer(), models(), cache=folder)
