@@ -1,8 +1,8 @@
 """The mathematics of PPO as pure functions of [batch, time] tensors.
 
-`mask` marks the sampled response tokens (true) against padding (false). Every mean is over the mask; a mean over
-nothing is an error, because a NaN would only surface later. `total` sums over what other processes hold of the same
-batch (`rlhf.distributed.collectives.all_reduce_sum`); by default there are none.
+`mask` is true for the sampled response tokens and false for padding. Every mean is over the mask; a mean over nothing
+raises an error, because a NaN would only surface later. `total` sums a tensor over the processes that share the batch
+(`rlhf.distributed.collectives.all_reduce_sum`); by default there is one process.
 
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Stiennon et al. 2020 and Sun, Gupta & Iyyer 2023 (the
 shaping of the reward).
@@ -19,7 +19,7 @@ Total = Callable[[Tensor], Tensor]
 
 
 def alone(x: Tensor) -> Tensor:
-    """The total where no other process has a part of the batch."""
+    """The sum over a single process."""
     return x
 
 
@@ -40,8 +40,8 @@ def whiten(
 ) -> Float[Tensor, "*shape"]:
     """Scale to unit variance over the mask, and to mean 0 unless `keep_mean`; 0 off the mask.
 
-    The variance is the population's. `keep_mean=True` is what the published code applies to rewards; it adds a term in
-    the length of a response (`whitening_length_term`).
+    The variance is that of the population (divided by n). `keep_mean=True` is what the published code applies to
+    rewards; it adds a term in the length of a response (`whitening_length_term`).
 
     Raises:
         ValueError: the mask is empty.
@@ -54,7 +54,7 @@ def whiten(
 def whitening_scale(
     x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], total: Total = alone
 ) -> Float[Tensor, ""]:
-    """What `whiten` multiplies with: 1 / standard deviation over the mask."""
+    """The factor of `whiten`: 1 / standard deviation over the mask."""
     centred = torch.where(mask, x - masked_mean(x, mask, total), 0.0)
     return torch.rsqrt(masked_mean(centred.square(), mask, total) + 1e-8)
 
@@ -62,12 +62,12 @@ def whitening_scale(
 def whitening_length_term(
     rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], total: Total = alone
 ) -> Float[Tensor, ""]:
-    """What one standard deviation of response length is worth under `whiten(keep_mean=True)`, in units of the rewards.
+    """The reward of one standard deviation of response length under `whiten(keep_mean=True)`, in units of the rewards.
 
     With mean m and standard deviation s per token, a whitened reward is (r − m) / s + m = r / s + m (1 − 1/s), so that
-    a response of L tokens gets its own sum / s and L · m (1 − 1/s) besides: L · m (s − 1) in units of the rewards.
-    Rewards per token mostly are near 0, s is below 1, and the term is of the sign *opposite* to the mean reward: with
-    a positive mean it pays for short responses, with a negative one for long ones.
+    a response of L tokens gets its own sum / s, and in addition L · m (1 − 1/s): L · m (s − 1) in units of the rewards.
+    Rewards per token are mostly near 0 and s is below 1, so the term has the sign *opposite* to the mean reward: a
+    positive mean pays for short responses, a negative one for long responses.
     """
     lengths = mask.sum(1).to(rewards)
     every = torch.ones_like(lengths, dtype=torch.bool)
@@ -81,7 +81,7 @@ def shape_rewards(
     """Reward per token: −β · d everywhere, plus the score on the last sampled token (the EOS when one was sampled).
 
     Raises:
-        ValueError: a row has no response token, so that its score would have nowhere to go.
+        ValueError: a row has no response token to carry its score.
     """
     lengths = mask.sum(1)
     if bool((lengths == 0).any()):
@@ -99,8 +99,8 @@ def gae(
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
     """Generalised advantage estimation (Schulman et al. 2016, equation 16): (advantages, returns), 0 off the mask.
 
-    values[:, t] is the value of the state in which token t was chosen. The mask must be one run of true values a row
-    from the first position on; the value after the last token is 0 (the episode ends there).
+    values[:, t] is the value of the state in which token t was chosen. In each row the mask
+    must be true up to some position and false after it. The value after the last token is 0: the episode ends there.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     following = torch.nn.functional.pad(values[:, 1:], (0, 1))
@@ -113,40 +113,18 @@ def gae(
     return advantages, advantages + values
 
 
-def policy_loss(
-    logprobs: Float[Tensor, "batch time"],
-    old_logprobs: Float[Tensor, "batch time"],
-    advantages: Float[Tensor, "batch time"],
-    mask: Bool[Tensor, "batch time"],
-    clip_range: float,
-) -> Float[Tensor, ""]:
-    """Clipped surrogate (Schulman et al. 2017, equation 7), negated: mean over the mask of max(−A r, −A clip(r))."""
-    # blanked before the formula: after it, 0 · inf would make the padding's gradient NaN
-    new, old, weights = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
-    return masked_mean(policy_losses(new, old, weights, clip_range), mask)
-
-
 def policy_losses(
     logprobs: Float[Tensor, "*shape"],
     old_logprobs: Float[Tensor, "*shape"],
     advantages: Float[Tensor, "*shape"],
     clip_range: float,
 ) -> Float[Tensor, "*shape"]:
-    """The terms of `policy_loss` before the mean, for gradients accumulated over micro-batches."""
+    """The clipped surrogate (Schulman et al. 2017, equation 7), negated: max(−A r, −A clip(r, 1 ± clip_range)).
+
+    Per token, without padding; the caller takes the mean over a minibatch, whose gradients it accumulates.
+    """
     ratio = (logprobs - old_logprobs).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
-
-
-def value_loss(
-    values: Float[Tensor, "batch time"],
-    old_values: Float[Tensor, "batch time"],
-    returns: Float[Tensor, "batch time"],
-    mask: Bool[Tensor, "batch time"],
-    clip_range: float,
-) -> Float[Tensor, ""]:
-    """½ mean over the mask of max((V − R)², (clip(V, V_old ± clip_range) − R)²)."""
-    new, old, targets = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
-    return masked_mean(value_losses(new, old, targets, clip_range), mask)
 
 
 def value_losses(
@@ -155,7 +133,7 @@ def value_losses(
     returns: Float[Tensor, "*shape"],
     clip_range: float,
 ) -> Float[Tensor, "*shape"]:
-    """The terms of `value_loss` before the mean, for gradients accumulated over micro-batches."""
+    """½ max((V − R)², (clip(V, V_old ± clip_range) − R)²) per token, without padding."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
 
@@ -166,7 +144,7 @@ def explained_variance(
     mask: Bool[Tensor, "batch time"],
     total: Total = alone,
 ) -> Float[Tensor, ""]:
-    """1 − Var(R − V) / Var(R) over the mask: 1 is a perfect value function, 0 as good as a constant, below 0 worse."""
+    """1 − Var(R − V) / Var(R) over the mask: 1 is a perfect value function, 0 no better than a constant."""
 
     def variance(x: Tensor) -> Tensor:
         x, kept = x[mask], mask[mask]
@@ -176,11 +154,11 @@ def explained_variance(
 
 
 class ScoreNormalizer:
-    """Scores in units of their spread so far, then clipped to ±`clip` (None: as they are).
+    """Normalises scores by their running moments, then clips them to ±`clip` (None: no clipping).
 
-    `none` leaves them, `scale` divides by the running standard deviation, `standardize` subtracts the running mean
-    too (TRL's `use_score_scaling` and `use_score_norm`). The moments are those of all scores seen, the present ones
-    included.
+    `none` does nothing, `scale` divides by the running standard deviation, `standardize` also subtracts the running
+    mean (TRL's `use_score_scaling` and `use_score_norm`). The moments are those of all finite scores so far, including
+    the present ones.
     """
 
     def __init__(self, kind: str, clip: float | None, total: Total = alone):
@@ -188,7 +166,7 @@ class ScoreNormalizer:
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
 
     def __call__(self, scores: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-        """The scores that PPO is given; counts them."""
+        """Update the moments with these scores; return the normalised scores."""
         if self.kind != "none":
             self._count(scores.double())
             std = max((self.squares / max(self.count, 1.0)) ** 0.5, 1e-8)
@@ -196,7 +174,7 @@ class ScoreNormalizer:
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
 
     def _count(self, scores: Tensor) -> None:
-        scores = scores[scores.isfinite()]  # one that is no number would spoil all to come
+        scores = scores[scores.isfinite()]  # a single NaN would spoil the moments for the rest of the run
         number, summed = self.total(torch.stack([scores.new_tensor(float(len(scores))), scores.sum()])).tolist()
         if not number:
             return
@@ -208,16 +186,16 @@ class ScoreNormalizer:
         self.count = count
 
     def state_dict(self) -> dict[str, float]:
-        """What it has counted."""
+        """The moments, for a checkpoint."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on counting from there."""
+        """Continue from the moments of a checkpoint."""
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
 
 
 class FixedKL:
-    """A penalty coefficient that stays (`kl=fixed`)."""
+    """A constant penalty coefficient (`kl=fixed`)."""
 
     def __init__(self, coef: float):
         if not 0 <= coef < math.inf:
@@ -240,5 +218,5 @@ class AdaptiveKL:
         self.coef, self.target, self.k_beta = coef, target, k_beta
 
     def update(self, kl: float) -> None:
-        """Take in the mean KL per response of a rollout batch (k1, in nats)."""
+        """Adapt the coefficient to the mean KL per response of a rollout batch (k1, in nats)."""
         self.coef *= 1 + self.k_beta * min(max(kl / self.target - 1, -0.2), 0.2)

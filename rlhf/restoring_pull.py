@@ -1,10 +1,10 @@
 """How strongly each estimator, as a reward, pulls the policy back to the reference: by enumeration, on a toy policy.
 
-PPO takes a penalty d on the sampled token as a reward, so that it follows E[d ∇log π] and leaves out the second part of
-∇E[d], which is E[∇d]. For k1 that part is 0, and E[δ ∇log π] is the gradient of KL(π ‖ π_ref); for every other
+PPO treats a penalty d on the sampled token as a reward. It therefore follows E[d ∇log π] and omits the second part of
+∇E[d], which is E[∇d]. For k1 that part is 0, and E[δ ∇log π] is the gradient of KL(π ‖ π_ref). For every other
 estimator it is not, however well its *value* estimates the KL (Tang & Munos 2025, arXiv 2506.09477; Liu et al. 2025,
-arXiv 2510.01555; Shah et al. 2025, arXiv 2512.21852). The table of docs/divergences.md is printed
-by `python -m rlhf.restoring_pull`.
+arXiv 2510.01555; Shah et al. 2025, arXiv 2512.21852). `python -m rlhf.restoring_pull` prints the table of
+docs/divergences.md.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ Parts = tuple[Tensor, Tensor, Tensor]
 def gradients(
     estimator: Estimator, logits: Float[Tensor, "states vocabulary"], ref_logits: Float[Tensor, "states vocabulary"]
 ) -> Parts:
-    """In the logits: E[d ∇log π] (what a reward gives), E[∇d] (what it omits), the gradient of KL(π ‖ π_ref)."""
+    """Gradients in the logits: E[d ∇log π] (of the reward), E[∇d] (which it omits), and that of KL(π ‖ π_ref)."""
     logits = logits.detach().requires_grad_()
     logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     probs, penalty = logprobs.detach().exp(), estimator(logprobs, ref_logprobs)
 
     def gradient(x: Tensor) -> Tensor:
-        # an estimator that depends on nothing has the gradient 0
+        # adding 0 · logits gives a gradient of 0 to an estimator that does not depend on the logits
         return torch.autograd.grad(x.sum(-1).mean() + 0 * logits.sum(), logits, retain_graph=True)[0]
 
     rewarded, omitted = gradient(probs * penalty.detach() * logprobs), gradient(probs * penalty)
@@ -42,7 +42,7 @@ def gradients(
 def restoring_pull(
     estimator: Estimator, logits: Float[Tensor, "states vocabulary"], ref_logits: Float[Tensor, "states vocabulary"]
 ) -> float:
-    """The reward's gradient along that of the KL, in units of the latter: 1 for k1, 0 if it does not pull, < 0 away."""
+    """The reward's gradient projected on that of the KL, in units of the latter: 1 for k1, < 0 if it pushes away."""
     rewarded, _, true = gradients(estimator, logits, ref_logits)
     return float((rewarded * true).sum() / true.square().sum())
 
@@ -50,16 +50,19 @@ def restoring_pull(
 def omitted_share(
     estimator: Estimator, logits: Float[Tensor, "states vocabulary"], ref_logits: Float[Tensor, "states vocabulary"]
 ) -> float:
-    """The norm of E[∇d], which a reward leaves out, by that of the whole gradient ∇E[d]."""
+    """The norm of E[∇d], which a reward omits, divided by that of the whole gradient ∇E[d]."""
     rewarded, omitted, _ = gradients(estimator, logits, ref_logits)
     return float(omitted.norm() / (rewarded + omitted).norm())
 
 
 def toy(distance: float) -> tuple[Float[Tensor, "states vocabulary"], Float[Tensor, "states vocabulary"]]:
-    """Logits of policy and reference at a mean KL of `distance` nats: normal ones, moved in normal directions."""
+    """Logits of a policy and a reference whose mean KL is `distance` nats.
+
+    The reference is drawn from a normal distribution, and so is the direction in which the policy moves away from it.
+    """
     generator = torch.Generator().manual_seed(0)
     reference, direction = torch.randn(2, STATES, VOCABULARY, generator=generator, dtype=torch.float64)
-    low, high = 0.0, 16.0
+    low, high = 0.0, 16.0  # bisection of the step length
     for _ in range(50):
         middle = (low + high) / 2
         near = float(_kl(reference + middle * direction, reference)) < distance
@@ -73,13 +76,13 @@ def _kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
 
 def pulls(distances: tuple[float, ...] = DISTANCES) -> dict[str, list[float]]:
-    """By estimator: its pull at each distance, on the toy policy."""
+    """The pull of each estimator at each distance, on the toy policy."""
     toys = [toy(distance) for distance in distances]
     return {name: [restoring_pull(getattr(divergence, name), *pair) for pair in toys] for name in ESTIMATORS}
 
 
 def table() -> str:
-    """The pulls in Markdown, and what rewards omit of their own gradient, nearest to farthest."""
+    """A Markdown table of the pulls, and of the share of its gradient that each reward omits, nearest and farthest."""
     ends = [toy(distance) for distance in (DISTANCES[0], DISTANCES[-1])]
     lines = [
         "| estimator | " + " | ".join(f"{distance:g}" for distance in DISTANCES) + " | omitted |",

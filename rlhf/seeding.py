@@ -6,11 +6,11 @@ import torch
 
 
 def generator(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Generator:
-    """An independent random stream for (seed, purpose, step): nothing depends on what was drawn before it."""
+    """An independent random stream for (seed, purpose, step), whatever was drawn before."""
     return torch.Generator(device).manual_seed(mixed_seed(seed, purpose, step))
 
 
 def mixed_seed(seed: int, purpose: str, step: int = 0) -> int:
-    """63 bits that differ for any two (seed, purpose, step), the same in every process."""
+    """A 63-bit seed from (seed, purpose, step), the same in every process."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

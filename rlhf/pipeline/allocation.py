@@ -1,4 +1,4 @@
-"""Host memory: what a step frees is kept for the next one."""
+"""Host memory: what one step frees is kept for the next."""
 
 import ctypes
 import platform
@@ -9,10 +9,10 @@ MAPPED_BYTES = 2**27  # whole weight matrices of large models go back to the sys
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed tensors instead of giving them back to the system and asking for them again.
+    """Make glibc keep the memory of freed tensors instead of returning it to the system.
 
-    Every tensor of a megabyte would otherwise be mapped anew, and the system hands out its pages one fault at a time:
-    a tenth to a fifth of a step on a CPU. Where the C library is another one nothing happens.
+    Otherwise every tensor of a megabyte or more is mapped anew, and the system provides its pages one page fault at a
+    time, which takes a tenth to a fifth of a step on a CPU. With another C library this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Stages that others need, built once and shared: `<outputs>/cache/<stage>-<digest of all that determines it>`."""
+"""Models and comparisons that runs share, each built once: `<outputs>/cache/<product>-<digest>`."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def register_run(outputs: Path, identity: str, folder: Path) -> None:
-    """Remember where the run of this identity is, unless a finished one is known or the cache is somebody else's."""
+    """Record where the run of this identity is, unless a finished one is known or the cache cannot be written to."""
     if find_run(outputs, identity) is not None:
         return
     pointer = _pointer(outputs, identity)
@@ -33,13 +33,13 @@ def register_run(outputs: Path, identity: str, folder: Path) -> None:
 
 
 def find_run(outputs: Path, identity: str) -> Path | None:
-    """The folder of a finished run of this identity, wherever it was made, unless it was deleted or made anew."""
+    """The folder of a finished run of this identity, under any name; None if there is none any more."""
     pointer = _pointer(outputs, identity)
     try:
         if not pointer.exists():
             return None
         noted = (pointer.parent / read_object(pointer, folder=str)["folder"]).resolve()
-        for folder in (noted, earlier.place(noted, identity)):  # there, or moved aside since
+        for folder in (noted, earlier.place(noted, identity)):  # still there, or moved aside since
             summary = read_summary(folder) if folder.is_dir() else None
             if summary is not None and summary.get("identity") == identity:
                 return folder
@@ -53,9 +53,9 @@ def _pointer(outputs: Path, identity: str) -> Path:
 
 
 def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Make `folder` the same finished run as `found`, by copies of what is small and links to the models.
+    """Make `folder` the same finished run as `found`: small files are copied, models are linked.
 
-    `config` and `overrides` are those under which it is known here: another name, another report.
+    `config` and `overrides` are the new run's own, which may differ in its name and its report.
 
     Raises:
         ModelError: its models are damaged.
@@ -84,12 +84,12 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
 
 
 def missing(folder: Path) -> bool:
-    """Whether what belongs into a cached folder is not there, or not whole."""
+    """Whether a cached folder is absent or damaged."""
     return not folder.exists() or _wrong(folder) is not None
 
 
 def known(folder: Path) -> bool:
-    """Whether a cached folder is there, by its summary alone, which is enough for a preview."""
+    """Whether a cached folder is there, judging by its summary alone, which is enough for a preview."""
     try:
         return read_summary(folder) is not None
     except DamagedError:
@@ -97,7 +97,7 @@ def known(folder: Path) -> bool:
 
 
 def _wrong(folder: Path) -> str | None:
-    """Why a cached folder cannot be used."""
+    """Why a cached folder cannot be used; None if it can."""
     try:
         summary = read_summary(folder)
     except DamagedError as error:
@@ -113,10 +113,10 @@ def _wrong(folder: Path) -> str | None:
 
 
 def check_writable(folders: Sequence[Path]) -> None:
-    """See whether what is missing can be built here, before anything is.
+    """Check that missing folders can be built here, before any of them is.
 
     Raises:
-        ConfigError: the cache is somebody else's, or its disk read-only.
+        ConfigError: the cache belongs to somebody else, or its disk is read-only.
     """
     for folder in folders:
         there = next(place for place in (folder.parent, *folder.parents) if place.exists())
@@ -134,11 +134,11 @@ def _may_write(path: Path) -> bool:
 
 
 def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, built if it is not there: in a temporary place, under a file lock, renamed when complete.
+    """Return `folder`, building it if it is missing: in a temporary place, under a file lock, renamed when complete.
 
-    A builder that dies leaves its lock to the next one (the system releases it), which continues from the last
-    checkpoint, and nothing that could be mistaken for a result. Several processes on one run build together. What is
-    there but damaged is moved to `damaged/` and built again.
+    If a builder dies, the system releases its lock, and the next builder continues from the last checkpoint; a folder
+    under its final name is always complete. The processes of one run build together. A damaged folder is moved to
+    `damaged/` and built again.
     """
     if not collectives.on_rank_zero(lambda: missing(folder)):
         return folder
@@ -146,8 +146,8 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
         if collectives.on_rank_zero(lambda: missing(folder)):
             collectives.on_rank_zero(lambda: _move_damaged(folder))
             work = _work(folder)
-            work.mkdir(exist_ok=True)  # what a builder that died left is continued from its last checkpoint
-            if collectives.on_rank_zero(lambda: missing(work)):  # else it died here, with all done
+            work.mkdir(exist_ok=True)  # it may hold checkpoints of a builder that died
+            if collectives.on_rank_zero(lambda: missing(work)):  # otherwise that builder died just before renaming it
                 build(work)
             collectives.on_rank_zero(lambda: _put(work, folder))
     return folder
@@ -170,20 +170,20 @@ def _move_damaged(folder: Path) -> None:
 
 def _put(work: Path, folder: Path) -> None:
     tidy(work)
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)  # not before the model is written
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)  # the model is written by now
     os.replace(work, folder)
 
 
 def name_of(work: Path) -> str:
-    """The name that a folder under construction will have."""
+    """The final name of a folder under construction."""
     return work.name.removeprefix(".").removesuffix(".building")
 
 
 @contextmanager
 def locked(path: Path, reason: str) -> Iterator[None]:
-    """Hold a file lock (`rlhf.files.locks`), which is released if we die; while another holds it, wait and say so.
+    """Hold a file lock (`rlhf.files.locks`), which is released if this process dies; wait while another one holds it.
 
-    Of several processes on one run the first holds it for all.
+    `reason` is logged while waiting. The first process of a run holds the lock for all of them.
     """
     held: list[BaseFileLock] = []
     collectives.on_rank_zero(lambda: held.append(locks.acquire(path, reason)))

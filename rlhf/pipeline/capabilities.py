@@ -1,4 +1,4 @@
-"""What the model, several processes on one run, and vLLM can do: checked before any model is loaded."""
+"""What models, groups of processes and vLLM can do, checked before any model is loaded."""
 
 import importlib.util
 import inspect
@@ -16,12 +16,13 @@ from rlhf.settings import Settings, is_quantized
 
 
 def check_model(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> None:
-    """See that the architecture can do what is asked of it, and has the layers that adapters shall be on.
+    """Check that the architecture can do what is asked of it, and has the layers that adapters are to be put on.
 
-    Where the configuration of the model cannot be got, nothing is checked.
+    Nothing is checked if the configuration of the model is not at hand.
 
     Raises:
-        ConfigError: one sentence.
+        ConfigError: a layer does not exist, or a sequence is longer than the model can read.
+        ModelError: the architecture is not supported.
     """
     lm = skeleton(settings.model)
     if lm is None:
@@ -40,7 +41,7 @@ def check_model(config: DictConfig, settings: Settings, reward_model: bool, simu
 
 
 def _lengths(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> dict[str, int]:
-    """The tokens of the longest sequence of each stage that will run, by the keys that say so and their values."""
+    """The longest sequence of each stage that will run, in tokens, by the settings that decide it."""
     stage, prompt = config.stage.name, settings.model.max_prompt_tokens
     reward = stage == "reward" or (stage in ("ppo", "evaluate") and reward_model)
     answers = {}
@@ -58,10 +59,10 @@ def _lengths(config: DictConfig, settings: Settings, reward_model: bool, simulat
 
 
 def check_processes(config: DictConfig, settings: Settings) -> None:
-    """See that as many processes as the trainer asks for can be had, and can share this run.
+    """Check that the trainer's number of processes is available, and that so many can share this run.
 
     Raises:
-        ConfigError: one sentence.
+        ConfigError: they are not, or cannot.
     """
     trainer, place = config.trainer, processes.environment()
     here, nodes = processes.wanted(trainer), trainer.get("num_nodes", 1)
@@ -93,7 +94,7 @@ def check_processes(config: DictConfig, settings: Settings) -> None:
 
 
 def _check_sharding(stage: str, settings: Settings) -> None:
-    """What the processes hold together is a frozen base, in the precision that its adapters are merged into."""
+    """Processes can share out only a frozen base, in the precision that its adapters are merged into."""
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigError(
             f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp"
@@ -116,10 +117,10 @@ def _check_sharding(stage: str, settings: Settings) -> None:
 
 
 def check_vllm(config: DictConfig, settings: Settings) -> None:
-    """See that what rollouts by vLLM need is there, and nothing asked of it that it cannot do.
+    """Check that vLLM is available and can do what is asked of it.
 
     Raises:
-        ConfigError: one sentence.
+        ConfigError: it is not, or cannot.
     """
     if settings.generation.engine != "vllm":
         return

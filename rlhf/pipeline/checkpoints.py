@@ -1,4 +1,4 @@
-"""Checkpoints at step boundaries: written aside, synced, renamed, with a checksum; the last few and the best stay."""
+"""Checkpoints at step boundaries: written aside, synced, renamed, with a checksum; the newest and the best are kept."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class Best:
     """Which evaluation of the run in `folder` is the best so far, by a metric whose `mode` is `max` or `min`.
 
-    It is read off `metrics.jsonl`, which a resumed run continues exactly: a record of its own could fall behind it.
+    It is read from `metrics.jsonl`, which a resumed run continues exactly; a record of its own could get out of step.
     """
 
     folder: Path
@@ -33,9 +33,9 @@ class Best:
     mode: str
 
     def step(self) -> int | None:
-        """The step of it, of equally good ones the last; None without any.
+        """The step of the best evaluation; the last of equally good ones, None if there is none.
 
-        Step 0 does not count, as nothing was trained yet, and no value that is no finite number.
+        Step 0, where nothing is trained yet, and non-finite values are ignored.
         """
         lines = [line for line in read_lines(self.folder / METRICS, "step") if "time/evaluate" in line and line["step"]]
         sign = 1 if self.mode == "max" else -1
@@ -44,21 +44,24 @@ class Best:
 
 
 class WrittenInPlace(TorchCheckpointIO):
-    """Lightning's own way makes two copies in memory, and one in $TMPDIR, which is another disk and may be small."""
+    """Writes a checkpoint straight to its file.
+
+    Lightning's own way makes two copies in memory, and one in $TMPDIR, which may be on another, small disk.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to `path` and nowhere else; by Python's own file, whose errors say what is wrong with the disk."""
+        """Write to `path`, through a Python file, whose errors say what is wrong with the disk."""
         with Path(path).open("wb") as file:
             torch.save(checkpoint, file)
 
 
 class StepCheckpoints(Callback):
-    """Saves `step-000020.ckpt` every `every` steps and at the end; keeps the newest `keep`, and the `best` if wanted.
+    """Saves `step-000020.ckpt` every `every` steps and at the end; keeps the newest `keep`, and the `best` if given.
 
-    With `best`, every `also_every` steps are saved too: those that are evaluated, before it is known how good they are.
+    With `best`, it also saves every `also_every` steps, which are evaluated later and may turn out to be the best.
 
-    A checkpoint holds what trains, the optimiser, the schedule and the counters. Random states are not needed: all
-    randomness is a function of (seed, purpose, step).
+    A checkpoint holds the trained parameters, the optimiser, the schedule and the counters. It needs no random states,
+    because everything random is a function of (seed, purpose, step).
     """
 
     def __init__(self, folder: Path, every: int, keep: int = 2, best: Best | None = None, also_every: int = 0):
@@ -66,7 +69,7 @@ class StepCheckpoints(Callback):
         self.every = (every, also_every) if best else (every,)
 
     def setup(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Have checkpoints written where they shall be."""
+        """Replace Lightning's way of writing checkpoints."""
         trainer.strategy.checkpoint_io = WrittenInPlace()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
@@ -77,9 +80,9 @@ class StepCheckpoints(Callback):
             self.save(trainer, module)
 
     def save(self, trainer: lightning.Trainer, module: Stage) -> int:
-        """Write the checkpoint of the step just done, there whole or not at all; returns the step.
+        """Write the checkpoint of the last finished step, atomically; returns the step.
 
-        All processes call it, and the first writes.
+        All processes call it, and the first one writes.
         """
         step = module.steps_done
         path = self._path(step)
@@ -91,19 +94,19 @@ class StepCheckpoints(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         with aside(path) as temporary:
             trainer.save_checkpoint(temporary)
-            # the checksum first: a checkpoint without one never has its final name
+            # the checksum first, so that a checkpoint under its final name always has one
             with aside(_checksum_file(path)) as note:
                 note.write_text(sha256(temporary), encoding="utf-8")
         self.prune()
         return step
 
     def prune(self) -> None:
-        """Remove those that are neither among the newest nor the best."""
+        """Remove all checkpoints but the newest and the best."""
         for old in set(self._all()[: -self.keep]) - {self._of_best()}:
             self._remove(old)
 
     def of_best(self) -> Path | None:
-        """The checkpoint of the best evaluation, if there is one and it is sound."""
+        """The checkpoint of the best evaluation; None if there is none or it is damaged."""
         path = self._of_best()
         if path is None or _sound(path):
             return path
@@ -118,7 +121,7 @@ class StepCheckpoints(Callback):
         return self.folder / f"step-{step:06d}.ckpt"
 
     def latest(self) -> Path | None:
-        """The newest sound checkpoint, if any; damaged ones are named and removed, half-written ones just removed."""
+        """The newest sound checkpoint, or None. Damaged ones are reported and removed, half-written ones removed."""
         for torn in self.folder.glob(".step-*"):
             torn.unlink()
         for path in reversed(self._all()):
@@ -130,12 +133,12 @@ class StepCheckpoints(Callback):
 
     @classmethod
     def reached(cls, folder: Path) -> int:
-        """The step of the newest checkpoint in a folder, sound or not; nothing is read, checked or removed."""
+        """The step of the newest checkpoint in a folder, 0 if there is none; nothing is read, checked or removed."""
         return max(map(cls.step_of, folder.glob("step-*.ckpt")), default=0)
 
     @staticmethod
     def step_of(path: Path) -> int:
-        """The step a checkpoint was made after."""
+        """The step after which a checkpoint was made."""
         match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
         assert match is not None
         return int(match[1])
@@ -149,7 +152,10 @@ class StepCheckpoints(Callback):
 
 
 def _sound(path: Path) -> bool:
-    """Whether it is what was written, and nothing but tensors and numbers: a checksum is no proof of who made it."""
+    """Whether a checkpoint has its checksum and holds only tensors and plain values.
+
+    The second check is for safety: a checksum does not prove who wrote the file, and unpickling could run code.
+    """
     note = _checksum_file(path)
     if not (path.exists() and note.exists()) or note.read_text(encoding="utf-8") != sha256(path):
         return False

@@ -1,7 +1,8 @@
 """Several runs in one folder: the present one, and those of other configurations under `earlier/<identity>/`.
 
-A run's folder is named by its overrides, so that a run of an edited study, other data or other code belongs where an
-earlier one lies. That one moves aside with all that it has, and the command with its configuration brings it back.
+A run's folder is named by its overrides. After an edit of the study, the data or the code, a new run therefore belongs
+into a folder that may already hold another one. The earlier run moves aside with everything that it has, and the
+command with its configuration brings it back.
 """
 
 import logging
@@ -15,15 +16,18 @@ from rlhf.errors import DamagedError
 from rlhf.files import EARLIER, METRICS, SUMMARY, read_json, read_lines, write_json
 
 log = logging.getLogger(__name__)
-NOTE = "identity.json"  # of a run: its identity and configuration, from its first moment on
-STAYS = (EARLIER, "job.json")  # with the folder: what is no run's, and the cluster's note on the job now under way
+NOTE = "identity.json"  # a run's identity and configuration, written when it begins
+STAYS = (
+    EARLIER,
+    "job.json",
+)  # these belong to the folder rather than to a run: earlier runs, and the cluster job under way
 UNKNOWN = "unknown"
-MOST_TOLD = 3  # of the keys in which two runs differ
-UNVISITED = {"cache", "checkpoints", "wandb", ".hydra"}  # where no run's model can be
+MOST_TOLD = 3  # differing keys that a description lists
+UNVISITED = {"cache", "checkpoints", "wandb", ".hydra"}  # folders without links to models
 
 
 def identity_of(folder: Path) -> str | None:
-    """The identity of the run in a folder, `unknown` for one that left no sound note; None where there is no run."""
+    """The identity of the run in a folder: `unknown` if it left no readable note, None if there is no run."""
     if (folder / NOTE).exists():
         note = _readable(folder / NOTE)
         return note if isinstance(note, str) else str((note or {}).get("identity") or UNKNOWN)
@@ -33,20 +37,20 @@ def identity_of(folder: Path) -> str | None:
 
 
 def place(folder: Path, identity: str) -> Path:
-    """Where the run of this identity is, or would be, when another one is the present one."""
+    """Where the run of this identity lies while another one is present."""
     return folder / EARLIER / identity
 
 
 def note(folder: Path, identity: str, config: Mapping[str, Any], overrides: list[str]) -> None:
-    """Say from now on whose folder this is."""
+    """Record whose folder this is."""
     write_json(folder / NOTE, {"identity": identity, "config": config, "overrides": overrides})
 
 
 def settle(folder: Path, identity: str, outputs: Path, fresh: bool, told: str) -> None:
     """Make room in `folder` for the run of this identity, and bring it back if it is among the earlier ones.
 
-    `fresh` moves a run of the same identity aside too; `told` describes what is there now. Nothing is deleted. For
-    whoever holds the folder's lock.
+    `fresh` moves a run of the same identity aside too; `told` describes the present run, for the log. Nothing is
+    deleted. The caller must hold the folder's lock.
     """
     present = identity_of(folder)
     if present is not None and (present != identity or fresh):
@@ -55,7 +59,7 @@ def settle(folder: Path, identity: str, outputs: Path, fresh: bool, told: str) -
     kept = place(folder, identity)
     if not fresh and kept.is_dir():
         log.info("%s: %s is the present one again", folder, kept)
-        if (kept / NOTE).exists():  # first, so that whoever is killed half-way finds out whose files these are
+        if (kept / NOTE).exists():  # first: after a kill half-way the note says whose files these are
             write_json(folder / NOTE, read_json(kept / NOTE))
         _move(kept, folder, outputs)
 
@@ -63,12 +67,12 @@ def settle(folder: Path, identity: str, outputs: Path, fresh: bool, told: str) -
 def set_aside(folder: Path, identity: str, outputs: Path, numbered: bool = False) -> Path:
     """Move the run in `folder` to `earlier/<identity>/`; returns where.
 
-    It is `earlier/<identity>-1/` or higher if it shall not be brought back (`numbered`) or that place is taken.
+    That is `earlier/<identity>-1/` or higher if the run must not be brought back (`numbered`) or the place is taken.
     """
     number = int(numbered)
     while True:
         target = folder / EARLIER / (f"{identity}-{number}" if number else identity)
-        if not (target / NOTE).exists():  # the note is moved last: what is there without one is the beginning of this
+        if not (target / NOTE).exists():  # the note is moved last, so a folder without one is this very move, half done
             break
         number += 1
     if not (folder / NOTE).exists():
@@ -78,7 +82,7 @@ def set_aside(folder: Path, identity: str, outputs: Path, numbered: bool = False
 
 
 def _move(source: Path, target: Path, outputs: Path) -> None:
-    """Move a run's files, the note last: whoever is killed half-way goes on at the next start."""
+    """Move a run's files, the note last, so that a move interrupted half-way is completed at the next start."""
     target.mkdir(parents=True, exist_ok=True)
     linked = [(link, link.resolve()) for link in _links(outputs)]
     entries = [path for path in source.iterdir() if not path.name.startswith(".") and path.suffix != ".log"]
@@ -94,29 +98,29 @@ def _move(source: Path, target: Path, outputs: Path) -> None:
             for link in (link for link, model in linked if model == pointed_at):
                 _link(link, target / path.name)
     if source.parent.name == EARLIER:
-        with suppress(OSError):  # not empty, if a writer was killed there
+        with suppress(OSError):  # not empty if a writer was killed there
             source.rmdir()
             source.parent.rmdir()
 
 
 def _links(outputs: Path) -> Iterator[Path]:
-    """The links by which runs share a model (`cache.take_over`)."""
+    """The symbolic links by which runs share a model (`rlhf.pipeline.cache.take_over`)."""
     for folder, names, _ in os.walk(outputs):
         names[:] = [name for name in names if name not in UNVISITED]
         yield from (path for name in names if (path := Path(folder, name)).is_symlink())
 
 
 def _link(path: Path, target: Path) -> None:
-    """Make `path` a relative link to `target`, at once."""
+    """Make `path` a relative link to `target`, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.symlink_to(os.path.relpath(target.absolute(), path.parent.resolve()), target_is_directory=True)
     os.replace(temporary, path)
 
 
 def describe(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> str:
-    """The run in a folder in a few words, and how its configuration differs from `config`.
+    """Describe the run in a folder and how its configuration differs from `config`, in a few words.
 
-    `ignored` are the top-level keys in which two configurations may differ.
+    Differences in the top-level keys `ignored` do not count.
     """
     lines = read_lines(folder / METRICS)
     step = lines[-1].get("step") if lines else 0
@@ -129,7 +133,7 @@ def describe(folder: Path, config: Mapping[str, Any], ignored: Collection[str] =
 
 
 def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str] | None:
-    """In which keys the run in `folder` differs from a configuration, as `ppo.steps=3 instead of 8`; None: unknown."""
+    """The keys in which a run differs from `config`, such as `ppo.steps=3 instead of 8`; None if they are unknown."""
     told = [_readable(folder / name) for name in (SUMMARY, NOTE)]
     found = [said["config"] for said in told if isinstance(said, dict) and isinstance(said.get("config"), dict)]
     if not found:
@@ -140,7 +144,7 @@ def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str
 
 
 def _readable(path: Path) -> Any:
-    """The object or text that a JSON file holds; None without one, or where a machine that died left something else."""
+    """The object or string in a JSON file; None if the file is absent or damaged."""
     try:
         content = read_json(path) if path.exists() else None
     except DamagedError as error:

@@ -1,6 +1,7 @@
-"""What decides a result: the keys, files and code of which a digest names an SFT model, a reward model or a run.
+"""What decides a result: the keys, files and code whose digest identifies an SFT model, a reward model or a run.
 
-Two runs of one identity are the same run, so whatever changes a result must change the identity, and nothing else may.
+Two runs with equal identities are the same run. So whatever changes a result must change the identity, and nothing else
+should.
 """
 
 import ast
@@ -19,12 +20,12 @@ from rlhf.evaluation.endpoint import answering
 from rlhf.files.digests import content_digest
 
 LIGHTNING = ("lightning.Trainer", "lightning.pytorch.Trainer", "pytorch_lightning.Trainer")
-# The keys of Lightning's trainer that change how a result is reached, and not the result.
+# Keys of Lightning's trainer that change how a result is reached, but not the result.
 HARMLESS = frozenset({
     "_target_", "accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark", "profiler",
     "detect_anomaly", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "default_root_dir",
 })  # fmt: skip
-# Labels, and how often a stage saves or logs.
+# Labels, and intervals of saving and logging.
 UNDECIDING = frozenset({"name", "checkpoint_every", "log_every"})
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
@@ -39,8 +40,8 @@ WATCHING = (
 def digest(determinants: Mapping[str, Any], code: Iterable[Path] = (), known: Path | None = None) -> str:
     """Twelve hex digits of configuration keys, the local files that they name, and files of source code.
 
-    A file counts by its content, wherever it lies. `known` is where digests of files are kept, so that a large one is
-    read once (`content_digest`).
+    A file counts by its content, not by its place. `known` is a folder of digests of files, so that a large file is read
+    only once (`content_digest`).
     """
     source = hashlib.sha256(b"".join(file.read_bytes() for file in code))
     content = {"config": by_content(dict(determinants), known), "code": source.hexdigest()}
@@ -48,10 +49,10 @@ def digest(determinants: Mapping[str, Any], code: Iterable[Path] = (), known: Pa
 
 
 def by_content(node: Any, known: Path | None = None, root: str = "", key: str = "") -> Any:
-    """The configuration with a digest in the place of every local file or folder that it names.
+    """The configuration, with every local file or folder that it names replaced by a digest.
 
-    A mapping with a `root` names files below it; a slice of rows behind a file's name stays. A class or function of the
-    user's own counts by the file that it is in.
+    A mapping with a `root` names files below that root. A slice of rows behind a file's name is kept. A class or
+    function of the user's own is replaced by the digest of its file.
     """
     if isinstance(node, Mapping):
         root = str(node.get("root") or root)
@@ -71,7 +72,7 @@ def by_content(node: Any, known: Path | None = None, root: str = "", key: str = 
 
 
 def _is_root(key: str, value: Any) -> bool:
-    """A local `root` is where files lie, which count by themselves."""
+    """Whether this is a local `root` folder; it is left out, because the files below it count by their content."""
     return key == "root" and isinstance(value, str) and Path(value).expanduser().is_dir()
 
 
@@ -80,14 +81,14 @@ def _may_be_a_path(text: str, key: str, root: str) -> bool:
 
 
 def _kind(path: Path) -> str:
-    """The endings by which readers know a file's format; a folder has none."""
+    """The suffixes by which readers recognise a file's format; empty for a folder."""
     if path.is_dir():
         return ""
     return "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:]).lower()
 
 
 def _users_file(target: str) -> Path | None:
-    """The file of a class or function outside of installed packages and of ours."""
+    """The file of a class or function of the user's own, outside installed packages and this one; else None."""
     module = target
     while (module := module.rpartition(".")[0]) and module.partition(".")[0] != "rlhf":
         with suppress(ImportError, ValueError, AttributeError):
@@ -99,7 +100,7 @@ def _users_file(target: str) -> Path | None:
 
 
 def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> dict[str, Any]:
-    """The keys of `data` that decide the rows of some splits (`DataSource.concerns`, where the class has it)."""
+    """The keys of `data` that decide the rows of these splits (see `DataSource.concerns`)."""
     concerns: Mapping[str, Collection[Split]] = getattr(source, "concerns", {})
     return {
         key: value for key, value in data.items() if key not in concerns or not set(splits).isdisjoint(concerns[key])
@@ -107,15 +108,15 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
 
 
 def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `trainer` decides: nothing of Lightning's own, whose other keys are refused (`rlhf.pipeline.config`)."""
+    """The keys of `trainer` that decide: none of Lightning's own trainer (`rlhf.pipeline.checks` refuses those)."""
     kept = {key: value for key, value in trainer.items() if key not in HARMLESS}
     return kept if trainer["_target_"] in LIGHTNING else {**kept, "_target_": trainer["_target_"]}
 
 
 def decisive(node: Any) -> Any:
-    """A part of the configuration without labels and how often something is saved or logged.
+    """A part of the configuration without labels and without intervals of saving and logging.
 
-    Of the client of a judge it is who answers, and not how he is reached.
+    Of a judge's client only the model that answers is kept, not how it is reached.
     """
     if not isinstance(node, Mapping):
         return node
@@ -127,18 +128,16 @@ def decisive(node: Any) -> Any:
 
 
 def code_of(*modules: str) -> list[Path]:
-    """The files of these modules and of all of ours that they import, however deep, but those of `WATCHING`."""
+    """The files of these modules and of everything of ours that they import, directly or not, except `WATCHING`.
+
+    A module of the user's own counts by its file elsewhere (`by_content`).
+    """
     found: dict[str, Path] = {}
-    todo = list(modules)
+    todo, watching = list(modules), tuple(f"{name}." for name in WATCHING)
     while todo:
         module = todo.pop()
         file = _file_of(module)
-        if (
-            file is None
-            or module in found
-            or module == "rlhf"
-            or f"{module}.".startswith(tuple(f"{name}." for name in WATCHING))
-        ):
+        if file is None or module in found or module == "rlhf" or f"{module}.".startswith(watching):
             continue
         found[module] = file
         todo += _imports(file)
@@ -151,7 +150,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _imports(file: Path) -> Iterator[str]:
-    """What a file imports, at its top or inside of functions: modules, and names that may be modules."""
+    """What a file imports, at its top or inside functions: modules, and names that may be modules."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.startswith("rlhf"))

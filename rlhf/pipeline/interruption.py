@@ -1,4 +1,4 @@
-"""Leaving when asked to: SIGTERM, SIGINT and SIGUSR1 finish the step, save, and exit with 75 ("try again later")."""
+"""Stopping on SIGTERM, SIGINT or SIGUSR1: finish the step, save, and exit with 75 ("try again later")."""
 
 import logging
 import signal
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 
 class Interruption(Callback):
-    """Notes a signal, and acts on it at the next step boundary; a second SIGINT leaves at once.
+    """Notes a signal and acts on it at the next step boundary; a second SIGINT stops at once.
 
-    Nothing is saved inside of the handler: a signal may arrive in the middle of an update.
+    The handler itself saves nothing, because a signal may arrive in the middle of an update.
     """
 
     def __init__(self, checkpoints: StepCheckpoints):
@@ -29,15 +29,15 @@ class Interruption(Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Note what signals do, before Lightning takes them for itself."""
+        """Remember the signal handlers before Lightning replaces them."""
         self._before = {number: signal.getsignal(number) for number in processes.SIGNALS}
 
     def on_train_start(self, *args: Any) -> None:
-        """Take over from Lightning's handlers, which stop without saving, or not at all while it validates."""
+        """Replace Lightning's handlers, which stop without saving, or not at all during validation."""
         self._take_over()
 
     def on_validation_start(self, *args: Any) -> None:
-        """The same for a validation outside of training."""
+        """Replace the handlers for a validation outside of training as well."""
         self._take_over()
 
     def _take_over(self) -> None:
@@ -52,41 +52,39 @@ class Interruption(Callback):
         log.warning("%s: finishing the step, then saving and leaving", self.received.name)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
-        """Save and leave if so asked."""
+        """Save and stop if a signal has arrived."""
         self._leave(trainer, module)
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """An evaluation is not waited for: it is made again after resuming. First each process has a turn."""
+        """Stop mid-evaluation, once every process has handled a batch; resuming repeats the evaluation."""
         if (batch_idx + 1) % collectives.size() == 0:
             self._leave(trainer, module)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Judging may have taken long."""
+        """Stop after the answers were judged, which may have taken long."""
         self._leave(trainer, module)
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
-        """Save when something outside is out of order, such as a judge's endpoint, between two steps."""
+        """Save when an outside service fails between two steps, such as a judge's endpoint."""
         if isinstance(exception, Interrupted) and trainer.state.fn == TrainerFn.FITTING:
             self.checkpoints.save(trainer, module)
-        self.teardown()  # Lightning calls it only where all went well
+        self.teardown()  # Lightning calls it only if there was no exception
 
     def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
         if processes.orphaned():
             self.received = self.received or signal.SIGTERM
-        received = max(
-            collectives.all_gather(int(self.received or 0))
-        )  # whichever process was told, all leave together
+        received = max(collectives.all_gather(int(self.received or 0)))  # all processes leave together
         if not received:
             return
-        if trainer.state.fn == TrainerFn.FITTING:  # else what is measured is saved already, or is where training begins
+        if trainer.state.fn == TrainerFn.FITTING:  # outside of training there is nothing new to save
             self.checkpoints.save(trainer, module)
         name = signal.Signals(received).name
         raise Interrupted(f"stopped by {name} after step {module.steps_done}; the same command continues")
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        """Give the signals back, however training ended: Lightning's handlers would lose them."""
+        """Restore the earlier handlers, however training ended."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, handler)

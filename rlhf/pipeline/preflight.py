@@ -1,4 +1,4 @@
-"""What a run would do and need, before anything is loaded."""
+"""What a run would do and how much memory it needs, found out before anything is loaded."""
 
 import logging
 from contextlib import suppress
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """What a run would do (`dry_run=true`); here nothing is refused, as it may be meant for another machine."""
+    """What a run would do (`dry_run=true`). Nothing is refused, because the run may be meant for another machine."""
     found = plan.finished()
     place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
     unmade = plan.stage == "ppo" and found is None
@@ -45,17 +45,17 @@ def _is_present(plan: Plan) -> bool:
 
 
 def _moves_aside(plan: Plan) -> str | None:
-    """What the run would find in its folder and move aside, and where to."""
+    """The run of another configuration that would be moved aside, and where to; None if there is none."""
     if _is_present(plan) and (plan.config.resume != "never" or earlier.identity_of(plan.folder) is None):
         return None
     return f"moves {plan.present} to {plan.folder / EARLIER}"
 
 
 def check_memory(plan: Plan) -> None:
-    """See whether a PPO run fits, before anything is loaded.
+    """Check that a PPO run fits into memory.
 
     Raises:
-        ModelError: it needs more than the machine has.
+        ModelError: it needs more than is free.
     """
     needed, free = _needed(plan), available()
     if needed is not None and needed.peak > free:
@@ -66,15 +66,15 @@ def check_memory(plan: Plan) -> None:
 
 
 def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
-    """Put a number in the place of `ppo.microbatch_tokens=auto`.
+    """Replace `ppo.microbatch_tokens=auto` in the settings by a number.
 
-    It is the one that the run in this folder began with (`keep_budget`), whatever is free now, because another would
-    add up in another order, so that the run would not end with the same bits; or else (or if it shall start over,
-    `fresh`) the largest that fits, in all its processes and beside the other `jobs` at once. The configuration, and so
-    the run's identity, goes on saying auto.
+    A run that is resumed keeps the number that it began with (`keep_budget`), however much memory is free now: another
+    number would sum in another order, and the run would not end with the same bits. Otherwise, or if the run starts
+    over (`fresh`), it is the largest number that fits, in all processes of the run and beside the other `jobs` on this
+    machine. The configuration, and with it the run's identity, keeps saying auto.
 
     Raises:
-        ModelError: the model's configuration cannot be read, so that nothing is known of its memory.
+        ModelError: the model's configuration cannot be read, so that its memory cannot be estimated.
     """
     ppo = plan.settings.ppo
     if ppo.microbatch_tokens != "auto":
@@ -98,14 +98,14 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
 
 
 def keep_budget(plan: Plan) -> None:
-    """Leave in the run's folder what was put in the place of auto, for those who continue it."""
+    """Save the number chosen for `ppo.microbatch_tokens=auto` in the run's folder, for when the run is resumed."""
     if plan.plain["ppo"]["microbatch_tokens"] == "auto" and isinstance(plan.settings.ppo.microbatch_tokens, int):
         budget = {"identity": plan.identity, "microbatch_tokens": plan.settings.ppo.microbatch_tokens}
         write_json(plan.folder / BUDGET, budget)
 
 
 def _kept_budget(plan: Plan) -> int | None:
-    """None without any, or with that of a run of another configuration."""
+    """The saved number of this very run; None if there is none."""
     for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.identity) / BUDGET):
         kept = read_object(path, microbatch_tokens=int) if path.exists() else {}
         if kept.get("identity") == plan.identity:
@@ -118,7 +118,7 @@ def _needed(plan: Plan) -> Memory | None:
 
 
 def _vocabulary(plan: Plan) -> int | None:
-    """That of the tokenizer, for a model made from a configuration."""
+    """The vocabulary of the tokenizer for a model made from a configuration; None for a model that is loaded."""
     if plan.settings.model.name_or_path is not None:
         return None
     known = hasattr(plan.source, "tokenizer")

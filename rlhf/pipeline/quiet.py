@@ -6,7 +6,7 @@ import warnings
 
 
 def quieten() -> None:
-    """Silence what is noise here: advice on loops of the common kind, and progress bars inside of progress bars."""
+    """Silence advice that does not apply to these training loops, and progress bars inside progress bars."""
     import transformers
 
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -17,6 +17,6 @@ def quieten() -> None:
         "Already found a `peft_config`", ".*weights_only", "fan_in_fan_out is set to",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own sentence says it
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own error message replaces it
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""Which rows of the data are in which batch."""
+"""The order in which the rows of the data are visited."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from rlhf.seeding import generator
 
 
 class SeededBatches(BatchSampler):
-    """Batches of row numbers, a pure function of (seed, step): so a run continues anywhere without replaying.
+    """Batches of row numbers as a pure function of (seed, step), so that a run resumes anywhere without replaying.
 
-    Each epoch is a fresh permutation; a batch may straddle two epochs, so that every batch has `batch_size` rows.
-    `share` says which rows of each batch this process is given.
+    Each epoch is a fresh permutation. A batch may straddle two epochs, so that every batch has `batch_size` rows.
+    `share` selects the rows of each batch that this process is given.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, steps: int, start: int = 0, share: slice = slice(None)):
@@ -21,7 +21,7 @@ class SeededBatches(BatchSampler):
         self.share = share
 
     def __len__(self) -> int:
-        # all of them: Lightning, resuming, counts on from the batch that the checkpoint was made after
+        # all steps, also when resuming: Lightning counts on from the batch of the checkpoint
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -40,5 +40,5 @@ class SeededBatches(BatchSampler):
 
 
 def loader(rows: Sequence[Any], collate: Callable[[list[Any]], Any], batches: SeededBatches) -> DataLoader:
-    """The rows in the order of `batches`."""
+    """Loads the rows in the order of `batches`."""
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Lightning's validation loop as the measurement of a policy: answers, their judgement, the true KL."""
+"""Measures a policy in Lightning's validation loop: its answers, their judgement, the true KL."""
 
 import json
 import statistics
@@ -30,7 +30,7 @@ Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What came of a batch of evaluation prompts."""
+    """The answers to a batch of evaluation prompts, with a reward and a length each, and the KL of sampled tokens."""
 
     index: int
     prompts: list[Prompt]
@@ -41,7 +41,7 @@ class _Measured:
 
 
 class PolicyEvaluation(Stage):
-    """A stage with a policy that can be measured; the evaluator gives metrics and a record per response."""
+    """A stage with a policy that can be measured. `evaluator` returns metrics and a record per response."""
 
     config: Settings
     roles: Roles
@@ -58,7 +58,7 @@ class PolicyEvaluation(Stage):
         return generator(self.config.seed, purpose, step, str(self.roles.device))
 
     def on_validation_epoch_start(self) -> None:
-        """Begin a measurement of the policy as it is now."""
+        """Begin a measurement of the present policy."""
         self.roles.eval()
         self._started = time.perf_counter()
         self._measured: list[_Measured] = []
@@ -66,8 +66,8 @@ class PolicyEvaluation(Stage):
     def validation_step(self, batch: list[Prompt], index: int) -> None:
         """Answer a batch of evaluation prompts; measure the true KL on tokens sampled at the training temperature.
 
-        Of `evaluation.best_of` answers to a prompt the one that the scorer likes best counts. The processes take turns,
-        and what is drawn depends on the batch alone, so that their number changes nothing.
+        Of `evaluation.best_of` answers to a prompt, the one with the highest score counts. The processes take turns. The
+        random stream depends on the batch alone, so that their number changes nothing.
         """
         if index % collectives.size() != collectives.rank():
             return
@@ -98,7 +98,7 @@ class PolicyEvaluation(Stage):
         self._measured.append(_Measured(index, batch, responses, rewards[best].cpu(), lengths.cpu(), kl))
 
     def on_validation_epoch_end(self) -> None:
-        """Judge all answers, append the samples, log `eval/*`."""
+        """Judge the answers of all processes, append to the samples and outcomes, log `eval/*`."""
         parts = [part for process in collectives.all_gather(self._measured) for part in process]
         parts.sort(key=lambda part: part.index)
         prompts = [prompt for part in parts for prompt in part.prompts]
@@ -115,13 +115,13 @@ class PolicyEvaluation(Stage):
             "eval/true_kl": float(torch.cat([part.kl for part in parts]).mean()),
             "time/evaluate": time.perf_counter() - self._started,
         }
-        # the last of the three files: that its line is there says that the evaluation is complete
+        # the metrics are written last of the three files: their line marks the evaluation as complete
         self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
         for dashboard in self.dashboards if shown else []:
             dashboard.log_samples(shown, self.ppo_step)
 
     def _write(self, records: list[dict[str, Any]], shown: list[dict[str, Any]]) -> dict[str, float]:
-        """Append what came of each prompt; returns how far this is below the best of what stands there already."""
+        """Append samples and outcomes to their files; return how far the outcomes are below the best earlier ones."""
         with self.samples.open("a", encoding="utf-8") as file:
             for record in shown:
                 file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")
@@ -130,16 +130,16 @@ class PolicyEvaluation(Stage):
         earlier = read_lines(path) if path.exists() else []
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.ppo_step, **numbers}) + "\n")
-        # of a step that was evaluated twice the last counts, and what comes after this one is of a run that was lost
+        # the last evaluation of a step counts; later steps are left of an interrupted process and will be made again
         before = {line["step"]: line for line in earlier if line["step"] < self.ppo_step}
         return falls([before[step] for step in sorted(before)], numbers)
 
 
 def falls(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> dict[str, float]:
-    """How far the truths are below their best evaluation so far, prompt by prompt, with the standard error of that.
+    """How far win rate and gold utility are below their best evaluation so far, with the standard error of the fall.
 
-    All evaluations are on the same prompts, so that their errors are not independent: what is hard for one policy is
-    hard for the next. The error of a difference is therefore that of the paired differences.
+    All evaluations use the same prompts, so that their errors are not independent: what is hard for one policy is hard
+    for the next. The standard error is therefore that of the differences paired by prompt.
     """
     metrics = {}
     for key, column in {"eval/win_rate": "win", "eval/gold_utility": "gold_utility"}.items():
