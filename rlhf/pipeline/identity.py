@@ -40,8 +40,8 @@ WATCHING = (
 def digest(determinants: Mapping[str, Any], code: Iterable[Path] = (), known: Path | None = None) -> str:
     """Twelve hex digits of configuration keys, the local files that they name, and files of source code.
 
-    A file counts by its content, not by its place. `known` is a folder of digests of files, so that a large file is read
-    only once (`content_digest`).
+    A file counts by its content, not by its place. `known` is a folder of digests of files, so that a large file is
+    read only once (`content_digest`).
     """
     source = hashlib.sha256(b"".join(file.read_bytes() for file in code))
     content = {"config": by_content(dict(determinants), known), "code": source.hexdigest()}
