@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf.data.options import parse_template
-from rlhf.data.records import DataSource, divided, records, skipped_rows
+from rlhf.data.records import DataSource, as_records, skipped_rows, train_and_held_out
 from rlhf.data.templates import Template
 from rlhf.distributed import collectives
 from rlhf.evaluation.evaluate import Judge
@@ -65,7 +65,7 @@ class Builder:
         tokenizer = load_tokenizer(self.settings.model, self.source)
         roles = sft_roles(self.settings, tokenizer, self.quantization)
         self.place(roles, settings.packing)
-        train, held_out = divided(self.source, "sft", "sft_validation", settings.validation_size)
+        train, held_out = train_and_held_out(self.source, "sft", "sft_validation", settings.validation_size)
         steps = steps_of(settings, len(train))
         stage = SupervisedFineTuning(settings, roles, tokenizer, steps)
         stage.guards = Guards(self.settings.guards, folder)
@@ -170,7 +170,7 @@ class Builder:
         roles = reward_roles(self.settings, tokenizer, base, self.quantization)
         self.place(roles, False)
         source = SavedPreferences(preferences) if preferences else self.source
-        train, held_out = divided(source, "preference", "preference_validation", settings.validation_size)
+        train, held_out = train_and_held_out(source, "preference", "preference_validation", settings.validation_size)
         stage = RewardModeling(settings, roles, tokenizer, steps_of(settings, len(train)))
         stage.guards = Guards(self.settings.guards, folder)
         limit = f"reward.max_length={settings.max_length}"
@@ -180,7 +180,7 @@ class Builder:
         short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
         stage.total_steps = steps_of(settings, len(train))
         metrics = train_supervised(self.make_trainer, stage, settings, pairs, measured, folder)
-        demonstrations = records(self.source.load("sft").select(range(settings.baseline_rows)), "sft")
+        demonstrations = as_records(self.source.load("sft").select(range(settings.baseline_rows)), "sft")
         metrics["reward/baseline"] = stage.baseline(demonstrations)
         metrics["reward/longer_accuracy"] = longer_accuracy(held_out)
         log.info("right on %.1f %% of %d held-out comparisons, where the longer answer is on %.1f %%",

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.records import SPLITS, DataSource, Prompt, Split, divided, records
+from rlhf.data.records import SPLITS, DataSource, Prompt, Split, as_records, train_and_held_out
 from rlhf.distributed import collectives, processes
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import difficulties
@@ -51,7 +51,7 @@ SFT_CODE = ("rlhf.stages.sft", "rlhf.stages.batches", "rlhf.models.assembly")
 REWARD_CODE = (*SFT_CODE, "rlhf.stages.reward")
 PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout.sample", "rlhf.rollout.vllm", "rlhf.evaluation.preferences")
 # The functions of modules that hold others too which decide it as well.
-_TRAINING = (train_supervised, divided, records, steps_of)
+_TRAINING = (train_supervised, train_and_held_out, as_records, steps_of)
 BUILDING: dict[str, tuple[Callable[..., Any], ...]] = {
     "sft": (Builder.sft, Builder._save_sft, *_TRAINING),
     "reward": (Builder.reward, save_full_reward, *_TRAINING),
@@ -351,7 +351,7 @@ class Run:
     def _held_out(self, factscore: FactScore | None) -> list[Prompt]:
         """The evaluation set: the data set's own, or a prompt about each entity."""
         if factscore is None:
-            return records(self.source.load("eval"), "eval")
+            return as_records(self.source.load("eval"), "eval")
         return factscore.prompts(self._builder.template)
 
     def _export(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
