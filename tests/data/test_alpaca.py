@@ -168,14 +168,8 @@ def test_only_configured_splits_are_offered(tmp_path):
         ({"sft": "x.jsonl[5:1]"}, "malformed slice"),
         ({"sft": ["x.jsonl", 3]}, "3 is not a data source"),
         ({"template": "alpaca"}, "allowed: a mapping with the strings"),
-        (
-            {"template": {"with_input": "{instruction}{input}"}},
-            "allowed: a mapping with the strings",
-        ),
-        (
-            {"template": TEMPLATE | {"with_input": None}},
-            "allowed: a mapping with the strings",
-        ),
+        ({"template": {"with_input": "{instruction}{input}"}}, "allowed: a mapping with the strings"),
+        ({"template": TEMPLATE | {"with_input": None}}, "allowed: a mapping with the strings"),
         ({"template": TEMPLATE | {"without_input": "Say:"}}, "template.without_input must use exactly {instruction}"),
     ],
 )
