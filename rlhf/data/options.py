@@ -6,7 +6,7 @@ value that is not allowed.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Protocol, cast, get_args
 
 from datasets import Dataset
 
@@ -17,7 +17,6 @@ from rlhf.data.templates import Template
 from rlhf.errors import DataError
 
 
-@runtime_checkable
 class Checkable(Protocol):
     """A source whose presence can be checked without reading it."""
 

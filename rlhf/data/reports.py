@@ -27,11 +27,6 @@ class RowReport:
             counts[reason] += len(rows)
         return dict(counts.most_common())
 
-    @property
-    def kept(self) -> int:
-        """Number of rows that became records."""
-        return sum(self.read.values()) - sum(self.counts.values())
-
     def lines(self) -> list[str]:
         """One line per source and reason, with the first row numbers, for the log."""
         return [

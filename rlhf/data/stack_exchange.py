@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from rlhf.data.caching import REASON, cached_rows, code_digest
 from rlhf.data.compression import without_compression
 from rlhf.data.options import as_list, check_sources, first_rows, parse_max_rows, parse_on_bad_row, parse_template
 from rlhf.data.records import RECORDS, Split, columns
-from rlhf.data.reports import reasons_and_counts, skipped_line
+from rlhf.data.reports import reasons_and_counts
 from rlhf.data.sources import Source
 from rlhf.data.splitting import Shares, expand
 from rlhf.data.templates import Template
-from rlhf.data.threads import Dump, Pairing, Pairs, Tally, Thread
+from rlhf.data.thread_sources import Dump, Pairs
+from rlhf.data.threads import Pairing, Tally, Thread, ThreadReport
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -40,29 +40,6 @@ NEEDS: dict[Split, str] = {
     "preference_validation": "two answers of different scores",
     "eval": "an answer",
 }
-
-
-@dataclass(frozen=True)
-class ThreadReport:
-    """What became of the rows: source name → its `Tally`."""
-
-    tallies: Mapping[str, Tally]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of skipped rows by reason, the most frequent first, as in a stage's summary."""
-        counts: Counter[str] = Counter()
-        for tally in self.tallies.values():
-            counts.update(tally.skipped)
-        return dict(counts.most_common())
-
-    def lines(self) -> list[str]:
-        """One line per source and reason, with the first row numbers, for the log."""
-        return [
-            skipped_line(name, count, tally.rows, reason, tally.first[reason])
-            for name, tally in self.tallies.items()
-            for reason, count in tally.skipped.items()
-        ]
 
 
 class StackExchange:

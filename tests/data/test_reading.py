@@ -79,7 +79,7 @@ def test_bad_line_is_skipped_counted_and_located(tmp_path, caplog, bad, reason):
     assert rows.to_list() == [{"prompt": f"question {number}", "response": f"answer {number}"} for number in (1, 2, 3)]
     assert report.read == {"rows.jsonl": 4}
     assert report.skipped == {("rows.jsonl", reason): [4]}
-    assert (report.counts, report.kept) == ({reason: 1}, 3)
+    assert report.counts == {reason: 1}
     assert caplog.messages == [f"sft: rows.jsonl: 1 of 4 rows skipped: {reason} (row 4)"]
     with pytest.raises(DataError, match=r"^sft: rows.jsonl, row 4: .*on_bad_row") as failure:
         read(tmp_path, "rows.jsonl", on_bad_row="fail")
@@ -296,7 +296,7 @@ def test_rows_read_are_rows_kept_and_rows_skipped(lines):
     good = [number for number, some in enumerate(lines, start=2) if is_good(some)]
     skipped = sorted(number for numbers in report.skipped.values() for number in numbers)
     blank = [number for number, some in enumerate(lines, start=2) if not some.strip()]
-    assert len(rows) == report.kept == 1 + len(good)
+    assert len(rows) == 1 + len(good)
     assert sorted([*good, *skipped, *blank]) == list(range(2, len(lines) + 2))
     assert report.read == {"rows.jsonl": 1 + len(lines) - len(blank)}
 
