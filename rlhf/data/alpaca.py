@@ -9,14 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf.data.fields import text_field
-from rlhf.data.options import (
-    check_sources,
-    first_rows,
-    parse_max_rows,
-    parse_on_bad_row,
-    parse_sources,
-    parse_template,
-)
+from rlhf.data.options import check_sources, first_rows, parse_max_rows, parse_on_bad_row, parse_sources, parse_template
 from rlhf.data.reading import read_records
 from rlhf.data.records import SPLITS, Comparison, Demonstration, Prompt, Split
 from rlhf.data.reports import RowReport
@@ -139,7 +132,7 @@ class Alpaca:
 
 @dataclass(frozen=True)
 class _ToRecord:
-    """Makes the record of a row; `excluded` are the normalized evaluation instructions."""
+    """Makes the record of a row of `split`; `excluded` are the normalized evaluation instructions."""
 
     split: Split
     template: Template

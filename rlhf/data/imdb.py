@@ -108,6 +108,7 @@ class Imdb:
         return self._expand(split, _ToLabelled(split, self._shares), features)
 
     def _expand(self, split: Split, to_records: ToRecords, features: Features) -> Dataset:
+        """The rows that `to_records` makes of all reviews, which are read once."""
         self._shares.require(split)
         if self._reviews is None:
             self._reviews = read_records(
@@ -135,7 +136,7 @@ def _parse_prompt_words(words: Any) -> tuple[int, int]:
 def _to_review(row: Mapping[str, Any]) -> Review:
     review = re.sub(r"\n{3,}", "\n\n", _LINE_BREAKS.sub("\n", text_field(row, "text"))).strip()
     if len(review.split(maxsplit=1)) < 2:
-        raise RowError("`text` is shorter than two words")  # a prompt needs a word, and its continuation another
+        raise RowError("`text` is shorter than two words")  # a prompt needs a word, and so does its continuation
     value = row.get("label")
     label = "" if value is None else LABELS.get(str(value).strip().lower())
     if label is None:

@@ -41,7 +41,10 @@ _Base: Any = MarkdownConverter  # `Any`, because its type stubs lack the methods
 
 
 class _Converter(_Base):
-    """markdownify's converter, without its losses: scripts, teletype text, strikethrough, fences and bars in tables."""
+    """markdownify's converter, changed where it would lose something.
+
+    These are superscripts, subscripts, `<strike>`, `<tt>`, code that contains a fence, and bars in table cells.
+    """
 
     convert_sup = _keep_tag("sup", "^")
     convert_sub = _keep_tag("sub", "_")

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from rlhf.errors import DataError
 
+# The validation splits measure SFT and the reward model while they are trained; `eval` measures the finished policy.
 Split = Literal["sft", "sft_validation", "preference", "preference_validation", "prompts", "eval"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -36,7 +37,7 @@ class Comparison:
 class SampledComparison(Comparison):
     """A comparison of two responses sampled from a model.
 
-    `chosen_ended` and `rejected_ended` tell whether the response ended by itself. A response that was truncated at the
+    `chosen_ended` and `rejected_ended` are whether the response ended by itself. A response that was truncated at the
     length limit did not end, so no EOS is appended to it.
     """
 
@@ -175,7 +176,7 @@ def train_and_held_out(source: DataSource, split: Split, validation: Split, size
 
 
 def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
-    """The number of skipped rows by reason, for a stage's summary; empty if `source` does not count them."""
+    """The number of skipped rows by reason, for the summary of a stage; empty if `source` does not count them."""
     report = getattr(source, "report", {}).get(split)
     return report.counts if report else {}
 

@@ -15,9 +15,9 @@ from rlhf.data.compression import READ_ERRORS, open_decompressed
 from rlhf.errors import DataError, RowError
 
 MAX_LINE = 16_000_000
-"""Longest line of a `.jsonl` file and longest field of a `.csv` or `.tsv` file, in bytes and characters respectively.
+"""Longest line of a `.jsonl` file in bytes, and longest field of a `.csv` or `.tsv` file in characters.
 
-A longer line is a bad row, and is never held in memory as a whole.
+A longer line is a bad row and is never held in memory as a whole. A longer field makes the rest of the file unreadable.
 """
 
 
@@ -101,6 +101,6 @@ def _parse_json_line(line: bytes) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> "dict[str, Any] | RowError":
-    """A JSON object, or a `RowError` if a key occurs twice, because either value could be the intended one."""
+    """The object with these keys and values, or a `RowError` if a key occurs twice: either value could be meant."""
     found = dict(pairs)
     return found if len(found) == len(pairs) else RowError("a key that occurs twice")

@@ -36,7 +36,7 @@ class Shares:
         """
         given = {split: share or 0 for split, share in shares.items()} if isinstance(shares, Mapping) else {}
         valid = all(type(share) in (int, float) and 0 <= share <= 1 for share in given.values())
-        # 1e-9 tolerates the rounding error of the sum.
+        # The tolerance of 1e-9 is for the rounding error of the sum.
         if not given or not set(given) <= set(allowed) or not valid or not 0 < sum(given.values()) < 1 + 1e-9:
             raise DataError(
                 f"shares={shares!r} is not allowed; allowed: a mapping from some of {', '.join(allowed)} to shares "

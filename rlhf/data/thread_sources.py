@@ -93,7 +93,7 @@ class Pairs:
         return self.source.fingerprint() if self.source.path is None else _file_fingerprint(self.source.path)
 
     def threads(self, tally: Tally, pairing: Pairing, folder: Path) -> Iterator[Thread]:
-        """Yield the threads, counting rows in `tally`; `folder` is for temporary files."""
+        """Yield the threads in the order of their ids, counting rows in `tally`; `folder` is for temporary files."""
         columns = "thread TEXT, row INT, question, better, worse"
         for id, rows in grouped_on_disk(self._rows(tally), columns, "thread, row", folder):
             yield _thread_of_pairs(id, rows, tally, pairing)
@@ -108,12 +108,18 @@ class Pairs:
 
 
 def _file_fingerprint(path: Path) -> str:
-    # A dump may have many gigabytes; reading it for a digest would take as long as reading it for its posts.
+    """The file's name, size, times and inode.
+
+    A digest of the content would need a second pass over a file that may have many gigabytes.
+    """
     return f"{path.name} {' '.join(map(str, file_stamp(path)))}"
 
 
 def _thread_of_posts(id: str, posts: Iterable[tuple[Any, ...]], tally: Tally, pairing: Pairing) -> Thread | None:
-    """The thread of a question's posts, the question first; None if the question is missing or bad."""
+    """The thread of one question and its answers, None if the question is missing or bad.
+
+    `posts` are rows of the table in `Dump.threads`, the question first.
+    """
     question: str | None = None
     accepted_id, seen = None, set()
     answers: list[tuple[int, int, int, str]] = []
@@ -164,7 +170,7 @@ def _to_pair(number: int, row: Any) -> tuple[str, int, str, str, str]:
 
 
 def _thread_of_pairs(id: str, rows: Iterable[tuple[Any, ...]], tally: Tally, pairing: Pairing) -> Thread:
-    """The thread of all pairs of one question."""
+    """The thread of all pairs of one question; `rows` are rows of the table in `Pairs.threads`."""
     pairs: dict[tuple[str, str], None] = {}  # an ordered set, in the order of the rows
     question = ""
     for _, row, question, better, worse in rows:  # noqa: B007 (all rows have the same question)
