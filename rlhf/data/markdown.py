@@ -1,4 +1,4 @@
-"""HTML to Markdown, as a language model is to read and write it."""
+"""Convert HTML to the Markdown that a language model reads and writes."""
 
 import re
 from collections.abc import Callable
@@ -10,12 +10,13 @@ from rlhf.errors import RowError
 
 
 def to_markdown(html: str) -> str:
-    """Markdown without escapes, so that formulas (`$a_1$`) and names (`my_file`) stay as they are; code is fenced.
+    """Convert HTML to Markdown.
 
-    Superscripts and subscripts, for which Markdown has no sign, keep their tags: 10<sup>-9</sup>.
+    Asterisks and underscores are not escaped, so that formulas (`$a_1$`) and names (`my_file`) stay as they are. Code
+    blocks are fenced. Superscripts and subscripts, for which Markdown has no syntax, keep their tags: 10<sup>-9</sup>.
 
     Raises:
-        RowError: tags nested too deeply to be parsed.
+        RowError: the tags are nested too deeply to be parsed.
     """
     converter = _Converter(heading_style="ATX", escape_asterisks=False, escape_underscores=False)
     try:
@@ -25,8 +26,8 @@ def to_markdown(html: str) -> str:
     return text.strip()
 
 
-def _script(tag: str, sign: str) -> Callable[..., str]:
-    """A superscript or subscript: tags, but in code, where tags would be read as text, the `sign` of programs."""
+def _keep_tag(tag: str, sign: str) -> Callable[..., str]:
+    """A converter that keeps `tag`, but writes `sign` inside code, where a tag would be plain text."""
 
     def convert(self: Any, element: Any, text: str, parent_tags: set[str]) -> str:
         if not text.strip():
@@ -36,19 +37,22 @@ def _script(tag: str, sign: str) -> Callable[..., str]:
     return convert
 
 
-_Base: Any = MarkdownConverter  # its stubs leave the methods out
+_Base: Any = MarkdownConverter  # `Any`, because its type stubs lack the methods
 
 
 class _Converter(_Base):
-    """markdownify, where it loses nothing."""
+    """markdownify's converter, changed where it would lose something.
 
-    convert_sup = _script("sup", "^")
-    convert_sub = _script("sub", "_")
+    These are superscripts, subscripts, `<strike>`, `<tt>`, code that contains a fence, and bars in table cells.
+    """
+
+    convert_sup = _keep_tag("sup", "^")
+    convert_sub = _keep_tag("sub", "_")
     convert_strike = _Base.convert_del
     convert_tt = _Base.convert_code
 
     def convert_pre(self, element: Any, text: str, parent_tags: set[str]) -> str:
-        """A fence longer than any in the code."""
+        """Use a fence longer than any run of backticks in the code, which would otherwise end the block."""
         fenced: str = super().convert_pre(element, text, parent_tags)
         longest = max(map(len, re.findall("`{3,}", text)), default=0)
         if not longest:
@@ -58,9 +62,9 @@ class _Converter(_Base):
         return f"\n\n{fence}{body}{fence}\n\n"
 
     def convert_td(self, element: Any, text: str, parent_tags: set[str]) -> str:
-        """A cell's own bar is escaped, as it would begin another cell."""
+        """Escape bars in a cell, because a bar starts the next cell."""
         return str(super().convert_td(element, text.replace("|", "\\|"), parent_tags))
 
     def convert_th(self, element: Any, text: str, parent_tags: set[str]) -> str:
-        """The same for the first row."""
+        """Escape bars in a cell of the header row."""
         return str(super().convert_th(element, text.replace("|", "\\|"), parent_tags))

@@ -1,8 +1,12 @@
-"""What the configurations of several data sets have in common: options understood and checked in one way."""
+"""Parse and check the options that several data sets share.
+
+The values come from a configuration and may be anything; every function raises `DataError` with one sentence for a
+value that is not allowed.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Protocol, cast, get_args
 
 from datasets import Dataset
 
@@ -13,29 +17,40 @@ from rlhf.data.templates import Template
 from rlhf.errors import DataError
 
 
-@runtime_checkable
 class Checkable(Protocol):
-    """Anything that can say whether it is there."""
+    """A source whose presence can be checked without reading it."""
 
     def check(self) -> None: ...  # noqa: D102
 
 
-def parse_sources(specs: Any, root: Path) -> tuple[Source, ...]:
-    """One source or a list of them."""
-    return tuple(Source.parse(spec, root) for spec in as_list(specs))
-
-
 def as_list(specs: Any) -> list[Any]:
-    """One or several, as several."""
+    """A list or tuple as a list; any other value as a list of one."""
     return list(specs) if isinstance(specs, list | tuple) else [specs]
 
 
-def check_sources(key: str, sources: Iterable[Checkable]) -> None:
-    """See in an instant whether the files are there.
+def parse_sources(specs: Any, root: Path) -> tuple[Source, ...]:
+    """Parse one source or a list of sources; see `Source.parse`.
 
     Raises:
-        DataError: one is missing, empty or of an unknown format; it names `key`.
+        DataError: a source is malformed.
     """
+    return tuple(Source.parse(spec, root) for spec in as_list(specs))
+
+
+def check_sources(key: str, sources: Iterable[Checkable], allowed: str) -> None:
+    """Check without reading them that there are sources and that their files can be read.
+
+    Args:
+        key: The configuration key of the sources, for messages.
+        sources: The sources.
+        allowed: What `key` may name, for the message if there are none.
+
+    Raises:
+        DataError: there is no source, or one is missing, empty or of an unknown format.
+    """
+    sources = tuple(sources)
+    if not sources:
+        raise DataError(f"{key} is empty; allowed: {allowed}.")
     for source in sources:
         try:
             source.check()
@@ -44,40 +59,48 @@ def check_sources(key: str, sources: Iterable[Checkable]) -> None:
 
 
 def parse_on_bad_row(on_bad_row: str) -> OnBadRow:
-    """`skip` or `fail`.
+    """Parse `skip` or `fail`.
 
     Raises:
-        DataError: anything else.
+        DataError: any other value.
     """
     if on_bad_row not in get_args(OnBadRow):
-        raise DataError(f"on_bad_row is `skip` or `fail`, not {on_bad_row!r}.")
+        raise DataError(f"on_bad_row={on_bad_row!r} is not allowed; allowed: skip or fail.")
     return cast(OnBadRow, on_bad_row)
 
 
 def parse_template(template: Any) -> Template:
-    """A prompt template.
+    """Parse a mapping with the two strings of a `Template`.
 
     Raises:
-        DataError: it is not a mapping with exactly the two texts, or one of them is malformed.
+        DataError: any other value, or one of the strings is malformed.
     """
     texts = template if isinstance(template, Mapping) else {}
     if set(texts) != {"with_input", "without_input"} or not all(isinstance(text, str) for text in texts.values()):
-        raise DataError(f"template is a mapping with the texts `with_input` and `without_input`, not {template!r}.")
+        raise DataError(
+            f"template={template!r} is not allowed; allowed: a mapping with the strings with_input and without_input."
+        )
     return Template(**texts)
 
 
 def parse_max_rows(max_rows: Any) -> Mapping[Split, int]:
-    """A positive number for every split, or a mapping from split to number; null is no limit.
+    """Parse the largest number of rows: one number for all splits, a mapping from split to number, or null.
+
+    Returns:
+        A mapping from split to number; a split that is not in it has no limit.
 
     Raises:
-        DataError: anything else.
+        DataError: an unknown split, or a number that is not a positive integer.
     """
     limits = max_rows if isinstance(max_rows, Mapping) else {} if max_rows is None else dict.fromkeys(SPLITS, max_rows)
     if not set(limits) <= set(SPLITS) or not all(type(limit) is int and limit > 0 for limit in limits.values()):
-        raise DataError(f"max_rows is a positive number, or one for some of {', '.join(SPLITS)}, not {max_rows!r}.")
+        raise DataError(
+            f"max_rows={max_rows!r} is not allowed; allowed: a positive integer, or a mapping to positive integers "
+            f"from some of {', '.join(SPLITS)}."
+        )
     return limits
 
 
 def first_rows(rows: Dataset, split: Split, limits: Mapping[Split, int]) -> Dataset:
-    """As many rows as the split's limit allows."""
+    """The first rows, at most as many as the limit of `split`."""
     return rows.take(min(limits.get(split, len(rows)), len(rows)))

@@ -1,4 +1,8 @@
-"""The record contract between data sets and stages: three kinds of row, six splits."""
+"""The contract between data sets and training stages: six splits, three kinds of record, and the `DataSource` protocol.
+
+A data set yields rows whose columns are the fields of its split's record. Stages turn rows into records with
+`as_records`.
+"""
 
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -7,13 +11,14 @@ from datasets import Dataset
 
 from rlhf.errors import DataError
 
+# The validation splits measure SFT and the reward model while they are trained; `eval` measures the finished policy.
 Split = Literal["sft", "sft_validation", "preference", "preference_validation", "prompts", "eval"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What supervised fine-tuning imitates: `response` is to follow `prompt` and to end there."""
+    """A supervised fine-tuning example: the model learns to continue `prompt` with `response`, followed by EOS."""
 
     prompt: str
     response: str
@@ -21,7 +26,7 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What the reward model learns from: an annotator preferred `chosen` to `rejected`."""
+    """A reward-model example: an annotator preferred the response `chosen` to the response `rejected`."""
 
     prompt: str
     chosen: str
@@ -30,7 +35,11 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class SampledComparison(Comparison):
-    """A comparison of sampled answers: one that was cut off has no end, and gets no EOS."""
+    """A comparison of two responses sampled from a model.
+
+    `chosen_ended` and `rejected_ended` are whether the response ended by itself. A response that was truncated at the
+    length limit did not end, so no EOS is appended to it.
+    """
 
     chosen_ended: bool = True
     rejected_ended: bool = True
@@ -38,10 +47,13 @@ class SampledComparison(Comparison):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What PPO and the evaluation answer.
+    """A prompt for PPO rollouts or for evaluation.
 
-    `prompt` is the templated text that a model reads; `instruction` the bare request that a judge reads;
-    `reference_output` the answer to beat (evaluation only).
+    Attributes:
+        prompt: The templated text that the policy continues.
+        reference_output: The response that the policy's response is compared with; used in evaluation only. Empty if
+            there is none, and then no judge compares the row.
+        instruction: The request without the template, as shown to judges.
     """
 
     prompt: str
@@ -60,55 +72,116 @@ RECORDS: dict[Split, type] = {
 
 
 def columns(split: Split) -> list[str]:
-    """The columns of `split`: the field names of its record."""
+    """The column names of `split`, which are the field names of its record."""
     return [field.name for field in fields(RECORDS[split])]
 
 
 @runtime_checkable
 class DataSource(Protocol):
-    """What a class named by `data._target_` offers.
+    """A data set: an instance of the class that `data._target_` names, made with the other keys of `data`.
 
-    It may have `concerns`, a mapping from a key of its configuration to the splits whose rows that key decides. When
-    such a key changes, models that were trained on the other splits stay as they are.
+    Two members are required: `splits` and `load`. A class need not inherit from `DataSource`.
+
+    The rows of a split have the fields of its record as columns (see `columns`), all of them strings:
+
+    - `sft`, `sft_validation` (supervised fine-tuning): `prompt`, `response`.
+    - `preference`, `preference_validation` (reward model): `prompt`, `chosen`, `rejected`.
+    - `prompts` (PPO rollouts): `prompt`, `reference_output`, `instruction`; the last two may be "".
+    - `eval` (evaluation): the same; without a reference output there is no win rate.
+
+    A validation split is optional: without it, rows are held out from the training split (`train_and_held_out`).
+    `prompt` is the final, templated text, and nothing is inserted between it and the response. The stages append the
+    EOS token to `response`, `chosen` and `rejected`. A special token spelled out in a text, such as `<s>`, is tokenized
+    as ordinary characters.
+
+    The constructor should only validate its arguments, because it also runs when a configuration is merely checked;
+    reading files belongs in `load`. Report a problem with the data as `rlhf.errors.DataError`, with one sentence that
+    names the key, file or row: it is shown to the user without a traceback.
+
+    A class may offer more. The following members are optional and are looked up by name:
+
+    - `check() -> None`: raise `DataError` for missing or empty files. Called before any model is made, so it must be
+      fast.
+    - `concerns: Mapping[str, Collection[Split]]`: for a key of the configuration, the splits whose rows it affects.
+      When such a key changes, cached models that were trained on other splits are still used. A key that is not in the
+      mapping affects all splits.
+    - `report: Mapping[Split, ...]`: after `load(split)`, `report[split].counts` maps each reason for skipping a row to
+      the number of skipped rows. A stage copies it into its `summary.json`.
+    - `template: rlhf.data.templates.Template`: the prompt template. Special tokens that are spelled out in its fixed
+      text, such as `<|im_start|>`, are tokenized as special tokens.
+    - `tokenizer() -> PreTrainedTokenizerBase`: a tokenizer for models trained from scratch. Without it, a BPE
+      tokenizer is trained on the `sft` split.
+    - `utility(prompt: str, response: str) -> float`: the ground-truth quality of a response, which makes `judge=gold`
+      and `scorer=gold` possible.
+    - `facts(prompt: str, response: str)`: an object with the attributes `stated` and `true`, the number of facts in a
+      response and how many of them are true (`rlhf.data.farm.Facts`, for example); reported as factual precision.
+    - `labelled(split: Split) -> Dataset`: rows with `text` (str) and `label` (0 or 1), on which
+      `scorer=bag_of_words` trains (`sft`) and tests (`eval`) its classifier.
+
+    Example::
+
+        class Capitals:
+            splits = ("sft", "prompts")
+
+            def __init__(self, capitals: dict[str, str]):
+                self.capitals = capitals
+
+            def load(self, split):
+                prompts = [f"The capital of {country} is" for country in self.capitals]
+                if split == "sft":
+                    responses = [f" {capital}." for capital in self.capitals.values()]
+                    return Dataset.from_dict({"prompt": prompts, "response": responses})
+                empty = [""] * len(prompts)
+                return Dataset.from_dict({"prompt": prompts, "reference_output": empty, "instruction": prompts})
     """
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """Those it has."""
+        """The splits that `load` accepts. A class attribute or an instance attribute will do."""
         ...
 
     def load(self, split: Split) -> Dataset:
-        """Rows of `split`, with exactly the columns of its record (all strings, none missing).
+        """The rows of `split`.
+
+        Called several times in a run, and by every process of a distributed run, so it must be deterministic: the same
+        configuration must give the same rows in the same order.
+
+        Returns:
+            A dataset of at least one row with exactly the columns `columns(split)`, all of them strings and none null.
 
         Raises:
-            DataError: the split does not exist, cannot be read or ends up empty.
+            DataError: `split` is not in `splits`, cannot be read, or has no rows.
         """
         ...
 
 
-def divided(source: DataSource, split: Split, held_out: Split, size: int) -> tuple[list, list]:
-    """Training and held-out rows: the data set's own validation split, or the end of the training split.
+def train_and_held_out(source: DataSource, split: Split, validation: Split, size: int) -> tuple[list, list]:
+    """The records to train on and the records held out for validation.
+
+    If `source` has the split `validation`, its first `size` records are held out and the whole of `split` is used for
+    training. Otherwise `split` is shuffled with a fixed seed and its last `size` records are held out.
 
     Raises:
-        DataError: there are too few rows.
+        DataError: `split` has at most `size` rows and there is no validation split.
     """
     rows = source.load(split)
-    if held_out in source.splits:
-        other = source.load(held_out)
-        return records(rows, split), records(other.select(range(min(size, len(other)))), held_out)
+    if validation in source.splits:
+        held_out = source.load(validation)
+        return as_records(rows, split), as_records(held_out.select(range(min(size, len(held_out)))), validation)
     if len(rows) <= size:
         raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
-    everything = records(rows.shuffle(seed=0), split)
-    return everything[:-size], everything[-size:]
+    # Shuffled because files are often sorted, by topic say, and then their end does not represent the whole.
+    records = as_records(rows.shuffle(seed=0), split)
+    return records[:-size], records[-size:]
 
 
 def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
-    """How many rows were bad, by reason, for a summary; {} for a data set that does not count them (`report`)."""
+    """The number of skipped rows by reason, for the summary of a stage; empty if `source` does not count them."""
     report = getattr(source, "report", {}).get(split)
     return report.counts if report else {}
 
 
-def records(rows: Dataset, split: Split) -> list:
-    """The rows as records of their split."""
-    kind = SampledComparison if "chosen_ended" in rows.column_names else RECORDS[split]
-    return [kind(**row) for row in rows]
+def as_records(rows: Dataset, split: Split) -> list:
+    """The rows as instances of the split's record class (`SampledComparison` if they have the columns for it)."""
+    record = SampledComparison if "chosen_ended" in rows.column_names else RECORDS[split]
+    return [record(**row) for row in rows]

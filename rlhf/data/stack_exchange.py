@@ -1,9 +1,8 @@
-"""Stack Exchange as StackLLaMA read it: from a site's dump, or from pairs as in stack-exchange-paired."""
+"""Stack Exchange questions and answers as in StackLLaMA, from a site's dump or from rows of pairs."""
 
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,30 +12,27 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Sequence, Value
 
-from rlhf.data.options import (
-    as_list,
-    check_sources,
-    first_rows,
-    parse_max_rows,
-    parse_on_bad_row,
-    parse_template,
-)
-from rlhf.data.packing import unpacked_name
-from rlhf.data.reading import REASON, code_digest, generated
+from rlhf.data.caching import REASON, cached_rows, code_digest
+from rlhf.data.compression import without_compression
+from rlhf.data.options import as_list, check_sources, first_rows, parse_max_rows, parse_on_bad_row, parse_template
 from rlhf.data.records import RECORDS, Split, columns
+from rlhf.data.reports import reasons_and_counts
 from rlhf.data.sources import Source
 from rlhf.data.splitting import Shares, expand
 from rlhf.data.templates import Template
-from rlhf.data.threads import Dump, Pairing, Pairs, Tally, Thread
+from rlhf.data.thread_sources import Dump, Pairs
+from rlhf.data.threads import Pairing, Tally, Thread, ThreadReport
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
 
 TEXT = Value("string")
-PLACES = Sequence(Value("int32"))
+INDICES = Sequence(Value("int32"))
+# The columns of a thread. `REASON` is "" except in the last row, where it is the report of all sources.
 FEATURES = Features(
-    {"id": TEXT, "question": TEXT, "answers": Sequence(TEXT), "better": PLACES, "worse": PLACES, REASON: TEXT}
+    {"id": TEXT, "question": TEXT, "answers": Sequence(TEXT), "better": INDICES, "worse": INDICES, REASON: TEXT}
 )
+# What a question must have to give a record, for messages.
 NEEDS: dict[Split, str] = {
     "sft": "an answer",
     "sft_validation": "an answer",
@@ -46,43 +42,14 @@ NEEDS: dict[Split, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Report:
-    """What became of the rows of each source."""
-
-    tallies: Mapping[str, Tally]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Skipped rows by reason, the most frequent first: what a run's summary lists."""
-        counts: Counter[str] = Counter()
-        for tally in self.tallies.values():
-            counts.update(tally.skipped)
-        return dict(counts.most_common())
-
-    def lines(self) -> list[str]:
-        """A line for each source and reason, with the first row numbers."""
-        return [
-            f"{name}: {count:,} of {tally.rows:,} rows skipped: {reason} ({_row_numbers(count, tally.first[reason])})"
-            for name, tally in self.tallies.items()
-            for reason, count in tally.skipped.items()
-        ]
-
-
-def _row_numbers(count: int, first: list[int]) -> str:
-    return f"row{'s' * (count > 1)} {', '.join(f'{row:,}' for row in first)}{', …' * (count > len(first))}"
-
-
 class StackExchange:
-    """Questions divided into splits: the best answer is the demonstration and the reference, pairs are comparisons.
+    """Questions and answers, assigned to splits by a hash of the question's id, so that no question is in two splits.
 
-    `sources` is a site's `Posts.xml` (maybe as `.gz` or `.zst`) below `root`, pairs (a file or Hub id as in
-    `rlhf.data.sources.Source`, with `question`, `response_j` and `response_k`), or a list of these. A dump is streamed
-    and joined on disk; that takes about its own size there for the time of the first reading, whose outcome `datasets`
-    caches by name, size and time of change.
+    The best answer of a question is its demonstration in `sft` and its reference output in `eval`. Two answers with
+    different scores (`rlhf.data.posts.answer_score`) are a pair, and pairs are the comparisons of `preference`.
 
-    An answer's score is `rlhf.data.posts.score`; answers with different scores are pairs, of which at most
-    `max_pairs_per_question` are drawn by `seed`. A question belongs to one split, by a hash of its id and `seed`.
+    A dump is read incrementally and grouped by question on disk, which temporarily takes about its own size in the
+    cache folder of `datasets`. The result is cached there by the file's name, size, times and inode.
     """
 
     def __init__(
@@ -98,95 +65,108 @@ class StackExchange:
         on_bad_row: str = "skip",
         max_rows: Any = None,
     ) -> None:
-        """Understand the configuration as it comes (hence `Any`); `check` then looks for the files, `load` reads them.
+        """Check the configuration, whose values may be anything (hence `Any`); no file is read.
+
+        Args:
+            template: Mapping with the two strings of a `rlhf.data.templates.Template`; only `without_input` is used.
+            sources: A source or a list of sources: a site's `Posts.xml`, `Posts.xml.gz` or `Posts.xml.zst`, or rows of
+                pairs (`rlhf.data.sources.Source.parse`) with the fields `question`, `response_j` (the better answer),
+                `response_k` and optionally `qid`.
+            shares: Mapping from split to its share of the questions (`rlhf.data.splitting.Shares`).
+            root: The folder of the files.
+            max_pairs_per_question: Most pairs per question; if there are more, some are drawn.
+            title: Whether a question's title is put above its text.
+            seed: Selects the split of each question and the pairs drawn.
+            on_bad_row: `skip` counts and skips bad rows; `fail` raises an error.
+            max_rows: Most rows per split: a number, a mapping from split to number, or None. The first rows are taken.
 
         Raises:
             DataError: a malformed template, source, `shares`, `max_pairs_per_question`, `on_bad_row` or `max_rows`.
         """
         self.template = parse_template(template)
         if type(max_pairs_per_question) is not int or max_pairs_per_question < 1:
-            raise DataError(f"max_pairs_per_question is a positive number, not {max_pairs_per_question!r}.")
-        self.sources = tuple(_parse(spec, Path(root).expanduser()) for spec in as_list(sources))
+            raise DataError(
+                f"max_pairs_per_question={max_pairs_per_question!r} is not allowed; allowed: a positive integer."
+            )
+        self.sources = tuple(_parse_source(spec, Path(root).expanduser()) for spec in as_list(sources))
         self._shares = Shares.parse(shares, seed)
         self.splits = self._shares.splits
-        self.report: dict[Split, Report] = {}
+        self.report: dict[Split, ThreadReport] = {}
         self._pairing = Pairing(max_pairs_per_question, seed, title)
-        self._fail = parse_on_bad_row(on_bad_row) == "fail"
+        self._fail_on_bad_row = parse_on_bad_row(on_bad_row) == "fail"
         self._max_rows = parse_max_rows(max_rows)
-        self._read: tuple[Dataset, Report] | None = None
+        self._threads: tuple[Dataset, ThreadReport] | None = None
 
     def check(self) -> None:
-        """See in an instant whether the files are there, before a model is loaded.
+        """Check without reading them that the files can be read.
 
         Raises:
-            DataError: no source at all, or one that is missing, empty or of an unknown format.
+            DataError: there is no source, or one is missing, empty or of an unknown format.
         """
-        if not self.sources:
-            raise DataError("data.sources names nothing: a site's Posts.xml, a file of pairs, or a Hub id.")
-        check_sources("data.sources", self.sources)
+        check_sources("data.sources", self.sources, "a site's Posts.xml, a file of pairs, or a Hub id")
 
     def load(self, split: Split) -> Dataset:
-        """Rows of `split`, with the columns of its record.
+        """The rows of `split`; see `DataSource.load`.
 
         Raises:
-            DataError: there is no such split, a source cannot be read, or not a single question fits the split.
+            DataError: the split has no share, a source cannot be read, or no question in the share gives a record.
         """
-        if split not in self.splits:
-            raise DataError(f"data.shares gives nothing to {split}: there is {', '.join(self.splits)}.")
-        threads, self.report[split] = self._threads()
-        records = _ToRecords(split, self.template, self._shares)
-        needs = f" that has {NEEDS[split]}" if split in NEEDS else ""
-        nothing = f"{split}: its share of the {len(threads):,} questions holds none{needs}."
-        rows = expand(threads, records, Features(dict.fromkeys(columns(split), TEXT)), split, nothing)
+        self._shares.require(split)
+        if self._threads is None:
+            self._threads = self._read_threads()
+        threads, self.report[split] = self._threads
+        to_records = _ToRecords(split, self.template, self._shares)
+        needs = f" and has {NEEDS[split]}" if split in NEEDS else ""
+        if_empty = f"{split}: none of the {len(threads):,} questions falls into its share{needs}."
+        rows = expand(threads, to_records, Features(dict.fromkeys(columns(split), TEXT)), split, if_empty)
         return first_rows(rows, split, self._max_rows)
 
-    def _threads(self) -> tuple[Dataset, Report]:
-        if self._read is None:
-            self.check()
-            stamps = (*(source.stamp() for source in self.sources), code_digest())
-            rows = generated(_generate, _Job(self.sources, self._pairing, stamps), FEATURES, "threads")
-            # the last row is the report, so that it is cached with what it reports on
-            report = Report({name: Tally(**tally) for name, tally in json.loads(rows[-1][REASON])})
-            for line in report.lines():
-                if self._fail:
-                    raise DataError(f"{line}; `on_bad_row: skip` skips and counts such rows.")
-                log.warning("%s", line)
-            for name, t in report.tallies.items():
-                log.info("%s: %d rows: %d questions, %d answers, %d pairs; %d are neither question nor answer",
-                         name, t.rows, t.questions, t.answers, t.pairs, t.other)  # fmt: skip
-            if len(rows) == 1:
-                reasons = ", ".join(f"{count:,} × {reason}" for reason, count in report.counts.items())
-                raise DataError(
-                    f"{', '.join(report.tallies)}: not a single question can be used ({reasons or 'no rows'})."
-                )
-            self._read = rows.take(len(rows) - 1), report
-        return self._read
+    def _read_threads(self) -> tuple[Dataset, ThreadReport]:
+        """The threads of all sources, from the cache if they are there, and the report, which is logged."""
+        self.check()
+        # 1. Read the threads. The last row is the report, so that it is cached with the rows that it reports on.
+        fingerprints = (*(source.fingerprint() for source in self.sources), code_digest())
+        rows = cached_rows(_generate_threads, _Job(self.sources, self._pairing, fingerprints), FEATURES, "threads")
+        report = ThreadReport({name: Tally(**tally) for name, tally in json.loads(rows[-1][REASON])})
+        # 2. Log what was skipped and what was kept.
+        for line in report.lines():
+            if self._fail_on_bad_row:
+                raise DataError(f"{line}; `on_bad_row: skip` skips and counts such rows.")
+            log.warning("%s", line)
+        for name, t in report.tallies.items():
+            log.info("%s: %d rows: %d questions, %d answers, %d pairs; %d are neither question nor answer",
+                     name, t.rows, t.questions, t.answers, t.pairs, t.other)  # fmt: skip
+        # 3. Remove the row with the report.
+        if len(rows) == 1:
+            reasons = reasons_and_counts(report.counts) or "no rows"
+            raise DataError(f"{', '.join(report.tallies)}: no question can be used ({reasons}).")
+        return rows.take(len(rows) - 1), report
 
 
 @dataclass(frozen=True)
 class _Job:
-    """All that determines the threads: hashed into the cache key."""
+    """Everything that determines the threads; its pickle is the cache key."""
 
     sources: tuple[Dump | Pairs, ...]
     pairing: Pairing
-    stamps: tuple[str, ...]
+    fingerprints: tuple[str, ...]
 
 
-def _parse(spec: Any, root: Path) -> Dump | Pairs:
-    if isinstance(spec, str) and unpacked_name(spec).endswith(".xml"):
+def _parse_source(spec: Any, root: Path) -> Dump | Pairs:
+    if isinstance(spec, str) and without_compression(spec).endswith(".xml"):
         return Dump(spec, root / os.path.expanduser(spec))
     return Pairs(Source.parse(spec, root))
 
 
-def _generate(job: _Job) -> Iterator[dict[str, Any]]:
-    """The threads of all sources, then the report."""
+def _generate_threads(job: _Job) -> Iterator[dict[str, Any]]:
+    """Yield the threads of all sources, then one row with the report as JSON in `REASON`."""
     tallies = []
-    cache = Path(datasets.config.HF_DATASETS_CACHE)  # a disk meant for large files, which /tmp may not be
-    with TemporaryDirectory(dir=cache, prefix="stack_exchange-") as work:
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # has room for large files, which the system's /tmp may not have
+    with TemporaryDirectory(dir=cache, prefix="stack_exchange-") as folder:
         for source in job.sources:
             tally = Tally()
             tallies.append((source.name, tally))
-            for thread in source.threads(tally, job.pairing, Path(work)):
+            for thread in source.threads(tally, job.pairing, Path(folder)):
                 yield {**asdict(thread), REASON: ""}
     report = json.dumps([(name, asdict(tally)) for name, tally in tallies])
     yield {**asdict(Thread("", "", [], [], [])), REASON: report}
@@ -194,7 +174,7 @@ def _generate(job: _Job) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _ToRecords:
-    """Makes the records that a split has of a thread."""
+    """Makes the records of a thread, if its question is in `split`: one per pair in `preference`, else at most one."""
 
     split: Split
     template: Template
@@ -208,6 +188,7 @@ class _ToRecords:
             yield asdict(record(self.template.render(thread["question"]), **fields))
 
     def _fields(self, question: str, thread: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+        """Yield the fields of each record except `prompt`."""
         answers = thread["answers"]
         match self.split:
             case "preference" | "preference_validation":

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.errors import DamagedError
 from rlhf.files import BEST_MODEL, LINE_FILES, MODEL, read_object, sync, write_json
-from rlhf.files.digests import sha256
+from rlhf.files.digests import file_stamp, sha256
 
 CHECKSUMS = "checksums.json"
 Signature = list[int]
@@ -21,7 +21,7 @@ def seal(folder: Path) -> None:
     for path in files.values():
         sync(path)
     if files:
-        _note(folder, {name: {"sha256": sha256(path), "seen": _signature(path)} for name, path in files.items()})
+        _note(folder, {name: {"sha256": sha256(path), "seen": file_stamp(path)} for name, path in files.items()})
 
 
 def damage(folder: Path) -> str | None:
@@ -31,7 +31,7 @@ def damage(folder: Path) -> str | None:
     13 GB takes most of a minute, and no program changes a file without changing one of these.
     """
     files = dict(_files(folder))
-    seen = {name: _signature(path) for name, path in files.items()}
+    seen = {name: file_stamp(path) for name, path in files.items()}
     if _sound.get(folder) == seen:
         return None
     try:
@@ -70,11 +70,6 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in found:
         if path.is_file():
             yield str(path.relative_to(folder)), path
-
-
-def _signature(path: Path) -> Signature:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _cut_short(path: Path) -> str | None:

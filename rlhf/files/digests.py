@@ -38,9 +38,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_stamp(path: Path, *, device: bool = False) -> list[int]:
+    """Size in bytes, modification time and inode change time in ns, inode number, and with `device` the device number.
+
+    A program that changes a file changes its stamp: unlike the modification time, the inode change time cannot be set
+    back. The device number differs between machines that mount the same network folder, so leave it out of stamps that
+    several machines share.
+    """
+    stat = path.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return [*stamp, stat.st_dev] if device else stamp
+
+
 def _of_file(path: Path, known: Path | None) -> str:
     note = known / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json" if known else None
-    stamp = _stamp(path)
+    stamp = file_stamp(path, device=True)
     if note is not None:
         with suppress(OSError, ValueError, TypeError, KeyError):
             kept = json.loads(note.read_text(encoding="utf-8"))
@@ -50,14 +62,8 @@ def _of_file(path: Path, known: Path | None) -> str:
         log.info("reading %s once for its digest (%.1f GiB)", path, stamp[0] / 2**30)
     digest = sha256(path)
     settled = time.time() - max(stamp[1:3]) / 1e9 > RACY_SECONDS
-    if note is not None and settled and _stamp(path) == stamp:
+    if note is not None and settled and file_stamp(path, device=True) == stamp:
         with suppress(OSError):  # a cache that cannot be written to costs the reading next time
             note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"path": str(path), "stamp": stamp, "sha256": digest})
     return digest
-
-
-def _stamp(path: Path) -> list[int]:
-    """Size, time of the last change of the content and of the inode (which nobody can set back), inode, device."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.records import Prompt, records
+from rlhf.data.records import Prompt, as_records
 from rlhf.distributed import collectives, processes
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import difficulties
@@ -240,7 +240,7 @@ class Run:
     def _held_out(self, factscore: FactScore | None) -> list[Prompt]:
         """The evaluation set: the data set's own, or for FActScore a prompt about each entity."""
         if factscore is None:
-            return records(self.source.load("eval"), "eval")
+            return as_records(self.source.load("eval"), "eval")
         return factscore.prompts(template_of(self.plan.plain))
 
     def _export(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:

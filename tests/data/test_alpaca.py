@@ -141,22 +141,22 @@ def test_only_configured_splits_are_offered(tmp_path):
     assert source.splits == ("sft", "eval")
     for split in source.splits:
         assert source.load(split).column_names == columns(split)
-    with pytest.raises(DataError, match=r"^data\.preference is not configured: there is sft, eval\.$"):
+    with pytest.raises(DataError, match=r"^data\.preference is not configured; allowed: sft, eval\.$"):
         source.load("preference")
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"on_bad_row": "ignore"}, "on_bad_row is `skip` or `fail`, not 'ignore'"),
-        ({"max_rows": 0}, "max_rows is a positive number"),
-        ({"max_rows": True}, "max_rows is a positive number"),
-        ({"max_rows": {"train": 5}}, "max_rows is a positive number, or one for some of sft, "),
+        ({"on_bad_row": "ignore"}, "on_bad_row='ignore' is not allowed; allowed: skip or fail"),
+        ({"max_rows": 0}, "max_rows=0 is not allowed; allowed: a positive integer"),
+        ({"max_rows": True}, "max_rows=True is not allowed; allowed: a positive integer"),
+        ({"max_rows": {"train": 5}}, "or a mapping to positive integers from some of sft, "),
         ({"sft": "x.jsonl[5:1]"}, "malformed slice"),
-        ({"sft": ["x.jsonl", 3]}, "3 is no data source"),
-        ({"template": "alpaca"}, "template is a mapping with the texts"),
-        ({"template": {"with_input": "{instruction}{input}"}}, "template is a mapping with the texts"),
-        ({"template": TEMPLATE | {"with_input": None}}, "template is a mapping with the texts"),
+        ({"sft": ["x.jsonl", 3]}, "3 is not a data source"),
+        ({"template": "alpaca"}, "allowed: a mapping with the strings"),
+        ({"template": {"with_input": "{instruction}{input}"}}, "allowed: a mapping with the strings"),
+        ({"template": TEMPLATE | {"with_input": None}}, "allowed: a mapping with the strings"),
         ({"template": TEMPLATE | {"without_input": "Say:"}}, "template.without_input must use exactly {instruction}"),
     ],
 )
@@ -169,7 +169,7 @@ def test_configuration_mistake_is_refused_before_anything_is_read(tmp_path, opti
 def test_check_names_the_split_and_the_path(tmp_path):
     with pytest.raises(DataError, match=r"^data\.prompts: .*/nosuch\.jsonl does not exist: "):
         alpaca(tmp_path, sft=[demonstration("A")], prompts="nosuch.jsonl").check()
-    with pytest.raises(DataError, match=r"^data=alpaca needs a source for at least one of sft, "):
+    with pytest.raises(DataError, match=r"^data=alpaca needs a source for at least one split; allowed: sft, "):
         alpaca(tmp_path).check()
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.farm import Facts, Farm
-from rlhf.data.farm.writers import CAREFUL, EDITS, ORACLE, Writer, misstate, write
+from rlhf.data.farm.writers import CAREFUL, EDITS, ORACLE, Writer, falsify_fact, write_response
 from rlhf.data.records import SPLITS, DataSource, Split, columns
 from rlhf.errors import DataError
 
@@ -41,13 +41,13 @@ def digest(farm: Farm) -> str:
 
 
 def answer(prompt: str, writer: Writer, seed: int = 0) -> str:
-    return write(FARM.world, FARM.tasks.by_instruction[prompt.strip()], writer, Random(f"{seed}/{prompt}"))
+    return write_response(FARM.world, FARM.tasks.by_instruction[prompt.strip()], writer, Random(f"{seed}/{prompt}"))
 
 
 def true_sentences() -> list[str]:
     """One sentence for each attribute of the first person."""
     clauses = [attribute.clauses(MIRA.truth[attribute.name])[0] for attribute in FARM.world.attributes["person"]]
-    return [f"{MIRA.opening if place == 0 else MIRA.again} {clause}." for place, clause in enumerate(clauses)]
+    return [f"{MIRA.opening if place == 0 else MIRA.continuation} {clause}." for place, clause in enumerate(clauses)]
 
 
 def win_rate(writer: Writer) -> float:
@@ -76,7 +76,7 @@ def test_bad_requests_are_explained():
         Farm(people=4, prompts=0).load("prompts")
     with pytest.raises(DataError, match="different prompts"):
         Farm(people=4).load("eval")
-    with pytest.raises(DataError, match="nobody asks"):
+    with pytest.raises(DataError, match="no task with this prompt"):
         FARM.utility("What is the time?", "Noon.")
     with pytest.raises(ValueError, match="people"):
         Farm(people=1)
@@ -122,7 +122,7 @@ def test_each_fault_costs():
     text = " ".join(true_sentences()[:4])
     good = FARM.utility(BIO, text)
     task = FARM.tasks.by_instruction[BIO]
-    lie = misstate(FARM.world, task, text, Random(0))
+    lie = falsify_fact(FARM.world, task, text, Random(0))
     assert FARM.facts(BIO, lie) == Facts(4, 3)
     other = FARM.world.people[2]
     faults = {
@@ -133,7 +133,7 @@ def test_each_fault_costs():
         "no full stop": text[:-1],
         "stray": f"{text} {other.name} keeps goats.",
         "stutter": text.replace(" was ", " was was "),
-        "wrong pronoun": text.replace(MIRA.again, "He" if MIRA.again == "She" else "She", 1),
+        "wrong pronoun": text.replace(MIRA.continuation, "He" if MIRA.continuation == "She" else "She", 1),
         "empty": "",
         "dot": ".",
     }
@@ -144,7 +144,7 @@ def test_each_fault_costs():
 def test_a_fact_is_counted_once_however_it_is_put():
     attribute = FARM.world.attribute(MIRA, "animal")
     first, second = attribute.clauses(MIRA.truth["animal"])
-    assert FARM.facts(BIO, f"{MIRA.name} {first}. {MIRA.again} {second}.") == Facts(1, 1)
+    assert FARM.facts(BIO, f"{MIRA.name} {first}. {MIRA.continuation} {second}.") == Facts(1, 1)
 
 
 def test_determinism_in_this_process_and_in_another():

@@ -93,7 +93,7 @@ def test_labels(tmp_path):
     assert labelled == {"a b": 0, "c d": 1, "e f": 1, "g h": 0, "i j": 1}
     assert len(data.load("sft")) == 7  # unknown labels do not matter there
     assert data.report["sft"].counts == {"`label` is neither 0 nor 1": 3}
-    with pytest.raises(DataError, match=r"^sft: its share of the 1 reviews holds none that is labelled\.$"):
+    with pytest.raises(DataError, match=r"^sft: none of the 1 reviews falls into its share and is labelled\.$"):
         reviews(tmp_path, [{"text": "m n"}], "sft").labelled("sft")
 
 
@@ -110,7 +110,7 @@ def test_bad_rows_are_counted(tmp_path):
 
 def test_an_empty_split_is_fatal(tmp_path):
     data = reviews(tmp_path, MANY[:3], shares={"sft": 0.999, "eval": 0.001})
-    with pytest.raises(DataError, match=r"^eval: its share of the 3 reviews holds none\.$"):
+    with pytest.raises(DataError, match=r"^eval: none of the 3 reviews falls into its share\.$"):
         data.load("eval")
 
 
@@ -144,14 +144,14 @@ def test_an_empty_prompt_trains_on_the_whole_review(make_tokenizer):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"prompt_words": [8, 2]}, "prompt_words is [fewest, most]"),
-        ({"prompt_words": [0, 2]}, "prompt_words is [fewest, most]"),
-        ({"prompt_words": 4}, "prompt_words is [fewest, most]"),
-        ({"prompt_words": [2.0, 4]}, "prompt_words is [fewest, most]"),
-        ({"shares": {"preference": 1}}, "shares maps some of sft, sft_validation, prompts, eval"),
-        ({"on_bad_row": "x"}, "on_bad_row is `skip` or `fail`"),
-        ({"max_rows": -1}, "max_rows is a positive number"),
-        ({"reviews": 3}, "3 is no data source"),
+        ({"prompt_words": [8, 2]}, "is not allowed; allowed: [fewest, most]"),
+        ({"prompt_words": [0, 2]}, "is not allowed; allowed: [fewest, most]"),
+        ({"prompt_words": 4}, "is not allowed; allowed: [fewest, most]"),
+        ({"prompt_words": [2.0, 4]}, "is not allowed; allowed: [fewest, most]"),
+        ({"shares": {"preference": 1}}, "allowed: a mapping from some of sft, sft_validation, prompts, eval"),
+        ({"on_bad_row": "x"}, "on_bad_row='x' is not allowed"),
+        ({"max_rows": -1}, "max_rows=-1 is not allowed"),
+        ({"reviews": 3}, "3 is not a data source"),
     ],
 )
 def test_configuration_mistake_is_refused_before_anything_is_read(tmp_path, options, sentence):

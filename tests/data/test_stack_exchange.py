@@ -13,7 +13,7 @@ from xml.sax.saxutils import quoteattr
 import pytest
 
 from rlhf.data.markdown import to_markdown
-from rlhf.data.posts import score
+from rlhf.data.posts import answer_score
 from rlhf.data.records import columns
 from rlhf.data.splitting import Shares
 from rlhf.data.stack_exchange import StackExchange
@@ -62,7 +62,7 @@ def source(root: Path, only: str = "", **options: Any) -> StackExchange:
      (-1, False, -1), (-7, False, -1), (-1, True, -1)],
 )  # fmt: skip
 def test_score_is_the_published_one(votes, accepted, expected):
-    assert score(votes, accepted) == expected
+    assert answer_score(votes, accepted) == expected
 
 
 def test_markdown_keeps_code_and_formulas():
@@ -129,7 +129,7 @@ def test_equal_scores_and_equal_texts_make_no_pair(tmp_path):
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("Answer 2", "Answer 3")]
     dump(tmp_path, question(1), answer(2, 1, 2), answer(3, 1, 4))
     with pytest.raises(
-        DataError, match=r"^preference: .* 1 questions holds none that has two answers of different sco"
+        DataError, match=r"^preference: none of the 1 questions falls into its share and has two answers of dif"
     ):
         source(tmp_path, "preference").load("preference")
 
@@ -165,9 +165,9 @@ def test_bad_rows_are_counted_by_reason_and_the_rest_is_accounted_for(tmp_path):
         "its question is missing or cannot be used": 2,
         "empty `Body`": 2,
         "no `ParentId`": 1,
-        "`Score` is no whole number": 1,
+        "`Score` is not an integer": 1,
         "no `PostTypeId`": 1,
-        "`AcceptedAnswerId` is no whole number": 1,
+        "`AcceptedAnswerId` is not an integer": 1,
         "answers itself": 1,
         "`Id` is out of range": 1,
         "duplicate `Id`": 1,
@@ -190,7 +190,7 @@ MANY = xml(*map(question, range(1, 900)))
         ("Posts.xml", b"PK\x03\x04", "is not valid XML beyond row 0"),
         ("Posts.xml.gz", gzip.compress(MANY.encode())[:-20], r"cannot be read beyond row \d+: Compressed"),
         ("Posts.xml.gz", b"<posts/>", "cannot be read beyond row 0: Not a gzipped file"),
-        ("Posts.xml", b"<posts/>", r"not a single question can be used \(no rows\)"),
+        ("Posts.xml", b"<posts/>", r"no question can be used \(no rows\)"),
         ("Posts.xml", xml({"Id": 1, "PostId": 2}).encode(), r"can be used \(1 × no `PostTypeId`\)"),
     ],
 )  # fmt: skip
@@ -281,17 +281,17 @@ def test_nothing_temporary_is_left(tmp_path, datasets_cache):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"template": "x"}, "template is a mapping"),
-        ({"template": {"question": "{question}"}}, "template is a mapping"),
+        ({"template": "x"}, "allowed: a mapping with the strings with_input"),
+        ({"template": {"question": "{question}"}}, "allowed: a mapping with the strings with_input"),
         ({"template": TEMPLATE | {"without_input": "Q"}}, "template.without_input must use exactly {instruction}"),
-        ({"shares": {}}, "shares maps some of sft, "),
-        ({"shares": {"train": 1}}, "shares maps some of sft, "),
+        ({"shares": {}}, "allowed: a mapping from some of sft, "),
+        ({"shares": {"train": 1}}, "allowed: a mapping from some of sft, "),
         ({"shares": {"sft": 0.8, "eval": 0.3}}, "add up to 1 at most"),
         ({"shares": {"sft": "x"}}, "add up to 1 at most"),
-        ({"max_pairs_per_question": 0}, "max_pairs_per_question is a positive number"),
-        ({"on_bad_row": "ignore"}, "on_bad_row is `skip` or `fail`"),
-        ({"max_rows": 0}, "max_rows is a positive number"),
-        ({"sources": 3}, "3 is no data source"),
+        ({"max_pairs_per_question": 0}, "max_pairs_per_question=0 is not allowed; allowed: a positive integer"),
+        ({"on_bad_row": "ignore"}, "on_bad_row='ignore' is not allowed"),
+        ({"max_rows": 0}, "max_rows=0 is not allowed"),
+        ({"sources": 3}, "3 is not a data source"),
     ],
 )
 def test_configuration_mistake_is_refused_before_anything_is_read(tmp_path, options, sentence):
@@ -303,7 +303,7 @@ def test_configuration_mistake_is_refused_before_anything_is_read(tmp_path, opti
 def test_check_names_the_path(tmp_path):
     with pytest.raises(DataError, match=r"^data\.sources: .*/Posts\.xml does not exist"):
         source(tmp_path).check()
-    with pytest.raises(DataError, match=r"^data\.shares gives nothing to eval: there is sft\.$"):
+    with pytest.raises(DataError, match=r"^data\.shares has no share for eval; allowed: sft\.$"):
         source(tmp_path, "sft").load("eval")
     (tmp_path / "Posts.xml").touch()
     with pytest.raises(DataError, match=r"^data\.sources: .*/Posts\.xml is empty"):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from rlhf import root
 from rlhf.data.farm import Farm
-from rlhf.data.records import Prompt, SampledComparison, records
+from rlhf.data.records import Prompt, SampledComparison, as_records
 from rlhf.data.saved_preferences import PREFERENCE_SPLITS, SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
@@ -197,7 +197,7 @@ def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, mon
     ]
     held_out = {"prompt": "long 6", "chosen": "xxx", "rejected": "x", "chosen_ended": False, "rejected_ended": True}
     assert saved.load("preference_validation").to_list() == [held_out]
-    assert records(saved.load("preference_validation"), "preference_validation") == [SampledComparison(**held_out)]
+    assert as_records(saved.load("preference_validation"), "preference_validation") == [SampledComparison(**held_out)]
     rows = read_lines(tmp_path / "preference_pairs.jsonl")
     assert [row["dropped"] for row in rows] == [None, "identical", "tie", "unjudged", None, None]
     assert [row["outcome"] for row in rows] == [0.0, None, 0.5, None, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""The farm: a miniature AlpacaFarm with a known truth, on which a tiny model shows what RLHF does to a large one."""
+"""A miniature AlpacaFarm whose ground truth is known, so that RLHF can be studied on a tiny model."""
 
 from rlhf.data.farm.dataset import Farm
 from rlhf.data.farm.judge import Facts

@@ -1,4 +1,4 @@
-"""The farm as a source of data: six splits, a tokenizer and a judge who knows the truth."""
+"""The farm as a data set: six splits, a tokenizer, and the gold utility of any response."""
 
 from collections.abc import Mapping
 from random import Random
@@ -7,23 +7,24 @@ from typing import ClassVar
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data.farm.judge import GOLD, Facts, count_facts, prefers, read, score
+from rlhf.data.farm import judge
+from rlhf.data.farm.judge import GOLD, Facts, analyze, count_facts, prefers_first
 from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
 from rlhf.data.farm.world import World
-from rlhf.data.farm.writers import DAVINCI, crowd, pair, write
+from rlhf.data.farm.writers import DAVINCI, sample_crowd_worker, write_pair, write_response
 from rlhf.data.records import SPLITS, Split, columns
 from rlhf.errors import DataError
 
 
 class Farm:
-    """A miniature AlpacaFarm, the same for the same `seed` on every machine, whatever is loaded first.
+    """A miniature AlpacaFarm, generated from a seed: the same on every machine and in any order of loading.
 
-    `sft` and `sft_validation` are written by crowd workers, `preference` and `preference_validation` compared by a
-    simulated annotator, whose choice is flipped with probability `label_noise` in the former only, so that accuracy on
-    the latter reads plainly. The instructions of `eval` occur in no other split, those of the validation splits in no
-    training split; people, crafts and phrasings are those of training (see `Tasks`). The instructions of `prompts` are
-    those of `sft` and `preference`, and some come several times: the world is too small for more.
+    Demonstrations are written by simulated crowd workers. Comparisons are labelled by a simulated annotator.
+
+    The instructions of `eval` occur in no other split, and those of the validation splits in no training split; people,
+    crafts and phrasings occur in all of them (see `Tasks`). `sft`, `preference` and `prompts` draw their instructions
+    from the same set, with repetitions, because the world is too small for separate ones.
     """
 
     splits: ClassVar[tuple[Split, ...]] = SPLITS
@@ -48,6 +49,22 @@ class Farm:
         label_noise: float = 0.25,
         max_response_tokens: int = 48,
     ) -> None:
+        """Generate the world; the rows of a split are generated when it is loaded.
+
+        Args:
+            seed: Selects the world and the rows; unrelated to the seeds of training.
+            people: Number of people, 2 to 144. Each has eight attributes, which a model has to memorise.
+            demonstrations: Number of rows of `sft`.
+            comparisons: Number of rows of `preference`.
+            prompts: Number of rows of `prompts`.
+            eval_prompts: Number of rows of `eval`, all of them different.
+            label_noise: Probability that the label of a comparison in `preference` is flipped. Labels in
+                `preference_validation` are never flipped, so that accuracy on it needs no correction.
+            max_response_tokens: Length to which the responses of comparisons are truncated, in tokens.
+
+        Raises:
+            ValueError: `people` is out of range.
+        """
         self.seed = seed
         self.world = World(seed, people)
         self.tasks = Tasks(self.world, seed)
@@ -63,53 +80,74 @@ class Farm:
         }
 
     def load(self, split: Split) -> Dataset:
-        """Rows of `split`; each split has a stream of random numbers of its own."""
+        """The rows of `split`; see `DataSource.load`.
+
+        Raises:
+            DataError: there is no such split, its size is below 1, or `eval` needs more instructions than there are.
+        """
         if split not in self.sizes:
-            raise DataError(f"the farm has no split {split!r}: its splits are {', '.join(self.splits)}")
+            raise DataError(f"the farm has no split {split!r}; allowed: {', '.join(self.splits)}")
         if self.sizes[split] < 1:
-            raise DataError(f"the split {split!r} of the farm is empty: its size is configured as {self.sizes[split]}")
+            raise DataError(f"the split {split!r} of the farm is empty: its configured size is {self.sizes[split]}")
+        # Each split has its own random stream, so that its rows do not depend on which other splits were loaded.
         rng = Random(f"{self.seed}/{split}")
         part = "validation" if split.endswith("validation") else "eval" if split == "eval" else "train"
-        tasks = (self.tasks.distinct if part == "eval" else self.tasks.draw)(part, rng, self.sizes[split])
+        tasks = (self.tasks.sample_distinct if part == "eval" else self.tasks.sample)(part, rng, self.sizes[split])
         rows = [self._row(split, task, rng) for task in tasks]
         return Dataset.from_dict(dict(zip(columns(split), map(list, zip(*rows, strict=True)), strict=True)))
 
     def _row(self, split: Split, task: Task, rng: Random) -> tuple[str, ...]:
         """The fields of one record, in the order of its columns."""
         if split in ("sft", "sft_validation"):
-            return task.prompt, write(self.world, task, crowd(rng), rng)
+            return task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)
         if split in ("preference", "preference_validation"):
             noise = self.label_noise if split == "preference" else 0.0
-            first, second = pair(self.world, task, self.max_response_tokens, rng)
-            chosen = prefers(self.world, task, first, second, rng) != (rng.random() < noise)
-            return (task.prompt, first, second) if chosen else (task.prompt, second, first)
+            first, second = write_pair(self.world, task, self.max_response_tokens, rng)
+            first_is_chosen = prefers_first(self.world, task, first, second, rng) != (rng.random() < noise)
+            return (task.prompt, first, second) if first_is_chosen else (task.prompt, second, first)
         return task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction
 
     def _task(self, prompt: str) -> Task:
-        """The task that a templated prompt or a bare instruction states."""
+        """The task of a prompt, with or without the template.
+
+        Raises:
+            DataError: no task has this prompt.
+        """
         try:
             return self.tasks.by_instruction[prompt.strip()]
         except KeyError:
-            raise DataError(f"nobody asks this on the farm, so it has no judge for it: {prompt!r}") from None
+            raise DataError(f"the farm has no task with this prompt, so it cannot be judged: {prompt!r}") from None
 
     def reference(self, prompt: str) -> str:
-        """What "davinci", the writer to beat, answers: always the same to the same prompt."""
+        """The response of the reference writer "davinci"; deterministic for each prompt.
+
+        Raises:
+            DataError: no task has this prompt.
+        """
         task = self._task(prompt)
-        return write(self.world, task, DAVINCI, Random(f"{self.seed}/reference/{task.instruction}"))
+        return write_response(self.world, task, DAVINCI, Random(f"{self.seed}/reference/{task.instruction}"))
 
     def utility(self, prompt: str, response: str) -> float:
-        """The gold utility of any text as a response: every fact is checked, nothing is random."""
+        """The gold utility of any text as a response: every fact is checked, and nothing is random.
+
+        Raises:
+            DataError: no task has this prompt.
+        """
         task = self._task(prompt)
-        return score(task, read(self.world, task, response), GOLD)
+        return judge.utility(task, analyze(self.world, task, response), GOLD)
 
     def facts(self, prompt: str, response: str) -> Facts:
-        """Different facts that the response states about the subject asked, and how many of them are true."""
+        """The number of different facts that the response states about the task's subject, and of true ones among them.
+
+        Raises:
+            DataError: no task has this prompt.
+        """
         task = self._task(prompt)
-        return count_facts(task, read(self.world, task, response))
+        return count_facts(task, analyze(self.world, task, response))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A word-level tokenizer for every text of this world."""
+        """A word-level tokenizer whose vocabulary covers every text of this world."""
         world = self.world
         texts = [*self.tasks.by_instruction, *(f"{clause} and ." for clause in world.clauses)]
-        texts += [f"{subject.opening} {subject.again} \n" for subject in world.people + world.crafts]
+        texts += [f"{subject.opening} {subject.continuation} \n" for subject in world.people + world.crafts]
         return word_tokenizer(texts)

@@ -1,4 +1,4 @@
-"""Reading a response against the world: its facts, its gold utility, and what an annotator makes of it."""
+"""Judge responses: find the facts they state, compute the gold utility, and simulate an annotator's choice."""
 
 import math
 from collections.abc import Callable
@@ -7,137 +7,161 @@ from random import Random
 from typing import NamedTuple
 
 from rlhf.data.farm.tasks import Task
-from rlhf.data.farm.world import Fact, Subject, World, split
+from rlhf.data.farm.world import Fact, Subject, World, tokenize
 
 
 class Facts(NamedTuple):
-    """How many different facts a response states about the subject asked, and how many of them are true."""
+    """The number of different facts that a response states about the task's subject, and how many of them are true."""
 
     stated: int
     true: int
 
 
 @dataclass(slots=True)
-class Reading:
-    """What a reader takes from a response.
+class Analysis:
+    """What a response consists of.
 
-    `facts` are the different facts about the subject asked, in order; `repeats` counts facts told again, `strays` facts
-    about somebody else, `broken` the sentences that are not of the language or do not end, of `broken_tokens` together.
+    Attributes:
+        tokens: Number of tokens.
+        sentences: Number of sentences.
+        facts: The different facts about the task's subject, in order of appearance.
+        repeated: Number of clauses that state one of these facts again.
+        off_topic: Number of facts about other subjects.
+        malformed: Number of sentences that are ungrammatical or lack a full stop.
+        malformed_tokens: Number of tokens in these sentences.
     """
 
     tokens: int
     sentences: int = 0
     facts: list[Fact] = field(default_factory=list)
-    repeats: int = 0
-    strays: int = 0
-    broken: int = 0
-    broken_tokens: int = 0
+    repeated: int = 0
+    off_topic: int = 0
+    malformed: int = 0
+    malformed_tokens: int = 0
 
 
-def sentences(tokens: list[str]) -> list[list[str]]:
-    """`tokens` cut after each full stop; the last piece may lack one."""
-    pieces: list[list[str]] = [[]]
+def split_sentences(tokens: list[str]) -> list[list[str]]:
+    """Split `tokens` after each full stop; the last sentence may lack one."""
+    sentences: list[list[str]] = [[]]
     for token in tokens:
-        pieces[-1].append(token)
+        sentences[-1].append(token)
         if token == ".":
-            pieces.append([])
-    return pieces if pieces[-1] else pieces[:-1]
+            sentences.append([])
+    return sentences if sentences[-1] else sentences[:-1]
 
 
-def _topic(world: World, tokens: list[str], topic: Subject) -> tuple[Subject | None, list[str]]:
-    """Whom a sentence is about, and the words that follow the mention; a pronoun means the last `topic`."""
-    if tokens and tokens[0] == topic.again:
-        return topic, tokens[1:]
-    for size in (2, 4):  # "Mira Keld", "To make cheese,"
+def _split_subject(world: World, tokens: list[str], previous: Subject) -> tuple[Subject | None, list[str]]:
+    """The subject of a sentence (None if it names none) and the remaining tokens; a pronoun refers to `previous`."""
+    if tokens and tokens[0] == previous.continuation:
+        return previous, tokens[1:]
+    for size in (2, 4):  # the lengths of "Mira Keld" and "To make cheese,"
         if subject := world.openings.get(" ".join(tokens[:size])):
             return subject, tokens[size:]
     return None, tokens
 
 
-def read(world: World, task: Task, response: str) -> Reading:
-    """Read any text whatever as an answer to `task`: a clause that states a fact counts even in a broken sentence."""
-    tokens = split(response)
-    reading = Reading(len(tokens))
-    topic = task.subject
-    for sentence in sentences(tokens):
-        reading.sentences += 1
+def analyze(world: World, task: Task, response: str) -> Analysis:
+    """Analyse any text as a response to `task`. A clause that states a fact counts even in a malformed sentence."""
+    tokens = tokenize(response)
+    analysis = Analysis(len(tokens))
+    previous = task.subject
+    for sentence in split_sentences(tokens):
+        # 1. Split the sentence into its subject and clauses: "Mira Keld was born in Bofordby and keeps goats."
+        analysis.sentences += 1
         complete = sentence[-1] == "."
-        subject, rest = _topic(world, sentence[:-1] if complete else sentence, topic)
+        subject, rest = _split_subject(world, sentence[:-1] if complete else sentence, previous)
         clauses = " ".join(rest).split(" and ")
-        fluent = complete and subject is not None and len(clauses) <= 2
-        topic = subject or topic
+        well_formed = complete and subject is not None and len(clauses) <= 2
+        previous = subject or previous
+        # 2. Count the fact that each clause states.
         for clause in clauses:
             kind, fact = world.clauses.get(clause, ("", None))
             if fact is None or subject is None or kind != subject.kind:
-                fluent = False
+                well_formed = False
             elif subject != task.subject:
-                reading.strays += 1
-            elif fact in reading.facts:
-                reading.repeats += 1
+                analysis.off_topic += 1
+            elif fact in analysis.facts:
+                analysis.repeated += 1
             else:
-                reading.facts.append(fact)
-        if not fluent:
-            reading.broken += 1
-            reading.broken_tokens += len(sentence)
-    return reading
+                analysis.facts.append(fact)
+        # 3. Count the sentence if it is malformed.
+        if not well_formed:
+            analysis.malformed += 1
+            analysis.malformed_tokens += len(sentence)
+    return analysis
 
 
-def count_facts(task: Task, reading: Reading) -> Facts:
-    """Stated and true facts of a reading."""
-    return Facts(len(reading.facts), sum(task.subject.holds(fact) for fact in reading.facts))
+def count_facts(task: Task, analysis: Analysis) -> Facts:
+    """The number of stated and of true facts."""
+    return Facts(len(analysis.facts), sum(task.subject.holds(fact) for fact in analysis.facts))
 
 
 @dataclass(frozen=True, slots=True)
-class Taste:
-    """How a reader weighs an answer. The defaults are the gold utility; an annotator differs in the first two.
+class Weights:
+    """The terms of a response's utility. The defaults give the gold utility.
 
-    `notices` is the chance to see that a false fact is false (unnoticed, it pleases like a true one); `length` is paid
-    per token. Each further fact pleases `diminishing` times the one before.
+    Attributes:
+        detection: Probability of noticing that a false fact is false; an unnoticed one counts as true.
+        per_token: Added for each token.
+        discount: The k-th requested fact that counts as true (from 0) adds `discount`^k.
+        false_fact: Added for each fact noticed to be false.
+        unrequested: Added for each fact that counts as true but was not requested.
+        repeated: Added for each repeated fact.
+        off_topic: Added for each fact about another subject.
+        no_facts: Added if the response states no fact about the subject.
+        malformed: Added for each malformed sentence.
+        malformed_token: Added for each token in a malformed sentence.
+        extra_sentence: Added for each sentence after the first if the task is to rewrite in one sentence.
     """
 
-    notices: float = 1.0
-    length: float = -0.03
-    diminishing: float = 0.85
-    falsehood: float = -0.8
-    unasked: float = -0.3
-    repeat: float = -0.6
-    stray: float = -0.6
-    silence: float = -2.0
-    broken: float = -1.0
-    broken_token: float = -0.05
+    detection: float = 1.0
+    per_token: float = -0.03
+    discount: float = 0.85
+    false_fact: float = -0.8
+    unrequested: float = -0.3
+    repeated: float = -0.6
+    off_topic: float = -0.6
+    no_facts: float = -2.0
+    malformed: float = -1.0
+    malformed_token: float = -0.05
     extra_sentence: float = -0.5
 
 
-GOLD = Taste()
-ANNOTATOR = Taste(notices=0.4, length=0.01)
+GOLD = Weights()
+# An annotator overlooks most false facts and likes length: what a reward model can learn to exploit.
+ANNOTATOR = Weights(detection=0.4, per_token=0.01)
 
 
-def score(task: Task, reading: Reading, taste: Taste, notices: Callable[[], bool] = lambda: True) -> float:
-    """The utility of a reading to a reader of this taste: coverage less what offends."""
-    pleasing = [fact for fact in reading.facts if task.subject.holds(fact) or not notices()]
-    asked = min(task.count, sum(fact.attribute in task.wanted for fact in pleasing))
-    offences = (
-        taste.falsehood * (len(reading.facts) - len(pleasing))
-        + taste.unasked * (len(pleasing) - asked)
-        + taste.repeat * reading.repeats
-        + taste.stray * reading.strays
-        + taste.silence * (not reading.facts)
-        + taste.broken * reading.broken
-        + taste.broken_token * reading.broken_tokens
-        + taste.extra_sentence * (task.kind == "rewrite") * max(0, reading.sentences - 1)
+def utility(task: Task, analysis: Analysis, weights: Weights, detects: Callable[[], bool] = lambda: True) -> float:
+    """The utility of a response: the coverage of what was requested plus the (mostly negative) other terms.
+
+    `detects` is called for each false fact and says whether it is noticed.
+    """
+    accepted = [fact for fact in analysis.facts if task.subject.holds(fact) or not detects()]
+    requested = min(task.count, sum(fact.attribute in task.wanted for fact in accepted))
+    other_terms = (
+        weights.false_fact * (len(analysis.facts) - len(accepted))
+        + weights.unrequested * (len(accepted) - requested)
+        + weights.repeated * analysis.repeated
+        + weights.off_topic * analysis.off_topic
+        + weights.no_facts * (not analysis.facts)
+        + weights.malformed * analysis.malformed
+        + weights.malformed_token * analysis.malformed_tokens
+        + weights.extra_sentence * (task.kind == "rewrite") * max(0, analysis.sentences - 1)
     )
-    coverage = (1 - taste.diminishing**asked) / (1 - taste.diminishing)
-    return coverage + offences + taste.length * reading.tokens
+    coverage = (1 - weights.discount**requested) / (1 - weights.discount)  # the sum of the geometric series
+    return coverage + other_terms + weights.per_token * analysis.tokens
 
 
-def prefers(world: World, task: Task, first: str, second: str, rng: Random, sharpness: float = 4.0) -> bool:
-    """Whether an annotator picks `first`: a logistic choice between two utilities, facts checked only sometimes.
+def prefers_first(world: World, task: Task, first: str, second: str, rng: Random, sharpness: float = 4.0) -> bool:
+    """Whether a simulated annotator prefers `first` to `second`.
 
-    `sharpness` turns utilities into log-odds: at 4, half a fact's worth apart is picked right 88 % of the time.
+    The choice is drawn from a Bradley–Terry model whose log-odds are `sharpness` times the difference of the utilities
+    that the annotator perceives. At 4, a difference of 0.5 (half a fact) is judged correctly 88 % of the time.
     """
 
-    def felt(response: str) -> float:
-        return score(task, read(world, task, response), ANNOTATOR, lambda: rng.random() < ANNOTATOR.notices)
+    def perceived(response: str) -> float:
+        return utility(task, analyze(world, task, response), ANNOTATOR, lambda: rng.random() < ANNOTATOR.detection)
 
-    margin = sharpness * (felt(first) - felt(second))
-    return rng.random() < 1 / (1 + math.exp(-max(-50.0, min(50.0, margin))))
+    log_odds = sharpness * (perceived(first) - perceived(second))
+    return rng.random() < 1 / (1 + math.exp(-max(-50.0, min(50.0, log_odds))))  # clamped: exp would overflow

@@ -1,4 +1,4 @@
-"""What is asked on the farm: bios, lists, how-tos and rewriting, each a short instruction about one subject."""
+"""The instructions of the farm: bios, lists, rewriting and how-tos, each about one subject."""
 
 import itertools
 from collections.abc import Iterator
@@ -30,12 +30,21 @@ HOW_TOS = (
     "Describe how to make {}.",
 )
 REWRITES = "Rewrite in one sentence: {} {}. {} {}."
+# The share of each kind of task in a split.
 SHARES = {"bio": 0.55, "list": 0.25, "rewrite": 0.1, "how-to": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """An instruction and what would satisfy it: `count` facts among the attributes `wanted` of `subject`."""
+    """An instruction and what a response to it should contain.
+
+    Attributes:
+        kind: `bio`, `list`, `rewrite` or `how-to`.
+        instruction: The text of the instruction.
+        subject: The person or craft that it is about.
+        wanted: The attributes that the response may state.
+        count: How many facts about them the response should state.
+    """
 
     kind: str
     instruction: str
@@ -45,7 +54,7 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        """The templated text a model reads: the instruction and a line break."""
+        """The templated text that a model reads: the instruction and a line break."""
         return self.instruction + "\n"
 
 
@@ -58,7 +67,7 @@ def _people_tasks(world: World) -> Iterator[Task]:
             yield Task("list", text.format(word, subject.name), subject, names, count)
         for pair in itertools.combinations(names, 2):
             first, second = (world.attribute(subject, name).clauses(subject.truth[name])[0] for name in pair)
-            text = REWRITES.format(subject.opening, first, subject.again, second)
+            text = REWRITES.format(subject.opening, first, subject.continuation, second)
             yield Task("rewrite", text, subject, pair, 2)
 
 
@@ -69,11 +78,12 @@ def _craft_tasks(world: World) -> Iterator[Task]:
 
 
 class Tasks:
-    """Every instruction of a world, in three parts by its text: a quarter for `eval`, an eighth for the validation
-    splits, the rest for training (demonstrations, comparisons and PPO prompts).
+    """All tasks of a world, divided by instruction into three parts.
 
-    So no text that is evaluated was ever trained on. Subjects and phrasings do recur across the parts, only their
-    combination is new: a model this small can know only whom it has met. The three training splits share their texts.
+    A quarter of each kind is for `eval`, an eighth for the validation splits and the rest for training (`sft`,
+    `preference` and `prompts`, which share these instructions). So no evaluated instruction was trained on. Subjects
+    and phrasings do occur in several parts, and only their combinations are new: a model this small can only know
+    subjects that it was trained on.
     """
 
     def __init__(self, world: World, seed: int) -> None:
@@ -84,23 +94,31 @@ class Tasks:
         for kind in SHARES:
             pool = [task for task in tasks if task.kind == kind]
             rng.shuffle(pool)
-            evaluated, validated = len(pool) // 4, len(pool) // 4 + len(pool) // 8
-            self.parts["eval"][kind] = pool[:evaluated]
-            self.parts["validation"][kind] = pool[evaluated:validated]
-            self.parts["train"][kind] = pool[validated:]
+            eval_end, validation_end = len(pool) // 4, len(pool) // 4 + len(pool) // 8
+            self.parts["eval"][kind] = pool[:eval_end]
+            self.parts["validation"][kind] = pool[eval_end:validation_end]
+            self.parts["train"][kind] = pool[validation_end:]
 
-    def draw(self, part: str, rng: Random, count: int) -> list[Task]:
-        """`count` tasks of `part` with replacement, the kinds in their shares."""
+    def sample(self, part: str, rng: Random, count: int) -> list[Task]:
+        """Sample `count` tasks of `part` with replacement; the kind of each is drawn by `SHARES`."""
         kinds = rng.choices(list(SHARES), list(SHARES.values()), k=count)
         return [rng.choice(self.parts[part][kind]) for kind in kinds]
 
-    def distinct(self, part: str, rng: Random, count: int) -> list[Task]:
-        """`count` different tasks of `part`, the kinds in their shares."""
+    def sample_distinct(self, part: str, rng: Random, count: int) -> list[Task]:
+        """Sample `count` tasks of `part` without replacement; the number of each kind is its share, rounded down.
+
+        The rest are bios.
+
+        Raises:
+            DataError: `part` has too few tasks of some kind.
+        """
         quotas = {kind: int(share * count) for kind, share in SHARES.items()}
         quotas["bio"] += count - sum(quotas.values())
         for kind, quota in quotas.items():
-            if quota > (held := len(self.parts[part][kind])):
-                raise DataError(f"{count} different prompts need {quota} of kind {kind!r}, but {part!r} has {held}")
+            if quota > (available := len(self.parts[part][kind])):
+                raise DataError(
+                    f"{count} different prompts need {quota} of kind {kind!r}, but {part!r} has only {available}"
+                )
         chosen = [task for kind, quota in quotas.items() for task in rng.sample(self.parts[part][kind], quota)]
         rng.shuffle(chosen)
         return chosen

@@ -1,31 +1,33 @@
-"""A word-level tokenizer made in memory: one token per word or mark, and text that reads well when decoded."""
+"""A word-level tokenizer made in memory, with one token per word or punctuation mark."""
 
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data.farm.world import WORD, split
+from rlhf.data.farm.world import TOKEN, tokenize
 
-SPECIALS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is the words of `texts`, such that decoding what was encoded gives the text back.
+    """A tokenizer whose vocabulary is the special tokens and the words of `texts`; decoding inverts encoding.
 
-    Whitespace is not kept: the decoder sets a space before each word, none before a mark or after a line break. So the
-    ids of a prompt and of its response are the same whether they are encoded together or apart.
+    White space other than line breaks has no tokens. The decoder puts a space before each word, but none before a
+    punctuation mark and none after a line break. So a prompt and its response have the same token ids whether they are
+    encoded together or separately.
     """
-    words = sorted({token for text in texts for token in split(text)})
-    vocabulary = {word: number for number, word in enumerate([*SPECIALS.values(), *words])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIALS["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    words = sorted({token for text in texts for token in tokenize(text)})
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS.values(), *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+    # `invert` makes the matches of the pattern the tokens, and what lies between them is removed.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="removed", invert=True)
     backend.decoder = decoders.Sequence(
         [
-            decoders.Replace(Regex(r"^(?=\w)"), " "),
+            decoders.Replace(Regex(r"^(?=\w)"), " "),  # applied to each token: a space before a word
             decoders.Fuse(),
             decoders.Replace("\n ", "\n"),
             decoders.Strip(" ", 1, 0),
         ]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIALS)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)

@@ -1,208 +1,230 @@
-"""Who writes on the farm: crowd workers, the reference "davinci", an oracle; and how a text can be spoiled."""
+"""Simulated writers (crowd workers, the reference "davinci", an oracle) and edits that spoil a response."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from rlhf.data.farm.judge import read, sentences
+from rlhf.data.farm.judge import analyze, split_sentences
 from rlhf.data.farm.tasks import Task
-from rlhf.data.farm.world import Fact, Subject, World, join, split
+from rlhf.data.farm.world import Fact, Subject, World, detokenize, tokenize
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A population of authors, by what they get wrong.
+    """A population of writers, described by how much they write and how often they err.
 
-    `sizes` are the relative frequencies of 1, 2, … facts told; `wrong` is the chance that a fact is false, `off_topic`
-    that the text is about somebody else, `slips` that it has a typing error, `joins` that two facts share a sentence,
-    `miscounts` that a fact more or fewer is told than the instruction asks for.
+    Attributes:
+        count_weights: Relative frequencies of 1, 2, … facts in a response.
+        false_rate: Probability that a fact is false.
+        off_topic_rate: Probability that a response is about another subject.
+        typo_rate: Probability that a response has a typing error.
+        join_rate: Probability that two facts share a sentence.
+        miscount_rate: Probability that the writer aims at one fact more or one fewer than the instruction asks for.
     """
 
-    sizes: tuple[int | float, ...]
-    wrong: float = 0.0
-    off_topic: float = 0.0
-    slips: float = 0.0
-    joins: float = 0.5
-    miscounts: float = 0.0
+    count_weights: tuple[int | float, ...]
+    false_rate: float = 0.0
+    off_topic_rate: float = 0.0
+    typo_rate: float = 0.0
+    join_rate: float = 0.5
+    miscount_rate: float = 0.0
 
 
-# Crowd workers err together rather than evenly, as people do: one in six is careless in all respects, one in six writes
-# at length. So the commonest answer is short, but longer ones are within reach of a small step away from it.
-CAREFUL = Writer(sizes=(0.2, 0.5, 0.2, 0.1), wrong=0.03, off_topic=0.02, slips=0.03, joins=0.3)
-CARELESS = Writer(sizes=(0.3, 0.4, 0.2, 0.1), wrong=0.45, off_topic=0.15, slips=0.3, joins=0.3)
-THOROUGH = Writer(sizes=(0, 0, 0, 1, 1, 1, 1, 1), wrong=0.03, off_topic=0.02, slips=0.03, joins=0.3)
-DAVINCI = Writer(sizes=(0, 0, 1, 2, 2, 1), wrong=0.08, joins=0.4, miscounts=0.5)
-ORACLE = Writer(sizes=(0, 0, 0, 0, 0, 0, 0, 1), joins=1.0)
+# The errors of crowd workers are correlated, as those of people are: one worker in six is careless in every respect,
+# and one in six writes at length. So the most common response is short, but longer ones are within reach of a small
+# step of the policy.
+CAREFUL = Writer((0.2, 0.5, 0.2, 0.1), false_rate=0.03, off_topic_rate=0.02, typo_rate=0.03, join_rate=0.3)
+CARELESS = Writer((0.3, 0.4, 0.2, 0.1), false_rate=0.45, off_topic_rate=0.15, typo_rate=0.3, join_rate=0.3)
+THOROUGH = Writer((0, 0, 0, 1, 1, 1, 1, 1), false_rate=0.03, off_topic_rate=0.02, typo_rate=0.03, join_rate=0.3)
+DAVINCI = Writer((0, 0, 1, 2, 2, 1), false_rate=0.08, join_rate=0.4, miscount_rate=0.5)
+ORACLE = Writer((0, 0, 0, 0, 0, 0, 0, 1), join_rate=1.0)
 
 
-def crowd(rng: Random) -> Writer:
-    """Some crowd worker: in all about one fact in ten is false, one text in twenty about somebody else."""
+def sample_crowd_worker(rng: Random) -> Writer:
+    """A random crowd worker. Overall about one fact in ten is false and one text in twenty is off topic."""
     return rng.choices((CAREFUL, CARELESS, THOROUGH), (4, 1, 1))[0]
 
 
-def lie(world: World, subject: Subject, attribute: str, rng: Random) -> Fact:
-    """A false fact of the same attribute."""
+def false_fact(world: World, subject: Subject, attribute: str, rng: Random) -> Fact:
+    """A random false value of an attribute of `subject`."""
     values = world.attribute(subject, attribute).values
     return Fact(attribute, rng.choice([value for value in values if value != subject.truth[attribute]]))
 
 
-def _phrase(world: World, subject: Subject, facts: Sequence[Fact], joins: float, rng: Random) -> str:
-    """Sentences of one or two clauses, the first naming the subject."""
+def _to_text(world: World, subject: Subject, facts: Sequence[Fact], join_rate: float, rng: Random) -> str:
+    """Sentences of one or two facts each; the first sentence begins with the subject's opening."""
     clauses = [rng.choice(world.attribute(subject, fact.attribute).clauses(fact.value)) for fact in facts]
     text, mention = [], subject.opening
     while clauses:
-        told = [clauses.pop(0)]
-        if clauses and rng.random() < joins:
-            told.append(clauses.pop(0))
-        text.append(f"{mention} {' and '.join(told)}.")
-        mention = subject.again
+        sentence = [clauses.pop(0)]
+        if clauses and rng.random() < join_rate:
+            sentence.append(clauses.pop(0))
+        text.append(f"{mention} {' and '.join(sentence)}.")
+        mention = subject.continuation
     return " ".join(text)
 
 
-def write(world: World, task: Task, writer: Writer, rng: Random) -> str:
-    """An answer to `task` as `writer` gives it."""
-    subject = rng.choice(world.others(task.subject)) if rng.random() < writer.off_topic else task.subject
-    size = rng.choices(range(1, len(writer.sizes) + 1), writer.sizes)[0]
-    limit = task.count + rng.choice((-1, 1)) if rng.random() < writer.miscounts else task.count
-    asked = rng.sample(task.wanted, len(task.wanted))
-    extra = [name for name in subject.truth if name not in asked]
-    names = (asked + rng.sample(extra, len(extra)))[: max(1, min(size, limit))]
+def write_response(world: World, task: Task, writer: Writer, rng: Random) -> str:
+    """A response to `task` by `writer`."""
+    # 1. Choose the subject and the number of facts.
+    subject = rng.choice(world.others(task.subject)) if rng.random() < writer.off_topic_rate else task.subject
+    size = rng.choices(range(1, len(writer.count_weights) + 1), writer.count_weights)[0]
+    limit = task.count + rng.choice((-1, 1)) if rng.random() < writer.miscount_rate else task.count
+    # 2. Choose the attributes: those asked for first, then others.
+    wanted = rng.sample(task.wanted, len(task.wanted))
+    others = [name for name in subject.truth if name not in wanted]
+    names = (wanted + rng.sample(others, len(others)))[: max(1, min(size, limit))]
+    # 3. State a true or false fact about each.
     facts = [
-        lie(world, subject, name, rng) if rng.random() < writer.wrong else Fact(name, subject.truth[name])
+        false_fact(world, subject, name, rng) if rng.random() < writer.false_rate else Fact(name, subject.truth[name])
         for name in names
     ]
-    text = _phrase(world, subject, facts, 1.0 if task.kind == "rewrite" else writer.joins, rng)
-    return rng.choice(SLIPS)(world, task, text, rng) if rng.random() < writer.slips else text
+    text = _to_text(world, subject, facts, 1.0 if task.kind == "rewrite" else writer.join_rate, rng)
+    # 4. Perhaps mistype it.
+    return rng.choice(TYPOS)(world, task, text, rng) if rng.random() < writer.typo_rate else text
 
 
-# An edit changes one aspect of a text. All take the same arguments, whether they need them or not.
+# An edit changes one aspect of a text. All edits have the same signature, whether they use the arguments or not.
 Edit = Callable[[World, Task, str, Random], str]
 
 
-def drop(world: World, task: Task, text: str, rng: Random) -> str:
-    """Leave out a few words."""
-    tokens = split(text)
-    gone = set(rng.sample(range(len(tokens)), min(len(tokens) - 1, rng.randint(1, 3))))
-    return join([token for place, token in enumerate(tokens) if place not in gone])
+def drop_words(world: World, task: Task, text: str, rng: Random) -> str:
+    """Leave out one to three tokens."""
+    tokens = tokenize(text)
+    dropped = set(rng.sample(range(len(tokens)), min(len(tokens) - 1, rng.randint(1, 3))))
+    return detokenize([token for place, token in enumerate(tokens) if place not in dropped])
 
 
-def cut(world: World, task: Task, text: str, rng: Random) -> str:
-    """Stop in mid-sentence."""
-    tokens = split(text)
-    return join(tokens[: rng.randrange(1, max(2, len(tokens) - 1))])
+def truncate(world: World, task: Task, text: str, rng: Random) -> str:
+    """Cut the text off at a random token."""
+    tokens = tokenize(text)
+    return detokenize(tokens[: rng.randrange(1, max(2, len(tokens) - 1))])
 
 
-def double(world: World, task: Task, text: str, rng: Random) -> str:
-    """Write one word twice, the commonest typing error."""
-    tokens = split(text)
+def double_word(world: World, task: Task, text: str, rng: Random) -> str:
+    """Write one token twice, the most common typing error."""
+    tokens = tokenize(text)
     place = rng.randrange(len(tokens))
-    return join([*tokens[:place], tokens[place], *tokens[place:]])
+    return detokenize([*tokens[:place], tokens[place], *tokens[place:]])
 
 
 def stutter(world: World, task: Task, text: str, rng: Random) -> str:
-    """Write one word several times."""
-    tokens = split(text)
+    """Write one token 2, 3, 6 or 12 times."""
+    tokens = tokenize(text)
     place = rng.randrange(len(tokens))
-    return join(tokens[:place] + [tokens[place]] * rng.choice((2, 3, 6, 12)) + tokens[place + 1 :])
+    return detokenize(tokens[:place] + [tokens[place]] * rng.choice((2, 3, 6, 12)) + tokens[place + 1 :])
 
 
-def scramble(world: World, task: Task, text: str, rng: Random) -> str:
-    """Put a stretch of words in random order."""
-    tokens = split(text)
+def shuffle_words(world: World, task: Task, text: str, rng: Random) -> str:
+    """Shuffle a window of at least three tokens."""
+    tokens = tokenize(text)
     size = rng.randint(3, max(3, len(tokens)))
     start = rng.randrange(max(1, len(tokens) - size))
     window = tokens[start : start + size]
-    return join([*tokens[:start], *rng.sample(window, len(window)), *tokens[start + size :]])
+    return detokenize([*tokens[:start], *rng.sample(window, len(window)), *tokens[start + size :]])
 
 
-def substitute(world: World, task: Task, text: str, rng: Random) -> str:
-    """Put words from another text in place of some, as sampling at temperature 1 does."""
-    strange = split(write(world, task, ORACLE, rng)) + split(write(world, task, Writer((1.0,), off_topic=1.0), rng))
+def substitute_words(world: World, task: Task, text: str, rng: Random) -> str:
+    """Replace some tokens by tokens of other texts, as sampling at temperature 1 does."""
+    other_texts = (ORACLE, Writer((1.0,), off_topic_rate=1.0))
+    pool = [token for writer in other_texts for token in tokenize(write_response(world, task, writer, rng))]
     rate = rng.choice((0.05, 0.1, 0.3))
-    return join([rng.choice(strange) if rng.random() < rate else token for token in split(text)])
+    return detokenize([rng.choice(pool) if rng.random() < rate else token for token in tokenize(text)])
 
 
-def repeat(world: World, task: Task, text: str, rng: Random) -> str:
-    """Tell some sentence again, once or many times."""
-    pieces = sentences(split(text))
-    return join(split(text) + rng.choice(pieces) * rng.choice((1, 1, 2, 4)))
+def repeat_sentence(world: World, task: Task, text: str, rng: Random) -> str:
+    """Append one sentence of the text again, once or several times."""
+    sentences = split_sentences(tokenize(text))
+    return detokenize(tokenize(text) + rng.choice(sentences) * rng.choice((1, 1, 2, 4)))
 
 
 def loop(world: World, task: Task, text: str, rng: Random) -> str:
-    """Tell everything over and over: the caller cuts it at the limit."""
+    """Repeat the whole text 12 times; the caller truncates it to the length limit."""
     return " ".join([text] * 12)
 
 
 def ramble(world: World, task: Task, text: str, rng: Random) -> str:
-    """Go on about others, sometimes without end."""
-    stray = Writer((1.0, 1.0), off_topic=1.0)
-    return " ".join([text, *(write(world, task, stray, rng) for _ in range(rng.choice((1, 1, 2, 8))))])
+    """Append one to eight texts about other subjects."""
+    stray = Writer((1.0, 1.0), off_topic_rate=1.0)
+    return " ".join([text, *(write_response(world, task, stray, rng) for _ in range(rng.choice((1, 1, 2, 8))))])
 
 
-def confuse(world: World, task: Task, text: str, rng: Random) -> str:
-    """Tell the same of somebody else."""
+def change_subject(world: World, task: Task, text: str, rng: Random) -> str:
+    """State the same facts about another subject."""
     other = rng.choice(world.others(task.subject))
     return text.replace(task.subject.opening, other.opening)
 
 
-def misstate(world: World, task: Task, text: str, rng: Random) -> str:
-    """Replace a fact by a false one of its kind, everything else equal."""
-    facts = [fact for fact in read(world, task, text).facts if task.subject.holds(fact)]
-    if not facts:
+def falsify_fact(world: World, task: Task, text: str, rng: Random) -> str:
+    """Replace one true fact by a false one about the same attribute; the rest of the text stays as it is."""
+    true_facts = [fact for fact in analyze(world, task, text).facts if task.subject.holds(fact)]
+    if not true_facts:
         return text
-    fact = rng.choice(facts)
-    return text.replace(f" {fact.value}", f" {lie(world, task.subject, fact.attribute, rng).value}", 1)
+    fact = rng.choice(true_facts)
+    false = false_fact(world, task.subject, fact.attribute, rng)
+    return text.replace(f" {fact.value}", f" {false.value}", 1)
 
 
-def extend(world: World, task: Task, text: str, rng: Random) -> str:
-    """Tell one more fact, true or not, when there is one left."""
-    told = {fact.attribute for fact in read(world, task, text).facts}
-    left = [name for name in task.subject.truth if name not in told]
+def add_fact(world: World, task: Task, text: str, rng: Random) -> str:
+    """State one more attribute, if there is one left; the fact is false with probability 0.2."""
+    stated = {fact.attribute for fact in analyze(world, task, text).facts}
+    left = [name for name in task.subject.truth if name not in stated]
     if not left:
         return text
     name = rng.choice(left)
-    fact = lie(world, task.subject, name, rng) if rng.random() < 0.2 else Fact(name, task.subject.truth[name])
-    return f"{text} {_phrase(world, task.subject, [fact], 0.0, rng).replace(task.subject.opening, task.subject.again)}"
+    is_false = rng.random() < 0.2
+    fact = false_fact(world, task.subject, name, rng) if is_false else Fact(name, task.subject.truth[name])
+    return f"{text} {_continuation(world, task.subject, fact, rng)}"
 
 
-def retell(world: World, task: Task, text: str, rng: Random) -> str:
-    """Tell a fact once more in other words."""
-    told = read(world, task, text).facts
-    if not told:
+def restate_fact(world: World, task: Task, text: str, rng: Random) -> str:
+    """State one fact of the text again, perhaps in other words."""
+    stated = analyze(world, task, text).facts
+    if not stated:
         return text
-    again = _phrase(world, task.subject, [rng.choice(told)], 0.0, rng)
-    return f"{text} {again.replace(task.subject.opening, task.subject.again)}"
+    return f"{text} {_continuation(world, task.subject, rng.choice(stated), rng)}"
 
 
-def empty(world: World, task: Task, text: str, rng: Random) -> str:
-    """Say next to nothing."""
-    return rng.choice((".", task.subject.again, task.subject.opening, f"{task.subject.again}."))
+def _continuation(world: World, subject: Subject, fact: Fact, rng: Random) -> str:
+    """One sentence that continues a text about `subject`."""
+    return _to_text(world, subject, [fact], 0.0, rng).replace(subject.opening, subject.continuation)
 
 
-SLIPS: tuple[Edit, ...] = (cut, double, drop)
+def say_nothing(world: World, task: Task, text: str, rng: Random) -> str:
+    """Write a full stop, a mention of the subject or a pronoun, and no fact."""
+    subject = task.subject
+    return rng.choice((".", subject.continuation, subject.opening, f"{subject.continuation}."))
+
+
+TYPOS: tuple[Edit, ...] = (truncate, double_word, drop_words)
+# The relative frequency of each edit. The order is part of the data: a seed selects edits by their position.
 EDITS: dict[Edit, float] = {
-    extend: 6, cut: 4, retell: 4, misstate: 2, repeat: 2, substitute: 2, loop: 2, confuse: 4, ramble: 1,
-    drop: 1, double: 1, stutter: 1, scramble: 1, empty: 0.5,
+    add_fact: 6, truncate: 4, restate_fact: 4, falsify_fact: 2, repeat_sentence: 2, substitute_words: 2, loop: 2,
+    change_subject: 4, ramble: 1, drop_words: 1, double_word: 1, stutter: 1, shuffle_words: 1, say_nothing: 0.5,
 }  # fmt: skip
 
 
-def spoil(world: World, task: Task, text: str, rng: Random) -> str:
-    """`text` with one aspect changed, mostly for the worse."""
+def random_edit(world: World, task: Task, text: str, rng: Random) -> str:
+    """`text` with one random edit, which makes most texts worse."""
     return rng.choices(list(EDITS), list(EDITS.values()))[0](world, task, text, rng)
 
 
-def pair(world: World, task: Task, limit: int, rng: Random) -> tuple[str, str]:
-    """Two answers to compare, of at most `limit` tokens, in random order.
+def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> tuple[str, str]:
+    """Two different responses to compare, each of at most `max_tokens` tokens, in random order.
 
-    Most pairs are the work of two authors, some of it spoiled; three in ten differ in one aspect only, so that a reward
-    model learns what matters rather than which author it reads.
+    In 70 % of the pairs each response has its own writer and is edited with probability 0.2. In the other 30 % the
+    second response is an edit of the first. Such a pair differs in one aspect only, so that a reward model learns what
+    makes a response better and not only which writer it is by.
     """
-    authors = rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1), k=2)
-    first, second = (write(world, task, author, rng) for author in authors)
+    writers = rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1), k=2)
+    first, second = (write_response(world, task, writer, rng) for writer in writers)
     if rng.random() < 0.3:
-        second = spoil(world, task, first, rng)
+        second = random_edit(world, task, first, rng)
     else:
-        first, second = (spoil(world, task, text, rng) if rng.random() < 0.2 else text for text in (first, second))
-    texts = [join(split(text)[:limit]) for text in (first, second)]
+        first, second = (
+            random_edit(world, task, text, rng) if rng.random() < 0.2 else text for text in (first, second)
+        )
+    texts = [detokenize(tokenize(text)[:max_tokens]) for text in (first, second)]
     rng.shuffle(texts)
-    return (texts[0], texts[1]) if texts[0] != texts[1] else pair(world, task, limit, rng)
+    # Draw again if both texts are the same.
+    return (texts[0], texts[1]) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)
