@@ -66,8 +66,8 @@ class PolicyEvaluation(Stage):
     def validation_step(self, batch: list[Prompt], index: int) -> None:
         """Answer a batch of evaluation prompts; measure the true KL on tokens sampled at the training temperature.
 
-        Of `evaluation.best_of` answers to a prompt, the one with the highest score counts. The processes take turns. The
-        random stream depends on the batch alone, so that their number changes nothing.
+        Of `evaluation.best_of` answers to a prompt, the one with the highest score counts. The processes take turns.
+        The random stream depends on the batch alone, so that their number changes nothing.
         """
         if index % collectives.size() != collectives.rank():
             return
