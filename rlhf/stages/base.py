@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf.distributed import collectives
 from rlhf.errors import ConfigError
 from rlhf.guards import Guards
-from rlhf.guards.signs import SKIPPED
+from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.settings import OptimizerSettings
@@ -158,14 +158,14 @@ class Stage(lightning.LightningModule):
 
     def skip_reason(self, norm: Tensor, sums: Mapping[str, Tensor], count: Tensor | int) -> str:
         """Why an optimiser step must not be made, or nothing; waits for the device once."""
-        if not self.guards.skip:
+        if not self.guards.skips_updates:
             return ""
         return self.guards.skip_reason(*torch.stack([sums["loss"], norm.to(sums["loss"])]).tolist())
 
     def note_skipped(self, result: Step, step: int, batch: Sequences) -> None:
         """Keep the batch (this process's share) of a supervised step that was not made, and log that at once."""
         if result.skip_reason:
-            self.guards.save(step, batch.tensors(), result.skip_reason)
+            self.guards.save_batch(step, batch.tensors(), result.skip_reason)
             self.emit({SKIPPED: 1.0}, step)
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -198,7 +198,7 @@ class Stage(lightning.LightningModule):
     def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
         """Send metrics to every logger under `step`, and to Lightning's callbacks and bar; waits for the device."""
         values = {key: float(value) for key, value in metrics.items()}
-        found = self.guards.see(step, values)
+        found = self.guards.update(step, values)
         for logger in self.loggers:
             logger.log_metrics(values | found, step)
         for name in (key.removeprefix("guard/") for key, count in found.items() if count == 1):
