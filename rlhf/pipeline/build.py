@@ -18,7 +18,7 @@ from rlhf.data.records import DataSource, divided, records, skipped_rows
 from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.distributed import collectives
-from rlhf.evaluation.evaluate import Judge
+from rlhf.evaluation.evaluator import Judge
 from rlhf.evaluation.preferences import FromData, Simulated
 from rlhf.files import METRICS, MODEL
 from rlhf.guards import Guards
@@ -129,7 +129,7 @@ class Builder:
         limit = self.settings.model.max_prompt_tokens
         questions = {
             split: [rows[i] for i in short_enough(tokenizer, [row.prompt for row in rows], limit)]
-            for split, rows in simulated.questions(self.source, self.template).items()
+            for split, rows in simulated.draw_prompts(self.source, self.template).items()
         }
 
         def answer(prompts: list[str], part: int) -> Rollouts:
