@@ -1,7 +1,7 @@
 """`preferences=simulated`: a judge compares pairs of the SFT model's answers, and a share of its labels is flipped.
 
 Follows AlpacaFarm (Dubois et al. 2023), whose annotators disagree as much as people do with 25 % label noise. Any judge
-can be the annotator.
+can be the annotator, except the reward model that is to be trained on its labels.
 """
 
 import json
@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 import hydra
 import torch
 
-from rlhf.data.records import DataSource, Prompt, SampledComparison, Split
+from rlhf.data.records import DataSource, Prompt, Split
 from rlhf.data.saved_preferences import PREFERENCE_SPLITS
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation.client import uniform_from_hash
 from rlhf.evaluation.evaluator import Judge
 from rlhf.evaluation.judges import NoJudge
+from rlhf.evaluation.labelled_pairs import LabelledPair, count_labels
 from rlhf.evaluation.prompts import strip_template
 from rlhf.files import aside, read_json, write_json
 from rlhf.models.tokenizing import Response
@@ -56,35 +57,6 @@ class FromData:
     """`preferences=from_data`: the reward model learns from the comparisons of the data set."""
 
     simulated: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class LabelledPair:
-    """Two answers to a prompt, with the judge's verdict and the resulting label.
-
-    Attributes:
-        prompt: The templated prompt.
-        first: One answer.
-        second: The other answer.
-        outcome: The judge's verdict: 1 if `first` is better, 0 if `second` is, ½ for a tie, None without a verdict.
-        dropped: Why the pair is not used as a comparison (`identical`, `unjudged` or `tie`), None if it is used.
-        preferred: The answer that the label prefers (`first` or `second`), None if the pair is dropped.
-        flipped: Whether the label was flipped, so that it prefers the worse answer.
-    """
-
-    prompt: str
-    first: str
-    second: str
-    outcome: float | None = None
-    dropped: str | None = None
-    preferred: str | None = None
-    flipped: bool = False
-
-    @property
-    def comparison(self) -> SampledComparison:
-        """The comparison that the reward model learns from."""
-        texts = (self.first, self.second) if self.preferred == "first" else (self.second, self.first)
-        return SampledComparison(self.prompt, *texts, *(getattr(text, "ended", True) for text in texts))
 
 
 class Simulated:
@@ -205,7 +177,7 @@ class Simulated:
             Interrupted: The judge's endpoint cannot be reached.
         """
         metrics: dict[str, float] = {}
-        # 1. Sample and judge the pairs of both splits together, which fills the batches better.
+        # 1. Sample and judge the pairs of both splits together.
         asked = [(split, row) for split in PREFERENCE_SPLITS for row in prompts[split]]
         pairs, truncated = self._sample_pairs(folder, [row for _, row in asked], answer)
         with _judge_key_renamed():
@@ -219,11 +191,7 @@ class Simulated:
                 self.label(f"{split}/{number}", asked[i][1].prompt, *pairs[i], outcomes[i], noise)
                 for number, i in enumerate(indices)
             ]
-            counts = count_labels(labelled)
-            if not counts["comparisons"]:
-                raise DataError(f"{split}: none of the simulated preferences can be used ({counts})")
-            _write_lines(folder / f"{split}_pairs.jsonl", map(asdict, labelled))
-            _write_lines(folder / f"{split}.jsonl", (asdict(row.comparison) for row in labelled if not row.dropped))
+            counts = _save_pairs(folder, split, labelled)
             logged = counts if split == "preference" else {"validation_comparisons": counts["comparisons"]}
             metrics |= {f"preferences/{name}": number for name, number in logged.items()}
         metrics["preferences/cut"] = truncated / (2 * len(pairs))
@@ -298,17 +266,18 @@ def _judge_pairs(prompts: Sequence[Prompt], pairs: Sequence[tuple[str, str]], ju
     return outcomes
 
 
-def count_labels(rows: Sequence[LabelledPair]) -> dict[str, int]:
-    """Count the pairs by what became of them. `comparisons` are those that were not dropped."""
-    dropped = [row.dropped for row in rows]
-    return {
-        "pairs": len(rows),
-        "identical": dropped.count("identical"),
-        "unjudged": dropped.count("unjudged"),
-        "ties": sum(row.outcome == 0.5 for row in rows),
-        "flipped": sum(row.flipped for row in rows),
-        "comparisons": dropped.count(None),
-    }
+def _save_pairs(folder: Path, split: Split, labelled: Sequence[LabelledPair]) -> dict[str, int]:
+    """Write the pairs and the comparisons of a split, and return their counts.
+
+    Raises:
+        DataError: There is no comparison.
+    """
+    counts = count_labels(labelled)
+    if not counts["comparisons"]:
+        raise DataError(f"{split}: none of the simulated preferences can be used ({counts})")
+    _write_lines(folder / f"{split}_pairs.jsonl", map(asdict, labelled))
+    _write_lines(folder / f"{split}.jsonl", (asdict(row.comparison) for row in labelled if not row.dropped))
+    return counts
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

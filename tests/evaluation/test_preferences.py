@@ -20,8 +20,9 @@ from rlhf.data.saved_preferences import PREFERENCE_SPLITS, SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation import preferences
+from rlhf.evaluation.labelled_pairs import count_labels
 from rlhf.evaluation.llm_pool import LLMPool
-from rlhf.evaluation.preferences import Simulated, count_labels
+from rlhf.evaluation.preferences import Simulated
 from rlhf.evaluation.prompts import strip_template
 from rlhf.files import read_lines
 from rlhf.finished.chat.models import Models, score
