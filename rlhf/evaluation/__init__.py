@@ -1,1 +1,1 @@
-"""What is measured of answers: win rate against references, gold utility, facts."""
+"""Measures responses: win rates against references, gold utility, facts. Also simulates preferences with judges."""

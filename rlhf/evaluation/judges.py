@@ -1,6 +1,6 @@
-"""Judges compare a response with the reference output: 1 a win, ½ a draw, 0 a loss.
+"""Judges that compare a response with the reference output: 1 for a win, ½ for a draw, 0 for a loss.
 
-Constructed with a `Context` and the keys of their YAML, called with prompts and responses.
+A judge is constructed with a `Context` and the keys of its YAML file, and called with prompts and responses.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from rlhf.scorers.reward_model import RewardModelScorer
 
 
 def outcome(ours: float, theirs: float, tie: float) -> float:
-    """1, ½ or 0, a difference of at most `tie` being a draw."""
+    """Return 1 if `ours` is higher, 0 if `theirs` is, and ½ if they differ by at most `tie`."""
     return 0.5 if abs(ours - theirs) <= tie else float(ours > theirs)
 
 
 class GoldJudge:
-    """The embedded world's own utility decides: exact, free, the same for every run."""
+    """Compares by the data set's own utility (`data=farm`): exact, free, and the same in every run."""
 
     needs_utility: ClassVar[bool] = True
     needs_reward_model: ClassVar[bool] = False
@@ -30,7 +30,7 @@ class GoldJudge:
         self.source, self.tie = context.source, tie
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """The outcome of each comparison."""
+        """Return the outcome of each comparison."""
         utility = self.source.utility  # type: ignore[attr-defined]
         return [
             outcome(utility(row.prompt, response), utility(row.prompt, row.reference_output), self.tie)
@@ -39,21 +39,26 @@ class GoldJudge:
 
 
 class RewardModelJudge:
-    """The learned reward decides. Biased towards policies trained on it: a yardstick for lack of a better one.
+    """Compares by the learned reward, for data without a better judge: it is biased towards policies trained on it.
 
-    A sampled response is scored by the ids that were sampled, so one that was cut off has no EOS. A written one, such
-    as a reference output from a file, is taken to end where its text ends, as demonstrations do.
+    A sampled response is scored by the ids that were sampled, so a truncated one has no EOS. A text from elsewhere,
+    such as a reference output from a file, is taken to be complete and gets an EOS, as demonstrations do.
+
+    Args:
+        context: The tokenizer and the models, among them the reward model.
+        tie: The largest difference in reward that counts as a draw.
+        max_tokens: Tokens of a response that are scored. Longer ones are truncated.
     """
 
     needs_reward_model: ClassVar[bool] = True
-    same_tokenizer: ClassVar[bool] = True  # whether sampled ids are those of the reward model's tokenizer
+    same_tokenizer: ClassVar[bool] = True  # whether sampled ids can be scored as they are
 
     def __init__(self, context: Context, tie: float = 0.0, max_tokens: int = 512):
         self.context, self.tie, self.max_tokens = context, tie, max_tokens
         self.scorer = RewardModelScorer(context)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """The outcome of each comparison."""
+        """Return the outcome of each comparison."""
         ours = self._scores(prompts, responses)
         theirs = self._scores(prompts, [row.reference_output for row in prompts])
         return [outcome(a, b, self.tie) for a, b in zip(ours, theirs, strict=True)]
@@ -65,19 +70,19 @@ class RewardModelJudge:
             return self.scorer.score(batch.to(self.context.roles.device)).tolist()
 
     def _ids(self, responses: Sequence[str]) -> list[list[int]]:
-        """Sampled ids as they are where that is possible; else those of the text, with an EOS if it is whole."""
+        """Return the sampled ids of each response, or else the ids of its text, with an EOS if the text is complete."""
         tokenizer = self.context.tokenizer
-        found = []
+        rows = []
         for text, ids in zip(responses, encode_texts(tokenizer, responses), strict=True):
             if isinstance(text, Response) and text.ids and self.same_tokenizer:
-                found.append(list(text.ids))
+                rows.append(list(text.ids))
             else:
-                found.append([*ids, *[tokenizer.eos_token_id] * getattr(text, "ended", True)])
-        return found
+                rows.append([*ids, *[tokenizer.eos_token_id] * getattr(text, "ended", True)])
+        return rows
 
 
 class NoJudge:
-    """For data on which a comparison means nothing, such as reviews continued at random: no win rate is reported."""
+    """Compares nothing, so that no win rate is reported. For data on which comparisons mean nothing (movie reviews)."""
 
     needs_reward_model: ClassVar[bool] = False
     compares: ClassVar[bool] = False
@@ -86,5 +91,5 @@ class NoJudge:
         pass
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """No outcomes."""
+        """Return no outcomes."""
         return []

@@ -1,4 +1,4 @@
-"""Pages about entities, from JSONL or SQLite, and the passages of a page that bear on a fact (BM25)."""
+"""Reads entities and their pages from files, and retrieves the passages of a page for a fact (BM25)."""
 
 import json
 import sqlite3
@@ -11,43 +11,57 @@ from typing import Any
 from rlhf.errors import DataError
 
 SQLITE = (".db", ".sqlite", ".sqlite3")
-SEPARATOR = "####SPECIAL####SEPARATOR####"  # between the passages of a page in FActScore's own Wikipedia database
-NAMES, TEXTS = ("entity", "topic", "title", "name"), ("text", "page")
+SEPARATOR = "####SPECIAL####SEPARATOR####"  # between the passages of a page in FActScore's Wikipedia database
+NAME_KEYS, TEXT_KEYS = ("entity", "topic", "title", "name"), ("text", "page")
 
 
 @dataclass(frozen=True)
 class Entity:
-    """Somebody or something to be asked about; `page` where the list of entities holds the pages too."""
+    """The subject of a question. `page` is its text, if the file of entities contains the pages too."""
 
     name: str
     page: str | None = None
 
 
 def read_entities(path: Path) -> list[Entity]:
-    """Entities from JSONL (`entity`, `topic`, `title` or `name`; maybe `text` or `page`), or .txt, a name a line.
+    """Read entities from a file.
+
+    JSON lines have the name under `entity`, `topic`, `title` or `name`, and optionally the page under `text` or `page`.
+    A .txt file has one name per line.
 
     Raises:
-        DataError: there is no such file, a line is not understood, or there is no line.
+        DataError: There is no such file, a line cannot be read, or the file is empty.
     """
-    found = [Entity(_field(row, NAMES, path, number), _text(row, TEXTS)) for number, row in _rows(path)]
+    found = [
+        Entity(_required_text(row, NAME_KEYS, path, number), _optional_text(row, TEXT_KEYS))
+        for number, row in _read_rows(path)
+    ]
     if not found:
         raise DataError(f"{path} names no entity")
     return found
 
 
 class Knowledge:
-    """Passages of an entity's page that bear on a statement, best first.
+    """Retrieves the passages of an entity's page that are relevant to a statement.
 
-    Pages come from the entities themselves, from JSONL, or from the table `documents(title, text)` of an SQLite
-    database, as FActScore publishes one. A page without separators is cut at sentences into passages of at most
-    `words` words.
+    Args:
+        entities: The entities, each of which needs a page.
+        path: JSON lines, or an SQLite database with a table `documents(title, text)` such as FActScore's. None if the
+            entities have their pages.
+        words: The number of words in a passage, for pages that are not yet divided into passages (by `SEPARATOR`).
+
+    Raises:
+        DataError: The file cannot be read, or an entity has no page.
     """
 
     def __init__(self, entities: Sequence[Entity], path: Path | None, words: int):
         self.path, self.words = path, words
         self.pages: Mapping[str, str] = {one.name: one.page for one in entities if one.page}
         if path is not None and path.suffix not in SQLITE:
-            self.pages = {_field(row, NAMES, path, at): _field(row, TEXTS, path, at) for at, row in _rows(path)}
+            self.pages = {
+                _required_text(row, NAME_KEYS, path, at): _required_text(row, TEXT_KEYS, path, at)
+                for at, row in _read_rows(path)
+            }
         missing = [one.name for one in entities if not self.page(one.name)]
         if missing:
             where = path or "the file of entities"
@@ -56,7 +70,11 @@ class Knowledge:
             )
 
     def page(self, entity: str) -> str | None:
-        """The text of the page with this title."""
+        """Return the text of an entity's page, None if there is none.
+
+        Raises:
+            DataError: The database does not exist or has no such table.
+        """
         if self.path is None or self.path.suffix not in SQLITE:
             return self.pages.get(entity)
         if not self.path.is_file():
@@ -65,11 +83,16 @@ class Knowledge:
             with sqlite3.connect(f"file:{self.path}?mode=ro", uri=True) as connection:
                 row = connection.execute("SELECT text FROM documents WHERE title = ?", (entity,)).fetchone()
         except sqlite3.Error as error:
-            raise DataError(f"{self.path} is no SQLite database with a table documents(title, text): {error}") from None
+            raise DataError(
+                f"{self.path} is not an SQLite database with a table documents(title, text): {error}"
+            ) from None
         return row[0] if row else None
 
     def passages(self, entity: str, fact: str, number: int) -> list[str]:
-        """The `number` passages of the page that fit `entity` and `fact` best."""
+        """Return the `number` passages of the entity's page with the highest BM25 score for its name and the fact.
+
+        The best one comes first. If the query has only stop words, the first passages of the page are returned.
+        """
         import bm25s
 
         passages, index = self._index(entity)
@@ -80,36 +103,38 @@ class Knowledge:
 
     @lru_cache(maxsize=64)  # noqa: B019  (lives as long as the run)
     def _index(self, entity: str) -> tuple[list[str], Any]:
+        """Return the passages of an entity's page and their BM25 index."""
         import bm25s
 
         page = self.page(entity) or ""
         given = [part.replace("<s>", "").replace("</s>", "").strip() for part in page.split(SEPARATOR)]
-        passages = [part for part in given if part] if len(given) > 1 else cut(page, self.words)
+        passages = [part for part in given if part] if len(given) > 1 else split_passages(page, self.words)
         index = bm25s.BM25()
         tokens = bm25s.tokenize(passages, stopwords="en", show_progress=False, return_ids=False)
         index.index(tokens, show_progress=False)
         return passages, index
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of an English text, line by line, without what is only white space."""
+def split_sentences(text: str) -> list[str]:
+    """Return the sentences of an English text. A line break always ends a sentence; blank ones are dropped."""
     import pysbd
 
     segmenter = pysbd.Segmenter(language="en", clean=False)
     return [piece.strip() for line in text.splitlines() for piece in segmenter.segment(line) if piece.strip()]
 
 
-def cut(page: str, words: int) -> list[str]:
-    """Whole sentences, together at most `words` words a passage unless a sentence alone is longer."""
+def split_passages(page: str, words: int) -> list[str]:
+    """Divide a page into passages of whole sentences, each of at most `words` words unless one sentence is longer."""
     passages: list[list[str]] = [[]]
-    for sentence in sentences(page):
+    for sentence in split_sentences(page):
         if passages[-1] and sum(len(part.split()) for part in [*passages[-1], sentence]) > words:
             passages.append([])
         passages[-1].append(sentence)
     return [" ".join(passage) for passage in passages]
 
 
-def _rows(path: Path) -> list[tuple[int, Any]]:
+def _read_rows(path: Path) -> list[tuple[int, Any]]:
+    """Return pairs (line number, row) of a JSON-lines or .txt file. Blank lines are skipped."""
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     lines = [
@@ -126,15 +151,16 @@ def _rows(path: Path) -> list[tuple[int, Any]]:
     return rows
 
 
-def _field(row: Any, names: Sequence[str], path: Path, number: int) -> str:
-    text = _text(row, names)
+def _required_text(row: Any, names: Sequence[str], path: Path, number: int) -> str:
+    """Return the text under the first of the keys `names`; raises DataError if there is none."""
+    text = _optional_text(row, names)
     if text is None:
         raise DataError(f"{path}, line {number}: no text under {' or '.join(names)}")
     return text
 
 
-def _text(row: Any, names: Sequence[str]) -> str | None:
-    """The first of the names that holds a text, or a list of paragraphs."""
+def _optional_text(row: Any, names: Sequence[str]) -> str | None:
+    """Return the text or the joined paragraphs under the first of the keys `names` that has a value, else None."""
     values = [row[name] for name in names if isinstance(row, dict) and row.get(name)]
     if values and isinstance(values[0], list):
         return "\n".join(map(str, values[0]))

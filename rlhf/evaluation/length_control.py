@@ -1,4 +1,7 @@
-"""What the judge would say if response and reference were equally long (Dubois et al. 2024, AlpacaEval 2)."""
+"""Win rates corrected for length: the judge's preference if response and reference were equally long.
+
+Source: Dubois et al. 2024, "Length-controlled AlpacaEval" (AlpacaEval 2).
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +13,7 @@ from scipy.optimize import minimize  # type: ignore[import-untyped]
 from scipy.special import expit  # type: ignore[import-untyped]
 
 Array = NDArray[np.float64]
-PRECISION = 0.01  # of the Gaussian prior on all coefficients: 1 / C with C = 100
+PRIOR_PRECISION = 0.01  # of the Gaussian prior on all coefficients: 1 / C with C = 100
 
 
 @dataclass(frozen=True)
@@ -22,77 +25,103 @@ class Rate:
 
 
 def length_adjusted_win_rate(outcomes: Sequence[float], ours: Sequence[int], theirs: Sequence[int]) -> Rate:
-    """The win rate at equal length from this run alone: σ(constant) of a logistic regression on length.
+    """Return the win rate at equal length, estimated from this run alone.
 
-    The regression has a constant and tanh(Δ / sd Δ), Δ the difference in length in characters. AlpacaEval calls this
-    variant "minimal"; its leaderboard's rate needs the difficulty of the instructions (`length_controlled_win_rate`),
-    and the two differ by several points. If every response is longer than its reference, this extrapolates.
+    The logit of a win is θ + φ tanh(Δ / sd Δ), where Δ is the difference in length in characters. The value is σ(θ). If
+    every response is longer than its reference, this is an extrapolation.
+
+    AlpacaEval calls this variant "minimal". The rate on its leaderboard also needs the difficulty of the instructions
+    (`length_controlled_win_rate`), and the two differ by several points.
+
+    Args:
+        outcomes: 1 for a win, ½ for a draw, 0 for a loss, for each instruction.
+        ours: The lengths of the responses in characters.
+        theirs: The lengths of the reference outputs in characters.
 
     Raises:
-        ValueError: no outcomes, or lists of different lengths.
+        ValueError: There are no outcomes, or the lists have different lengths.
     """
-    return _rate(outcomes, ours, theirs, np.zeros(len(outcomes)))
+    return _win_rate_at_equal_length(outcomes, ours, theirs, np.zeros(len(outcomes)))
 
 
 def length_controlled_win_rate(
     outcomes: Sequence[float], ours: Sequence[int], theirs: Sequence[int], difficulty: Sequence[float]
 ) -> Rate:
-    """The win rate at equal length as AlpacaEval 2 defines it ("length_controlled_v1").
+    """Return the win rate at equal length as AlpacaEval 2 defines it ("length_controlled_v1").
 
-    The logit of a win is θ + φ tanh(Δ / sd Δ) + ψ γ, with γ the `difficulty` of the instruction, which is known from
-    the answers of many models (rlhf/evaluation/difficulty.py); the value is the mean of σ(θ + ψ γ) over instructions.
-    Left out are the annotations of "gamed" baselines towards which AlpacaEval regularises; instead of its
-    cross-validated L1 penalty there is a weak L2 penalty, which keeps the coefficients finite.
+    The logit of a win is θ + φ tanh(Δ / sd Δ) + ψ γ, where γ is the `difficulty` of the instruction, known from the
+    answers of many models (rlhf/evaluation/difficulty.py). The value is the mean of σ(θ + ψ γ) over instructions.
+
+    Two things differ from AlpacaEval. It regularises towards annotations of "gamed" baselines, which are left out here.
+    And in place of its cross-validated L1 penalty there is a weak L2 penalty, which keeps the coefficients finite.
+
+    Args:
+        outcomes: 1 for a win, ½ for a draw, 0 for a loss, for each instruction.
+        ours: The lengths of the responses in characters.
+        theirs: The lengths of the reference outputs in characters.
+        difficulty: γ of each instruction.
 
     Raises:
-        ValueError: no outcomes, or lists of different lengths.
+        ValueError: There are no outcomes, or the lists have different lengths.
     """
-    return _rate(outcomes, ours, theirs, np.asarray(difficulty, float))
+    return _win_rate_at_equal_length(outcomes, ours, theirs, np.asarray(difficulty, float))
 
 
 def scaled_difference(ours: Sequence[int], theirs: Sequence[int]) -> Array:
-    """tanh(Δ / sd Δ) of the lengths; zeros where all differ by the same."""
+    """Return tanh(Δ / sd Δ) for the length differences Δ, zeros if all of them are equal."""
     difference = np.array([a - b for a, b in zip(ours, theirs, strict=True)], float)
     spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
     return np.tanh(difference / spread) if spread else np.zeros_like(difference)
 
 
-def _rate(outcomes: Sequence[float], ours: Sequence[int], theirs: Sequence[int], difficulty: Array) -> Rate:
+def _win_rate_at_equal_length(
+    outcomes: Sequence[float], ours: Sequence[int], theirs: Sequence[int], difficulty: Array
+) -> Rate:
+    """Fit the regression and average its predictions at Δ = 0. Zero difficulties drop out of it."""
     if not outcomes:
         raise ValueError("a win rate over no outcomes")
     wins, length = np.asarray(outcomes, float), scaled_difference(ours, theirs)
     if not len(wins) == len(length) == len(difficulty):
         raise ValueError(f"{len(wins)} outcomes, but {len(length)} lengths and {len(difficulty)} difficulties")
     features = np.stack([np.ones_like(wins), length, difficulty], axis=1)
-    weights = _fit(features, wins)
+    weights = _fit_logistic(features, wins)
     at_equal_length = features * [1.0, 0.0, 1.0]
     chances = expit(at_equal_length @ weights)
-    return Rate(float(chances.mean()), _error(features, wins, weights, at_equal_length, chances))
+    return Rate(float(chances.mean()), _standard_error(features, wins, weights, at_equal_length, chances))
 
 
-def _fit(features: Array, wins: Array) -> Array:
-    """Logistic regression; an outcome of a half weighs in on both sides."""
+def _fit_logistic(features: Array, wins: Array) -> Array:
+    """Fit a logistic regression [features] with the Gaussian prior; a draw counts half as a win, half as a loss."""
 
     def loss(weights: Array) -> tuple[float, Array]:
         logits = features @ weights
-        value = np.logaddexp(0, logits).sum() - wins @ logits + PRECISION / 2 * weights @ weights
-        return float(value), features.T @ (expit(logits) - wins) + PRECISION * weights
+        value = np.logaddexp(0, logits).sum() - wins @ logits + PRIOR_PRECISION / 2 * weights @ weights
+        return float(value), features.T @ (expit(logits) - wins) + PRIOR_PRECISION * weights
 
-    found: Array = minimize(loss, np.zeros(features.shape[1]), jac=True, method="BFGS").x
-    return found
+    weights: Array = minimize(loss, np.zeros(features.shape[1]), jac=True, method="BFGS").x
+    return weights
 
 
-def _error(features: Array, wins: Array, weights: Array, at_equal_length: Array, chances: Array) -> float:
-    """Standard error by the delta method, from each instruction's influence on the value; nan for too few.
+def _standard_error(features: Array, wins: Array, weights: Array, at_equal_length: Array, chances: Array) -> float:
+    """Return the standard error of the win rate by the delta method, nan if there are too few instructions.
 
-    An instruction counts twice: by its residual, which moves the coefficients (a sandwich estimate, so that it holds
-    also where the logistic curve does not fit), and, where difficulties differ, by its place in the final mean.
+    It is computed from each instruction's influence on the win rate, which has two parts. Its residual moves the
+    coefficients; this part is a sandwich estimate, which is valid even if the logistic curve does not fit. And if
+    difficulties differ, its own prediction is a term of the final mean.
+
+    Args:
+        features: [instructions, coefficients], the regression's inputs.
+        wins: [instructions], the outcomes.
+        weights: [coefficients], the fitted coefficients.
+        at_equal_length: [instructions, coefficients], the inputs with Δ = 0.
+        chances: [instructions], the predictions at Δ = 0, whose mean is the win rate.
     """
+    # Coefficients of all-zero features (no difficulty) are not estimated and cost no degree of freedom.
     count, used = len(wins), int(np.any(features != 0, axis=0).sum())
     if count <= used:
         return math.nan
     fitted = expit(features @ weights)
-    curvature = (features.T * (fitted * (1 - fitted))) @ features + PRECISION * np.eye(features.shape[1])
+    curvature = (features.T * (fitted * (1 - fitted))) @ features + PRIOR_PRECISION * np.eye(features.shape[1])
     slope = (chances * (1 - chances)) @ at_equal_length / count
     moved = count * (features * (wins - fitted)[:, None]) @ np.linalg.solve(curvature, slope)
     influence = moved + chances - chances.mean()

@@ -1,7 +1,7 @@
 """`judge=llm_pool`: language models behind any OpenAI-compatible endpoint compare responses with the references.
 
-After AlpacaFarm (Dubois et al. 2023): a pool of annotators, that is of models and prompts, one of which judges each
-pair. (Its noise of 25 % flipped labels belongs to training data only.)
+Follows AlpacaFarm (Dubois et al. 2023): each pair is judged by one annotator, a model with a prompt, drawn from a pool.
+AlpacaFarm's label noise of 25 % is not applied here, because it belongs to training data only.
 """
 
 import re
@@ -12,19 +12,21 @@ from typing import Any, ClassVar
 
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError
-from rlhf.evaluation.client import ChatClient, uniform
-from rlhf.evaluation.endpoint import ClientSettings, Endpoint, Price, Request, check_client, check_sampling
-from rlhf.evaluation.prompts import ChatTemplate, load_template, own_files
+from rlhf.evaluation.client import ChatClient, uniform_from_hash
+from rlhf.evaluation.client_settings import ClientSettings, Price, check_client, check_sampling
+from rlhf.evaluation.endpoint import Endpoint, Request
+from rlhf.evaluation.prompts import ChatTemplate, instruction_or_prompt, load_template, user_files
 from rlhf.schema import at_least_zero, choice, positive, typed
 from rlhf.scorers import Context
 
 PLACEHOLDERS = {"instruction", "output_1", "output_2"}
-MEANING = {"1": 1.0, "a": 1.0, "2": 0.0, "b": 0.0, "draw": 0.5, "tie": 0.5}  # for the output shown first
+# What a verdict means for the output that was shown first.
+OUTCOMES = {"1": 1.0, "a": 1.0, "2": 0.0, "b": 0.0, "draw": 0.5, "tie": 0.5}
 
 
 @dataclass
 class AnnotatorSettings:
-    """One annotator: a prompt file and its share of the pool; what is null is the pool's."""
+    """One annotator: a prompt file and its weight in the pool. None takes the value of the pool."""
 
     prompt: str
     weight: float = positive(1.0)
@@ -36,7 +38,7 @@ class AnnotatorSettings:
 
 @dataclass
 class PoolSettings:
-    """`conf/judge/llm_pool.yaml` says what each key means."""
+    """The keys of the judge, documented in `conf/judge/llm_pool.yaml`."""
 
     model: str | None = None
     models: dict[str, str] = field(default_factory=dict)
@@ -57,7 +59,7 @@ class PoolSettings:
 
 @dataclass(frozen=True)
 class Annotator:
-    """A model with a prompt, ready to be asked."""
+    """A model with a prompt and everything else that a request needs."""
 
     template: ChatTemplate
     weight: float
@@ -67,22 +69,25 @@ class Annotator:
     parse: Callable[[str], float | None]
 
     def request(self, instruction: str, first: str, second: str) -> Request:
-        """The question whose answer is 1 (the first is better), 0 (the second) or ½."""
+        """Return the request for a verdict, which parses to 1 (the first output is better), 0 (the second) or ½."""
         messages = self.template.render(instruction=instruction, output_1=first, output_2=second)
         return Request(self.model, messages, self.parse, self.sampling, self.price)
 
 
 class LLMPool:
-    """A weighted pool of annotators; 1 a win, ½ a draw, 0 a loss, None where no answer could be read.
+    """A judge that asks a weighted pool of annotators.
 
-    Which annotator judges a pair and which output it sees first is a hash of (seed, prompt): the same in every run and
-    every process. `report` holds the tokens, the cost and the unreadable answers of the last call.
+    The annotator of a pair and the order in which it sees the two outputs follow from a hash of (seed, prompt), so they
+    are the same in every run and every process.
+
+    Attributes:
+        report: Metrics of the last call: tokens, cost and unreadable answers (`judge/*`).
     """
 
     needs_reward_model: ClassVar[bool] = False
 
     def __init__(self, context: Context, **keys: Any):
-        self.settings, self.annotators = _read(keys)
+        self.settings, self.annotators = _parse_keys(keys)
         settings = self.settings
         folder = context.cache / "judge"
         self.client = ChatClient(settings.client, folder, "judge.client", settings.attempts, settings.reask_temperature)
@@ -90,12 +95,12 @@ class LLMPool:
 
     @classmethod
     def check(cls, keys: Mapping[str, Any]) -> None:
-        """See whether prompts, packages, addresses and keys are there.
+        """Check the configuration before anything is built: prompts, packages, address and API key.
 
         Raises:
-            ConfigError: one of them is not.
+            ConfigError: One of them is missing or malformed.
         """
-        settings, _ = _read(keys)
+        settings, _ = _parse_keys(keys)
         check_client(settings.client, "judge.client")
         check_sampling(settings.sampling, "judge.sampling")
         for name, one in settings.pool.items():
@@ -103,30 +108,36 @@ class LLMPool:
 
     @classmethod
     def files(cls, keys: Mapping[str, Any]) -> list[Path]:
-        """The files whose contents decide the verdicts: prompts that are not the project's own.
+        """Return the files whose contents affect the verdicts: the user's own prompts.
 
-        With `answering(client)` and all keys beside `client` they decide them; prices change `judge/cost` alone.
+        Together with `endpoint_identity(client)` and all keys outside of `client`, they determine the verdicts. Prices
+        affect only `judge/cost`.
         """
-        return own_files([one.prompt for one in _read(keys)[0].pool.values()])
+        return user_files([one.prompt for one in _parse_keys(keys)[0].pool.values()])
 
     @classmethod
     def ping(cls, keys: Mapping[str, Any]) -> None:
-        """See whether the endpoint answers, if `client.ping` says so.
+        """Check that the endpoint answers, if `client.ping` is true.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: It does not answer.
         """
-        client = _read(keys)[0].client
+        client = _parse_keys(keys)[0].client
         if client.ping:
             Endpoint(client, "judge.client").ping()
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
-        """The outcome of each comparison.
+        """Compare each response with its reference output.
+
+        Returns:
+            1 for a win, ½ for a draw, 0 for a loss, a value in between for several votes, and None if no answer could
+            be read.
 
         Raises:
-            ConfigError: the endpoint refuses all requests, or not a single answer could be read.
-            Interrupted: the endpoint is out; what was judged is kept.
+            ConfigError: The endpoint refuses all requests, or not a single answer could be read.
+            Interrupted: The endpoint cannot be reached. Answers received so far are kept.
         """
+        # 1. Ask every annotator of every pair, in every order.
         questions = [
             (index, annotator.weight, ours_first, self._request(annotator, row, response, ours_first))
             for index, (row, response) in enumerate(zip(prompts, responses, strict=True))
@@ -134,6 +145,7 @@ class LLMPool:
             for ours_first in self._orders_of(row.prompt)
         ]
         answers = self.client.ask_all([request for *_, request in questions])
+        # 2. Average the votes by weight, with outcomes turned round where the reference output was shown first.
         votes: list[list[tuple[float, float]]] = [[] for _ in prompts]
         for (index, weight, ours_first, _), answer in zip(questions, answers, strict=True):
             if answer is not None:
@@ -148,64 +160,74 @@ class LLMPool:
         return outcomes
 
     def _annotators_of(self, prompt: str) -> list[Annotator]:
+        """Return the annotators that vote: all of them, or one drawn by weight."""
         if self.settings.vote == "all":
             return self.annotators
-        point = uniform(self.settings.seed, "annotator", prompt) * sum(one.weight for one in self.annotators)
+        point = uniform_from_hash(self.settings.seed, "annotator", prompt) * sum(one.weight for one in self.annotators)
         for annotator in self.annotators:
             point -= annotator.weight
             if point < 0:
                 return [annotator]
-        return [self.annotators[-1]]
+        return [self.annotators[-1]]  # only if rounding leaves a remainder
 
     def _orders_of(self, prompt: str) -> tuple[bool, ...]:
-        """Whether ours is shown first, once or both ways."""
+        """Return whether the response is shown before the reference output: one order, or both."""
         if self.settings.order == "both":
             return (True, False)
-        return (uniform(self.settings.seed, "order", prompt) < 0.5,)
+        return (uniform_from_hash(self.settings.seed, "order", prompt) < 0.5,)
 
     @staticmethod
     def _request(annotator: Annotator, row: Prompt, response: str, ours_first: bool) -> Request:
         shown = (response, row.reference_output) if ours_first else (row.reference_output, response)
-        return annotator.request(row.instruction or row.prompt, *shown)
+        return annotator.request(instruction_or_prompt(row), *shown)
 
 
-def reader(pattern: str, key: str) -> Callable[[str], float | None]:
-    """A parser: the group of the pattern, wherever it matches, says 1, 2 or draw; nothing, or two things, is no answer.
+def verdict_parser(pattern: str, key: str) -> Callable[[str], float | None]:
+    """Return a function that reads an outcome from an answer's text.
+
+    The pattern's group must match one of the words of `OUTCOMES`. If it matches nothing, or matches with different
+    meanings, the answer cannot be read and the outcome is None.
+
+    Args:
+        pattern: A regular expression with exactly one group.
+        key: The configuration key of the pattern, for error messages.
 
     Raises:
-        ConfigError: no regular expression, or not one with exactly one group.
+        ConfigError: The pattern is not a regular expression, or does not have exactly one group.
     """
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"{key}={pattern} is no regular expression: {error}") from None
+        raise ConfigError(f"{key}={pattern} is not a regular expression: {error}") from None
     if expression.groups != 1:
-        raise ConfigError(f"{key}={pattern} must have exactly one group, which matches one of {', '.join(MEANING)}")
+        raise ConfigError(f"{key}={pattern} must have exactly one group, which matches one of {', '.join(OUTCOMES)}")
 
     def parse(text: str) -> float | None:
-        said = {MEANING.get(found.lower()) for found in expression.findall(text)}
-        return said.pop() if len(said) == 1 else None
+        outcomes = {OUTCOMES.get(word.lower()) for word in expression.findall(text)}
+        return outcomes.pop() if len(outcomes) == 1 else None
 
     return parse
 
 
-def _read(keys: Mapping[str, Any]) -> tuple[PoolSettings, list[Annotator]]:
+def _parse_keys(keys: Mapping[str, Any]) -> tuple[PoolSettings, list[Annotator]]:
+    """Return the checked settings and the annotators of the pool; raises ConfigError."""
     settings = typed(PoolSettings, {key: value for key, value in keys.items() if key != "_target_"}, "judge.")
     if not settings.pool:
         raise ConfigError("judge.pool is empty; allowed: at least one annotator with a prompt")
-    return settings, [_annotator(settings, name, one) for name, one in settings.pool.items()]
+    return settings, [_make_annotator(settings, name, one) for name, one in settings.pool.items()]
 
 
-def _annotator(settings: PoolSettings, name: str, one: AnnotatorSettings) -> Annotator:
+def _make_annotator(settings: PoolSettings, name: str, one: AnnotatorSettings) -> Annotator:
+    """Fill in the pool's values where the annotator has none of its own."""
     key = f"judge.pool.{name}"
     model = settings.models.get(one.model, one.model) if one.model else settings.model
     if not model:
-        raise ConfigError(f"{key}.model has no value; allowed: the name under which the endpoint knows a model")
+        raise ConfigError(f"{key}.model has no value; allowed: the name of a model at the endpoint")
     return Annotator(
         load_template(one.prompt, PLACEHOLDERS, f"{key}.prompt"),
         one.weight,
         model,
         {**settings.sampling, **one.sampling},
         one.price or settings.price,
-        reader(one.answer or settings.answer, f"{key}.answer" if one.answer else "judge.answer"),
+        verdict_parser(one.answer or settings.answer, f"{key}.answer" if one.answer else "judge.answer"),
     )

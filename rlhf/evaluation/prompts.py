@@ -1,4 +1,4 @@
-"""Prompt templates as files: chat messages with placeholders, for annotators and fact checkers."""
+"""Prompt templates in files, for annotators and fact checkers, and the instruction that a judge reads."""
 
 import re
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Formatter
 
 from rlhf import root
+from rlhf.data.records import Prompt
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError
 
@@ -16,28 +17,37 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """(role, text) per message; the texts are Python format strings (literal braces are doubled: `{{`)."""
+    """Chat messages with placeholders.
+
+    Each message is a pair (role, text). The texts are Python format strings, in which `{{` is a literal brace.
+    """
 
     messages: tuple[tuple[str, str], ...]
 
     def render(self, **values: str) -> list[dict[str, str]]:
-        """The messages as the OpenAI protocol has them; braces within the values stay as they are."""
+        """Fill in the placeholders and return the messages in OpenAI's format. Braces in the values are left alone."""
         return [{"role": role, "content": text.format(**values)} for role, text in self.messages]
 
 
 def load_template(name: str, expected: set[str], key: str) -> ChatTemplate:
-    """Read a file: messages as `<|im_start|>role`, text, `<|im_end|>` (AlpacaEval's own format), or one user message.
+    """Read a template file.
 
-    A name without a suffix is a file of `conf/judge/prompts`, anything else a path.
+    The file holds messages in AlpacaEval's format (`<|im_start|>role`, text, `<|im_end|>`), or else the plain text of a
+    single user message.
+
+    Args:
+        name: A path, or the name without a suffix of a file in `conf/judge/prompts`.
+        expected: The placeholders that the template must use.
+        key: The configuration key of the name, for error messages.
 
     Raises:
-        ConfigError: there is no such file, or its placeholders are not exactly `expected`.
+        ConfigError: There is no such file, it is malformed, or its placeholders are not exactly `expected`.
     """
-    own = root() / "conf" / "judge" / "prompts"
-    path = Path(name).expanduser() if Path(name).suffix else own / f"{name}.txt"
+    bundled = root() / "conf" / "judge" / "prompts"
+    path = Path(name).expanduser() if Path(name).suffix else bundled / f"{name}.txt"
     if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in own.glob("*.txt")))
-        raise ConfigError(f"{key}={name}: there is no such file; allowed: a path, or one of {there}")
+        names = ", ".join(sorted(file.stem for file in bundled.glob("*.txt")))
+        raise ConfigError(f"{key}={name}: there is no such file; allowed: a path, or one of {names}")
     text = path.read_text(encoding="utf-8")
     messages = tuple((role, content.strip()) for role, content in MESSAGE.findall(text)) or (("user", text.strip()),)
     unknown = sorted({role for role, _ in messages} - set(ROLES))
@@ -46,20 +56,28 @@ def load_template(name: str, expected: set[str], key: str) -> ChatTemplate:
     try:
         found = {field for _, content in messages for _, field, _, _ in Formatter().parse(content) if field is not None}
     except ValueError as error:
-        raise ConfigError(f"{key}={name} is no Python format string: {error}") from None
+        raise ConfigError(f"{key}={name} is not a Python format string: {error}") from None
     if found != expected:
         wanted, has = (", ".join(f"{{{field}}}" for field in sorted(fields)) for fields in (expected, found))
         raise ConfigError(f"{key}={name} must use exactly {wanted}; it has {has or 'no placeholder'}")
     return ChatTemplate(messages)
 
 
-def own_files(names: Iterable[str]) -> list[Path]:
-    """Those of the templates that are files of the user's, each once."""
+def user_files(names: Iterable[str]) -> list[Path]:
+    """Return the templates that are the user's own files (named by a path), each once."""
     return [Path(name).expanduser() for name in dict.fromkeys(names) if Path(name).suffix]
 
 
-def bare_instruction(prompt: str, template: Template | None) -> str:
-    """The request that a templated prompt states, as judges read it: undoes `Template.render`."""
+def instruction_or_prompt(row: Prompt) -> str:
+    """Return the bare instruction of a prompt, or the prompt's text if it has no separate instruction."""
+    return row.instruction or row.prompt
+
+
+def strip_template(prompt: str, template: Template | None) -> str:
+    """Return the instruction that `Template.render` turned into `prompt`, followed by its input if there is one.
+
+    A prompt that does not match the template is returned unchanged.
+    """
     for text in (template.with_input, template.without_input) if template else ():
         pattern = "".join(
             re.escape(literal) + (f"(?P<{field}>.*)" if field else "") for literal, field, *_ in Formatter().parse(text)

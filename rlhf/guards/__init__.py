@@ -1,6 +1,7 @@
-"""Guards: what goes wrong in training, read off the metrics that a step logs anyway, and said in one sentence.
+"""Guards watch the metrics that a step logs anyway, and report what goes wrong in one sentence.
 
-They need no pass of their own, and no state either: a resumed run shows them the lines of `metrics.jsonl` again.
+A guard is a detector (`rlhf.guards.detectors`) with an action: `off`, `warn` or `stop`. Guards need no extra pass of a
+model. Their state is not saved either: a resumed run replays the lines of `metrics.jsonl`.
 """
 
 import logging
@@ -15,16 +16,23 @@ from torch import Tensor
 
 from rlhf.errors import GuardStop
 from rlhf.files import aside
-from rlhf.guards.signs import GUARDS, Metrics
+from rlhf.guards.base import Metrics
+from rlhf.guards.detectors import DETECTORS
 from rlhf.settings import GuardsSettings
 
 log = logging.getLogger(__name__)
-MOST_SAVED = 10  # batches in `inspect/`: a run that skips now and then must not fill the disk
+MAX_SAVED_BATCHES = 10  # files in `inspect/`: a run that skips updates now and then must not fill the disk
 
 
 @dataclass
 class Finding:
-    """What a guard saw: at how many logged steps, at which first, and what it said then."""
+    """What a guard found in a run.
+
+    Attributes:
+        count: The number of logged lines at which it found something.
+        first_step: The step of the first of them.
+        message: The message at the first step, with the usual cause and what to try.
+    """
 
     count: int
     first_step: int
@@ -32,71 +40,88 @@ class Finding:
 
 
 class Guards:
-    """All guards of a run that are not off: what they find is logged once, counted always, and summed up at the end."""
+    """All active guards of a run. Each logs its first finding, counts all of them, and may stop the run.
+
+    Args:
+        settings: The actions, windows and limits. Without settings no guard is active.
+        folder: The run's folder, which gets `inspect/`. Without a folder no batches are saved.
+    """
 
     def __init__(self, settings: GuardsSettings | None = None, folder: Path | None = None):
         options = {item.name: getattr(settings, item.name) for item in fields(settings)} if settings else {}
         self.actions = {name: option.action for name, option in options.items() if option.action != "off"}
-        self.watching = {name: GUARDS[name](options[name]) for name in self.actions}
+        self.detectors = {name: DETECTORS[name](options[name]) for name in self.actions}
         self.folder = folder
         self.findings: dict[str, Finding] = {}
-        self.stopped: str | None = None
+        self.stop_message: str | None = None
 
     @property
-    def skip(self) -> bool:
-        """Whether updates that are no numbers are to be skipped."""
-        return "non_finite" in self.watching
+    def skips_updates(self) -> bool:
+        """Whether updates with a non-finite loss or gradient are skipped, which the guard `non_finite` decides."""
+        return "non_finite" in self.detectors
 
     def skip_reason(self, loss: float, grad_norm: float) -> str:
-        """Which of the two is not finite, so that the update must be skipped; empty if both are finite."""
-        if not self.skip or (math.isfinite(loss) and math.isfinite(grad_norm)):
+        """Return which of the two ("loss" or "gradient") is not finite, so that the update is skipped; "" otherwise."""
+        if not self.skips_updates or (math.isfinite(loss) and math.isfinite(grad_norm)):
             return ""
         return "loss" if not math.isfinite(loss) else "gradient"
 
-    def see(self, step: int, metrics: Metrics, again: bool = False) -> dict[str, float]:
-        """Show all guards a line; returns `guard/<name>` with its count for those that found something."""
+    def update(self, step: int, metrics: Metrics, replayed: bool = False) -> dict[str, float]:
+        """Pass one logged line to all guards.
+
+        A replayed line is counted, but not logged as a warning again.
+
+        Returns:
+            `guard/<name>`, the number of findings so far, for each guard that found something in this line.
+        """
         counts = {}
-        for name, guard in self.watching.items():
-            words = guard.see(step, metrics)
-            if words is None:
+        for name, detector in self.detectors.items():
+            message = detector.update(step, metrics)
+            if message is None:
                 continue
-            found = self.findings.setdefault(name, Finding(0, step, f"{words}; {guard.advice}"))
-            found.count += 1
-            counts[f"guard/{name}"] = float(found.count)
-            if found.count == 1 and not again:
-                log.warning("step %d, guard %s: %s", step, name, found.message)
-            if self.actions[name] == "stop" or getattr(guard, "exhausted", False):
-                self.stopped = f"guard {name} stopped the run at step {step}: {words}; {guard.advice}"
+            message = f"{message}; {detector.advice}"
+            finding = self.findings.setdefault(name, Finding(0, step, message))
+            finding.count += 1
+            counts[f"guard/{name}"] = float(finding.count)
+            if finding.count == 1 and not replayed:
+                log.warning("step %d, guard %s: %s", step, name, message)
+            if self.actions[name] == "stop" or detector.must_stop:
+                # Not raised here: the step is to be logged and saved first (see `check`).
+                self.stop_message = f"guard {name} stopped the run at step {step}: {message}"
         return counts
 
     def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Come to know what an earlier process of this run logged; says nothing anew."""
+        """Restore the state from the lines that an earlier process of this run logged. Logs no warnings."""
         for line in lines:
-            self.see(line["step"], line, again=True)
+            self.update(line["step"], line, replayed=True)
 
     def check(self) -> None:
-        """Called at a step boundary.
+        """Stop the run if a guard asked for it. Called between steps.
 
         Raises:
-            GuardStop: a guard asked for it, now or in an earlier process of this run.
+            GuardStop: A guard asked for it, in this process or in an earlier one of the same run.
         """
-        if self.stopped:
-            raise GuardStop(self.stopped)
+        if self.stop_message:
+            raise GuardStop(self.stop_message)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """By guard: count, first step and message."""
-        return {name: asdict(found) for name, found in self.findings.items()}
+        """Return the findings (count, first step and message) by guard."""
+        return {name: asdict(finding) for name, finding in self.findings.items()}
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], reason: str) -> Path | None:
-        """Keep a batch whose loss or gradient (`reason`) is no number as `inspect/step-000012.safetensors`.
+    def save_batch(self, step: int, tensors: Mapping[str, Tensor], reason: str) -> Path | None:
+        """Save a batch whose update was skipped as `inspect/step-000012.safetensors`, with `reason` in its metadata.
 
-        It is there whole or not at all, and not beside many others.
+        The file is written atomically. At most `MAX_SAVED_BATCHES` of them are kept, the first ones.
+
+        Returns:
+            The file, or None if nothing was saved.
         """
-        folder = self.folder and self.folder / "inspect"
-        if folder is None:
+        if self.folder is None:
             return None
+        folder = self.folder / "inspect"
         path = folder / f"step-{step:06d}.safetensors"
-        if len(list(folder.glob("*.safetensors"))) >= MOST_SAVED and not path.exists():
+        # A resumed run may save the same step again, which needs no more space.
+        if len(list(folder.glob("*.safetensors"))) >= MAX_SAVED_BATCHES and not path.exists():
             return None
         folder.mkdir(parents=True, exist_ok=True)
         with aside(path) as temporary:
@@ -105,5 +130,6 @@ class Guards:
                 temporary,
                 {"step": str(step), "reason": reason},
             )
-        log.warning("step %d: a %s that is no finite number, so no update; its batch is in %s", step, reason, path)
+        log.warning("step %d: the %s was NaN or infinite, so the update was skipped; its batch is in %s",
+                    step, reason, path)  # fmt: skip
         return path

@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.data.records import DataSource, Prompt
 from rlhf.errors import ConfigError
-from rlhf.evaluation.difficulty import difficulties
-from rlhf.evaluation.evaluate import instruction_of, logged
+from rlhf.evaluation.difficulty import load_difficulties
+from rlhf.evaluation.evaluator import evaluation_metrics
+from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import HARMLESS, LIGHTNING
@@ -98,7 +99,7 @@ def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> s
     chosen = settings.ppo.keep_best
     judged = getattr(target_class(config.judge, "judge"), "compares", True)
     factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
-    allowed = logged(source, judged, factscore, difficulty)
+    allowed = evaluation_metrics(source, judged, factscore, difficulty)
     if chosen == "auto":
         return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
     if chosen is not None and chosen not in allowed:
@@ -240,5 +241,5 @@ def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource
     path = settings.evaluation.difficulty
     if settings.evaluation.factscore or not getattr(target_class(config.judge, "judge"), "compares", True):
         raise ConfigError(f"evaluation.difficulty={path} needs a judge that compares; allowed: null without one")
-    held_out = [instruction_of(Prompt(**row)) for row in source.load("eval")]
-    difficulties(str(path), held_out, settings.evaluation.prompts)
+    held_out = [instruction_or_prompt(Prompt(**row)) for row in source.load("eval")]
+    load_difficulties(str(path), held_out, settings.evaluation.prompts)

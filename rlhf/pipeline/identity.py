@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf import PACKAGE
 from rlhf.data.records import Split
-from rlhf.evaluation.endpoint import answering
+from rlhf.evaluation.client_settings import endpoint_identity
 from rlhf.files.digests import content_digest
 
 LIGHTNING = ("lightning.Trainer", "lightning.pytorch.Trainer", "pytorch_lightning.Trainer")
@@ -121,7 +121,7 @@ def decisive(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     return {
-        key: answering(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
+        key: endpoint_identity(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
         for key, value in node.items()
         if key not in UNDECIDING
     }

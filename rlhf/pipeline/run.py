@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.records import Prompt, as_records
 from rlhf.distributed import collectives, processes
 from rlhf.evaluation import alpaca_eval
-from rlhf.evaluation.difficulty import difficulties
-from rlhf.evaluation.evaluate import Evaluation, Judge, instruction_of
+from rlhf.evaluation.difficulty import load_difficulties
+from rlhf.evaluation.evaluator import Judge, ResponseEvaluator
 from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.preferences import Simulated
+from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.files import BEST_MODEL, MODEL, copy_folder
 from rlhf.models.assembly import lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
@@ -232,10 +233,14 @@ class Run:
         wanted = self.config.trainer.get("accelerator", "auto")
         return "cuda" if torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda") else "cpu"
 
-    def _evaluator(self, judge: Judge, held_out: Sequence[Prompt], factscore: FactScore | None) -> Evaluation:
+    def _evaluator(self, judge: Judge, held_out: Sequence[Prompt], factscore: FactScore | None) -> ResponseEvaluator:
         difficulty, prompts = self.settings.evaluation.difficulty, self.settings.evaluation.prompts
-        known = difficulties(difficulty, [instruction_of(row) for row in held_out], prompts) if difficulty else None
-        return Evaluation(self.source, judge, self._export, factscore, known)
+        known = (
+            load_difficulties(difficulty, [instruction_or_prompt(row) for row in held_out], prompts)
+            if difficulty
+            else None
+        )
+        return ResponseEvaluator(self.source, judge, self._export, factscore, known)
 
     def _held_out(self, factscore: FactScore | None) -> list[Prompt]:
         """The evaluation set: the data set's own, or for FActScore a prompt about each entity."""

@@ -165,7 +165,7 @@ class Stage(lightning.LightningModule):
 
     def skip_reason(self, norm: Tensor, sums: Mapping[str, Tensor], count: Tensor | int) -> str:
         """Why the optimiser step must be skipped; empty if it need not be. Synchronises with the device once."""
-        if not self.guards.skip:
+        if not self.guards.skips_updates:
             return ""
         return self.guards.skip_reason(*torch.stack([sums["loss"], norm.to(sums["loss"])]).tolist())
 
@@ -202,7 +202,7 @@ class Stage(lightning.LightningModule):
         Synchronises with the device.
         """
         values = {key: float(value) for key, value in metrics.items()}
-        found = self.guards.see(step, values)
+        found = self.guards.update(step, values)
         for logger in self.loggers:
             logger.log_metrics(values | found, step)
         for name in (key.removeprefix("guard/") for key, count in found.items() if count == 1):

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf import ppo
 from rlhf.distributed import collectives
 from rlhf.divergence import bregman
-from rlhf.guards.signs import repetition
+from rlhf.evaluation.repetition import repeated_ngrams
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.sample import Rollouts
@@ -192,7 +192,7 @@ def rollout_metrics(
     def mean(x: Tensor) -> Tensor:
         return all_reduce(x.sum()) / count
 
-    repeated = torch.tensor(repetition(rollouts.sequences.responses()) * len(scores), device=mask.device)
+    repeated = torch.tensor(repeated_ngrams(rollouts.sequences.responses()) * len(scores), device=mask.device)
     metrics = {
         "ppo/reward": mean(scores),
         "ppo/shaped_reward": mean(experience.rewards),

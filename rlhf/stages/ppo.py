@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import ppo
 from rlhf.distributed import collectives
 from rlhf.guards import Guards
-from rlhf.guards.signs import SKIPPED
+from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import Engine
@@ -185,7 +185,7 @@ class PPO(PolicyEvaluation):
         if skipped:
             metrics[SKIPPED] = len(skipped)
             reason, rows = skipped[0]
-            self.guards.save(step, experience.tensors() | {"skipped_rows": rows}, reason)
+            self.guards.save_batch(step, experience.tensors() | {"skipped_rows": rows}, reason)
         if norms:
             metrics["ppo/grad_norm"] = torch.stack(norms).mean()
         self.ratio_counts = totals.pop("ratio_counts", None)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.distributed import collectives
-from rlhf.guards.signs import SKIPPED
+from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.settings import RewardSettings, SFTSettings
@@ -62,7 +62,7 @@ class SupervisedStage(Stage):
         self.advance_schedule()
         step = self.trainer.global_step
         if result.skip_reason:
-            self.guards.save(step, batch.tensors(), result.skip_reason)  # this process's share of the batch
+            self.guards.save_batch(step, batch.tensors(), result.skip_reason)  # this process's share of the batch
             self.emit({SKIPPED: 1.0}, step)
         if step % self.settings.log_every == 0 or step == self.total_steps:
             metrics: dict[str, Tensor | float] = {

@@ -13,9 +13,10 @@ import pytest
 from rlhf.data.records import Prompt
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
-from rlhf.evaluation.evaluate import Evaluation
-from rlhf.evaluation.factscore import FactScore, length_penalty, read_facts, read_truth
-from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, cut, read_entities, sentences
+from rlhf.evaluation.evaluator import ResponseEvaluator
+from rlhf.evaluation.fact_answers import read_facts, read_truth
+from rlhf.evaluation.factscore import FactScore, length_penalty
+from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, read_entities, split_passages, split_sentences
 from tests.helpers.openai_server import Server, serving, text_of
 from tests.helpers.scorer_context import NoSource
 
@@ -119,7 +120,7 @@ def test_a_verdict_that_cannot_be_read_counts_neither_way(tmp_path: Path, entiti
 
     with serving(unsure) as server:
         scorer = make(server, tmp_path, entities, attempts=2)
-        metrics, records = Evaluation(NoSource(), no_judge, None, scorer)(scorer.prompts(None), RESPONSES)
+        metrics, records = ResponseEvaluator(NoSource(), no_judge, None, scorer)(scorer.prompts(None), RESPONSES)
     assert (records[0]["stated"], records[0]["supported"], records[0]["precision"]) == (3, 2, 1.0)
     assert metrics["judge/unparsable"] == 2
     assert metrics["judge/unjudged"] == 1
@@ -166,7 +167,7 @@ def test_pages_from_jsonl_and_from_sqlite_as_factscore_publishes_it(tmp_path: Pa
     with pytest.raises(DataError, match="does not exist"):
         Knowledge(entities, tmp_path / "no.db", 9)
     (tmp_path / "text.db").write_text("no database")
-    with pytest.raises(DataError, match=r"no SQLite database with a table documents\(title, text\)"):
+    with pytest.raises(DataError, match=r"is not an SQLite database with a table documents\(title, text\)"):
         Knowledge(entities, tmp_path / "text.db", 9)
 
 
@@ -183,11 +184,11 @@ def test_the_passages_that_bear_on_a_fact_come_first(tmp_path: Path) -> None:
 
 def test_passages_are_whole_sentences_and_none_is_lost() -> None:
     page = "Dr. Ann Lee lives in the U.S. with a cat. She sings.\nShe is 40. " + "word " * 30 + "end."
-    passages = cut(page, 12)
+    passages = split_passages(page, 12)
     assert " ".join(passages).split() == page.split()
     assert passages[0] == "Dr. Ann Lee lives in the U.S. with a cat. She sings."
     assert max(len(passage.split()) for passage in passages) == 31
-    assert sentences("  \n") == []
+    assert split_sentences("  \n") == []
 
 
 @pytest.mark.parametrize(
@@ -288,8 +289,8 @@ def test_mistakes_are_found_early(tmp_path: Path, entities: Path) -> None:
         ({"entities": str(tmp_path / "broken.jsonl")}, "broken.jsonl, line 2: not JSON"),
         ({"entities": str(tmp_path / "empty.jsonl")}, "names no entity"),
         ({"model": ""}, "evaluation.factscore.model has no value"),
-        ({"prompt": "Tell me."}, "must hold {entity}"),
-        ({"abstention": ["("]}, "is no regular expression"),
+        ({"prompt": "Tell me."}, "must contain {entity}"),
+        ({"abstention": ["("]}, "is not a regular expression"),
         (
             {"split_prompt": "compare"},
             "evaluation.factscore.split_prompt=compare must use exactly {entity}, {sentence}",

@@ -10,8 +10,8 @@ from scipy.special import expit
 
 from rlhf.data.records import Prompt
 from rlhf.errors import DataError
-from rlhf.evaluation.difficulty import difficulties, fitted
-from rlhf.evaluation.evaluate import Evaluation, win_rates
+from rlhf.evaluation.difficulty import fit_difficulties, load_difficulties
+from rlhf.evaluation.evaluator import ResponseEvaluator, win_rates
 from rlhf.evaluation.length_control import Rate, length_adjusted_win_rate, length_controlled_win_rate
 
 
@@ -105,7 +105,7 @@ def test_any_judge_gets_it_and_unjudged_pairs_do_not_count() -> None:
     ours, theirs = lengths(9, 500, 70.0)
     prompts = [Prompt(f"{i}", "x" * n) for i, n in enumerate(theirs)]
     responses = ["y" * n for n in ours]
-    metrics, _ = Evaluation(Longer(), Longer())(prompts, responses)  # type: ignore[arg-type]
+    metrics, _ = ResponseEvaluator(Longer(), Longer())(prompts, responses)  # type: ignore[arg-type]
     assert metrics["eval/win_rate"] > 0.7
     assert metrics["eval/length_adjusted_win_rate"] == pytest.approx(0.5, abs=0.07)
     outcomes = Longer()(prompts, responses)
@@ -163,7 +163,7 @@ def test_difficulties_are_found_from_several_models_and_control_what_one_run_can
         wins = rng.random(number) < expit(rng.normal() + rng.normal(1, 0.3) * scaled + hard)
         columns = zip(map(str, range(number)), wins.astype(float).tolist(), ours.tolist(), theirs.tolist(), strict=True)
         annotations[f"m{model}"] = list(columns)
-    known = fitted(annotations)
+    known = fit_difficulties(annotations)
     found = np.array([known[str(i)] for i in range(number)])
     assert np.corrcoef(found, hard)[0, 1] > 0.9
     far, near = [], []
@@ -181,16 +181,16 @@ def test_difficulties_are_read_by_instruction_or_in_order(tmp_path: Path) -> Non
     named, ordered = tmp_path / "named.jsonl", tmp_path / "ordered.csv"
     named.write_text('{"instruction": "b", "difficulty": 2}\n{"instruction": "a ", "difficulty": 1.5}\n')
     ordered.write_text("index,instruction_difficulty\n0,0.5\n1,-1\n")
-    assert difficulties(str(named), ["a", "b"]) == {"a": 1.5, "b": 2.0}
-    assert difficulties(str(ordered), ["a", "b"]) == {"a": 0.5, "b": -1.0}
-    assert difficulties(str(named), ["a", "c"], used=1) == {"a": 1.5}
-    with pytest.raises(DataError, match="says nothing of 1 of the 2 evaluation instructions; the first is 'c'"):
-        difficulties(str(named), ["a", "c"])
+    assert load_difficulties(str(named), ["a", "b"]) == {"a": 1.5, "b": 2.0}
+    assert load_difficulties(str(ordered), ["a", "b"]) == {"a": 0.5, "b": -1.0}
+    assert load_difficulties(str(named), ["a", "c"], used=1) == {"a": 1.5}
+    with pytest.raises(DataError, match="lacks 1 of the 2 evaluation instructions; the first is 'c'"):
+        load_difficulties(str(named), ["a", "c"])
     with pytest.raises(DataError, match="2 difficulties and no instructions"):
-        difficulties(str(ordered), ["a", "b", "c"])
+        load_difficulties(str(ordered), ["a", "b", "c"])
     ordered.write_text("index,instruction_difficulty\n0,0.5\n1,hard\n")
     with pytest.raises(DataError, match=r"ordered.csv, row 2: instruction_difficulty is 'hard', not a number"):
-        difficulties(str(ordered), ["a", "b"])
+        load_difficulties(str(ordered), ["a", "b"])
 
 
 def test_difficulties_are_fitted_from_a_folder_of_annotations(tmp_path: Path) -> None:
@@ -205,22 +205,22 @@ def test_difficulties_are_fitted_from_a_folder_of_annotations(tmp_path: Path) ->
         ]
         (tmp_path / model).mkdir()
         (tmp_path / model / "annotations.json").write_text(json.dumps(rows))
-    found = difficulties(str(tmp_path), ["easy", "hard"])
+    found = load_difficulties(str(tmp_path), ["easy", "hard"])
     assert found["easy"] > found["hard"]
     with pytest.raises(DataError, match="those of several are needed"):
-        difficulties(str(tmp_path / "m" / "annotations.json"), ["easy"])
+        load_difficulties(str(tmp_path / "m" / "annotations.json"), ["easy"])
     (tmp_path / "m" / "annotations.json").write_text('[{"instruction": "easy"}]')
     with pytest.raises(DataError, match="row 1: it has no output_1"):
-        difficulties(str(tmp_path), ["easy"])
+        load_difficulties(str(tmp_path), ["easy"])
 
 
 def test_the_length_controlled_rate_is_there_where_difficulties_are_known() -> None:
     rng = np.random.default_rng(3)
     prompts = [Prompt(f"{i}", "x" * int(n)) for i, n in enumerate(rng.integers(10, 90, 80))]
     responses = ["y" * int(n) for n in rng.integers(10, 90, 80)]
-    metrics, _ = Evaluation(Longer(), Longer())(prompts, responses)  # type: ignore[arg-type]
+    metrics, _ = ResponseEvaluator(Longer(), Longer())(prompts, responses)  # type: ignore[arg-type]
     assert "eval/length_controlled_win_rate" not in metrics
     known = {row.prompt: float(rng.normal()) for row in prompts}
-    metrics, _ = Evaluation(Longer(), Longer(), difficulty=known)(prompts, responses)  # type: ignore[arg-type]
+    metrics, _ = ResponseEvaluator(Longer(), Longer(), difficulty=known)(prompts, responses)  # type: ignore[arg-type]
     assert 0 <= metrics["eval/length_controlled_win_rate"] <= 1
     assert metrics["eval/length_controlled_win_rate_se"] > 0

@@ -18,10 +18,11 @@ import rlhf
 from rlhf import root
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError, Interrupted
-from rlhf.evaluation.client import ChatClient, spoken, uniform
-from rlhf.evaluation.endpoint import ClientSettings, Request, answering
-from rlhf.evaluation.evaluate import Evaluation
-from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, reader
+from rlhf.evaluation.client import ChatClient, uniform_from_hash, without_reasoning
+from rlhf.evaluation.client_settings import ClientSettings, endpoint_identity
+from rlhf.evaluation.endpoint import Request
+from rlhf.evaluation.evaluator import ResponseEvaluator
+from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, verdict_parser
 from rlhf.evaluation.prompts import load_template
 from rlhf.report.runs import _per_prompt
 from tests.helpers.openai_server import Server, serving, text_of
@@ -70,13 +71,15 @@ def test_a_judge_who_looks_at_the_place_only_is_seen_through(tmp_path: Path) -> 
 
 
 def test_the_order_depends_on_seed_and_prompt_and_on_no_process() -> None:
-    code = "from rlhf.evaluation.client import uniform; print([uniform(3, 'order', f'Q {i}') for i in range(5)])"
-    here = [uniform(3, "order", f"Q {i}") for i in range(5)]
+    code = (
+        "from rlhf.evaluation.client import uniform_from_hash as h; print([h(3, 'order', f'Q {i}') for i in range(5)])"
+    )
+    here = [uniform_from_hash(3, "order", f"Q {i}") for i in range(5)]
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
         assert json.loads(done.stdout) == here
-    assert here != [uniform(4, "order", f"Q {i}") for i in range(5)]
+    assert here != [uniform_from_hash(4, "order", f"Q {i}") for i in range(5)]
     assert len(set(here)) == 5
 
 
@@ -190,7 +193,7 @@ def test_what_cannot_be_read_is_counted_and_asked_again_and_never_scored(tmp_pat
         assert judge.report["judge/unparsable"] == 3 + 3  # one answer of three, three of one
         assert judge.report["judge/unjudged"] == 1
         assert Counter(request["temperature"] for request in server.requests) == {0.0: 4, 0.9: 5}
-        metrics, records = Evaluation(NoSource(), judge)(PROMPTS[:4], GOOD[:4])
+        metrics, records = ResponseEvaluator(NoSource(), judge)(PROMPTS[:4], GOOD[:4])
     assert metrics["eval/win_rate"] == 1.0
     assert [record["win"] for record in records] == outcomes
     kept = _per_prompt({"win": outcomes}, "eval/win_rate")
@@ -246,7 +249,7 @@ def test_so_many_requests_at_once_and_no_more(tmp_path: Path) -> None:
 def test_two_processes_share_a_cache(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rlhf.evaluation.client import ChatClient;"
-        "from rlhf.evaluation.endpoint import ClientSettings, Request;"
+        "from rlhf.evaluation.client_settings import ClientSettings; from rlhf.evaluation.endpoint import Request;"
         "client = ChatClient(ClientSettings(sys.argv[1], None), Path(sys.argv[2]), 'key');"
         "asked = [Request('m', [{'role': 'user', 'content': f'{i}'}], str.strip) for i in range(40)];"
         "print(client.ask_all(asked) == [f'said {i}' for i in range(40)])"
@@ -366,7 +369,7 @@ def test_another_endpoint_is_not_answered_from_the_cache_of_the_first(tmp_path: 
 def test_a_prompt_without_a_reference_is_not_judged_and_the_others_are(tmp_path: Path) -> None:
     rows = [PROMPTS[0], Prompt("Q", "", "Question?"), PROMPTS[1]]
     with serving(prefers_good) as server:
-        metrics, records = Evaluation(NoSource(), make(server, tmp_path))(rows, GOOD[:3])
+        metrics, records = ResponseEvaluator(NoSource(), make(server, tmp_path))(rows, GOOD[:3])
         assert len(server.requests) == 2
     assert [record["win"] for record in records] == [1.0, None, 1.0]
     assert metrics["eval/win_rate"] == 1.0
@@ -375,11 +378,11 @@ def test_a_prompt_without_a_reference_is_not_judged_and_the_others_are(tmp_path:
 def test_what_decides_the_answers_is_who_answers_and_files_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     fetched = {"timeout": 1.0, "retries": 0, "concurrency": 1, "ping": False, "cache": "x", "api_key_env": "KEY"}
-    assert answering(fetched) == answering({}) == ""
-    assert answering({"base_url": "http://a/v1"}) == "http://a/v1"
-    assert answering({"base_url": "http://a/v1", "name": "own"}) == "own"
+    assert endpoint_identity(fetched) == endpoint_identity({}) == ""
+    assert endpoint_identity({"base_url": "http://a/v1"}) == "http://a/v1"
+    assert endpoint_identity({"base_url": "http://a/v1", "name": "own"}) == "own"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1")
-    assert answering({}) == "http://b/v1"
+    assert endpoint_identity({}) == "http://b/v1"
     mine = str(root() / "conf/judge/prompts/compare.txt")
     pool = {"one": {"prompt": "compare"}, "two": {"prompt": mine}, "three": {"prompt": mine}}
     assert LLMPool.files({"_target_": "x", "model": "m", "pool": pool}) == [Path(mine)]
@@ -398,7 +401,7 @@ def test_what_decides_the_answers_is_who_answers_and_files_of_the_users(monkeypa
     ],
 )  # fmt: skip
 def test_verdicts_are_read_after_the_thoughts(said: str, value: float | None) -> None:
-    assert reader(PoolSettings().answer, "judge.answer")(spoken(said)) == value
+    assert verdict_parser(PoolSettings().answer, "judge.answer")(without_reasoning(said)) == value
 
 
 # -- what is refused before a model is loaded ------------------------------------------------------------------------
@@ -412,14 +415,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, "judge.pool.one.model has no value"),
     ({"vote": "some"}, "judge.vote=some is not allowed; allowed: one or all"),
     ({"order": "mine"}, "judge.order=mine"),
-    ({"answer": "("}, "judge.answer=.* is no regular expression"),
+    ({"answer": "("}, "judge.answer=.* is not a regular expression"),
     ({"answer": "verdict"}, "exactly one group"),
-    ({"client": {"base_url": "localhost:8000"}}, "judge.client.base_url is no address"),
-    ({"client": {"base_url": "http://user:sk-abc@host/v1"}}, "judge.client.base_url is no address"),
+    ({"client": {"base_url": "localhost:8000"}}, "judge.client.base_url is not an address"),
+    ({"client": {"base_url": "http://user:sk-abc@host/v1"}}, "judge.client.base_url is not an address"),
     ({"client": {"api_key_env": "NO_SUCH_KEY_HERE"}}, r"\$NO_SUCH_KEY_HERE is not set"),
-    ({"client": {"api_key_env": "sk-abc"}}, "judge.client.api_key_env is no name"),
-    ({"client": {"base_url": "http://host/v1?key=sk-abc"}}, "judge.client.base_url is no address"),
-    ({"sampling": {"top_k": 5}}, "judge.sampling.top_k is no key of .*extra_body"),
+    ({"client": {"api_key_env": "sk-abc"}}, "judge.client.api_key_env is not a name"),
+    ({"client": {"base_url": "http://host/v1?key=sk-abc"}}, "judge.client.base_url is not an address"),
+    ({"sampling": {"top_k": 5}}, "judge.sampling.top_k is not a key of .*extra_body"),
     ({"client": {"retries": -1}}, "judge.client.retries=-1"),
     ({"nonsense": 1}, "judge.nonsense: there is no such key; allowed: .*pool"),
 ]
@@ -444,9 +447,9 @@ def test_a_missing_extra_names_the_command_and_nobody_at_the_door_is_noticed(mon
         LLMPool.ping(keys)
     LLMPool.ping({**keys, "client": {**keys["client"], "ping": False}})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from rlhf.evaluation import endpoint
+    from rlhf.evaluation import client_settings
 
-    endpoint.check_package.cache_clear()
+    client_settings.check_package.cache_clear()
     with pytest.raises(ConfigError, match=r"needs the package openai: pip install 'rlhf\[judge\]'"):
         LLMPool.check(keys)
 
@@ -477,7 +480,7 @@ def test_a_prompt_of_ones_own_in_alpaca_evals_format_or_plain(tmp_path: Path) ->
     messages = template.render(instruction="i", output_1="a", output_2="b")
     assert messages == [{"role": "user", "content": '{"task": i}\n1: a\n2: b'}]
     (tmp_path / "bad.txt").write_text("{instruction")
-    with pytest.raises(ConfigError, match="is no Python format string"):
+    with pytest.raises(ConfigError, match="is not a Python format string"):
         load_template(str(tmp_path / "bad.txt"), set(), "key")
 
 
@@ -486,7 +489,7 @@ def test_the_prompts_ask_for_what_the_default_pattern_reads(name: str) -> None:
     from omegaconf import OmegaConf
 
     pattern = OmegaConf.load(root() / "conf/judge/llm_pool.yaml").answer
-    parse = reader(pattern, "judge.answer")
+    parse = verdict_parser(pattern, "judge.answer")
     text = text_of({"messages": load_template(name, {"instruction", "output_1", "output_2"}, "k").render(
         instruction="i", output_1="a", output_2="b")})  # fmt: skip
     asked = re.findall(r'"(Verdict: \w+)"', text)
@@ -503,7 +506,7 @@ def test_random_outcomes_give_a_win_rate_with_its_standard_error(tmp_path: Path)
     with serving(
         lambda request, number: random.Random(text_of(request)).choice(["Verdict: 1", "Verdict: draw"])
     ) as server:
-        metrics, records = Evaluation(NoSource(), make(server, tmp_path))(PROMPTS, GOOD)
+        metrics, records = ResponseEvaluator(NoSource(), make(server, tmp_path))(PROMPTS, GOOD)
     wins = [record["win"] for record in records]
     assert metrics["eval/win_rate"] == pytest.approx(sum(wins) / 40)
     mean = sum(wins) / 40

@@ -20,9 +20,10 @@ from rlhf.data.saved_preferences import PREFERENCE_SPLITS, SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation import preferences
+from rlhf.evaluation.labelled_pairs import count_labels
 from rlhf.evaluation.llm_pool import LLMPool
-from rlhf.evaluation.preferences import Simulated, counts
-from rlhf.evaluation.prompts import bare_instruction
+from rlhf.evaluation.preferences import Simulated
+from rlhf.evaluation.prompts import strip_template
 from rlhf.files import read_lines
 from rlhf.finished.chat.models import Models, score
 from rlhf.finished.judge import FinishedRewardModelJudge
@@ -61,28 +62,28 @@ def texts(rows: Sequence[Prompt]) -> list[str]:
 
 def test_the_prompts_are_the_splits_own_in_an_order_that_the_seed_decides() -> None:
     source = Words(preference=list("aabcdefgh"), preference_validation=list("xyz"))
-    asked = simulated().questions(source, None)
+    asked = simulated().draw_prompts(source, None)
     assert sorted(texts(asked["preference"])) == list("aabcdefgh")
     assert set(texts(asked["preference_validation"])) < set("xyz")
-    assert asked == simulated().questions(source, None)
-    assert asked != simulated(seed=1).questions(source, None)
+    assert asked == simulated().draw_prompts(source, None)
+    assert asked != simulated(seed=1).draw_prompts(source, None)
 
 
 def test_beyond_its_end_a_split_begins_again() -> None:
     source = Words(preference=list("abc"), preference_validation=list("xyz"))
-    asked = texts(simulated(pairs=7).questions(source, None)["preference"])
+    asked = texts(simulated(pairs=7).draw_prompts(source, None)["preference"])
     assert asked[3:6] == asked[:3]
     assert Counter(asked).most_common()[0] == (asked[0], 3)
-    assert texts(simulated(pairs=2).questions(source, None)["preference"]) == asked[:2]
+    assert texts(simulated(pairs=2).draw_prompts(source, None)["preference"]) == asked[:2]
 
 
 def test_a_prompt_that_is_held_out_is_in_no_pair_for_training() -> None:
-    asked = simulated(split="prompts").questions(Words(prompts=list("aaaabbbbccccdd")), None)
+    asked = simulated(split="prompts").draw_prompts(Words(prompts=list("aaaabbbbccccdd")), None)
     train, held_out = (texts(asked[split]) for split in PREFERENCE_SPLITS)
     assert len(held_out) == len(set(held_out)) == 2
     assert set(train) == set("abcd") - set(held_out)
     with pytest.raises(DataError, match=r"has 2 different prompts, too few to hold out preferences.validation_pairs=2"):
-        simulated(split="prompts").questions(Words(prompts=["a", "b", "b"]), None)
+        simulated(split="prompts").draw_prompts(Words(prompts=["a", "b", "b"]), None)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "question_answer", "short"])
@@ -90,10 +91,10 @@ def test_judges_read_the_instruction_without_its_template(name: str) -> None:
     template = Template(**OmegaConf.load(root() / "conf/data/template" / f"{name}.yaml"))
     for instruction, more in (("Add {1} and 2.\n\nThen (stop)?", ""), ("Sort.", "b\n\n### Response:\na")):
         prompt = template.render(instruction, more)
-        assert bare_instruction(prompt, template) == (f"{instruction}\n\n{more}" if more else instruction)
-    assert bare_instruction("Introduce Mira.\n", template) == "Introduce Mira.\n"
+        assert strip_template(prompt, template) == (f"{instruction}\n\n{more}" if more else instruction)
+    assert strip_template("Introduce Mira.\n", template) == "Introduce Mira.\n"
     source = Words(preference=[template.render("Go!")], preference_validation=[template.render("Stop!")])
-    assert simulated().questions(source, template)["preference"][0].instruction == "Go!"
+    assert simulated().draw_prompts(source, template)["preference"][0].instruction == "Go!"
 
 
 # -- what becomes of a verdict -----------------------------------------------------------------------------------------
@@ -111,12 +112,12 @@ def test_judges_read_the_instruction_without_its_template(name: str) -> None:
     ],
 )
 def test_a_verdict_is_a_label_or_a_reason(outcome: Any, first: str, preferred: Any, dropped: Any) -> None:
-    row = simulated().annotated("preference/0", "Q", first, "b", outcome, 0.0)
+    row = simulated().label("preference/0", "Q", first, "b", outcome, 0.0)
     assert (row.preferred, row.dropped, row.flipped) == (preferred, dropped, False)
     if dropped is None:
         chosen = "a" if preferred == "first" else "b"
         assert (row.comparison.chosen, row.comparison.rejected) == (chosen, "b" if chosen == "a" else "a")
-        turned = simulated().annotated("preference/0", "Q", first, "b", outcome, 1.0)
+        turned = simulated().label("preference/0", "Q", first, "b", outcome, 1.0)
         assert turned.flipped
         assert (turned.comparison.chosen, turned.comparison.rejected) == (row.comparison.rejected, chosen)
 
@@ -124,23 +125,23 @@ def test_a_verdict_is_a_label_or_a_reason(outcome: Any, first: str, preferred: A
 def test_flips_are_a_share_of_the_labels_the_same_for_a_seed_and_counted() -> None:
     def labels(seed: int, rows: int = 4000) -> list[bool]:
         making = simulated(seed=seed)
-        return [making.annotated(f"preference/{i}", "Q", "a", "b", 1.0, 0.25).flipped for i in range(rows)]
+        return [making.label(f"preference/{i}", "Q", "a", "b", 1.0, 0.25).flipped for i in range(rows)]
 
     flipped = labels(0)
     assert abs(sum(flipped) / 4000 - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 4000)
     assert flipped[:100] == labels(0, 100)
     assert flipped != labels(1)
     making = simulated()
-    rows = [making.annotated(f"preference/{i}", "Q", "a", "b", 1.0, 0.25) for i in range(4000)]
-    assert counts(rows)["flipped"] == sum(flipped) == sum(row.comparison.chosen == "b" for row in rows)
+    rows = [making.label(f"preference/{i}", "Q", "a", "b", 1.0, 0.25) for i in range(4000)]
+    assert count_labels(rows)["flipped"] == sum(flipped) == sum(row.comparison.chosen == "b" for row in rows)
 
 
 def test_a_coin_decides_ties_if_so_wanted() -> None:
     making = simulated(ties="random")
-    rows = [making.annotated(f"preference/{i}", "Q", "a", "b", 0.5, 0.0) for i in range(1000)]
+    rows = [making.label(f"preference/{i}", "Q", "a", "b", 0.5, 0.0) for i in range(1000)]
     heads = sum(row.preferred == "first" for row in rows)
     assert abs(heads - 500) < 3 * math.sqrt(250)
-    assert counts(rows) == {
+    assert count_labels(rows) == {
         "pairs": 1000, "identical": 0, "unjudged": 0, "ties": 1000, "flipped": 0, "comparisons": 1000
     }  # fmt: skip
 
@@ -176,7 +177,7 @@ ASKED = {
 
 
 def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preferences, "PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(preferences, "PAIRS_PER_PART", 3)
     making, first = simulated(flip=1.0), Scripted(broken=True)
     with pytest.raises(Interrupted):
         making.make(tmp_path, ASKED, first.answer, lambda: first)
@@ -210,7 +211,7 @@ def test_no_comparison_at_all_is_said(tmp_path: Path) -> None:
         simulated().make(tmp_path, asked, script.answer, lambda: script)
 
 
-def test_a_pool_reads_bare_instructions_and_its_keys_are_named_in_full(tmp_path: Path) -> None:
+def test_a_pool_reads_strip_templates_and_its_keys_are_named_in_full(tmp_path: Path) -> None:
     asked = {split: [Prompt(row.prompt, instruction=f"Do {row.prompt}!") for row in ASKED[split]] for split in ASKED}
 
     def make(folder: Path, answer: Callable[[dict[str, Any], int], str]) -> tuple[dict[str, float], list[str]]:

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from rlhf import ppo, root
 from rlhf.data.records import Prompt
 from rlhf.errors import GuardStop
+from rlhf.evaluation.repetition import repeated_ngrams
 from rlhf.files import read_json
-from rlhf.guards import MOST_SAVED, Guards
-from rlhf.guards.signs import GUARDS, SKIPPED, repetition
+from rlhf.guards import MAX_SAVED_BATCHES, Guards
+from rlhf.guards.detectors import DETECTORS, SKIPPED
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.report.checks import warnings
@@ -47,7 +48,7 @@ def only(name: str, action: str, over: int, limit: float | None = None) -> Guard
 
 def see(guards: Guards, lines: Iterable[Line]) -> list[int]:
     """The numbers of the lines, from 1, at which something was found."""
-    return [step for step, line in enumerate(lines, 1) if guards.see(step, line)]
+    return [step for step, line in enumerate(lines, 1) if guards.update(step, line)]
 
 
 # -- made-up streams -------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def test_a_guard_finds_what_is_beyond_its_limit_and_nothing_else(
 
 def test_every_guard_has_a_setting_and_a_stream_on_which_it_finds_something() -> None:
     names = {item.name for item in fields(GuardsSettings)}
-    assert names == set(GUARDS) == {name for name, _, _, _, expected in STREAMS if expected}
+    assert names == set(DETECTORS) == {name for name, _, _, _, expected in STREAMS if expected}
 
 
 def test_gold_utility_counts_like_the_win_rate() -> None:
@@ -144,18 +145,18 @@ def test_what_is_no_number_is_no_value() -> None:
 def test_skips_in_a_row_stop_the_run_even_under_warn() -> None:
     guards = Guards(only("non_finite", "warn", 3))
     for step in (4, 5, 7, 8):  # step 6 was made
-        guards.see(step, {SKIPPED: 2.0})
+        guards.update(step, {SKIPPED: 2.0})
         guards.check()
-    guards.see(9, {SKIPPED: 1.0, "ppo/reward": math.nan})
+    guards.update(9, {SKIPPED: 1.0, "ppo/reward": math.nan})
     with pytest.raises(
-        GuardStop, match=r"non_finite stopped the run at step 9: a reward was no finite number.* 3 steps"
+        GuardStop, match=r"non_finite stopped the run at step 9: a reward was NaN or infinite.* 3 steps"
     ):
         guards.check()
 
 
 def test_a_warning_is_said_once_and_counted_always(caplog: pytest.LogCaptureFixture) -> None:
     guards = Guards(only("large_kl", "warn", 1, 0.5))
-    counts = [guards.see(step, {"ppo/k1": 1.0}) for step in range(1, 4)]
+    counts = [guards.update(step, {"ppo/k1": 1.0}) for step in range(1, 4)]
     assert counts == [{"guard/large_kl": 1.0}, {"guard/large_kl": 2.0}, {"guard/large_kl": 3.0}]
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.WARNING
@@ -169,26 +170,26 @@ def test_replaying_half_of_a_stream_is_having_seen_it(name: str, caplog: pytest.
             numbered = [{"step": step, "time": 0.0, **line} for step, line in enumerate(lines, 1)]
             for cut in range(len(lines)):
                 straight, resumed = (Guards(only(name, "warn", over, limit)) for _ in range(2))
-                whole = [straight.see(line["step"], line) for line in numbered]
+                whole = [straight.update(line["step"], line) for line in numbered]
                 said = len(caplog.records)
                 resumed.replay(numbered[:cut])
                 assert len(caplog.records) == said
-                assert [resumed.see(line["step"], line) for line in numbered[cut:]] == whole[cut:]
+                assert [resumed.update(line["step"], line) for line in numbered[cut:]] == whole[cut:]
                 assert resumed.summary() == straight.summary()
 
 
 def test_repetition_by_hand() -> None:
-    assert repetition([[1, 2, 3]]) == 0  # no 4-gram
-    assert repetition([[1, 2, 3, 4, 5]]) == 0
-    assert repetition([[7] * 8]) == pytest.approx(1 - 1 / 5)
-    assert repetition([[1, 2, 1, 2, 1, 2, 1], [1, 2, 3, 4]]) == pytest.approx((1 - 2 / 4) / 2)
+    assert repeated_ngrams([[1, 2, 3]]) == 0  # no 4-gram
+    assert repeated_ngrams([[1, 2, 3, 4, 5]]) == 0
+    assert repeated_ngrams([[7] * 8]) == pytest.approx(1 - 1 / 5)
+    assert repeated_ngrams([[1, 2, 1, 2, 1, 2, 1], [1, 2, 3, 4]]) == pytest.approx((1 - 2 / 4) / 2)
 
 
 def test_inspect_holds_only_so_many(tmp_path: Path) -> None:
     guards = Guards(folder=tmp_path)
-    for step in range(MOST_SAVED + 3):
-        guards.save(step, {"ids": torch.arange(3)}, "loss")
-    assert len(list((tmp_path / "inspect").iterdir())) == MOST_SAVED
+    for step in range(MAX_SAVED_BATCHES + 3):
+        guards.save_batch(step, {"ids": torch.arange(3)}, "loss")
+    assert len(list((tmp_path / "inspect").iterdir())) == MAX_SAVED_BATCHES
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
@@ -453,7 +454,7 @@ def test_a_stopped_run_stops_again_until_the_guard_is_milder(folders: SimpleName
     strict = guarded(only("large_kl", "stop", 2, 0.0), **options)
     for _ in range(2):
         with pytest.raises(
-            GuardStop, match=r"guard large_kl stopped the run at step 2: the KL .* nats per token; usual"
+            GuardStop, match=r"guard large_kl stopped the run at step 2: the KL .* nats per token .limit: 0.; usual"
         ):
             whole_run(strict, folders, tmp_path / "run")
         assert StepCheckpoints.reached(tmp_path / "run/checkpoints") == 2
@@ -468,7 +469,7 @@ def test_a_stopped_run_stops_again_until_the_guard_is_milder(folders: SimpleName
 
 def test_always_nan_stops_with_a_sound_checkpoint(folders: SimpleNamespace, tmp_path: Path) -> None:
     settings = guarded(only("non_finite", "warn", 2), steps=9, checkpoint_every=1, epochs=1)
-    with pytest.raises(GuardStop, match="a reward was no finite number, updates were skipped in 2 steps in a row"):
+    with pytest.raises(GuardStop, match="a reward was NaN or infinite, so updates were skipped in 2 steps in a row"):
         whole_run(settings, folders, tmp_path / "run", failing_at(*range(3, 99), rows=slice(None)))
     last = StepCheckpoints(tmp_path / "run/checkpoints", 1).latest()
     assert last is not None

@@ -13,7 +13,7 @@ import wandb
 from rlhf import root
 from rlhf.data.farm import Farm
 from rlhf.files import SUMMARY, read_lines
-from rlhf.guards.signs import GUARDS, SKIPPED
+from rlhf.guards.detectors import DETECTORS, SKIPPED
 from rlhf.report.sync import offline_runs
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
@@ -242,7 +242,7 @@ def logged(outputs: Path) -> set[str]:
 
 
 def test_every_logged_metric_is_documented_and_every_documented_one_is_logged(study: SimpleNamespace) -> None:
-    guards = {f"guard/{name}" for name in GUARDS} | {SKIPPED}
+    guards = {f"guard/{name}" for name in DETECTORS} | {SKIPPED}
     in_wandb = {key.partition(".")[0] for run in study.runs for key in run.keys if key.startswith("histogram/")}
     there = logged(study.outputs) | guards | in_wandb
     assert len(DOCUMENTED) == len(set(DOCUMENTED))
