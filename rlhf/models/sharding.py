@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.distributed import collectives
 from rlhf.errors import ModelError
-from rlhf.models.roles import Roles, blocks_of
+from rlhf.models.blocks import transformer_blocks
+from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 
 
@@ -23,7 +24,7 @@ def shard(roles: Roles, device: str) -> None:
         ModelError: the model does not say what its blocks are.
     """
     base = roles.trunk("reference")
-    blocks = blocks_of(base)
+    blocks = transformer_blocks(base)
     if not blocks:
         raise ModelError(f"trainer=fsdp: {type(base).__name__} does not say what its blocks are; allowed: trainer=ddp")
     mesh = init_device_mesh(device, (collectives.size(),))

@@ -30,7 +30,8 @@ from rlhf.models.tokenizing import short_enough
 from rlhf.pipeline import cache
 from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.train import MakeTrainer, train_supervised
-from rlhf.rollout.sample import Rollouts, make_engine, rollout
+from rlhf.rollout.factory import make_engine
+from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.scorers import Context
 from rlhf.seeding import generator
 from rlhf.settings import RewardSettings, Settings, SFTSettings

@@ -49,7 +49,7 @@ Build = Callable[[Path], None]
 # The code that decides what is cached: these modules and all of ours that they import (`identity.code_of`).
 SFT_CODE = ("rlhf.stages.sft", "rlhf.stages.batches", "rlhf.models.assembly")
 REWARD_CODE = (*SFT_CODE, "rlhf.stages.reward")
-PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout.sample", "rlhf.rollout.vllm", "rlhf.evaluation.preferences")
+PREFERENCES_CODE = (*SFT_CODE, "rlhf.rollout.sample", "rlhf.rollout.factory", "rlhf.evaluation.preferences")
 # The functions of modules that hold others too which decide it as well.
 _TRAINING = (train_supervised, divided, records, steps_of)
 BUILDING: dict[str, tuple[Callable[..., Any], ...]] = {

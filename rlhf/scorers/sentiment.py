@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from rlhf.errors import ConfigError, ModelError, explained
-from rlhf.models.architecture import positions
+from rlhf.models.architecture import max_positions
 from rlhf.models.loading import load_whole
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
@@ -67,7 +67,7 @@ class ClassifierScorer:
             with torch.device("meta"):
                 classifier = AutoModelForSequenceClassification.from_config(config)
         _index(model, config, chosen.get("label", "POSITIVE"), chosen.get("output", "logit"))
-        limit = positions(classifier)
+        limit = max_positions(classifier)
         if limit is not None and longest > limit:
             raise ConfigError(f"scorer.max_length={longest}: {model} has {limit} positions; allowed: up to {limit}")
         if not hasattr(classifier, "score") and tokenizer.pad_token_id is None:

@@ -21,7 +21,7 @@ from rlhf import ppo
 from rlhf.distributed import collectives, processes, strategies
 from rlhf.errors import Interrupted
 from rlhf.models.roles import Roles
-from rlhf.rollout.engine import Generated
+from rlhf.rollout.engine import Generated, GenerationRequest
 from rlhf.stages.minibatches import split_minibatches
 from tests.helpers.harness import PROMPTS, gradients, make_ppo, ppo_settings, train, weights
 from tests.helpers.tiny_runs import TINY, sentence
@@ -114,10 +114,10 @@ def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
 class Parrot:
     """An engine that answers a prompt with its own words, so that one process and two roll out the same."""
 
-    def generate(self, roles: Roles, role: str, prompts: Sequence[Sequence[int]], limit: int, *_: Any) -> Generated:
-        rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in prompts]
+    def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:
+        rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in request.prompts]
         lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.ones(len(rows), limit, dtype=torch.long)
+        ids = torch.ones(len(rows), request.max_new_tokens, dtype=torch.long)
         for row, words in zip(ids, rows, strict=True):
             row[: len(words)] = torch.tensor(words)
         return Generated(ids, lengths, None)
