@@ -26,7 +26,7 @@ from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from rlhf.scorers import Context
-from rlhf.scorers.sentiment import ClassifierScorer
+from rlhf.scorers.classifier import ClassifierScorer
 from rlhf.settings import LoraSettings, ModelSettings
 from tests.conftest import EOS, SPECIAL, randomise, word_tokenizer
 from tests.models.test_memory import settings
