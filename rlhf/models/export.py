@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import ModelError, explained
 from rlhf.errors.machine import writing
+from rlhf.files import ADAPTER_CONFIG
 from rlhf.models.roles import Roles
 from rlhf.models.tokens import settle_tokens
 
-ADAPTER, ADAPTER_CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
 PREFIX = "base_model.model."
 
 
