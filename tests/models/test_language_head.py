@@ -111,7 +111,7 @@ def test_logits_that_come_from_elsewhere_are_refused() -> None:
             return found
 
     model.__class__ = Strange
-    with pytest.raises(ModelError, match=r"^Strange makes its logits of more than its last hidden states, "):
+    with pytest.raises(ModelError, match=r"^Strange computes its logits from more than its last hidden states, "):
         head_of(model)
 
 
