@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 
-class _Sum(torch.autograd.Function):
+class _FusedLora(torch.autograd.Function):
     """x Wᵀ + b + s (x Aᵀ) Bᵀ for x [rows, in], frozen W [out, in], and trainable A [rank, in] and B [out, rank]."""
 
     @staticmethod
@@ -47,7 +47,7 @@ class FusedLinear(Linear):
         if adapter is None:
             return super().forward(x)
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        flat = _Sum.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[adapter])
+        flat = _FusedLora.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[adapter])
         return flat.view(*x.shape[:-1], -1)
 
     def _single_adapter(self, x: Tensor) -> str | None:
