@@ -24,7 +24,7 @@ from world import NEVER, SHAPES, World, make_stage, make_world
 
 from rlhf.models.roles import Roles
 from rlhf.models.tokenizing import encode
-from rlhf.rollout.engine import Engine
+from rlhf.rollout.engine import Engine, GenerationRequest
 from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.seeding import generator
 
@@ -83,9 +83,9 @@ def rates(world: World, overrides: list[str], tokens: int, repeats: int, device:
         for name in ENGINES:
             engine: Engine = stage.engine if name == "native" else reference
             stream = generator(0, "benchmark decoding", repeat, device)
-            with acting(roles, merged=name.endswith("merged")) as role:
+            with using_adapter(roles, merged=name.endswith("merged")) as role:
                 started = time.perf_counter()
-                lengths = engine.generate(roles, role, prompts, tokens, 1.0, stream).lengths.cpu()
+                lengths = engine.generate(roles, role, GenerationRequest(prompts, tokens, 1.0, stream)).lengths.cpu()
                 lap = time.perf_counter() - started
             if repeat:
                 seconds[name].append(lap)

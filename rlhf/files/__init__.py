@@ -21,6 +21,7 @@ LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON ob
 BUDGET = "budget.json"  # of a run: what ppo.microbatch_tokens=auto came to, and for which run
 MODEL, BEST_MODEL = "model", "model_best"  # of a run: its last policy, and the best where that is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
+ADAPTER_CONFIG = "adapter_config.json"  # in a model's folder: peft's, which names the model below the adapter
 EARLIER = "earlier"  # in a run's folder: runs of other configurations that had the same name
 TORN_SECONDS = 3600  # no writer is silent for so long: what it wrote aside is left of one that was killed
 OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # what a run tells, beside its summary and models

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RunError
-from rlhf.files import MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, MODEL, SUMMARY, read_object
 from rlhf.files.checksums import damage
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which role is what, for each stage: puts trunks, adapters and heads together."""
+"""Assemble the roles of each stage (SFT, reward modelling, PPO) from trunks, adapters and heads."""
 
 import logging
 from pathlib import Path
@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 
 
 def lora_config(lora: LoraSettings) -> LoraConfig:
-    """peft's configuration of a LoRA."""
+    """The settings as peft's `LoraConfig`."""
     return LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
     )
 
 
 def sft_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, quantization: dict | None) -> Roles:
-    """`policy` alone: an adapter on the pretrained base, or (lora@sft.lora=none) the base itself in float32."""
+    """The role `policy` for SFT: an adapter on the pretrained base, or (lora@sft.lora=none) all of it, in float32."""
     full = settings.sft.lora.r == 0
     base = load_causal_lm(
         settings.model,
@@ -36,11 +36,14 @@ def sft_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, quantizati
     if not full:
         roles.add_adapter("base", "policy", lora_config(settings.sft.lora))
     roles.train_only("policy")
-    return _as_configured(roles, settings)
+    return _configured(roles, settings)
 
 
 def reward_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, sft: Path, quantization: dict | None) -> Roles:
-    """`reward` on the SFT model: an adapter, or (lora@reward.lora=none) the whole model, with a scalar head."""
+    """The role `reward` on the SFT model, with a scalar head: an adapter, or (lora@reward.lora=none) the whole model.
+
+    `sft` is the folder of the SFT model.
+    """
     full = settings.reward.lora.r == 0
     base = load_causal_lm(
         settings.model, tokenizer, sft, None if full else quantization, torch.float32 if full else None
@@ -51,7 +54,7 @@ def reward_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, sft: Pa
         roles.add_adapter("base", "reward", lora_config(settings.reward.lora))
     roles.add_head("reward", zero=False)
     roles.train_only("reward")
-    return _as_configured(roles, settings)
+    return _configured(roles, settings)
 
 
 def ppo_roles(
@@ -61,14 +64,17 @@ def ppo_roles(
     reward: Path | None,
     quantization: dict | None,
 ) -> Roles:
-    """`policy`, `value`, `reference` and, if a reward model is given, `reward`, sharing what can be shared.
+    """The roles `policy`, `value`, `reference` and, if there is a reward model, `reward`, on as few trunks as possible.
 
-    The value function starts as the reward model with a head of zeros. As an adapter it has at least the reward
-    adapter's rank: the reward's matrices fill its first ranks, the others add nothing until trained.
+    The value function starts as the reward model, with a zero head (without a reward model: as the SFT model). `sft`
+    and `reward` are folders.
     """
+    # 1. The SFT model is the reference. The reward model is an adapter on it, or a trunk of its own.
     base = load_causal_lm(settings.model, tokenizer, sft, quantization)
     roles = Roles(base, DTYPES[settings.model.dtype])
     reward_config = _add_reward(roles, reward) if reward is not None else None
+
+    # 2. The policy is an adapter on the base, or a trainable copy of it.
     full = settings.lora.r == 0
     if full:
         roles.add_trunk("policy", roles.copy_trunk("reference"))
@@ -76,6 +82,8 @@ def ppo_roles(
     else:
         roles.add_adapter("base", "policy", lora_config(settings.lora))
         roles.table["policy"] = Role("base", "policy")
+
+    # 3. The value function is a head on the policy, an adapter, or a trunk of its own.
     if settings.ppo.value_model == "trunk_head":
         roles.table["value"] = roles.table["policy"]
     elif full or settings.ppo.value_model == "full":
@@ -84,17 +92,20 @@ def ppo_roles(
     else:
         _add_value_adapter(roles, settings.lora, reward_config)
     roles.add_head("value", zero=True)
+
+    # 4. Only policy and value are trained.
     roles.train_only("policy", "value")
-    bytes_held = sum(p.numel() * p.element_size() for p in roles.parameters())
+    num_bytes = sum(p.numel() * p.element_size() for p in roles.parameters())
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
     log.info(
         "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
-        len(roles.trunks), ", ".join(roles.trunks), bytes_held / 2**20, f"{trained:,}",
+        len(roles.trunks), ", ".join(roles.trunks), num_bytes / 2**20, f"{trained:,}",
     )  # fmt: skip
-    return _as_configured(roles, settings)
+    return _configured(roles, settings)
 
 
-def _as_configured(roles: Roles, settings: Settings) -> Roles:
+def _configured(roles: Roles, settings: Settings) -> Roles:
+    """Apply `model.gradient_checkpointing` and `model.compile`."""
     if settings.model.gradient_checkpointing:
         roles.checkpoint_activations()
     if settings.model.compile:
@@ -103,6 +114,7 @@ def _as_configured(roles: Roles, settings: Settings) -> Roles:
 
 
 def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
+    """Add the role `reward` from a reward model's folder; return the adapter's config, None for a full model."""
     config = None
     if (folder / ADAPTER).exists():
         config = load_adapter(roles, "base", "reward", folder)
@@ -121,6 +133,12 @@ def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
 
 
 def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | None) -> None:
+    """Add the role `value` as an adapter that computes the same function as the reward adapter, if there is one.
+
+    Its rank is at least that of the reward adapter, whose matrices fill its first ranks. The remaining ranks add
+    nothing until they are trained, because their B is 0. Without a reward adapter it is a new LoRA, on the reward
+    model's trunk if there is one.
+    """
     trunk = roles.table["reward"].trunk if "reward" in roles.table else "base"
     if reward is None:
         roles.add_adapter(trunk, "value", lora_config(lora))
@@ -139,4 +157,5 @@ def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | No
             if "lora_A" in key:
                 parameter[: reward.r] = source[key]
             else:
+                # The two adapters multiply B A by different scales: alpha / r of each.
                 parameter[:, : reward.r] = source[key] * (reward.lora_alpha / reward.r / scale)

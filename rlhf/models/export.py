@@ -1,4 +1,4 @@
-"""What a stage leaves in `model/`: folders that plain transformers and peft load, without this project."""
+"""Save models and adapters in folders that transformers and peft can load without this project, and load them back."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import ModelError, explained
 from rlhf.errors.machine import writing
+from rlhf.files import ADAPTER_CONFIG
 from rlhf.models.roles import Roles
 from rlhf.models.tokens import settle_tokens
 
-ADAPTER, ADAPTER_CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
 PREFIX = "base_model.model."
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A full model, with a language-model head or a score, and its tokenizer, for transformers' `from_pretrained`.
+    """Save a full causal language model or sequence classifier with its tokenizer, for `from_pretrained`.
 
-    Its configuration names the EOS that it was trained to say and the tokenizer's pad token (`settle_tokens`).
+    The saved configuration names the EOS ids and the pad token that the model was trained with (`settle_tokens`).
     """
     settle_tokens(model, tokenizer)
     with writing(folder):
@@ -30,13 +31,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, scoring: bool) -> None:
-    """A tokenizer that pads texts on the left, to be continued, or on the right, to be scored.
+    """Save a tokenizer that pads on the right for scoring, or on the left for generation.
 
-    Behind padding on the left a model with absolute positions would read a text as if it began later, and score it
-    differently; `generate` takes care of that, a classifier's forward pass does not.
+    With padding on the left, a model with absolute positions would read a text at shifted positions and score it
+    differently. `generate` corrects the positions; a classifier's forward pass does not.
     """
     before = tokenizer.padding_side
-    # what `init_kwargs` does not mention is not written
+    # `save_pretrained` writes only options that are in `init_kwargs`.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if scoring else "left"
     tokenizer.save_pretrained(folder)
     tokenizer.padding_side = before
@@ -45,10 +46,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, scoring: bo
 def save_adapter(
     roles: Roles, role: str, config: LoraConfig, base: Path, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
-    """The role's adapter (and head) as a PEFT folder on the model at `base`, with its tokenizer if one is given.
+    """Save the role's adapter, and its head if it has one, in peft's format, with the model at `base` below it.
 
-    A causal role loads with `AutoPeftModelForCausalLM`; a role with a head, which becomes `score`, with
+    A role without a head loads with `AutoPeftModelForCausalLM`. A head is saved as `score`; such a role loads with
     `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder)`.
+
+    Raises:
+        ValueError: the role has no adapter.
     """
     trunk, adapter = roles.table[role]
     if adapter is None:
@@ -74,10 +78,10 @@ def save_adapter(
 
 
 def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfig:
-    """Add the adapter saved in `folder` to a trunk under `name`; its config is returned.
+    """Add the adapter saved in `folder` to a trunk, under `name`; return its config.
 
     Raises:
-        ModelError: the adapter cannot be read, or was made for a model of another shape.
+        ModelError: the adapter cannot be read, or was trained on a model with other layers or shapes.
     """
     with explained(f"{folder}: no adapter could be loaded"):
         config = LoraConfig.from_pretrained(folder)
@@ -85,10 +89,10 @@ def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfi
         roles.add_adapter(trunk, name, config)
     stored = adapter_tensors(folder)
     parameters = roles.adapter_parameters(trunk, name)
-    shapes, wanted = ({key: value.shape for key, value in tensors.items()} for tensors in (stored, parameters))
-    if shapes != wanted:
-        strange = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
-        raise ModelError(f"{folder}: the adapter was made for another model, which {strange[0]} shows")
+    shapes, expected = ({key: value.shape for key, value in tensors.items()} for tensors in (stored, parameters))
+    if shapes != expected:
+        differing = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
+        raise ModelError(f"{folder}: the adapter was made for another model: {differing[0]} does not fit")
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(stored[key])
@@ -96,18 +100,18 @@ def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfi
 
 
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """The LoRA matrices saved in `folder`, by their path in the trunk."""
+    """The LoRA matrices saved in `folder`, keyed by their path in the trunk."""
     tensors = _tensors(folder / ADAPTER)
     return {key.removeprefix(PREFIX): value for key, value in tensors.items() if ".lora_" in key}
 
 
 def saved_head(folder: Path) -> Tensor:
-    """The scalar head [1, hidden] saved in `folder` (beside an adapter, or beside a full model)."""
+    """The scalar head [1, hidden] saved in `folder`, with an adapter or with a full model."""
     if (folder / ADAPTER).exists():
         return _tensors(folder / ADAPTER)[PREFIX + "score.weight"]
     return _tensors(folder / HEAD)["score.weight"]
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    with explained(f"{path} cannot be read: delete {path.parent}, and what is missing is built again"):
+    with explained(f"{path} cannot be read: delete {path.parent}, and it is built again"):
         return load_file(path)

@@ -1,7 +1,7 @@
-"""peft's LoRA on a linear layer with fewer passes over memory: x Wᵀ + s (x Aᵀ) Bᵀ, accumulated in place.
+"""A faster LoRA layer: x Wᵀ + s (x Aᵀ) Bᵀ accumulated in place, with fewer passes over memory than peft's.
 
-peft's temporaries (the branch, its scaled copy, the sum) cost a third of a small layer itself. Anything but a single
-plain float32 adapter is left to peft.
+peft allocates three temporaries (the branch, its scaled copy, the sum), which cost a third of the time of a small
+layer. Everything except a single plain adapter in float32 is left to peft's own code.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 
-class _Sum(torch.autograd.Function):
-    """x Wᵀ + b + s (x Aᵀ) Bᵀ for x [rows, in] with W [out, in] frozen, A [rank, in], B [out, rank]."""
+class _FusedLora(torch.autograd.Function):
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ for x [rows, in], frozen W [out, in], and trainable A [rank, in] and B [out, rank]."""
 
     @staticmethod
     def forward(
@@ -34,10 +34,10 @@ class _Sum(torch.autograd.Function):
 
 
 class FusedLinear(Linear):
-    """A peft LoRA layer that takes the short way when it may."""
+    """A peft LoRA layer that runs the fused operation where it computes the same as peft's."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As peft's."""
+        """The same as peft's `Linear.forward`."""
         if args or kwargs or self.merged:
             return super().forward(x, *args, **kwargs)
         base: Any = self.get_base_layer()
@@ -47,11 +47,11 @@ class FusedLinear(Linear):
         if adapter is None:
             return super().forward(x)
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        flat = _Sum.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[adapter])
+        flat = _FusedLora.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[adapter])
         return flat.view(*x.shape[:-1], -1)
 
     def _single_adapter(self, x: Tensor) -> str | None:
-        """The active adapter, if it is the only one and the short way gives what peft gives."""
+        """The active adapter, if it is the only one and the fused operation is applicable; else None."""
         active = self._active_adapter
         if len(active) != 1 or torch.is_autocast_enabled(x.device.type):
             return None
@@ -67,7 +67,7 @@ class FusedLinear(Linear):
 
 
 def fuse(model: nn.Module) -> None:
-    """Make the LoRA layers over plain linear layers take the short way."""
+    """Turn the LoRA layers on plain linear layers into `FusedLinear`, in place."""
     for module in model.modules():
         if isinstance(module, Linear) and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = FusedLinear

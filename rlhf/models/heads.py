@@ -1,4 +1,4 @@
-"""What is read off hidden states: scalars, and log-probabilities without a [batch, time, vocabulary] copy."""
+"""What is computed from hidden states: scalars, log-probabilities and divergences, without holding all logits."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,33 +8,35 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Tokens whose float32 logits are held at once: 64 MiB at a vocabulary of 32,000.
-CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**24  # float32 logits held at once (64 MiB): 524 tokens at a vocabulary of 32,000
 
 
 class ScalarHead(nn.Linear):
-    """A value or a reward per hidden state, in float32: weight [1, hidden], no bias (as Hugging Face's `score`)."""
+    """Maps hidden states to scalars (values or rewards), in float32.
+
+    Weight [1, hidden] and no bias, as the `score` layer of transformers' sequence classifiers.
+    """
 
     def __init__(self, hidden: int, zero: bool):
         super().__init__(hidden, 1, bias=False)
-        # 1/√(d+1) keeps first rewards of unit size (Stiennon et al. 2020); a value head starts at "nothing to expect".
+        # 1/√(d+1) gives initial rewards of unit size (Stiennon et al. 2020). A value head starts at value 0.
         nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
 
     def forward(self, hidden: Float[Tensor, "*shape hidden"]) -> Float[Tensor, "*shape"]:
-        """One float32 number per hidden state, whatever autocast says."""
+        """One float32 number per hidden state, also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.float()).squeeze(-1)
 
 
 class TokenStats(NamedTuple):
-    """Per token, in float32 and nats: log-probability of the target and, where asked for, the entropy."""
+    """Per token, in float32 and nats: log-probability of the target and, on request, entropy of the distribution."""
 
     logprobs: Float[Tensor, "tokens"]
     entropy: Float[Tensor, "tokens"] | None = None
 
 
 def chunk_size(output: nn.Module) -> int:
-    """How many tokens' logits may be held at once."""
+    """The number of tokens whose logits may be held at once."""
     assert isinstance(output.weight, Tensor)
     return max(CHUNK_ELEMENTS // output.weight.shape[0], 1)
 
@@ -46,9 +48,10 @@ def token_stats(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> TokenStats:
-    """Log-probability of each target under softmax(output(hidden) / temperature); the entropy is without gradient.
+    """Log-probability of each target under softmax(output(hidden) / temperature), and optionally the entropy.
 
-    The float32 logits exist a chunk at a time; under autograd each chunk is computed again in the backward pass.
+    Float32 logits are held for one chunk of tokens at a time. With autograd, each chunk is recomputed in the backward
+    pass. The entropy has no gradient.
     """
 
     def stats(h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +73,11 @@ def token_divergence(
     ref_output: nn.Module,
     temperature: float = 1.0,
 ) -> Float[Tensor, "tokens"]:
-    """An exact divergence (of `rlhf.divergence`, on whole logits) per token, in nats, chunked as `token_stats` is."""
+    """An exact divergence between the distributions of two models, per token, in nats.
+
+    `divergence` maps logits and reference logits [1, tokens, vocabulary] to [1, tokens] (see `rlhf.divergence`). Works
+    in chunks, as `token_stats` does.
+    """
 
     def values(h: Tensor, r: Tensor) -> tuple[Tensor]:
         logits, ref_logits = output(h)[None].float() / temperature, ref_output(r)[None].float() / temperature
@@ -80,7 +87,7 @@ def token_divergence(
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Concatenated results of chunks of `size` tokens, each computed again in a backward pass if there are several."""
+    """Apply a function to chunks of `size` tokens and concatenate; several chunks are recomputed in the backward."""
     if len(inputs[0]) <= size:
         return function(*inputs)
     parts = []

@@ -1,7 +1,7 @@
-"""Causal attention over each of several sequences in a row alone, as one operator: `isolated_attention`.
+"""Causal attention within each of several sequences that lie end to end in one row, on the CPU.
 
-The compiler and the backward pass then see one step where there are as many as there are sequences. What computes is
-torch's own attention for the CPU; sequences of one length that stand side by side go through it as a batch.
+It is a single custom operator, so that torch.compile and autograd do not see a step for each sequence. Inside, it runs
+torch's flash attention for the CPU. Adjacent sequences of equal length go through it as one batch.
 """
 
 from typing import Any
@@ -21,20 +21,20 @@ def isolated_attention(
     bounds: Int[Tensor, "bounds"],
     scale: float,
 ) -> Float[Tensor, "1 time heads width"]:
-    """softmax(scale · query keyᵀ) value among the tokens of a sequence up to each; differentiable.
+    """softmax(scale · query keyᵀ) value, where a token attends to itself and earlier tokens of its sequence.
 
-    `bounds` are where each sequence begins and the last one ends: 0, …, time.
+    Differentiable. `bounds` holds the start of each sequence and the end of the last: 0, …, time.
     """
     return _attend(*(x.transpose(1, 2) for x in (query, key, value)), bounds, scale)[0]
 
 
 @torch.library.custom_op("rlhf::attend", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The result [1, time, heads, width] and the log-sum-exps of the scores [1, time, heads], from states like it."""
-    batches = _batches(bounds)
-    inputs = zip(*(_cut(x, batches) for x in (query, key, value)), strict=True)
+    """The result and the log-sum-exps of the scores [1, time, heads]; all other tensors are [1, time, heads, width]."""
+    runs = _runs(bounds)
+    inputs = zip(*(_split_runs(x, runs) for x in (query, key, value)), strict=True)
     parts = zip(*(_FORWARD(*states, 0.0, True, scale=scale) for states in inputs), strict=True)
-    out, sums = (_join(part) for part in parts)
+    out, sums = (_join_runs(part) for part in parts)
     return out, sums
 
 
@@ -42,60 +42,60 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: fl
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, bounds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batches = _batches(bounds)
-    inputs = zip(*(_cut(x, batches) for x in (grad, query, key, value, out, sums)), strict=True)
+    runs = _runs(bounds)
+    inputs = zip(*(_split_runs(x, runs) for x in (grad, query, key, value, out, sums)), strict=True)
     parts = zip(*(_BACKWARD(*states, 0.0, True, scale=scale) for states in inputs), strict=True)
-    by_query, by_key, by_value = (_join(part) for part in parts)
+    by_query, by_key, by_value = (_join_runs(part) for part in parts)
     return by_query, by_key, by_value
 
 
-def _batches(bounds: Tensor) -> list[tuple[int, int]]:
-    """(count, length) of each run of sequences of one length."""
+def _runs(bounds: Tensor) -> list[tuple[int, int]]:
+    """(count, length) of each run of adjacent sequences of equal length."""
     values, counts = torch.unique_consecutive(bounds.diff(), return_counts=True)
     return list(zip(counts.tolist(), values.tolist(), strict=True))
 
 
-def _cut(states: Tensor, batches: list[tuple[int, int]]) -> list[Tensor]:
-    """[1, time, heads, ...] as views [count, heads, length, ...] of a run each."""
-    parts = states.split([count * length for count, length in batches], dim=1)
+def _split_runs(states: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
+    """Split [1, time, heads, ...] into a view [count, heads, length, ...] for each run."""
+    parts = states.split([count * length for count, length in runs], dim=1)
     return [
         (part if count == 1 else part[0].unflatten(0, (count, length))).transpose(1, 2)
-        for part, (count, length) in zip(parts, batches, strict=True)
+        for part, (count, length) in zip(parts, runs, strict=True)
     ]
 
 
-def _join(parts: tuple[Tensor, ...]) -> Tensor:
-    """The way back."""
+def _join_runs(parts: tuple[Tensor, ...]) -> Tensor:
+    """The inverse of `_split_runs`: join runs to [1, time, heads, ...]."""
     rows = [part.transpose(1, 2) for part in parts]
     rows = [row if len(row) == 1 else row.flatten(0, 1)[None] for row in rows]
     return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0].contiguous()
 
 
-def _like(states: Tensor) -> Tensor:
+def _empty_like(states: Tensor) -> Tensor:
     return torch.empty_like(states, memory_format=torch.contiguous_format)
 
 
 @_attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _like(query), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @_attend_backward.register_fake
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, bounds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(query), _like(key), _like(value)
+    return _empty_like(query), _empty_like(key), _empty_like(value)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *states, bounds, ctx.scale = inputs
     ctx.save_for_backward(*states, *output, bounds)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, out, sums, bounds = ctx.saved_tensors
     return *_attend_backward(grad, query, key, value, out, sums, bounds, ctx.scale), None, None
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,4 +1,4 @@
-"""Tokenizers and causal language models: from the Hub, a folder, a GGUF file, or fresh from a configuration."""
+"""Load tokenizers and causal language models from the Hub, a folder or a GGUF file, or create them from a config."""
 
 import logging
 from collections.abc import Iterable
@@ -31,18 +31,19 @@ from rlhf.models.tokens import give_pad, stops_of
 from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BPE_VOCABULARY = 4096
-LINEAR = (nn.Linear, Conv1D)  # GPT-2 has its linear layers transposed
+BPE_VOCABULARY = 4096  # entries of a tokenizer that is trained here
+LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, with a transposed weight
 
 
 def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer; for a model made from a configuration the data set's, or a BPE trained on it.
+    """The model's own tokenizer. For a model created from a config: that of the data set, or a BPE trained on it.
 
-    It has a pad token (`give_pad`): our own batches never look at it, but exported models and other programs do. And it
-    knows the prompt template of the data set, whose special tokens are such.
+    The tokenizer always has a pad token (`give_pad`). Batches here do not use it, but exported models and other
+    programs do. It pads on the left. If `source` has a prompt template, special tokens in it are encoded as special
+    tokens (`keep_template`).
 
     Raises:
-        ModelError: none can be loaded, or it has no EOS token, without which no response could end.
+        ModelError: no tokenizer can be loaded, or it has no EOS token.
     """
     if model.name_or_path is not None:
         name = model.tokenizer or model.name_or_path
@@ -51,20 +52,20 @@ def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> Pr
         with explained(f"model.{key}={name}: no tokenizer could be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **gguf)
     elif source is None:
-        raise ModelError("model.name_or_path is null, and there is no data set to take a tokenizer from")
+        raise ModelError("model.name_or_path is null, and there is no data set to provide a tokenizer")
     elif hasattr(source, "tokenizer"):
         tokenizer = source.tokenizer()
     else:
         tokenizer = train_tokenizer(text for row in source.load("sft") for text in row.values())
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {model.name_or_path} has no EOS token, so that no response could end")
+        raise ModelError(f"the tokenizer of {model.name_or_path} has no EOS token, without which no response ends")
     give_pad(tokenizer, stops_of(tokenizer, *_declared(model)))
     tokenizer.padding_side = "left"
     return keep_template(tokenizer, source)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = BPE_VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on `texts`, for small models made from scratch on data that brings no tokenizer."""
+    """Train a byte-level BPE on `texts`, for small new models on data sets without a tokenizer of their own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,42 +83,32 @@ def load_causal_lm(
     quantization: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The causal language model at `path` (default: what the configuration names), in the configured dtype.
+    """Load a causal language model, in eval mode and without dropout: rollouts and updates must see the same policy.
 
-    `quantization` are the keywords of `BitsAndBytesConfig`. Dropout inside the base is switched off: rollouts and
-    updates must see the same policy.
+    `path` is the folder of a model saved here; by default the configured model is loaded, or created if
+    `model.name_or_path` is null. `dtype` defaults to `model.dtype`. `quantization` are the keyword arguments of
+    `BitsAndBytesConfig`.
 
     Raises:
-        ModelError: nothing can be loaded there, or its vocabulary is smaller than the tokenizer's.
+        ModelError: no model can be loaded, its vocabulary is smaller than the tokenizer's, or it makes its logits in a
+            way that cannot be used here (`head_of`).
     """
-    dtype = dtype or DTYPES[model.dtype]
-    where = path or model.name_or_path
+    # 1. Load or create.
+    where, dtype = path or model.name_or_path, dtype or DTYPES[model.dtype]
     if where is None:
-        config = AutoConfig.for_model(
-            **(model.config or {}),
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
+        lm = _new_model(model, tokenizer, dtype)
     else:
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
-        if model.gguf_file is not None and path is None:
-            options["gguf_file"] = model.gguf_file
-        if model.attn_implementation is not None:
-            options["attn_implementation"] = model.attn_implementation
-        if quantization:
-            options["quantization_config"] = BitsAndBytesConfig(**quantization)
-            options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-        if path is not None:  # of our own making: a shared cache is no place for pickles
-            options["use_safetensors"] = True
+        options = _loading_options(model, path, quantization, dtype)
         lm = load_whole(AutoModelForCausalLM, where, "causal language model", **options)
+
+    # 2. Check that every token has an embedding.
     rows = lm.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise ModelError(
             f"{where}: the model has {rows} embeddings, fewer than the tokenizer's {len(tokenizer)} tokens"
         )
+
+    # 3. Prepare for training.
     if model.gguf_file is not None:
         _forget_gguf(lm)
     if quantization:
@@ -125,32 +116,64 @@ def load_causal_lm(
     switch_off_dropout(lm)
     lm.config.use_cache = True
     lm.eval()
-    head_of(lm)  # refused here if it cannot be
+    head_of(lm)  # raises now, not in the middle of a run
     return lm
 
 
+def _new_model(model: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights from `model.config`, with the tokenizer's vocabulary and special tokens."""
+    config = AutoConfig.for_model(
+        **(model.config or {}),
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
+
+
+def _loading_options(
+    model: ModelSettings, path: str | Path | None, quantization: dict[str, Any] | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`."""
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    if model.gguf_file is not None and path is None:
+        options["gguf_file"] = model.gguf_file
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if quantization:
+        options["quantization_config"] = BitsAndBytesConfig(**quantization)
+        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    if path is not None:
+        # Models saved here are in safetensors. A pickle in a shared cache could run the code of whoever put it there.
+        options["use_safetensors"] = True
+    return options
+
+
 def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTrainedModel:
-    """`kind.from_pretrained(where)`, of which not a single weight is left at random values.
+    """`kind.from_pretrained(where)`, which must find every weight: none may be left at random values.
+
+    `what` names the kind of model in error messages.
 
     Raises:
-        ModelError: nothing can be loaded there, or the weights are those of another model.
+        ModelError: no model can be loaded, or weights are missing or have other shapes.
     """
     with explained(f"{where}: no {what} could be loaded"):
         model, found = kind.from_pretrained(where, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     absent = sorted(found["missing_keys"]) or sorted(key[0] for key in found["mismatched_keys"])
     if absent:
         raise ModelError(
-            f"{where}: the weights there are not those of this {what}: {len(absent)} are missing or of another shape, "
+            f"{where}: the weights do not fit this {what}: {len(absent)} are missing or of another shape, "
             f"such as {absent[0]}"
         )
     return model
 
 
 def linear_names(lm: PreTrainedModel) -> set[str]:
-    """Last names of the linear layers that an adapter can be on.
+    """Last parts of the names of the linear layers that can have an adapter (`q_proj`, …).
 
-    Those outside of the layers that make hidden states are left out (the language-model head): an adapter there would
-    be no part of what is computed of the states, and with tied embeddings it could not be merged without changing them.
+    Names that also occur outside of the base model, such as that of the language-model head, are left out. An adapter
+    there would have no effect on hidden states, and could not be merged without changing tied embeddings.
     """
     inside, outside = set[str](), set[str]()
     layers = set(lm.base_model.modules()) - {lm.get_output_embeddings()}
@@ -161,18 +184,18 @@ def linear_names(lm: PreTrainedModel) -> set[str]:
 
 
 def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedModel | None:
-    """The model without weights (on the meta device); None where its configuration cannot be got.
+    """The model on the meta device, without weights; None if its configuration cannot be downloaded now.
 
-    `vocabulary` is that of the tokenizer, for a model which is made from a configuration.
+    `vocabulary` is the number of tokens of a model that is created from a config.
 
     Raises:
-        ModelError: no causal language model can be made of its configuration.
+        ModelError: the configuration is not that of a causal language model.
     """
     name = "model.config" if model.name_or_path is None else f"model.name_or_path={model.name_or_path}"
-    with explained(f"{name}: no causal language model can be made of this configuration"):
+    with explained(f"{name}: no causal language model can be made from this configuration"):
         try:
             config = _config_of(model)
-        except OSError:  # of the Hub, which may be reached later
+        except OSError:  # the Hub cannot be reached, but may be when training starts
             return None
         if model.name_or_path is None and vocabulary is not None:
             config.vocab_size = vocabulary
@@ -188,7 +211,7 @@ def _config_of(model: ModelSettings) -> PreTrainedConfig:
 
 
 def _declared(model: ModelSettings) -> tuple[PreTrainedConfig | None, GenerationConfig | None]:
-    """The model's config and generation_config, as far as they can be read: what is wrong with them is said later."""
+    """The model's config and generation_config, None where unreadable; errors are raised when the model is loaded."""
     config, generation = None, None
     if model.name_or_path is not None:
         with suppress(Exception):
@@ -199,10 +222,10 @@ def _declared(model: ModelSettings) -> tuple[PreTrainedConfig | None, Generation
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:
-    """Make the model the same function in training as in evaluation: no dropout, no noise in a router's input.
+    """Make the model the same function in training mode as in eval mode: no dropout, no noise in a router's input.
 
-    Architectures keep the rates in `nn.Dropout`, in attributes of their own that they hand to `F.dropout`, and in the
-    configuration, which some read again in each forward pass.
+    Architectures store the rates in `nn.Dropout`, in attributes that they pass to `F.dropout`, and in the
+    configuration, which some read again in every forward pass. All of them are set to 0.
     """
     text: Any = model.config.get_text_config()
     for owner in (model.config, text, *model.modules()):
@@ -215,18 +238,21 @@ def switch_off_dropout(model: PreTrainedModel) -> None:
 
 
 def _keep_nf4_differentiable(lm: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first eval forward on a CPU.
+    """Keep bitsandbytes from repacking 4-bit weights in the first forward pass in eval mode on a CPU.
 
-    The repacked weights run a kernel without autograd: training after a rollout would silently have other gradients.
+    The kernel for repacked weights does not support autograd: gradients after a rollout would silently be wrong.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 on a CPU logs a line per call
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 on a CPU logs a line for every call
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def _forget_gguf(lm: PreTrainedModel) -> None:
-    """The weights are dequantised, but transformers goes on marking them and then refuses `save_pretrained`."""
+    """Remove the marks of quantisation from a model loaded from GGUF.
+
+    Its weights were dequantised on loading, but transformers would refuse `save_pretrained` because of the marks.
+    """
     lm.hf_quantizer = None
     for mark in ("is_quantized", "quantization_method"):
         lm.__dict__.pop(mark, None)

@@ -1,7 +1,7 @@
-"""From hidden states to logits as the model itself goes: some models scale or cap what their output embedding gives.
+"""From last hidden states to logits, by the model's own code.
 
-Log-probs are computed from hidden states, chunk by chunk, so what a model does on that way has to be done here too. It
-is the model's own code that does it, whatever that is.
+Log-probs are computed from hidden states, chunk by chunk (`rlhf.models.heads`). Some models do more on the way to the
+logits than apply the output embedding: they scale or cap them. `head_of` finds out and then runs the model's own code.
 """
 
 import copy
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import ModelError
 
-TRIED = 4  # tokens that a head is tried out on
-LARGE = 300.0  # logits at which a cap shows: those of a new model are far below it
-CLOSE = 1e-5  # how far logits may be apart that the same code made, of the largest
+TRIED = 4  # tokens in the comparison of a head with the model
+LARGE = 300.0  # size of logits at which a cap shows: those of a new model are far below any cap
+CLOSE = 1e-5  # largest difference of logits that count as equal, relative to the largest logit
 
 
 class LanguageHead(nn.Module):
-    """The way from hidden states to logits through the model's own forward: output embedding, scale, cap and all.
+    """Maps hidden states to logits with the model's own `forward`, including any scale or cap.
 
-    It runs on a shallow copy of the model in which the layers are replaced by the given states.
+    Runs a shallow copy of the model whose base model is replaced by a module that returns the given hidden states.
     """
 
     shell: Any
@@ -32,7 +32,7 @@ class LanguageHead(nn.Module):
         super().__init__()
         shell = copy.copy(model)
         vars(shell)["_modules"] = {**vars(model)["_modules"], model.base_model_prefix: _GivenStates(model.base_model)}
-        # not as submodules, which would count the weights twice
+        # Bypass nn.Module.__setattr__: as submodules, the weights would be counted twice.
         vars(self).update(shell=shell, output=model.get_output_embeddings())
 
     @property
@@ -47,7 +47,7 @@ class LanguageHead(nn.Module):
 
 
 class _GivenStates(nn.Module):
-    """In the place of a model's layers, of which it has all attributes but what they compute."""
+    """Stands in for a base model: has all its attributes, but returns the given hidden states."""
 
     def __init__(self, layers: nn.Module):
         super().__init__()
@@ -61,7 +61,7 @@ class _GivenStates(nn.Module):
 
 
 class _States(tuple):
-    """What a model's head looks for in the output of its layers: the states, and nothing else."""
+    """A base model's output that holds hidden states only; all other fields are None."""
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -73,24 +73,26 @@ class _States(tuple):
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """What makes logits of the model's last hidden states: its output embedding, if that is all, or its own way.
+    """The module that maps last hidden states to logits: the output embedding, or a `LanguageHead` if there is more.
+
+    The comparison runs once per model; its result is stored on the model.
 
     Raises:
-        ModelError: the model's logits are made of something else.
+        ModelError: the model's logits depend on more than its last hidden states.
     """
     own = getattr(model, "_rlhf_own_logits", None)
     if own is None:
-        own = makes_its_own(model)
+        own = transforms_logits(model)
         vars(model)["_rlhf_own_logits"] = own
     return LanguageHead(model) if own else model.get_output_embeddings()
 
 
 @torch.no_grad()
-def makes_its_own(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are more than its output embedding of its last hidden states, however large these are.
+def transforms_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's logits differ from its output embedding of the last hidden states, at any size of these.
 
     Raises:
-        ModelError: its own code makes other logits of these states than of a text.
+        ModelError: the logits cannot be computed from the last hidden states, by neither of the two ways.
     """
     output = model.get_output_embeddings()
     ids = torch.arange(TRIED, device=model.device)[None]
@@ -102,6 +104,7 @@ def makes_its_own(model: PreTrainedModel) -> bool:
         if output is not None and states is not None:
             own = LanguageHead(model)
             if _same(own, states, expected):
+                # Compare again where a cap would show.
                 large = states * (LARGE / expected.abs().max().clamp(min=1e-3))
                 return not _same(output, large, own(large))
             if _same(output, states, expected):
@@ -110,16 +113,17 @@ def makes_its_own(model: PreTrainedModel) -> bool:
         for module in was_training:
             module.training = True
     raise ModelError(
-        f"{type(model).__name__} makes its logits of more than its last hidden states, so that log-probs would be of "
-        "another distribution; allowed: a model with a language-model head on its layers"
+        f"{type(model).__name__} computes its logits from more than its last hidden states, so log-probs would be "
+        "those of another distribution; allowed: a model with a language-model head on its layers"
     )
 
 
 def _same(head: nn.Module, states: Tensor, expected: Tensor) -> bool:
+    """Whether a head computes the expected logits from these hidden states."""
     try:
         found = head(states).float()
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # its forward wants more than states
-        return False
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False  # the model's forward needs more than hidden states
     return found.shape == expected.shape and bool(
         (found - expected.float()).abs().max() <= CLOSE * expected.float().abs().max()
     )

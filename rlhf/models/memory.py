@@ -1,4 +1,4 @@
-"""How much memory a PPO run will need, from its configuration alone: no weight is made."""
+"""Estimate the memory of a PPO run from its configuration, without creating weights."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +10,14 @@ from rlhf.models.heads import CHUNK_ELEMENTS
 from rlhf.models.loading import DTYPES, LINEAR, skeleton
 from rlhf.settings import LoraSettings, Settings
 
-PROGRAM = 700 * 2**20  # what the process itself takes on a CPU: torch, transformers, lightning (measured)
-AUTOMATIC = 0.8  # of the free memory that an automatic budget may take: the estimate is right within a fifth
-TRAINED = 4 + 4 + 8  # a trained parameter in float32: itself, its gradient, AdamW's two moments
+PROGRAM = 700 * 2**20  # bytes of the process itself on a CPU: torch, transformers, lightning (measured)
+AUTOMATIC = 0.8  # share of the free memory that an automatic budget may use: the estimate is right within a fifth
+TRAINED = 4 + 4 + 8  # bytes per trained parameter, in float32: itself, its gradient, AdamW's two moments
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `generating` and `updating` come one after the other; the rest stays."""
+    """Memory in bytes. `generating` and `updating` alternate; the rest is always held."""
 
     program: int
     weights: int
@@ -27,78 +27,130 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once."""
+        """The most memory held at once, in bytes."""
         return self.program + self.weights + self.trained + max(self.generating, self.updating)
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "what trains": self.trained, "generating": self.generating,
+        parts = {"weights": self.weights, "training state": self.trained, "generating": self.generating,
                  "updating": self.updating}  # fmt: skip
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
         return f"about {self.peak / 2**30:.1f} GiB ({listed})"
 
 
 def estimate(settings: Settings, vocabulary: int | None, reward_model: bool, shares: int = 1) -> Memory | None:
-    """The memory of a PPO run; None where the model's configuration cannot be read.
+    """Estimate the memory of one process of a PPO run; None if the model's configuration cannot be read.
 
-    Counts the frozen base in its dtype, what trains in float32 with AdamW's moments, the key/value cache and the
-    merged matrices while generating, and while updating the activations that a backward pass through policy and value
-    needs for `ppo.microbatch_tokens` tokens. Of `shares` processes that hold the base together it is the memory of one.
+    Counts the frozen base in its dtype, trained parameters in float32 with AdamW's moments, the key/value cache and the
+    merged matrices while generating, and the activations of `ppo.microbatch_tokens` tokens while updating.
+
+    `vocabulary` is the number of tokens of a model that is created from a config. `shares` is the number of processes
+    that the base is sharded over.
     """
     model = skeleton(settings.model, vocabulary)
     if model is None:
         return None
-    config, size = model.config.get_text_config(), torch.finfo(DTYPES[settings.model.dtype]).bits // 8
-    layers, hidden = _largest(config, "num_hidden_layers"), _largest(config, "hidden_size")
-    heads = _largest(config, "num_attention_heads")
-    head = _largest(config, "head_dim") or (hidden // heads if heads else 0)
-    keys = head * (_largest(config, "num_key_value_heads") or heads)  # 0 of a state space, which has no such cache
-    inner = _largest(config, "intermediate_size") or 4 * hidden
-    parameters = sum(p.numel() for p in model.parameters())
-    linear = _linear_elements(model)
-    stored = settings.quantization or {}
-    width = 1.0 if stored.get("load_in_8bit") else 0.56 if stored.get("load_in_4bit") else float(size)
-    weights = int((parameters - linear) * size + linear * width / shares)
-
-    full = settings.lora.r == 0
-    value = settings.ppo.value_model
-    value_lora = settings.reward.lora if reward_model and settings.reward.lora.r else settings.lora
-    trained = parameters * TRAINED if full else _adapter(model, settings.lora) * TRAINED
-    if value != "trunk_head":
-        trained += parameters * TRAINED if full or value == "full" else _adapter(model, value_lora) * TRAINED
-    weights += 4 * _adapter(model, settings.reward.lora) if reward_model else 0
-
-    text = _text(settings)
-    rows = min(settings.generation.batch_size, settings.ppo.rollout_batch_size)
-    merged = 0 if full or width != size or shares > 1 else _adapted(model, settings.lora) * size
-    generating = 2 * rows * text * layers * keys * size + merged
-    tokens = max(settings.ppo.microbatch_tokens, text)
-    # what autograd keeps of a layer: residuals, norms, queries, keys and values before and after rotation, attention's
-    # output, the MLP's two inner products, their activation and its gate
-    layer = (12 * hidden + 4 * keys + 4 * inner) * size
-    kept = tokens * (layers * hidden * size + layer if settings.model.gradient_checkpointing else layers * layer)
-    passes = 1 if value == "trunk_head" else 2
-    logits = 3 * 4 * min(CHUNK_ELEMENTS, tokens * config.vocab_size)
+    shape = _Shape.of(model.config.get_text_config(), torch.finfo(DTYPES[settings.model.dtype]).bits // 8)
+    generating = _generating(settings, model, shape, shares)
     program = 0 if torch.cuda.is_available() else PROGRAM
     if settings.generation.engine == "vllm":
-        generating, program = 0, program + _served(settings)
-    return Memory(program, weights, trained, generating, passes * kept + logits)
+        generating, program = 0, program + _vllm_share(settings)
+    return Memory(
+        program=program,
+        weights=_frozen_weights(settings, model, shape, reward_model, shares),
+        trained=_trained(settings, model, reward_model),
+        generating=generating,
+        updating=_updating(settings, shape),
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes of a model that activations depend on; where blocks differ, those of the largest.
+
+    `keys` is the width of the keys of all heads together, 0 for a state space, which has no key/value cache. `inner` is
+    the width of the MLP. `size` is the number of bytes of a weight before quantisation.
+    """
+
+    layers: int
+    hidden: int
+    keys: int
+    inner: int
+    vocabulary: int
+    size: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, size: int) -> "_Shape":
+        """Read off a configuration of transformers, whose keys differ between architectures."""
+        hidden, heads = _largest(config, "hidden_size"), _largest(config, "num_attention_heads")
+        head = _largest(config, "head_dim") or (hidden // heads if heads else 0)
+        keys = head * (_largest(config, "num_key_value_heads") or heads)
+        inner = _largest(config, "intermediate_size") or 4 * hidden
+        return cls(_largest(config, "num_hidden_layers"), hidden, keys, inner, config.vocab_size, size)
 
 
 def _largest(config: PreTrainedConfig, name: str) -> int:
-    """A number of the configuration, the largest where each layer has its own; 0 without any."""
+    """A number of the configuration, the largest if there is one per block; 0 if it is missing."""
     found = getattr(config, name, None) or 0
     return max(found) if isinstance(found, list | tuple) else int(found)
+
+
+def _bytes_per_linear_weight(settings: Settings, shape: _Shape) -> float:
+    options = settings.quantization or {}
+    # 4-bit: half a byte, and the scales of the blocks.
+    return 1.0 if options.get("load_in_8bit") else 0.56 if options.get("load_in_4bit") else float(shape.size)
+
+
+def _frozen_weights(settings: Settings, model: PreTrainedModel, shape: _Shape, reward_model: bool, shares: int) -> int:
+    """The base, with linear layers quantised or sharded, and the reward model's adapter in float32."""
+    parameters, linear = sum(p.numel() for p in model.parameters()), _linear_weights(model)
+    base = int((parameters - linear) * shape.size + linear * _bytes_per_linear_weight(settings, shape) / shares)
+    return base + (4 * _adapter_parameters(model, settings.reward.lora) if reward_model else 0)
+
+
+def _trained(settings: Settings, model: PreTrainedModel, reward_model: bool) -> int:
+    """Trained parameters of policy and value function in float32, their gradients and AdamW's moments."""
+    parameters, full = sum(p.numel() for p in model.parameters()), settings.lora.r == 0
+    trained = parameters if full else _adapter_parameters(model, settings.lora)
+    if settings.ppo.value_model != "trunk_head":
+        lora = settings.reward.lora if reward_model and settings.reward.lora.r else settings.lora
+        whole = full or settings.ppo.value_model == "full"
+        trained += parameters if whole else _adapter_parameters(model, lora)
+    return trained * TRAINED
+
+
+def _generating(settings: Settings, model: PreTrainedModel, shape: _Shape, shares: int) -> int:
+    """The key/value cache, and the copies of matrices with the adapter merged in."""
+    rows = min(settings.generation.batch_size, settings.ppo.rollout_batch_size)
+    cache = 2 * rows * _longest_text(settings) * shape.layers * shape.keys * shape.size
+    stays_separate = _bytes_per_linear_weight(settings, shape) != shape.size or shares > 1  # see `Roles.merged`
+    if settings.lora.r == 0 or stays_separate:
+        return cache
+    return cache + sum(layer.weight.numel() for layer in _adapted_layers(model, settings.lora)) * shape.size
+
+
+def _updating(settings: Settings, shape: _Shape) -> int:
+    """Activations for the backward passes through policy and value function, and the logits of a chunk of tokens."""
+    tokens = max(settings.ppo.microbatch_tokens, _longest_text(settings))
+    # Autograd keeps, per block: residuals, norms, queries, keys and values before and after rotation, the output of
+    # attention, the MLP's two inner products, their activation and its gate.
+    block = (12 * shape.hidden + 4 * shape.keys + 4 * shape.inner) * shape.size
+    # With checkpointing: the input of every block, and all of one block while it is recomputed.
+    checkpointed = shape.layers * shape.hidden * shape.size + block
+    kept = tokens * (checkpointed if settings.model.gradient_checkpointing else shape.layers * block)
+    passes = 1 if settings.ppo.value_model == "trunk_head" else 2
+    logits = 3 * 4 * min(CHUNK_ELEMENTS, tokens * shape.vocabulary)  # float32, three copies
+    return passes * kept + logits
 
 
 def largest_budget(
     settings: Settings, vocabulary: int | None, reward_model: bool, free: int, shares: int = 1
 ) -> int | None:
-    """The `ppo.microbatch_tokens` whose estimate takes at most `AUTOMATIC` of `free` bytes; None as `estimate`.
+    """The largest `ppo.microbatch_tokens` whose estimate is at most `AUTOMATIC` of `free` bytes.
 
-    A power of two, from the one that holds a text, which is taken even where it does not fit, to the one that holds a
-    minibatch, above which nothing changes.
+    A power of two, at least large enough for the longest text, even if that does not fit, and at most large enough for
+    a minibatch. None if the model's configuration cannot be read; other arguments as in `estimate`.
     """
-    smallest, most = _text(settings), _text(settings) * settings.ppo.minibatch_size
+    smallest, most = _longest_text(settings), _longest_text(settings) * settings.ppo.minibatch_size
     chosen = None
     for power in range((smallest - 1).bit_length(), (most - 1).bit_length() + 1):
         tried = replace(settings, ppo=replace(settings.ppo, microbatch_tokens=2**power))
@@ -109,43 +161,38 @@ def largest_budget(
     return chosen
 
 
-def _text(settings: Settings) -> int:
-    """Tokens of the longest prompt with the longest response."""
+def _longest_text(settings: Settings) -> int:
+    """Tokens of the longest prompt and the longest response together."""
     return settings.model.max_prompt_tokens + settings.generation.max_new_tokens
 
 
 def available() -> int:
-    """Free memory in bytes: of the GPU where there is one, else what the system says could be had."""
+    """Free memory in bytes: of the GPU if there is one, else of the machine (`MemAvailable`)."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
-def _served(settings: Settings) -> int:
-    """What vLLM keeps of a GPU, from its start to the end."""
-    everything = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
-    return int(everything * settings.generation.vllm["gpu_memory_utilization"])
+def _vllm_share(settings: Settings) -> int:
+    """The part of the GPU's memory that vLLM reserves for the whole run, in bytes."""
+    total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+    return int(total * settings.generation.vllm["gpu_memory_utilization"])
 
 
-def _linear_elements(model: PreTrainedModel) -> int:
-    """Weights that quantisation stores in fewer bits: all linear layers but the language-model head."""
+def _linear_weights(model: PreTrainedModel) -> int:
+    """Number of weights that quantisation applies to: of all linear layers except the language-model head."""
     output = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, LINEAR) and m is not output]
     return sum(layer.weight.numel() for layer in layers)
 
 
-def _adapter(model: PreTrainedModel, lora: LoraSettings) -> int:
-    """Parameters of a LoRA."""
-    shapes = [layer.weight.shape for layer in _targets(model, lora)]
+def _adapter_parameters(model: PreTrainedModel, lora: LoraSettings) -> int:
+    """Number of parameters of a LoRA."""
+    shapes = [layer.weight.shape for layer in _adapted_layers(model, lora)]
     return sum(lora.r * (rows + columns) for rows, columns in shapes)
 
 
-def _adapted(model: PreTrainedModel, lora: LoraSettings) -> int:
-    """Weights of the matrices that a LoRA is on."""
-    return sum(layer.weight.numel() for layer in _targets(model, lora))
-
-
-def _targets(model: PreTrainedModel, lora: LoraSettings) -> list[Any]:
+def _adapted_layers(model: PreTrainedModel, lora: LoraSettings) -> list[Any]:
     names = set(lora.target_modules)
     return [m for name, m in model.named_modules() if isinstance(m, LINEAR) and name.rpartition(".")[2] in names]

@@ -1,7 +1,7 @@
-"""A batch of token sequences, each a prompt and a response, padded on the right only.
+"""Batches of token sequences, each a prompt and a response, padded on the right; and how rows are grouped for passes.
 
-Under causal attention a token never sees what stands to its right, so right padding needs no attention mask and changes
-nothing. What is padding is known from lengths, never from a token's id: a tokenizer whose pad token is its EOS is safe.
+With causal attention, a token never attends to tokens on its right: padding there needs no attention mask and changes
+nothing. Padding is known from lengths, never from token ids, so the pad token of a tokenizer may be its EOS.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-PER_GROUP = 16  # a pass over a few rows takes as long as one over this share of the budget
+PER_GROUP = 16  # each forward pass has a fixed cost, about that of `budget / PER_GROUP` tokens
 
 
 @dataclass
 class Sequences:
-    """`ids` holds prompt, response, padding; lengths are in tokens (`lengths` counts prompt and response).
+    """Each row of `ids` is prompt, response, padding. `lengths` counts the tokens of prompt and response together.
 
-    `position_ids` is only there when several sequences are packed in a row (see `pack`) and restarts at each of them.
-    `targets` marks the tokens to be predicted: the response, or all when the loss is on the whole text.
+    `targets` marks the tokens that the loss is on: the response, or the whole text. `position_ids` are only set if
+    several sequences are packed into a row (see `pack`), and restart at 0 with each of them.
     """
 
     ids: Int[Tensor, "batch time"]
@@ -32,7 +32,7 @@ class Sequences:
     def from_lists(
         cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], whole_text: bool = False
     ) -> "Sequences":
-        """Pad lists of ids to the longest; `whole_text` makes the prompt (but its first token) a target as well."""
+        """Pad lists of token ids to the longest; with `whole_text`, prompts are targets too."""
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
         lengths = prompt_lengths + torch.tensor([len(response) for response in responses])
         ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
@@ -56,7 +56,7 @@ class Sequences:
         )
 
     def rows(self, index: Int[Tensor, "rows"]) -> "Sequences":
-        """Some rows, cut to the longest of them."""
+        """A batch of these rows, cut to the longest of them."""
         time = int(self.lengths[index].max())
         positions = None if self.position_ids is None else self.position_ids[index, :time]
         return Sequences(
@@ -68,64 +68,65 @@ class Sequences:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is needed to read the texts again, by name."""
+        """The tensors that define the texts, by name, to be saved."""
         return {"ids": self.ids, "prompt_lengths": self.prompt_lengths, "lengths": self.lengths}
 
     def responses(self) -> list[list[int]]:
-        """The response ids, row by row."""
+        """The response ids of each row."""
         bounds = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
         return [row[start:end] for row, (start, end) in zip(self.ids.tolist(), bounds, strict=True)]
 
     @property
     def ragged(self) -> bool:
-        """Whether a pass over whole rows would be one over padding, or over several sequences in a row."""
+        """Whether there is padding, or a row holds several sequences."""
         return self.position_ids is not None or int(self.lengths.min()) < self.ids.shape[1]
 
     @property
     def predicting(self) -> Bool[Tensor, "batch time"]:
-        """The positions whose hidden state predicts a target: one to the left of each."""
+        """Marks the positions whose hidden states predict a target: one to the left of each target."""
         shifted = torch.zeros_like(self.targets)
         shifted[:, :-1] = self.targets[:, 1:]
         return shifted
 
     @property
     def target_ids(self) -> Int[Tensor, "tokens"]:
-        """The targets of all rows, one after the other: aligned with `hidden[predicting]`."""
+        """The target ids of all rows, concatenated, in the order of `hidden[predicting]`."""
         return self.ids[self.targets_predicted]
 
     @property
     def targets_predicted(self) -> Bool[Tensor, "batch time"]:
-        """`targets` without a row's first token, which nothing predicts."""
+        """`targets` without the first token of each row, which no hidden state predicts."""
         mask = self.targets.clone()
         mask[:, 0] = False
         return mask
 
     @property
     def response_mask(self) -> Bool[Tensor, "batch response"]:
-        """Marks each row's response tokens in a tensor that starts at the first of them."""
+        """Marks the response tokens of each row, in tensors whose rows begin with the first response token."""
         lengths = self.lengths - self.prompt_lengths
         return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
 def spans(starts: Int[Tensor, "batch"], ends: Int[Tensor, "batch"], time: int) -> Bool[Tensor, "batch {time}"]:
-    """True from each row's start up to its end."""
+    """A mask that is true from each row's start up to, but not including, its end."""
     position = torch.arange(time, device=starts.device)
     return (position >= starts[:, None]) & (position < ends[:, None])
 
 
 def unflatten(flat: Float[Tensor, "tokens"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
-    """Lay values of all response tokens, one after the other, out by row; 0 where the mask is false."""
+    """Put the concatenated values of all response tokens into rows; 0 where the mask is false."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
 def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Rows grouped by similar length, so that a group padded to its longest row has at most `budget` tokens.
+    """Group rows of similar length, so that a group padded to its longest row has at most `budget` tokens.
 
-    The groups are those of least padding, where a group itself costs as much as `budget / PER_GROUP` tokens. A row
-    longer than the budget is a group of its own. The order of the groups depends on the lengths alone.
+    Minimises the total cost by dynamic programming, where a group costs its tokens including padding, plus
+    `budget / PER_GROUP`. A row longer than the budget is a group of its own. The result depends on the lengths alone.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    cost, starts = [0.0], [0]  # of the first i rows: the least, and where their last group starts
+    # For the first i rows of `order`: the least cost of grouping them, and where the last of those groups starts.
+    cost, starts = [0.0], [0]
     for end in range(1, len(order) + 1):
         choices: list[tuple[float, int]] = []
         for start in range(end - 1, -1, -1):
@@ -136,6 +137,7 @@ def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         least, start = min(choices)
         cost.append(least)
         starts.append(start)
+    # Follow the starts back from the last row.
     groups, end = [], len(order)
     while end:
         groups.append(order[starts[end] : end])
@@ -144,7 +146,7 @@ def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def filled(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Rows in their order, cut into groups of at most `budget` tokens; a longer row is a group of its own."""
+    """Group rows in their given order, up to `budget` tokens without padding; a longer row is a group of its own."""
     group: list[int] = []
     room = budget
     for row, length in enumerate(lengths):
@@ -158,15 +160,16 @@ def filled(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def pack(batch: Sequences, width: int) -> Sequences:
-    """Several sequences in a row of at most `width` tokens, isolated by restarting positions (first fit, decreasing).
+    """Pack sequences into rows of at most `width` tokens, or of the longest sequence if that is longer.
 
-    The models tell the sequences apart by the restarts alone; that needs `attention_mask=None` and no cache, which is
-    how `Roles.hidden` calls them. A packed row counts as one long response in `lengths`.
+    Models in transformers tell packed sequences apart by positions that restart at 0. That requires `attention_mask`
+    to be None and no cache, as in `Roles.hidden`. A packed row counts as one long response.
     """
+    # 1. Assign sequences to rows: the longest first, each to the first row with room (first-fit decreasing).
     lengths: list[int] = batch.lengths.tolist()
     width = max(width, *lengths)
-    bins: list[list[int]] = []
-    room: list[int] = []
+    bins: list[list[int]] = []  # the sequences in each packed row
+    room: list[int] = []  # the tokens that still fit into it
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         place = next((i for i, left in enumerate(room) if left >= lengths[row]), None)
         if place is None:
@@ -175,6 +178,8 @@ def pack(batch: Sequences, width: int) -> Sequences:
             room.append(width)
         bins[place].append(row)
         room[place] -= lengths[row]
+
+    # 2. Copy them there.
     used = torch.tensor([width - left for left in room])
     time = int(used.max())
     ids = torch.zeros(len(bins), time, dtype=torch.long)
@@ -187,15 +192,15 @@ def pack(batch: Sequences, width: int) -> Sequences:
             ids[packed, span] = batch.ids[row, : lengths[row]]
             positions[packed, span] = torch.arange(lengths[row])
             targets[packed, span] = batch.targets[row, : lengths[row]]
-            targets[packed, at] = False
+            targets[packed, at] = False  # the hidden state to its left belongs to another sequence
             at += lengths[row]
-        # padding goes on counting: a position that repeated 0 would start a "sequence" per padding token
+        # Number the padding 0, 1, …: with zeros, each padding token would be a sequence of its own.
         positions[packed, at:] = torch.arange(time - at)
     return Sequences(ids, torch.zeros_like(used), used, targets, positions)
 
 
 def concatenate(parts: Sequence[Shaped[Tensor, "_ ..."]], order: Sequence[int]) -> Tensor:
-    """Undo a grouping: parts[k] holds the rows `order[...]` in turn; the result has them in their first order."""
+    """Undo a grouping of rows: row i of the joined parts becomes row `order[i]` of the result."""
     joined = torch.cat(list(parts))
     result = torch.empty_like(joined)
     result[torch.as_tensor(order, device=joined.device)] = joined

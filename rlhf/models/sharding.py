@@ -1,8 +1,8 @@
-"""A frozen base spread over the processes (torch's FSDP2): each holds its share of the weights of every block.
+"""Shard the frozen base over the processes with torch's FSDP2: each holds a share of the weights of every block.
 
-A block's weights are gathered when its turn comes and let go behind it, in the backward pass once more. Adapters and
-heads, and what lies outside of the blocks (embeddings, the last norm, the language-model head), stay whole in each
-process, so that optimiser, checkpoints and exports are those of data parallel.
+The weights of a block are gathered before it runs and freed afterwards, in the forward and again in the backward pass.
+Adapters, heads and everything outside of the blocks (embeddings, final norm, language-model head) stay whole in each
+process. Optimiser, checkpoints and exports are therefore the same as with data parallelism.
 """
 
 from torch import Tensor
@@ -12,18 +12,21 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.distributed import collectives
 from rlhf.errors import ModelError
-from rlhf.models.roles import Roles, blocks_of
+from rlhf.models.blocks import transformer_blocks
+from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 
 
 def shard(roles: Roles, device: str) -> None:
-    """Leave this process its share of the base, on `device`; from now on the processes pass through it together.
+    """Keep only this process's share of the base, on `device` ("cpu" or "cuda").
+
+    From then on, every forward pass through the base is one of all processes (`collectives.keep_step`).
 
     Raises:
-        ModelError: the model does not say what its blocks are.
+        ModelError: the model does not declare which modules are its blocks.
     """
     base = roles.trunk("reference")
-    blocks = blocks_of(base)
+    blocks = transformer_blocks(base)
     if not blocks:
         raise ModelError(f"trainer=fsdp: {type(base).__name__} does not say what its blocks are; allowed: trainer=ddp")
     mesh = init_device_mesh(device, (collectives.size(),))
@@ -32,14 +35,16 @@ def shard(roles: Roles, device: str) -> None:
     }
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    fully_shard(base.base_model, mesh=mesh, ignored_params=whole)  # nothing of its own: it knows which block is next
+    fully_shard(base.base_model, mesh=mesh, ignored_params=whole)  # holds no shards itself; prefetches
     roles.sharded = True
-    least = Sequences.from_lists([[0]], [[0]])
-    collectives.keep_step(base.base_model, lambda: roles.hidden("reference", least.to(roles.device)))
+    # Processes may need different numbers of forward passes between collectives. Those that have finished join the
+    # passes of the others with one token.
+    smallest = Sequences.from_lists([[0]], [[0]])
+    collectives.keep_step(base.base_model, lambda: roles.hidden("reference", smallest.to(roles.device)))
 
 
 def gathered(roles: Roles) -> dict[str, Tensor]:
-    """The weights of the base without its adapters, on the CPU of the first process; in the others nothing."""
+    """The weights of the base without adapters, on the CPU, in the process of rank 0; empty in the others."""
     found: dict[str, Tensor] = {}
     for name, value in roles.trunk("reference").state_dict().items():
         if ".lora_" not in name:

@@ -1,6 +1,7 @@
-"""From texts to ids. Text is text: what is spelt like a special token in the data stands for its letters.
+"""Encode prompts and responses. The name of a special token in the data is encoded as ordinary text.
 
-Special are the tokens that the tokenizer puts around a text and those that the prompt template of the data set writes.
+Special tokens come from two sources only: the tokenizer, which puts some around a text (such as BOS), and the prompt
+template of the data set.
 """
 
 import logging
@@ -18,24 +19,25 @@ log = logging.getLogger(__name__)
 
 
 class Response(str):
-    """The text of a sampled response, with its ids and whether it `ended` by itself, which no text tells."""
+    """The text of a sampled response, with its token ids and whether it `ended` with an EOS."""
 
     ids: tuple[int, ...]
     ended: bool
 
     def __new__(cls, text: str, ids: Sequence[int] = (), ended: bool = True) -> "Response":
-        """A text that knows where it comes from."""
+        """Without `ids`, the text does not come from sampling."""
         response = super().__new__(cls, text)
         response.ids, response.ended = tuple(ids), ended
         return response
 
 
 def keep_template(tokenizer: PreTrainedTokenizerBase, source: Any) -> PreTrainedTokenizerBase:
-    """Let `encode` take the special tokens for such that the template of the data set `source`, if it has one, writes.
+    """Let `encode` recognise the special tokens in the prompt template of the data set `source`, if there is one.
 
-    The texts that are put into the template stay text.
+    Stores a pattern for each variant of the template on the tokenizer, and returns it. Texts that are inserted into the
+    template are still encoded as ordinary text.
     """
-    template, special = getattr(source, "template", None), _spelling(tokenizer)
+    template, special = getattr(source, "template", None), _special_names(tokenizer)
     fixed = template.fixed_texts if isinstance(template, Template) else ()
     tokenizer.prompt_patterns = [
         re.compile("(.*?)".join(f"({re.escape(part)})" for part in parts), re.DOTALL)
@@ -46,11 +48,12 @@ def keep_template(tokenizer: PreTrainedTokenizerBase, source: Any) -> PreTrained
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompt ids, with the tokenizer's own special tokens in front and no EOS behind.
+    """Token ids of prompts, beginning with what the tokenizer puts in front of a text (BOS), without EOS at the end.
 
-    Where the template writes what the tokenizer would put in front, it is there once.
+    If the prompt template begins with the same tokens, they are not doubled.
     """
-    front, special = opening(tokenizer), _spelling(tokenizer)
+    # Prompts without special tokens are encoded in one call, which is faster.
+    front, special = opening(tokenizer), _special_names(tokenizer)
     pieces = [_pieces(tokenizer, special, prompt) for prompt in prompts]
     plain = [i for i, row in enumerate(pieces) if len(row) == 1]
     rows = dict(zip(plain, encode_texts(tokenizer, [prompts[i] for i in plain]), strict=True))
@@ -61,13 +64,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[l
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts by themselves: nothing in front, nothing behind, no special token within.
+    """Token ids of texts without any special tokens, not even BOS.
 
-    A vocabulary that can only spell a special token's name by the token itself gives unk for it, or nothing.
+    If a vocabulary can express the name of a special token only by that token, it is replaced by unk, or dropped if
+    there is no unk.
     """
     if not texts:
         return []
-    # mistral-common knows no other way, and so not this option
+    # mistral-common tokenizers always split special tokens and do not have this option.
     options = {"split_special_tokens": True} if hasattr(tokenizer, "split_special_tokens") else {}
     rows = tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
     unk = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
@@ -75,20 +79,20 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [row if special.isdisjoint(row) else _replaced(row, special, unk) for row in rows]
 
 
-def spelt(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
-    """How many texts contain the name of a special token that stands for its letters."""
-    special = _spelling(tokenizer)
+def count_special_names(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
+    """The number of texts that contain the name of a special token as ordinary text."""
+    special = _special_names(tokenizer)
     return sum(any(map(special.search, _pieces(tokenizer, special, text)[::2])) for text in texts)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts in front of a text, such as BOS."""
+    """The ids that the tokenizer puts in front of a text, such as BOS; empty if none."""
     whole, text = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     return whole[: next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)]
 
 
 def last_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], room: int) -> list[int]:
-    """A prompt cut to `room` tokens: its last ones, behind the BOS (or what is there in its place) if it has one."""
+    """A prompt cut to `room` tokens: BOS (or the tokenizer's equivalent), if the prompt has it, and the last tokens."""
     front = opening(tokenizer) or [tokenizer.bos_token_id]
     kept = len(front) if list(prompt[: len(front)]) == front else 0
     cut = max(len(prompt) - room, 0)
@@ -96,7 +100,7 @@ def last_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], room:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], prompt: str) -> list[str]:
-    """Text at the even places, and between them the special tokens that the template writes."""
+    """Split a prompt at the special tokens of its template: texts at even indices, names of special tokens at odd."""
     patterns = getattr(tokenizer, "prompt_patterns", ())
     found = next(filter(None, (pattern.fullmatch(prompt) for pattern in patterns)), None)
     if found is None:
@@ -112,7 +116,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], prompt
 def _templated(
     tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], prompt: str, pieces: list[str]
 ) -> list[int]:
-    """The ids of a prompt with special tokens; piece by piece only where the texts between them spell others."""
+    """The ids of a prompt with special tokens from its template, which `pieces` are split at."""
+    # If no text contains the name of a special token, all of the prompt can be encoded at once.
     if hasattr(tokenizer, "split_special_tokens") and not any(map(special.search, pieces[::2])):
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     texts = iter(encode_texts(tokenizer, pieces[::2]))
@@ -120,7 +125,8 @@ def _templated(
     return [i for place in range(len(pieces)) for i in ([next(names)] if place % 2 else next(texts))]
 
 
-def _spelling(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def _special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the name of any special token; the longest first, since one may begin another."""
     names = {str(tokenizer.convert_ids_to_tokens(i)) for i in special_ids(tokenizer)}
     return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 
@@ -130,10 +136,10 @@ def _replaced(row: Sequence[int], special: set[int], unk: list[int]) -> list[int
 
 
 def short_enough(tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int) -> list[int]:
-    """Which prompts have at most `limit` (`model.max_prompt_tokens`) tokens; how many are left out is logged.
+    """Indices of the prompts with at most `limit` (`model.max_prompt_tokens`) tokens; logs how many are left out.
 
     Raises:
-        DataError: not a single one has.
+        DataError: all prompts are longer.
     """
     kept = [i for i, ids in enumerate(encode(tokenizer, prompts)) if len(ids) <= limit]
     if len(kept) < len(prompts):
@@ -151,15 +157,16 @@ def encode_pairs(
     max_length: int,
     ended: Sequence[bool] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, response ids) a row, encoded apart as at generation, the response ending in EOS.
+    """(prompt ids, response ids) of each row, encoded separately, as in generation; responses end with EOS.
 
-    A response that does not fit into `max_length` tokens is cut and gets no EOS: its end was not seen. No more has a
-    sampled one that has not `ended` by itself. A prompt that leaves no room keeps its BOS, its last tokens and one of
-    the response. How many are cut is logged, and how many spell a special token, which is read as text.
+    A response that does not fit into `max_length` tokens is cut and has no EOS. Neither has a sampled response that did
+    not end with one (`ended`). A prompt that leaves no room is cut by `last_tokens`, so that one token of the response
+    fits. Logs how many texts are cut, and how many contain the name of a special token.
     """
     rows, cut = [], 0
-    whole = [True] * len(responses) if ended is None else ended
-    for prompt, answer, end in zip(encode(tokenizer, prompts), encode_texts(tokenizer, responses), whole, strict=True):
+    complete = [True] * len(responses) if ended is None else ended
+    encoded = zip(encode(tokenizer, prompts), encode_texts(tokenizer, responses), complete, strict=True)
+    for prompt, answer, end in encoded:
         if len(prompt) >= max_length:
             prompt = last_tokens(tokenizer, prompt, max_length - 1)
         wanted = [*answer, tokenizer.eos_token_id] if end else answer
@@ -167,7 +174,7 @@ def encode_pairs(
         cut += len(prompt) + len(wanted) > max_length
     if cut:
         log.warning("%d of %d texts are longer than max_length=%d tokens and cut", cut, len(rows), max_length)
-    found = spelt(tokenizer, prompts) + spelt(tokenizer, responses)
+    found = count_special_names(tokenizer, prompts) + count_special_names(tokenizer, responses)
     if found:
         log.warning("%d of %d prompts and responses contain the name of a special token, which is read as text",
                     found, 2 * len(rows))  # fmt: skip

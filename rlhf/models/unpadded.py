@@ -1,7 +1,7 @@
-"""Sequences laid end to end in one row, so that nothing is computed on padding.
+"""Forward passes without padding: all sequences of a batch lie end to end in one row.
 
-Attention then goes over one sequence at a time. On a CPU that costs little; a GPU, which would wait for each of the
-many small kernels, is given padded rows of similar length instead (`rlhf.models.sequences.length_buckets`).
+Attention then runs over one sequence at a time. This costs little on a CPU. A GPU would be slowed down by many small
+kernels; it gets padded rows of similar length instead (`rlhf.models.sequences.length_buckets`).
 """
 
 import math
@@ -18,8 +18,9 @@ from rlhf.models.isolated_attention import isolated_attention
 from rlhf.models.sequences import Sequences, spans
 
 ATTENTION = "rlhf_unpadded"
-TRIED = 4  # tokens of each sequence that a model is tried out on
-CLOSE, CLOSE_IN_16_BITS = 1e-4, 3e-2  # how far its states may be from those alone, of the largest
+TRIED = 4  # tokens per sequence in the trial of a model
+# Largest difference between hidden states of a sequence alone and behind another one, relative to the largest state.
+TOLERANCE, TOLERANCE_IN_16_BITS = 1e-4, 3e-2
 
 
 def attention(
@@ -32,16 +33,17 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' sdpa; given where the sequences in a row begin and end, of each of them alone.
+    """transformers' sdpa attention; with `bounds` (see `isolated_attention`), within each sequence of the row.
 
-    `query`, `key` and `value` are [batch, heads, time, width], the result [batch, time, heads, width].
+    `query`, `key` and `value` are [batch, heads, time, width], the result is [batch, time, heads, width].
     """
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert not options.get("dropout"), "a base's dropout is switched off when it is loaded"
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast does so for sdpa; positions may be in float32
+    # Rotary positions may have made query and key float32. Autocast casts them for sdpa, but not for our operator.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return isolated_attention(query, key, value, bounds, scale), None
 
@@ -51,35 +53,37 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def takes_visible(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether all its attention is over what a boolean mask [batch, 1, query, key] says is visible, and nothing else.
+    """Whether a boolean mask [batch, 1, query, key] alone decides what the model attends to.
 
-    Eager attention adds a mask to the scores, sliding windows would vanish under a mask of ours, and ALiBi counts
-    distances off a mask [batch, key]. A window that reaches further than the longest text, of `tokens`, does nothing.
+    That is not so for eager attention, which adds a mask to the scores; for sliding windows, which a mask of ours would
+    replace; and for ALiBi, which derives distances from a mask [batch, key]. A sliding window of at least `tokens`, the
+    length of the longest text, has no effect.
     """
     alibi = getattr(model.config.get_text_config(), "alibi", False)
-    return model.config._attn_implementation in ("sdpa", ATTENTION) and not alibi and not _slides(model, tokens)
+    return model.config._attn_implementation in ("sdpa", ATTENTION) and not alibi and not _has_window(model, tokens)
 
 
 def hidden_states(
     model: PreTrainedModel, batch: Sequences, where: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, "marked hidden"]:
-    """Last hidden states of the marked positions, row after row."""
+    """Last hidden states at the marked positions, row after row."""
     time = batch.ids.shape[1]
-    kept = spans(torch.zeros_like(batch.lengths), batch.lengths, time)
+    is_token = spans(torch.zeros_like(batch.lengths), batch.lengths, time)
     positions = batch.position_ids
     if positions is None:
         positions = torch.arange(time, device=batch.ids.device).expand_as(batch.ids)
-    return _run(model, batch.ids[kept], positions[kept])[where[kept]]
+    return _run(model, batch.ids[is_token], positions[is_token])[where[is_token]]
 
 
 def _run(
     model: PreTrainedModel, ids: Int[Tensor, "tokens"], positions: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "tokens hidden"]:
+    """Last hidden states of sequences that lie end to end; each starts at a position 0."""
     starts = (positions == 0).nonzero().squeeze(1)
     return model.base_model(
         input_ids=ids[None],
         position_ids=positions[None],
-        # transformers leaves a mask of four dimensions as it is: it would make one of [tokens, tokens] otherwise
+        # transformers passes a mask with four dimensions on as it is. Without one it would make one [tokens, tokens].
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         bounds=torch.cat([starts, starts.new_tensor([len(ids)])]),
         use_cache=False,
@@ -88,9 +92,10 @@ def _run(
 
 @torch.no_grad()
 def allow(model: PreTrainedModel) -> bool:
-    """Let a model run so if it can: what is tried out on it is whether a sequence is what it is alone.
+    """Switch a model to this attention if it supports it, and return whether it does.
 
-    A model whose attention is not sdpa, slides over the text, or is none at all (a state space) is left as it was.
+    The trial compares the hidden states of a sequence alone with those behind another sequence. Models with attention
+    other than sdpa, with sliding windows or without attention (state spaces) are left unchanged.
     """
     before = model.config._attn_implementation
     if before == ATTENTION:
@@ -101,19 +106,23 @@ def allow(model: PreTrainedModel) -> bool:
     model.eval()
     try:
         model.set_attn_implementation(ATTENTION)
-        if model.config._attn_implementation == ATTENTION and not _slides(model) and _isolates(model):
+        if model.config._attn_implementation == ATTENTION and not _has_window(model) and _isolates(model):
             return True
-    except (TypeError, ValueError, RuntimeError):  # whatever its code says to arguments it does not know
+    except (TypeError, ValueError, RuntimeError):  # the model's code may not accept the additional arguments
         pass
     finally:
-        for module, training in modes:  # adapters may train in a trunk that does not
+        # One by one, because modules of the same model may be in different modes.
+        for module, training in modes:
             module.training = training
     model.set_attn_implementation(before)
     return False
 
 
-def _slides(model: PreTrainedModel, tokens: float = math.inf) -> bool:
-    """Whether a layer sees only the last of so many tokens; by default more than are tried out, where it would hide."""
+def _has_window(model: PreTrainedModel, tokens: float = math.inf) -> bool:
+    """Whether a layer attends to only the last of so many tokens. By default: to only the last of any number.
+
+    The trial itself would not notice, because its sequences are shorter than most windows.
+    """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or math.inf
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -123,10 +132,11 @@ def _slides(model: PreTrainedModel, tokens: float = math.inf) -> bool:
 
 
 def _isolates(model: PreTrainedModel) -> bool:
+    """Whether a sequence has the same hidden states alone and behind each of two other sequences."""
     ids = torch.arange(3 * TRIED, device=model.device) % model.config.vocab_size
     first, second, other = ids.split(TRIED)
     positions = torch.arange(TRIED, device=ids.device).repeat(2)
     alone = model.base_model(input_ids=second[None], use_cache=False).last_hidden_state[0]
     behind = [_run(model, torch.cat([before, second]), positions)[TRIED:] for before in (first, other)]
-    room = (CLOSE if alone.dtype.itemsize > 2 else CLOSE_IN_16_BITS) * alone.abs().max()
-    return all(bool((found - alone).abs().max() <= room) for found in behind)
+    tolerance = (TOLERANCE if alone.dtype.itemsize > 2 else TOLERANCE_IN_16_BITS) * alone.abs().max()
+    return all(bool((found - alone).abs().max() <= tolerance) for found in behind)

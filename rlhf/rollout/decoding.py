@@ -1,4 +1,7 @@
-"""One decoding step on a key/value cache: over what is there so far, or at fixed shapes, as a CUDA graph wants it."""
+"""One decoding step of a batch on a key/value cache: growing with the text, compiled, or at fixed shapes.
+
+All classes of steps have the interface of `GrowingStep`.
+"""
 
 import logging
 from collections.abc import Callable
@@ -12,14 +15,15 @@ from transformers import PreTrainedModel
 from rlhf.rollout.kv_cache import BufferCache, cache_argument
 
 log = logging.getLogger(__name__)
-WARM_UP = 2  # steps before a capture: libraries set themselves up in their first
+WARM_UP = 2  # steps before a capture: libraries initialise themselves in their first calls
 
 
 class GrowingStep:
-    """Attends over the tokens there are so far; rows that are done are dropped as they come.
+    """Attends to the tokens in the cache so far. Finished rows can be dropped in any number.
 
-    `visible` [batch, 1, 1, capacity] says which places of the cache a row sees; as [batch, capacity] it says which of
-    them hold a token, and the model sees to its windows and distances itself.
+    `visible` marks the places of the cache that a row attends to. As [batch, 1, 1, capacity] it is the attention mask
+    itself. As [batch, capacity] it marks the places that hold a token, and the model derives its own masks from that
+    (sliding windows, ALiBi).
     """
 
     def __init__(self, model: PreTrainedModel, cache: BufferCache, visible: Bool[Tensor, "batch *one_one capacity"]):
@@ -29,28 +33,31 @@ class GrowingStep:
     def __call__(
         self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
     ) -> Float[Tensor, "batch hidden"]:
-        """The hidden states after each row's `token`, which is put at `place` of the cache."""
+        """Put each row's `token`, at `positions` of its text, into `place` of the cache; return the hidden states."""
         mask = self.visible[..., : place + 1]
         return _forward(self.model, token[:, None], positions[:, None], mask, self.argument, self.cache)
 
-    def remaining(self, done: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
-        """The rows worth going on with, filled up with others to a batch of `size`; none once all are done."""
-        return done.argsort(stable=True)[: self.size(int((~done).sum()))]
+    def remaining(self, finished: Bool[Tensor, "batch"]) -> Int[Tensor, "rows"]:
+        """The rows to continue with: all unfinished ones, and finished ones to fill a batch of `batch_size`.
 
-    def size(self, left: int) -> int:
-        """How large a batch to go on with when `left` rows are not done."""
-        return left
+        Empty once all rows are finished.
+        """
+        return finished.argsort(stable=True)[: self.batch_size(int((~finished).sum()))]
+
+    def batch_size(self, unfinished: int) -> int:
+        """The size of the batch to continue with when so many rows are unfinished."""
+        return unfinished
 
     def keep(self, rows: Int[Tensor, "rows"]) -> None:
-        """Drop all rows but these."""
+        """Drop all other rows."""
         self.cache.keep(rows)
         self.visible = self.visible[rows]
 
 
 class CompiledStep(GrowingStep):
-    """As `GrowingStep`, compiled as a whole, once for any number of rows and any place. Only for sdpa attention.
+    """A `GrowingStep` compiled as a whole, once for any number of rows and any place. Needs sdpa attention.
 
-    `compiled` are the options of torch.compile.
+    `compiled` are the keyword arguments of torch.compile.
     """
 
     def __init__(
@@ -67,15 +74,17 @@ class CompiledStep(GrowingStep):
         self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
     ) -> Float[Tensor, "batch hidden"]:
         """As `GrowingStep`."""
+        # The cache is a Python object with a counter that changes in every step. Passing its tensors and the place as
+        # tensors keeps the compiled function free of numbers that would make torch.compile start again.
         end = place + 1
         buffers = [(layer.keys[:, :, :end], layer.values[:, :, :end]) for layer in self.cache.layers]
         where = token.new_tensor([place])
         visible = self.visible[..., :end]
         return self.run(self.model, token[:, None], positions[:, None], visible, self.argument, buffers, where)
 
-    def size(self, left: int) -> int:
-        """Not one row, which would be compiled anew."""
-        return 2 if left == 1 else left
+    def batch_size(self, unfinished: int) -> int:
+        """At least 2 rows: torch.compile would compile a batch of 1 separately."""
+        return 2 if unfinished == 1 else unfinished
 
 
 def _step(
@@ -87,14 +96,14 @@ def _step(
     buffers: list[tuple[Tensor, Tensor]],
     place: Tensor,
 ) -> Tensor:
-    """A function of tensors, in which the compiler finds no number that changes from step to step."""
+    """The function that `CompiledStep` compiles; all that changes from step to step is in tensors."""
     return _forward(model, token, positions, visible, argument, BufferCache.of(buffers, place))
 
 
 def _forward(
     model: PreTrainedModel, token: Tensor, positions: Tensor, mask: Tensor, argument: str, cache: BufferCache
 ) -> Tensor:
-    """Hidden states [rows, hidden] after a token [rows, 1] of each row; `argument` is `cache_argument`."""
+    """Hidden states [rows, hidden] after one token [rows, 1] per row; `argument` comes from `cache_argument`."""
     return model.base_model(
         input_ids=token, attention_mask=mask, position_ids=positions, use_cache=True, **{argument: cache}
     ).last_hidden_state[:, -1]
@@ -106,9 +115,10 @@ def prefill(
     cache: BufferCache,
     held: Bool[Tensor, "batch width"] | None = None,
 ) -> Float[Tensor, "batch width hidden"]:
-    """Hidden states of prompts, whose keys and values go into the cache.
+    """Run prompts through the model, fill the cache with their keys and values, and return their hidden states.
 
-    `held` marks the tokens of prompts that are padded on the left; on the right no mask is needed.
+    For prompts that are padded on the left, `held` marks their tokens. Padding on the right needs no mask, because
+    causal attention never looks to the right.
     """
     options: dict[str, Any] = {cache_argument(model.base_model): cache}
     if held is not None:
@@ -117,12 +127,12 @@ def prefill(
 
 
 class FixedStep(GrowingStep):
-    """Attends over the whole capacity under a mask: every step has the same shapes and the same addresses.
+    """Attends to the whole capacity under a mask, so that every step has the same shapes and memory addresses.
 
-    So it can be captured once as a CUDA graph and replayed (`capture`), which spares the launch of each kernel. The
-    batch shrinks by halves, to powers of two, and is captured anew then. A graph holds the addresses of the weights
-    too: it is no longer of use once the adapter merged into them is taken out. NOT MEASURED, for want of a GPU; the
-    steps themselves are tested on the CPU. Only for sdpa attention.
+    With `capture`, the step is recorded once as a CUDA graph and replayed, which saves launching each kernel. The batch
+    shrinks to powers of two only, and is captured again each time. A graph contains the addresses of the weights, too:
+    it is invalid once the merged adapter is removed from them. Needs sdpa attention. NOT MEASURED, because no GPU was
+    available; the steps themselves are tested on the CPU.
     """
 
     def __init__(
@@ -141,7 +151,7 @@ class FixedStep(GrowingStep):
     def __call__(
         self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
     ) -> Float[Tensor, "batch hidden"]:
-        """As `GrowingStep`; with a graph, what it returns is overwritten by the next step."""
+        """As `GrowingStep`; a captured step overwrites the result of the previous one."""
         self.token.copy_(token[:, None])
         self.positions.copy_(positions[:, None])
         self.place.fill_(place)
@@ -150,26 +160,26 @@ class FixedStep(GrowingStep):
         return self.run()
 
     def step(self) -> Float[Tensor, "batch hidden"]:
-        """A function of the buffers alone; done twice it is the same."""
+        """One step on the buffers alone. It can be repeated without effect, as the warm-up before a capture does."""
         self.visible.index_fill_(-1, self.place, True)
         return _forward(self.model, self.token, self.positions, self.visible, self.argument, self.cache)
 
-    def size(self, left: int) -> int:
-        """A power of two."""
-        return 1 << (left - 1).bit_length() if left else 0
+    def batch_size(self, unfinished: int) -> int:
+        """The next power of two, so that few sizes are captured."""
+        return 1 << (unfinished - 1).bit_length() if unfinished else 0
 
     def keep(self, rows: Int[Tensor, "rows"]) -> None:
-        """Drop all rows but these, which are captured anew."""
+        """Drop all other rows; the next step is captured again."""
         super().keep(rows)
         self.token, self.positions, self.run = self.token[rows], self.positions[rows], None
 
 
 def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`step` as a CUDA graph, or as it is where that cannot be captured."""
+    """Capture `step` as a CUDA graph and return a function that replays it; return `step` itself if that fails."""
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        # casts that autocast remembers would be freed with the memory of the capture
+        # Autocast caches casted weights. Casts made during the capture would be freed with its memory.
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
             with torch.cuda.stream(side):
@@ -179,8 +189,10 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 result = step()
-    except Exception as error:  # it depends on the model what goes wrong
-        log.warning("no CUDA graph of the decoding step (%s): without; see generation.cuda_graphs=never", error)
+    except Exception as error:  # which exception it is depends on the model
+        log.warning(
+            "no CUDA graph of the decoding step (%s): decoding runs without; see generation.cuda_graphs=never", error
+        )
         return step
 
     def replay() -> Tensor:

@@ -1,9 +1,11 @@
-"""The rollout batch and the engines that sample it.
+"""What a sampling engine receives, returns and guarantees; the rules of sampling.
 
-Sampling is plain: softmax of the logits over the temperature, no top-k, top-p or minimum length, whatever the
-generation_config of a checkpoint asks for, because log-probs of another distribution than the sampled one would bias
-every divergence. A response ends at any of the ids that the model stops at (`stop_ids`), each of them an EOS here. An
-EOS counts as a response token when it was sampled, and is never appended.
+The sampling distribution is the softmax of the logits divided by the temperature. There is no top-k, top-p or minimum
+length, whatever the generation_config of a checkpoint asks for: log-probs of a distribution other than the sampled one
+would bias every divergence.
+
+A response ends at any of the token ids at which the model stops (`rlhf.models.tokens.stop_ids`); each of them counts as
+EOS here. A sampled EOS is part of the response. An EOS that was not sampled is never appended.
 """
 
 from collections.abc import Sequence
@@ -17,11 +19,27 @@ from torch import Tensor
 from rlhf.models.roles import Roles
 
 
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Prompts to continue, and how.
+
+    `prompts` are lists of token ids. Temperature 0 decodes greedily. All randomness comes from `generator`: the same
+    state gives the same ids.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    temperature: float
+    generator: torch.Generator
+
+
 @dataclass
 class Generated:
-    """Sampled ids [batch, time] after the prompts, each row valid up to its length (EOS included).
+    """Sampled token ids, without the prompts; each row is valid up to its length, which includes the EOS.
 
-    `logprobs` of the ids, and `values` of the states they were chosen in where the value head is on the same trunk.
+    `logprobs` are those of the sampled ids at the sampling temperature, in float32 and nats; None if the engine does
+    not compute them. `values` are those of the states in which the ids were chosen; None unless the value head shares
+    the trunk and adapter of the sampled role.
     """
 
     ids: Int[Tensor, "batch time"]
@@ -32,25 +50,13 @@ class Generated:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples continuations of `prompts` (lists of ids) from a role's distribution.
+    """Samples continuations of prompts from the distribution of a role (see the module's docstring)."""
 
-    `temperature` 0 is greedy. Rows end at EOS (kept) or at `max_new_tokens`. The same generator state gives the same
-    ids. `logprobs` are under the sampling temperature (float32, nats).
-    """
-
-    def generate(
-        self,
-        roles: Roles,
-        role: str,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> Generated:
-        """Sampled continuations, in the order of the prompts."""
+    def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:
+        """Sample one continuation per prompt, in the order of the prompts, each up to EOS or `max_new_tokens`."""
         ...
 
 
 def as_list(ids: int | Sequence[int]) -> list[int]:
-    """One id, or several, as a list."""
+    """One or several token ids as a list."""
     return [ids] if isinstance(ids, int) else list(ids)

@@ -1,4 +1,4 @@
-"""A preallocated key/value cache whose rows can be dropped: what the native engine decodes with."""
+"""The native engine's key/value cache: preallocated, and its rows can be dropped."""
 
 from collections.abc import Sequence
 from inspect import signature
@@ -10,12 +10,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """By which name a model takes its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    """The argument by which a model receives its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
 
 
 class _BufferLayer(CacheLayerMixin):
-    """One layer's keys and values [batch, heads, capacity, width], allocated once and written in place."""
+    """One layer's keys and values [batch, heads, capacity, width], allocated once and written in place.
+
+    `filled` tokens are stored. If `place` is set, states are written there instead (see `BufferCache.fix`).
+    """
 
     is_sliding = False
 
@@ -25,7 +28,7 @@ class _BufferLayer(CacheLayerMixin):
         self.place: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the first states' batch, heads, width and dtype."""
+        """Allocate buffers with the batch, heads, width and dtype of the first states."""
         batch, heads, _, width = key_states.shape
         self.keys = key_states.new_empty(batch, heads, self.capacity, width)
         self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
@@ -34,7 +37,7 @@ class _BufferLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append the new states and return a view of all so far; once fixed, see `BufferCache.fix`."""
+        """Append new states and return views of all states so far; or write to `place` and return whole buffers."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -56,30 +59,30 @@ class _BufferLayer(CacheLayerMixin):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys that a query of this length attends to, offset of the first)."""
+        """(number of keys that a query of this length attends to, offset of the first key)."""
         length = query_length if isinstance(query_length, int) else len(query_length)
         return self.filled + length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Number of tokens stored."""
         return self.filled
 
     def get_max_length(self) -> int:
-        """Tokens that fit."""
+        """Number of tokens that fit."""
         return self.capacity
 
     get_max_cache_shape = get_max_length
 
 
 class BufferCache(Cache):
-    """A cache of `layers` buffers for `capacity` tokens a row."""
+    """A cache for `layers` layers and `capacity` tokens per row."""
 
     def __init__(self, layers: int, capacity: int):
         super().__init__(layers=[_BufferLayer(capacity) for _ in range(layers)])
 
     @classmethod
     def of(cls, buffers: Sequence[tuple[Tensor, Tensor]], place: Tensor) -> "BufferCache":
-        """One over the keys and values [batch, heads, time, width] of each layer that are there, fixed at `place`."""
+        """A cache on existing keys and values [batch, heads, time, width] of each layer, fixed at `place` [1]."""
         cache = cls(len(buffers), buffers[0][0].shape[2])
         for layer, (keys, values) in zip(cache.layers, buffers, strict=True):
             layer.keys, layer.values, layer.place, layer.is_initialized = keys, values, place, True
@@ -87,10 +90,9 @@ class BufferCache(Cache):
 
     @torch.no_grad()
     def fix(self, place: Tensor) -> None:
-        """From now on put a token's states at `place` [1], and return the whole buffers: their addresses stay.
+        """From now on write a token's states to `place` [1] and return whole buffers, whose addresses never change.
 
-        What is not filled yet becomes 0: a mask keeps attention from it, but 0 times what happened to be there may be
-        no number.
+        Zeroes the unfilled part. The mask gives it weight 0, but 0 × uninitialised memory can be NaN.
         """
         for layer in self.layers:
             layer.place = place
@@ -99,6 +101,6 @@ class BufferCache(Cache):
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these: what is finished costs nothing more."""
+        """Drop all other rows, so that finished ones cost nothing more."""
         for layer in self.layers:
             layer.keep(rows)

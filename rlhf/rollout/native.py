@@ -1,114 +1,163 @@
-"""Our own decoding loop."""
+"""Our own decoding loop (generation.engine=native): with log-probs and values, and without work for finished rows."""
 
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf.models.logits import head_of
 from rlhf.models.roles import Roles
 from rlhf.models.unpadded import takes_visible
 from rlhf.rollout.decoding import CompiledStep, FixedStep, GrowingStep, prefill
-from rlhf.rollout.engine import Generated, as_list
+from rlhf.rollout.engine import Generated, GenerationRequest, as_list
 from rlhf.rollout.kv_cache import BufferCache
 
-# How often the native engine looks which rows are done: each look waits for the device.
-CHECK_EVERY = 4
+CHECK_EVERY = 4  # steps between looks for finished rows: each look waits for the device
+SHRINK_BELOW = 0.9  # drop finished rows once at most this share of the batch would remain: dropping copies the cache
 
 
 class NativeEngine:
-    """Our own decoding loop, on any causal model of transformers.
+    """Decodes with any causal language model of transformers.
 
-    Padding is masked out of the cache, the adapter is merged into copies of the adapted matrices, keys and values lie
-    in one buffer, and rows that are done are dropped from the batch. Prompts are padded on the right where a mask of
-    ours says all (`takes_visible`), and else on the left, so that places in the cache are as far apart as the tokens,
-    and the model makes its own masks. Each row
-    draws its own numbers, so what it says does not depend on which other rows are still there. `fixed` decodes at fixed
-    shapes, on a GPU as CUDA graphs.
+    The adapter is merged into copies of the adapted matrices. Keys and values are stored in one preallocated buffer per
+    layer. Finished rows are dropped from the batch. Every row has its own random numbers, so its tokens do not depend
+    on the other rows. With `fixed`, steps have fixed shapes and run as CUDA graphs on a GPU.
     """
 
     def __init__(self, eos_token_id: int | Sequence[int], capture_logprobs: bool = True, fixed: bool = False):
         self.stops, self.capture, self.fixed = as_list(eos_token_id), capture_logprobs, fixed
 
     @torch.no_grad()
-    def generate(
-        self,
-        roles: Roles,
-        role: str,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> Generated:
-        """See `Engine`."""
-        device = roles.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        width, batch = int(lengths.max()), len(prompts)
-        ours = takes_visible(roles.trunk(role), width + max_new_tokens)
-        padded = torch.zeros(batch, width, dtype=torch.long)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[slice(len(prompt)) if ours else slice(width - len(prompt), width)] = torch.tensor(prompt)
-        padded, lengths = padded.to(device), lengths.to(device)
-        draws = torch.rand(batch, max_new_tokens, generator=generator, device=generator.device).to(device)
+    def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:
+        """See `rlhf.rollout.engine.Engine`."""
+        # 1. Choose the side of the padding. Where our own mask can say everything about attention, prompts are padded
+        #    on the right. Elsewhere the model makes its masks itself, from distances in the cache: padding on the left
+        #    keeps those equal to the distances in the text.
+        longest = max(map(len, request.prompts)) + request.max_new_tokens
+        pad_right = takes_visible(roles.trunk(role), longest)
 
-        out = torch.full((batch, max_new_tokens), self.stops[0], device=device)
-        stops = torch.tensor(self.stops, device=device)
-        logprobs = torch.zeros(batch, max_new_tokens, device=device)
+        # 2. Values come for free if the value head reads the hidden states of the sampled role.
         shared = "value" in roles.heads and roles.table["value"] == roles.table[role]
-        head = roles.heads["value"] if self.capture and shared else None
-        values = torch.zeros(batch, max_new_tokens, device=device)
-        ends = torch.full((batch,), max_new_tokens, device=device)
-        alive = torch.arange(batch, device=device)
-        done = torch.zeros(batch, dtype=torch.bool, device=device)
+        value_head = roles.heads["value"] if self.capture and shared else None
+
+        # 3. Fill the cache with the prompts, then sample token by token.
+        batch = _Batch(request, self.stops, pad_right, roles.device)
         with roles.merged(role) as model, roles.autocast():
-            capacity = width + max_new_tokens
-            cache = BufferCache(model.config.get_text_config().num_hidden_layers, capacity)
-            place = torch.arange(capacity, device=device)
-            if ours:
-                held = (place < lengths[:, None]) | (place >= width)
-                last = prefill(model, padded, cache)[torch.arange(batch, device=device), lengths - 1]
-                held = held[:, None, None]
-            else:
-                held = place >= width - lengths[:, None]
-                last = prefill(model, padded, cache, held[:, :width])[:, -1]
-            forward = GrowingStep(model, cache, held)
-            if self.fixed and ours:
-                forward = FixedStep(model, cache, held, capture=device.type == "cuda")
-            elif roles.compiled and ours:
-                forward = CompiledStep(model, cache, held, roles.compiled)
-            output = head_of(model)
-            for step in range(max_new_tokens):
-                logits = output(last).float()
-                token, logprob = _choose(logits, temperature, draws[alive, step], self.capture)
-                out[alive, step] = token
-                logprobs[alive, step] = logprob
-                if head is not None:
-                    values[alive, step] = head(last)
-                newly = (token[:, None] == stops).any(1) & ~done
-                ends[alive] = torch.where(newly, step + 1, ends[alive])
-                done |= newly
-                if step + 1 == max_new_tokens:
+            forward, hidden = self._prefill(roles, model, batch)
+            self._decode(model, value_head, forward, hidden, batch)
+        logprobs = batch.logprobs if self.capture else None
+        values = None if value_head is None else batch.values
+        return Generated(batch.ids, batch.lengths, logprobs, values)
+
+    def _prefill(
+        self, roles: Roles, model: PreTrainedModel, batch: "_Batch"
+    ) -> tuple[GrowingStep, Float[Tensor, "batch hidden"]]:
+        """Run the prompts through the model: the step to continue with, and each prompt's last hidden state."""
+        capacity = batch.width + batch.limit
+        cache = BufferCache(model.config.get_text_config().num_hidden_layers, capacity)
+        place = torch.arange(capacity, device=roles.device)
+        lengths = batch.prompt_lengths[:, None]
+        if not batch.pad_right:
+            held = place >= batch.width - lengths
+            hidden = prefill(model, batch.prompts, cache, held[:, : batch.width])[:, -1]
+            return GrowingStep(model, cache, held), hidden
+        # All rows are active at this point.
+        hidden = prefill(model, batch.prompts, cache)[batch.active, batch.prompt_lengths - 1]
+        visible = ((place < lengths) | (place >= batch.width))[:, None, None]
+        if self.fixed:
+            return FixedStep(model, cache, visible, capture=roles.device.type == "cuda"), hidden
+        if roles.compiled:
+            return CompiledStep(model, cache, visible, roles.compiled), hidden
+        return GrowingStep(model, cache, visible), hidden
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        value_head: nn.Module | None,
+        forward: GrowingStep,
+        hidden: Float[Tensor, "batch hidden"],
+        batch: "_Batch",
+    ) -> None:
+        """Sample tokens into `batch`, from the hidden states after the prompts on."""
+        output = head_of(model)
+        for step in range(batch.limit):
+            # 1. Sample the next token of each active row.
+            draws = batch.draws[batch.active, step]
+            token, logprob = sample_tokens(output(hidden).float(), batch.temperature, draws, self.capture)
+            batch.append(step, token, logprob, None if value_head is None else value_head(hidden))
+            if step + 1 == batch.limit:
+                break
+
+            # 2. Drop finished rows, and stop when all are finished.
+            if step % CHECK_EVERY == CHECK_EVERY - 1:
+                rows = forward.remaining(batch.finished)
+                if len(rows) == 0:
                     break
-                if step % CHECK_EVERY == CHECK_EVERY - 1:
-                    rows = forward.remaining(done)
-                    if len(rows) == 0:
-                        break
-                    if len(rows) <= 0.9 * len(alive):
-                        forward.keep(rows)
-                        alive, token, done = alive[rows], token[rows], done[rows]
-                last = forward(token, lengths[alive] + step, width + step)
-        return Generated(out, ends, logprobs if self.capture else None, None if head is None else values)
+                if len(rows) <= SHRINK_BELOW * len(batch.active):
+                    forward.keep(rows)
+                    batch.keep(rows)
+                    token = token[rows]
+
+            # 3. Run the model on the sampled tokens.
+            hidden = forward(token, batch.prompt_lengths[batch.active] + step, batch.width + step)
 
 
-def _choose(
+class _Batch:
+    """The prompts and responses of one request, and which rows are still being decoded.
+
+    `active` [rows] are the indices of these rows, `finished` [rows] marks those among them that have already ended
+    but were not dropped yet. All other tensors cover all rows of the request.
+    """
+
+    def __init__(self, request: GenerationRequest, stops: Sequence[int], pad_right: bool, device: torch.device):
+        count, self.limit, self.temperature = len(request.prompts), request.max_new_tokens, request.temperature
+        self.width, self.pad_right = max(map(len, request.prompts)), pad_right
+        prompts = torch.zeros(count, self.width, dtype=torch.long)
+        for row, prompt in zip(prompts, request.prompts, strict=True):
+            start = 0 if pad_right else self.width - len(prompt)
+            row[start : start + len(prompt)] = torch.tensor(prompt)
+        self.prompts = prompts.to(device)
+        self.prompt_lengths = torch.tensor([len(prompt) for prompt in request.prompts]).to(device)
+
+        # All random numbers are drawn at once, so that a row's do not depend on which other rows are still active.
+        generator = request.generator
+        self.draws = torch.rand(count, self.limit, generator=generator, device=generator.device).to(device)
+
+        self.stops = torch.tensor(stops, device=device)
+        self.ids = torch.full((count, self.limit), stops[0], device=device)
+        self.logprobs = torch.zeros(count, self.limit, device=device)
+        self.values = torch.zeros(count, self.limit, device=device)
+        self.lengths = torch.full((count,), self.limit, device=device)
+        self.active = torch.arange(count, device=device)
+        self.finished = torch.zeros(count, dtype=torch.bool, device=device)
+
+    def append(self, step: int, token: Tensor, logprob: Tensor, value: Tensor | None) -> None:
+        """Store what was sampled for the active rows; rows that sampled an EOS are finished."""
+        self.ids[self.active, step] = token
+        self.logprobs[self.active, step] = logprob
+        if value is not None:
+            self.values[self.active, step] = value
+        newly_finished = (token[:, None] == self.stops).any(1) & ~self.finished
+        self.lengths[self.active] = torch.where(newly_finished, step + 1, self.lengths[self.active])
+        self.finished |= newly_finished
+
+    def keep(self, rows: Int[Tensor, "rows"]) -> None:
+        """Keep only these of the active rows active."""
+        self.active, self.finished = self.active[rows], self.finished[rows]
+
+
+def sample_tokens(
     logits: Float[Tensor, "rows vocabulary"], temperature: float, draws: Float[Tensor, "rows"], capture: bool
 ) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
-    """A token per row by inverting the cumulative distribution at `draws` in [0, 1), and its log-probability.
+    """One token per row, and its log-probability (zeros unless `capture`).
 
-    Tokens in the last 1e-6 of the distribution, in the order of the vocabulary, are never sampled: rounding in the
-    cumulative sum could otherwise choose one of probability 0. The log-probs are of the whole distribution, from which
-    that differs by at most 1e-6 in probability.
+    Inverts the cumulative distribution at `draws`, uniform in [0, 1). Temperature 0 takes the likeliest token.
+
+    The last 1e-6 of the distribution, in the order of the vocabulary, is never sampled: rounding in the cumulative sum
+    could otherwise choose a token of probability 0. Log-probs are those of the full distribution, from which the
+    sampled one differs by at most 1e-6 in probability.
     """
     if temperature == 0:
         token = logits.argmax(-1)
@@ -116,6 +165,7 @@ def _choose(
     else:
         scaled = logits / temperature
         cumulative = scaled.softmax(-1).cumsum(-1)
+        # The last entry of the cumulative sum is not exactly 1.
         threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
     if not capture:

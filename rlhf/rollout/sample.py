@@ -1,4 +1,4 @@
-"""The rollout batch: prompts answered by a role."""
+"""Rollouts: prompts answered by a role, as ids and as texts, with the log-probs and values captured while sampling."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,17 @@ from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenizing import Response, encode
 from rlhf.models.tokens import stop_ids
-from rlhf.rollout.engine import Engine, Generated
-from rlhf.rollout.huggingface import TransformersEngine
-from rlhf.rollout.native import NativeEngine
+from rlhf.rollout.engine import Engine, Generated, GenerationRequest
 from rlhf.settings import GenerationSettings
 
 
 @dataclass
 class Rollouts:
-    """Prompts answered by the policy.
+    """Prompts and the sampled responses.
 
-    `logprobs` are those the tokens were sampled with, `values` those of the states they were sampled in; both [batch,
-    response], 0 on padding, or None when the engine does not tell them. `responses` are of the class `Response`.
+    `ended` marks responses that end with an EOS. `responses` are strings of the class `Response`, which also hold the
+    ids. `logprobs` are those at the sampling temperature, in nats; `values` are those of the states in which the tokens
+    were chosen. Both are 0 on padding, and None if the engine does not compute them.
     """
 
     sequences: Sequences
@@ -35,7 +34,7 @@ class Rollouts:
 
     @property
     def mask(self) -> Bool[Tensor, "batch response"]:
-        """The response tokens."""
+        """Marks the response tokens."""
         return self.sequences.response_mask
 
 
@@ -50,76 +49,51 @@ def rollout(
     temperature: float | None = None,
     max_new_tokens: int | None = None,
 ) -> Rollouts:
-    """Answer `prompts`: encoded once, sampled in batches of similar prompt length, in their own order again.
+    """Sample one response per prompt, in batches of `settings.batch_size` prompts of similar length.
 
-    Sampled ids are kept as they are: the texts are decoded for judges and scorers, and never encoded again.
+    Results are in the order of the prompts. `temperature` and `max_new_tokens` default to those of `settings`.
     """
     temperature = settings.temperature if temperature is None else temperature
     limit = max_new_tokens or settings.max_new_tokens
+
+    # 1. Encode the prompts and batch them by length, so that there is little padding.
     encoded = encode(tokenizer, prompts)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    responses: list[list[int]] = [[] for _ in encoded]
-    parts: list[tuple[list[int], Generated]] = []
-    for start in range(0, len(order), settings.batch_size):
-        rows = order[start : start + settings.batch_size]
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
+
+    # 2. Sample. Blocks run uncompiled: each shape of a batch of prompts occurs about once.
+    parts: list[Generated] = []
+    for rows in batches:
+        request = GenerationRequest([encoded[row] for row in rows], limit, temperature, generator)
         with roles.uncompiled_blocks():
-            part = engine.generate(roles, role, [encoded[i] for i in rows], limit, temperature, generator)
-        for i, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
-            responses[i] = ids[:length]
-        parts.append((rows, part))
+            parts.append(engine.generate(roles, role, request))
+
+    # 3. Put everything back into the order of the prompts.
+    responses: list[list[int]] = [[] for _ in encoded]
+    for rows, part in zip(batches, parts, strict=True):
+        for row, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
+            responses[row] = ids[:length]
     sequences = Sequences.from_lists(encoded, responses).to(roles.device)
+    logprobs = _in_prompt_order(batches, [part.logprobs for part in parts], sequences.response_mask)
+    values = _in_prompt_order(batches, [part.values for part in parts], sequences.response_mask)
+
+    # 4. Decode for judges and scorers. The ids stay what was sampled: encoding a text again could give other ids.
     stops = stop_ids(tokenizer, roles.trunk(role))
     ended = [ids[-1] in stops for ids in responses]
     decoded = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    texts: list[str] = [Response(*told) for told in zip(decoded, responses, ended, strict=True)]
-    logprobs = _laid_out([(rows, part.logprobs) for rows, part in parts], sequences)
-    values = _laid_out([(rows, part.values) for rows, part in parts], sequences)
-    flags = torch.tensor(ended, device=roles.device)
-    return Rollouts(sequences, logprobs, flags, list(prompts), texts, values)
+    texts: list[str] = [Response(*response) for response in zip(decoded, responses, ended, strict=True)]
+    return Rollouts(sequences, logprobs, torch.tensor(ended, device=roles.device), list(prompts), texts, values)
 
 
-def _laid_out(
-    parts: Sequence[tuple[list[int], Tensor | None]], sequences: Sequences
+def _in_prompt_order(
+    batches: Sequence[Sequence[int]], parts: Sequence[Tensor | None], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"] | None:
-    """Numbers per token of some rows each, by row; None if a part has none."""
-    mask = sequences.response_mask
+    """Join per-token numbers of batches; `batches` holds the rows of each. None if any part is None."""
     result = torch.zeros(mask.shape, device=mask.device)
-    for rows, numbers in parts:
+    for rows, numbers in zip(batches, parts, strict=True):
         if numbers is None:
             return None
-        known = numbers[:, : mask.shape[1]]
-        result[torch.tensor(rows, device=mask.device), : known.shape[1]] = known
+        # An engine's tensors may be longer than the longest response.
+        numbers = numbers[:, : mask.shape[1]]
+        result[torch.tensor(rows, device=mask.device), : numbers.shape[1]] = numbers
     return result.masked_fill(~mask, 0.0)
-
-
-def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, roles: Roles) -> Engine:
-    """The configured engine.
-
-    Log-probs are captured as sampled unless `generation.capture_logprobs=never`; see `serve_as_old` for their use.
-    """
-    if settings.engine == "vllm":
-        from rlhf.rollout.vllm import VllmEngine
-
-        return VllmEngine(settings, tokenizer, roles)
-    stops = stop_ids(tokenizer, roles.trunk("reference"))
-    if settings.engine == "transformers":
-        return TransformersEngine(stops, tokenizer.pad_token_id)
-    capture = settings.capture_logprobs != "never"
-    fixed = settings.cuda_graphs == "auto" and roles.device.type == "cuda" and not roles.sharded
-    return NativeEngine(stops, capture, fixed)
-
-
-def in_float32(roles: Roles) -> bool:
-    """Whether weights and matrix products are float32, so that log-probs do not depend on the shape of the batch."""
-    return roles.compute_dtype == torch.float32 and next(roles.parameters()).dtype == torch.float32
-
-
-def serve_as_old(settings: GenerationSettings, roles: Roles) -> bool:
-    """Whether captured log-probs are PPO's old ones as they are.
-
-    `generation.capture_logprobs=auto`: where that is exact, from our own engine in float32. Elsewhere the same row in
-    another batch shape or kernel has other log-probs: they are scored again at the shapes of the update, and the
-    captured ones are there to be compared with them.
-    """
-    exact = settings.engine == "native" and in_float32(roles)
-    return exact if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"

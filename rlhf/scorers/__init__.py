@@ -1,4 +1,4 @@
-"""What rewards a rollout: a learned reward model, the world's own utility, or a function of yours."""
+"""Scorers turn rollouts into rewards: a learned reward model, a text classifier, the data set's utility, a function."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from rlhf.rollout.sample import Rollouts
 
 @dataclass
 class Context:
-    """What scorers and judges may use: the data set, the tokenizer, the models, the reward model's baseline.
+    """What scorers and judges may use.
 
-    `cache` is the folder of what all runs share.
+    `reward_baseline` is the reward model's mean score of demonstrations. `microbatch_tokens` limits the tokens per
+    forward pass. `cache` is the folder that all runs share.
     """
 
     source: DataSource
@@ -29,7 +30,10 @@ class Context:
 
 
 class Scorer(Protocol):
-    """One score per rollout, before any penalty. Constructed with a `Context` and the keys of its YAML."""
+    """Gives each rollout a score, to which PPO applies its penalties later.
+
+    Constructed with a `Context` and the keys of its YAML file as keyword arguments.
+    """
 
     needs_reward_model: ClassVar[bool]
 

@@ -1,4 +1,4 @@
-"""Scorers made of scorers: a weighted sum, and a price on length to put into one."""
+"""A weighted sum of other scorers, and a length penalty to use as one of its terms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,12 +14,12 @@ from rlhf.scorers import Context, Scorer
 
 
 class WeightedSum:
-    """Σ weight · score over `terms`, each `{weight: number, scorer: {_target_: …}}`.
+    """Σ weight · score over `terms`, each of the form `{weight: number, scorer: {_target_: …}}`.
 
-    A term needs what its scorer needs: a reward model is trained if one of them reads it.
+    `terms` is a list, or a mapping from arbitrary names. A reward model is trained if any of the terms needs one.
 
     Raises:
-        ConfigError: no terms, or a term without weight or scorer.
+        ConfigError: there are no terms, or a term does not have exactly the keys `weight` and `scorer`.
     """
 
     needs_reward_model: ClassVar[bool] = False
@@ -28,18 +28,18 @@ class WeightedSum:
         self.terms: list[tuple[float, Scorer]] = []
         for term in terms.values() if isinstance(terms, Mapping) else terms:
             if set(term) != {"weight", "scorer"} or "_target_" not in term["scorer"]:
-                raise ConfigError(f"scorer.terms: {dict(term)} is no term; allowed: weight and scorer._target_")
+                raise ConfigError(f"scorer.terms: {dict(term)} is not a term; allowed: weight and scorer._target_")
             self.terms.append((float(term["weight"]), instantiate(term["scorer"], context, _convert_="all")))
         if not self.terms:
             raise ConfigError("scorer.terms is empty; allowed: terms with a weight and a scorer each")
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """The sum for each rollout."""
+        """The weighted sum of each rollout."""
         return torch.stack([weight * scorer(rollouts) for weight, scorer in self.terms]).sum(0)
 
 
 class LengthPenalty:
-    """−(response tokens beyond `free`): what a token costs is the weight it is given in a sum."""
+    """−(number of response tokens beyond `free`). In a `WeightedSum`, the weight is the price of a token."""
 
     needs_reward_model: ClassVar[bool] = False
 
@@ -47,5 +47,5 @@ class LengthPenalty:
         self.free = free
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """Minus the tokens that are counted."""
+        """The negative number of response tokens beyond `free` (0 for shorter responses)."""
         return -(rollouts.mask.sum(1) - self.free).clamp(min=0).float()

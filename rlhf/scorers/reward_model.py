@@ -1,4 +1,4 @@
-"""The learned reward, on the sampled ids themselves."""
+"""The learned reward model as scorer. It reads the sampled ids, not re-encoded texts."""
 
 from typing import ClassVar
 
@@ -12,9 +12,9 @@ from rlhf.scorers import Context
 
 
 class RewardModelScorer:
-    """The role `reward` at the last sampled token (the EOS when one was sampled), less a baseline.
+    """The score of the role `reward` at the last sampled token (the EOS if one was sampled), minus `baseline`.
 
-    `baseline=None` takes the mean score of demonstrations, so that 0 is as good as those.
+    With `baseline=None`, the mean score of demonstrations is subtracted: a score of 0 is as good as those on average.
     """
 
     needs_reward_model: ClassVar[bool] = True
@@ -24,12 +24,12 @@ class RewardModelScorer:
         self.baseline = context.reward_baseline if baseline is None else baseline
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """Scores of rollouts."""
+        """The score of each rollout."""
         return self.score(rollouts.sequences)
 
     @torch.no_grad()
     def score(self, batch: Sequences) -> Float[Tensor, "batch"]:
-        """Scores of token sequences, in the order of the rows."""
+        """The score of each sequence, in the order of the rows."""
         groups = self.context.roles.groups(batch.lengths.tolist(), self.context.microbatch_tokens)
         rows = (torch.tensor(group, device=batch.ids.device) for group in groups)
         with self.context.roles.scoring("reward"):

@@ -1,4 +1,4 @@
-"""Scores of decoded texts: the embedded world's gold utility, or any function of yours."""
+"""Scorers of decoded texts: the data set's own utility, or any Python function."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -13,7 +13,7 @@ from rlhf.scorers import Context
 
 
 class GoldScorer:
-    """The data set's own `utility(prompt, response)`: PPO on the truth, without a reward model."""
+    """The data set's `utility(prompt, response)`: PPO optimises the true objective, without a reward model."""
 
     needs_reward_model: ClassVar[bool] = False
     needs_utility: ClassVar[bool] = True
@@ -22,13 +22,16 @@ class GoldScorer:
         self.utility: Callable[[str, str], float] = context.source.utility  # type: ignore[attr-defined]
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """Utilities of rollouts."""
+        """The utility of each rollout."""
         pairs = zip(rollouts.prompts, rollouts.responses, strict=True)
         return torch.tensor([self.utility(*pair) for pair in pairs], device=rollouts.sequences.ids.device)
 
 
 class FunctionScorer:
-    """`scorer=function scorer.function=my.module.score`: called with (prompts, responses), returns a number each."""
+    """A function named by its path: `scorer=function scorer.function=my.module.score`.
+
+    It is called with (prompts, responses), two lists of strings, and returns a number for each pair.
+    """
 
     needs_reward_model: ClassVar[bool] = False
 
@@ -36,10 +39,10 @@ class FunctionScorer:
         self.function: Callable[[Sequence[str], Sequence[str]], Sequence[float]] = hydra.utils.get_method(function)
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """The function's scores.
+        """The score of each rollout.
 
         Raises:
-            ValueError: it returned another number of scores than it was given responses.
+            ValueError: the function did not return exactly one score per response.
         """
         scores = torch.as_tensor(self.function(rollouts.prompts, rollouts.responses), dtype=torch.float32)
         if scores.shape != (len(rollouts.responses),):

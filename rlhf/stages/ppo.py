@@ -20,7 +20,8 @@ from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import Engine
-from rlhf.rollout.sample import Rollouts, in_float32, make_engine, rollout, serve_as_old
+from rlhf.rollout.factory import make_engine, use_captured_logprobs
+from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.seeding import generator
 from rlhf.settings import Settings
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
@@ -75,14 +76,14 @@ class PPO(PolicyEvaluation):
         self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
         self.samples = samples
-        exact = in_float32(roles) and settings.quantization is None
+        exact = roles.in_float32 and settings.quantization is None
         self.guards = Guards(settings.guards.at_precision(exact), samples.parent)
         self.normalizer = ppo.ScoreNormalizer(
             self.ppo.score_normalization, self.ppo.score_clip, collectives.all_reduce_sum
         )
         self.ppo_step = 0
         self.dropout = settings.lora.r > 0 and settings.lora.dropout > 0
-        self.captured_are_old = serve_as_old(settings.generation, roles)
+        self.captured_are_old = use_captured_logprobs(settings.generation, roles)
         self.last_evaluation: dict[str, float] = {}
         self.ratio_counts: Tensor | None = None
 

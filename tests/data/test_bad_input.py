@@ -212,7 +212,7 @@ def weights_of_another(folder: Path) -> None:
 
 
 NO_LM, NO_TOKENIZER = "no causal language model could be loaded", "no tokenizer could be loaded"
-OTHER = "the weights there are not those of this causal language model"
+OTHER = "the weights do not fit this causal language model"
 CONFIG, TOKENIZER = "config", "tokenizer_config"
 MODELS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no configuration", without("config.json"), NO_LM),
@@ -290,7 +290,7 @@ def test_what_cannot_be_got_yet_is_no_mistake_and_what_is_one_is_told_early(tmp_
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError) as failure:
         skeleton(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
-    one_sentence(failure.value, "no causal language model can be made of this configuration")
+    one_sentence(failure.value, "no causal language model can be made from this configuration")
 
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_one_sentence(tmp_path: Path, folders: Any) -> None:

@@ -24,6 +24,7 @@ from rlhf.finished.chat.voices import Answer, Sampling, open_voices, reseed, tem
 from rlhf.finished.run import FinishedRun
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
+from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from tests.helpers.finished_runs import outputs
 
@@ -47,7 +48,7 @@ def test_greedy_answers_and_rewards_are_those_of_the_policies(runs: SimpleNamesp
     answers = last(voices, Sampling(temperature=0, max_new_tokens=9))
     assert len({answer.text for answer in answers}) == 3
     for role, answer in zip(folders, answers, strict=True):
-        made = NativeEngine(eos_token_id=1).generate(runs.roles, role, IDS, 9, 0.0, torch.Generator())
+        made = NativeEngine(1).generate(runs.roles, role, GenerationRequest(IDS, 9, 0.0, torch.Generator()))
         ids = made.ids[0, : made.lengths[0]].tolist()
         assert answer.text == " ".join(f"w{i}" for i in ids if i > 2).strip()
         assert (answer.tokens, answer.done) == (len(ids), True)

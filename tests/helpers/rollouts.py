@@ -1,21 +1,20 @@
 """Engines and samples for tests of rollouts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from rlhf.models.roles import Roles
-from rlhf.rollout.engine import Generated
+from rlhf.rollout.engine import Generated, GenerationRequest
 
 
 class Parrot:
     """An engine that answers a prompt with its own words, so that one process and two roll out the same."""
 
-    def generate(self, roles: Roles, role: str, prompts: Sequence[Sequence[int]], limit: int, *_: Any) -> Generated:
-        rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in prompts]
+    def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:
+        rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in request.prompts]
         lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.ones(len(rows), limit, dtype=torch.long)
+        ids = torch.ones(len(rows), request.max_new_tokens, dtype=torch.long)
         for row, words in zip(ids, rows, strict=True):
             row[: len(words)] = torch.tensor(words)
         return Generated(ids, lengths, None)
@@ -34,7 +33,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def sample(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
     options = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded(), **options}
-    return engine.generate(roles, prompts=prompts, **options)  # type: ignore[attr-defined]
+    role = options.pop("role")
+    return engine.generate(roles, role, GenerationRequest(prompts, **options))  # type: ignore[arg-type, attr-defined]
 
 
 def rows_of(generated: Generated) -> list[list[int]]:

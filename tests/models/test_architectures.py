@@ -16,16 +16,17 @@ from transformers import (
 
 from rlhf.data.farm import Farm
 from rlhf.errors import ConfigError
-from rlhf.models.architecture import check_architecture, positions
+from rlhf.models.architecture import check_architecture, max_positions
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import linear_names, load_causal_lm, skeleton
 from rlhf.models.memory import estimate
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from rlhf.scorers import Context
-from rlhf.scorers.sentiment import ClassifierScorer
+from rlhf.scorers.classifier import ClassifierScorer
 from rlhf.settings import LoraSettings, ModelSettings
 from tests.helpers.composed_config import compose_and_check, composed_settings
 from tests.helpers.tiny_models import EOS, SPECIAL, randomise, word_tokenizer
@@ -82,7 +83,7 @@ def test_in_training_a_base_is_the_function_that_it_is_in_evaluation(tmp_path: P
 def test_positions_are_as_many_as_the_model_can_read(tmp_path: Path, kind: str) -> None:
     shape, limit = KINDS[kind]
     model = made(kind, **shape).eval()
-    assert positions(model) == limit
+    assert max_positions(model) == limit
     with torch.no_grad():
         model(input_ids=torch.full((1, 40), 5), use_cache=False)
         if limit is None:
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_is_quantized_already_is_refused() -> None:
     for stored in ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq", "bits": 4}):
         lm = made("llama", **ROPE)
         lm.config.quantization_config = stored
-        with pytest.raises(ConfigError, match=r"quantized already .*16 or 32 bits"):
+        with pytest.raises(ConfigError, match=r"already quantized .*16 or 32 bits"):
             check_architecture(lm, ModelSettings("x", "there", max_prompt_tokens=8), {})
 
 
@@ -199,7 +200,8 @@ def test_an_adapter_on_transposed_layers_is_pefts_everywhere(tmp_path: Path) -> 
         save_model(roles.copy_trunk("policy"), word_tokenizer(), tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(merged(input_ids=IDS).logits, peft(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
-        found = NativeEngine(EOS, True).generate(roles, "policy", prompts, 6, 1.0, torch.Generator().manual_seed(0))
+        request = GenerationRequest(prompts, 6, 1.0, torch.Generator().manual_seed(0))
+        found = NativeEngine(EOS).generate(roles, "policy", request)
         sampled = [ids[:n] for ids, n in zip(found.ids.tolist(), found.lengths.tolist(), strict=True)]
         drawn = torch.cat([row[:n] for row, n in zip(found.logprobs, found.lengths.tolist(), strict=True)])
         torch.testing.assert_close(drawn, expected(prompts, sampled), rtol=1e-4, atol=1e-4)

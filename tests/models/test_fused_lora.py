@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from rlhf.models.fused_lora import FusedLinear, _Sum, fuse
+from rlhf.models.fused_lora import FusedLinear, _FusedLora, fuse
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_differences() -> None:
     )
     for part in (x, a, b):
         part.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x, a, b: _Sum.apply(x, w, None, a, b, 1.7), (x, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: _FusedLora.apply(x, w, None, a, b, 1.7), (x, a, b))
 
 
 @pytest.mark.parametrize("case", ["dropout", "dora", "bfloat16", "autocast", "trained base", "switched off"])
@@ -75,7 +75,7 @@ def test_what_is_not_plain_is_left_to_peft(monkeypatch: pytest.MonkeyPatch, case
         module.base_layer.weight.requires_grad_(case == "trained base")
         if case == "switched off":
             module._disable_adapters = True
-    monkeypatch.setattr(_Sum, "apply", None)  # calling it would fail
+    monkeypatch.setattr(_FusedLora, "apply", None)  # calling it would fail
     results = []
     for module in (peft, ours):
         torch.manual_seed(5)

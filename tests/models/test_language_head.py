@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from rlhf.divergence import exact_kl
 from rlhf.errors import ModelError
 from rlhf.models import heads
+from rlhf.models.architecture import hidden_size_of
 from rlhf.models.logits import LanguageHead, head_of
-from rlhf.models.roles import Role, Roles, width_of
+from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from rlhf.stages.passes import exact_divergence
 from tests.helpers.tiny_architectures import TRANSFORMED, tiny
@@ -65,7 +67,8 @@ def test_exact_divergence_is_that_of_the_models_own_logits(make_texts: Callable)
 @pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2"])
 def test_sampled_logprobs_are_the_models_own(kind: str) -> None:
     model, prompts = tiny(kind, **TRANSFORMED[kind]), [[5, 9, 7], [3, 4, 5, 6, 7, 8, 9]]
-    generated = NativeEngine(1).generate(Roles(model), "reference", prompts, 12, 1.0, torch.Generator().manual_seed(0))
+    request = GenerationRequest(prompts, 12, 1.0, torch.Generator().manual_seed(0))
+    generated = NativeEngine(1).generate(Roles(model), "reference", request)
     for row, prompt in enumerate(prompts):
         response = generated.ids[row, : generated.lengths[row]].tolist()
         with torch.no_grad():
@@ -108,7 +111,7 @@ def test_logits_that_come_from_elsewhere_are_refused() -> None:
             return found
 
     model.__class__ = Strange
-    with pytest.raises(ModelError, match=r"^Strange makes its logits of more than its last hidden states, "):
+    with pytest.raises(ModelError, match=r"^Strange computes its logits from more than its last hidden states, "):
         head_of(model)
 
 
@@ -116,6 +119,6 @@ def test_states_narrower_than_the_layers(make_texts: Callable) -> None:
     """As in OPT-350M, whose layers are twice as wide as its embeddings."""
     options = {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
     roles, texts = Roles(tiny("opt", **options)), make_texts(3, seed=1)
-    assert width_of(roles.trunk("reference")) == roles.hidden_size == 16
+    assert hidden_size_of(roles.trunk("reference")) == roles.hidden_size == 16
     roles.add_head("reference", zero=False)
     assert roles.last_token_scores("reference", texts).shape == (3,)

@@ -9,6 +9,7 @@ from rlhf.models.assembly import lora_config
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from rlhf.settings import LoraSettings, ModelSettings
 from tests.helpers.composed_config import composed
@@ -66,7 +67,7 @@ def test_gradients_after_a_rollout_are_those_before_it(
     before = gradients(roles, batch)
     roles.eval()
     engine = NativeEngine(tokenizer.eos_token_id, False)
-    engine.generate(roles, "policy", [[5, 6], [7]], 8, 1.0, torch.Generator().manual_seed(0))
+    engine.generate(roles, "policy", GenerationRequest([[5, 6], [7]], 8, 1.0, torch.Generator().manual_seed(0)))
     after = gradients(roles, batch)
     assert before
     for old, new in zip(before, after, strict=True):

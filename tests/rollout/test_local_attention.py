@@ -6,6 +6,7 @@ import torch
 from rlhf.models.roles import Roles
 from rlhf.models.unpadded import takes_visible
 from rlhf.rollout import native
+from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from tests.helpers.tiny_architectures import LOCAL, tiny
 
@@ -15,7 +16,7 @@ SHORT, LONG = [7, 5, 3], [(7 * i) % 50 + 3 for i in range(17)]
 def gap(roles: Roles, prompts: list[list[int]], row: int = 0, fixed: bool = False) -> float:
     """How far a row's sampled log-probs are from those of a pass over that row alone, at most."""
     engine = NativeEngine(1, fixed=fixed)
-    found = engine.generate(roles, "reference", prompts, 20, 1.0, torch.Generator().manual_seed(3))
+    found = engine.generate(roles, "reference", GenerationRequest(prompts, 20, 1.0, torch.Generator().manual_seed(3)))
     response = found.ids[row, : found.lengths[row]].tolist()
     with torch.no_grad():
         logits = roles.trunk("reference")(torch.tensor([prompts[row] + response]), use_cache=False).logits[0]

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout import native
+from rlhf.rollout.factory import make_engine, use_captured_logprobs
 from rlhf.rollout.huggingface import TransformersEngine
-from rlhf.rollout.native import NativeEngine, _choose
-from rlhf.rollout.sample import Rollouts, make_engine, rollout, serve_as_old
+from rlhf.rollout.native import NativeEngine, sample_tokens
+from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import GenerationSettings
 from rlhf.stages.passes import compute_logprobs, compute_values
 from tests.helpers.rollouts import EOS, KINDS, LIMIT, PAD, PROMPTS, rows_of, sample, seeded
@@ -189,11 +190,11 @@ def test_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
 
 
 @given(st.floats(0, 1, exclude_max=True, width=32), st.integers(0, 2**30), st.sampled_from([0.1, 1.0, 3.0]))
-def test_choose_inverts_the_distribution(draw: float, seed: int, temperature: float) -> None:
+def test_sample_tokens_inverts_the_distribution(draw: float, seed: int, temperature: float) -> None:
     """Never a token of probability 0; the token whose share of [0, 1) holds the draw."""
     logits = torch.randn(1, 12, generator=seeded(seed)) * 4
     logits[0, [0, 5, 11]] = -torch.inf
-    token, logprob = _choose(logits, temperature, torch.tensor([draw]), True)
+    token, logprob = sample_tokens(logits, temperature, torch.tensor([draw]), True)
     logprobs = (logits / temperature).log_softmax(-1)
     assert int(token) not in (0, 5, 11)
     assert float(logprob) == pytest.approx(float(logprobs[0, token]), abs=1e-5)
@@ -244,7 +245,7 @@ def test_captured_log_probs_serve_as_old_ones_only_where_that_is_exact(
         roles.compute_dtype = dtype
         settings = GenerationSettings(max_new_tokens=2, capture_logprobs=capture)
         known = sample(make_engine(settings, tokenizer, roles), roles, max_new_tokens=2).logprobs is not None
-        return known, serve_as_old(replace(settings, engine=name), roles)
+        return known, use_captured_logprobs(replace(settings, engine=name), roles)
 
     assert captured(torch.float32, "auto") == (True, True)
     assert captured(torch.bfloat16, "auto") == (True, False)  # to be compared with what is scored again

@@ -9,9 +9,9 @@ import torch
 from rlhf.models.roles import Roles
 from rlhf.rollout import native
 from rlhf.rollout.decoding import FixedStep, captured
+from rlhf.rollout.factory import make_engine
 from rlhf.rollout.kv_cache import BufferCache
 from rlhf.rollout.native import NativeEngine
-from rlhf.rollout.sample import make_engine
 from rlhf.settings import GenerationSettings
 from tests.helpers.rollouts import EOS, KINDS, rows_of, sample, seeded
 

@@ -30,9 +30,11 @@ from rlhf.models.sequences import Sequences
 from rlhf.models.tokenizing import Response
 from rlhf.models.tokens import stop_ids, stops_of
 from rlhf.pipeline.build.reward import save_full_reward
+from rlhf.rollout.engine import GenerationRequest
+from rlhf.rollout.factory import make_engine
 from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.rollout.native import NativeEngine
-from rlhf.rollout.sample import make_engine, rollout
+from rlhf.rollout.sample import rollout
 from rlhf.scorers import Context
 from rlhf.settings import GenerationSettings, ModelSettings
 from rlhf.stages.reward import RewardModeling
@@ -54,7 +56,8 @@ def seeded_roles() -> Roles:
 
 
 def rows_of(engine: Any, roles: Roles, temperature: float = 1.0) -> list[list[int]]:
-    made = engine.generate(roles, "policy", PROMPTS, 20, temperature, torch.Generator().manual_seed(0))
+    request = GenerationRequest(PROMPTS, 20, temperature, torch.Generator().manual_seed(0))
+    made = engine.generate(roles, "policy", request)
     return [ids[:length] for ids, length in zip(made.ids.tolist(), made.lengths.tolist(), strict=True)]
 
 
@@ -149,7 +152,7 @@ def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pyte
     roles = Roles(AutoModelForCausalLM.from_pretrained(tmp_path))
     settings = GenerationSettings(engine="vllm", max_new_tokens=8, capture_logprobs="never")
     engine = make_engine(settings, word_tokenizer(), roles)
-    made = engine.generate(roles, "reference", [[5], [6]], 8, 0.7, torch.Generator())
+    made = engine.generate(roles, "reference", GenerationRequest([[5], [6]], 8, 0.7, torch.Generator()))
     assert made.lengths.tolist() == [2, 2]
     assert asked["llm"]["generation_config"] == "vllm"
     for sampling in asked["sampling"]:

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 
 from rlhf.errors import ConfigError, ModelError
 from rlhf.models.export import ADAPTER
-from rlhf.rollout.sample import make_engine
+from rlhf.rollout.factory import make_engine
 from rlhf.rollout.vllm import write_adapter
 from rlhf.settings import GenerationSettings
 from tests.helpers.composed_config import compose_and_check

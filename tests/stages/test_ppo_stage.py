@@ -17,7 +17,7 @@ from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter
 from rlhf.models.sequences import Sequences
 from rlhf.pipeline.checkpoints import StepCheckpoints
-from rlhf.rollout.sample import serve_as_old
+from rlhf.rollout.factory import use_captured_logprobs
 from rlhf.settings import LoraSettings
 from rlhf.stages.minibatches import split_minibatches
 from rlhf.stages.ppo import PPO
@@ -51,9 +51,11 @@ def test_samples_of_another_distribution_are_seen_though_scoring_again_hides_the
 ) -> None:
     stage = make_ppo(ppo_settings(steps=1, warmup_steps=0), folders, tmp_path / "samples")
     stage.roles.compute_dtype = getattr(torch, precision)
-    stage.captured_are_old = serve_as_old(stage.config.generation, stage.roles)
+    stage.captured_are_old = use_captured_logprobs(stage.config.generation, stage.roles)
     generate = stage.engine.generate
-    monkeypatch.setattr(stage.engine, "generate", lambda *args: generate(*args[:4], temperature, args[5]))
+    monkeypatch.setattr(
+        stage.engine, "generate", lambda *args: generate(*args[:2], replace(args[2], temperature=temperature))
+    )
     (row,) = train(stage, tmp_path)
     gap, sound = row["ppo/sampling_gap"], temperature == 0.9
     if precision == "float32":  # captured log-probs are the old ones

@@ -16,7 +16,8 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf.errors import explained
-from rlhf.finished.run import ADAPTER_CONFIG, FinishedRun
+from rlhf.files import ADAPTER_CONFIG
+from rlhf.finished.run import FinishedRun
 from rlhf.models.export import ADAPTER, HEAD, saved_head
 from rlhf.models.loading import load_whole
 from rlhf.models.tokens import settle_tokens

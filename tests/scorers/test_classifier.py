@@ -19,7 +19,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
-from rlhf.scorers.sentiment import ClassifierScorer
+from rlhf.scorers.classifier import ClassifierScorer
 
 FARM = Farm()
 LLAMA = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

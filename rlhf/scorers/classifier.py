@@ -1,4 +1,7 @@
-"""A Hugging Face text classifier as reward, with its own tokenizer: TRL + PEFT's IMDB system (2023)."""
+"""A Hugging Face text classifier as scorer, with its own tokenizer, as in TRL + PEFT's IMDB example (2023).
+
+It may be a sentiment classifier or a reward model from the Hub, which is a classifier with a single output.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,22 +14,22 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from rlhf.errors import ConfigError, ModelError, explained
-from rlhf.models.architecture import positions
+from rlhf.models.architecture import max_positions
 from rlhf.models.loading import load_whole
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 
 
 class ClassifierScorer:
-    """The classifier's logit of `label` for prompt and response together, decoded and tokenised anew for it.
+    """The classifier's logit of `label` for the text of prompt and response, tokenised by its own tokenizer.
 
-    `label=None` reads a model with a single output, as reward models on the Hub have.
-    `output=log_odds` takes log p − log (1 − p), which does not depend on how the classifier's logits are shifted.
-    Lives on the policy's device, in float32, without gradients.
+    `label=None` is for models with a single output, such as reward models on the Hub. `output="log_odds"` gives
+    log p − log(1 − p) instead of the logit, which does not change if a constant is added to all logits. Texts are cut
+    to `max_length` tokens. The classifier is on the policy's device, in float32, without gradients.
 
     Raises:
-        ConfigError: `output` is not one of these.
-        ModelError: there is no classifier at `model`, or it has no such label.
+        ConfigError: `output` is neither "logit" nor "log_odds", or it is "log_odds" with a single label.
+        ModelError: no classifier can be loaded from `model`, or it has no such label.
     """
 
     needs_reward_model: ClassVar[bool] = False
@@ -44,16 +47,18 @@ class ClassifierScorer:
             self.tokenizer = AutoTokenizer.from_pretrained(model)
         classifier = load_whole(AutoModelForSequenceClassification, model, "text classifier")
         self.model = classifier.eval().to(context.roles.device)
-        self.index, self.output = _index(model, self.model.config, label, output), output
+        self.index, self.output = _label_index(model, self.model.config, label, output), output
         self.max_length, self.batch_size = max_length, batch_size
 
     @classmethod
     def check(cls, chosen: Mapping[str, Any]) -> None:
-        """See what the classifier's configuration and tokenizer say, before anything is trained.
+        """Check the keys of the YAML file against the classifier's configuration and tokenizer, without its weights.
+
+        Nothing is checked if the Hub cannot be reached now.
 
         Raises:
-            ConfigError: a key does not fit the classifier.
-            ModelError: there is no classifier, or it has no such label.
+            ConfigError: a value is not allowed for this classifier.
+            ModelError: there is no such classifier, it has no such label, or its tokenizer cannot pad.
         """
         model, longest = str(chosen["model"]), chosen.get("max_length", 512)
         with explained(f"scorer.model={model}: no text classifier could be loaded"):
@@ -63,11 +68,11 @@ class ClassifierScorer:
             except OSError:
                 if Path(model).is_dir():
                     raise
-                return  # of the Hub, which may be reached later
+                return  # a model of the Hub, which may be reachable later
             with torch.device("meta"):
                 classifier = AutoModelForSequenceClassification.from_config(config)
-        _index(model, config, chosen.get("label", "POSITIVE"), chosen.get("output", "logit"))
-        limit = positions(classifier)
+        _label_index(model, config, chosen.get("label", "POSITIVE"), chosen.get("output", "logit"))
+        limit = max_positions(classifier)
         if limit is not None and longest > limit:
             raise ConfigError(f"scorer.max_length={longest}: {model} has {limit} positions; allowed: up to {limit}")
         if not hasattr(classifier, "score") and tokenizer.pad_token_id is None:
@@ -77,13 +82,14 @@ class ClassifierScorer:
             )
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """Scores of rollouts."""
+        """The score of each rollout."""
         texts = [prompt + response for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True)]
         return self.score(texts)
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> Float[Tensor, "batch"]:
-        """Scores of texts, batched by length so that little is padded, in the order given."""
+        """The score of each text, in the given order."""
+        # Batches of texts of similar length contain little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = torch.zeros(len(texts), device=self.model.device)
         for start in range(0, len(order), self.batch_size):
@@ -99,14 +105,14 @@ class ClassifierScorer:
         return scores
 
     def _logits(self, texts: Sequence[str]) -> Float[Tensor, "batch labels"]:
-        """What the classifier says of each text, whatever else is in the batch.
+        """The classifier's logits, independent of which other texts are in the batch.
 
-        A decoder reads its verdict off the last token that is not `config.pad_token_id`. Many published reward models
-        have no pad token, or one that ends texts as well, with which the wrong token would be read. So the rows are
-        filled with an id that none of the texts has, on the right, where no other token sees it.
+        A decoder computes its output at the last token that is not `config.pad_token_id`. Many published reward models
+        have no pad token, or one that also ends texts: the output would be computed at the wrong token. Therefore rows
+        are padded with an id that occurs in none of the texts, on the right, where causal attention hides it.
         """
         options = {"truncation": True, "max_length": self.max_length}
-        if not hasattr(self.model, "score"):  # not a decoder
+        if not hasattr(self.model, "score"):  # an encoder, which has an attention mask and its own pad token
             batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, **options)
             return self.model(**batch.to(self.model.device)).logits.float()
         rows = [torch.tensor(ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]]
@@ -119,8 +125,8 @@ class ClassifierScorer:
         return self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
 
 
-def _index(model: str, config: PreTrainedConfig, label: str | None, output: str) -> int:
-    """Which of the classifier's logits is the label's."""
+def _label_index(model: str, config: PreTrainedConfig, label: str | None, output: str) -> int:
+    """The index of the label's logit; letter case is ignored. `label=None` is allowed if there is only one."""
     if output not in ("logit", "log_odds"):
         raise ConfigError(f"scorer.output={output} is not allowed; allowed: logit or log_odds")
     labels: dict[str | None, int] = {str(name).lower(): index for index, name in config.id2label.items()}
