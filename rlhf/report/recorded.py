@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.files import METRICS
-from rlhf.tracking.reading import numbers_only, renamed, stepped_lines
+from rlhf.tracking.reading import numbers_only, renamed_metrics, stepped_lines
 
 Steps = dict[int, dict[str, Any]]
 
@@ -46,7 +46,7 @@ class RecordedRun:
     @cached_property
     def metrics(self) -> Steps:
         """Everything logged, by step."""
-        return {step: renamed(values) for step, values in merge(self._lines(METRICS)).items()}
+        return {step: renamed_metrics(values) for step, values in merge(self._lines(METRICS)).items()}
 
     @cached_property
     def evaluations(self) -> Steps:

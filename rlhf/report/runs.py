@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from rlhf.errors import NoRunsError
-from rlhf.files import FAILED, METRICS, SUMMARY
+from rlhf.files import EARLIER, FAILED, METRICS, SUMMARY
 from rlhf.report.alike import divide
 from rlhf.report.recorded import RecordedRun, Steps
 from rlhf.report.statistics import Array
-from rlhf.tracking.reading import read_plan, read_summary, try_object
+from rlhf.tracking.reading import renamed_overrides, try_object, try_plan, try_summary
 
 log = logging.getLogger(__name__)
-EARLIER = "earlier"  # in a run's folder: its runs that were moved aside, which are no rows
 SFT = "SFT"
 PLAIN = "PPO"  # the label of a row without overrides
 
@@ -116,10 +115,10 @@ def label(key: Sequence[str], labels: Mapping[str, str]) -> str:
 
 
 def _load_folder(folder: Path) -> list[RecordedRun]:
-    plan, fault = read_plan(folder / "plan.json")
+    plan, fault = try_plan(folder / "plan.json")
     if fault:
         log.warning("%s: %s", folder, fault)
-    planned = {entry["folder"]: tuple(entry.get("overrides", ())) for entry in plan}
+    planned = {entry["folder"]: tuple(entry["overrides"]) for entry in plan}
     alone = (folder / SUMMARY).exists()
     present = [folder] if alone else sorted(path for path in folder.glob("*/") if _is_run(path))
     names = {path.name for path in present}
@@ -132,9 +131,9 @@ def _load_folder(folder: Path) -> list[RecordedRun]:
 
 
 def _load_run(folder: Path, planned: tuple[str, ...]) -> RecordedRun:
-    summary, fault = read_summary(folder / SUMMARY)
+    summary, fault = try_summary(folder / SUMMARY)
     failed, damaged = try_object(folder / FAILED)
-    overrides = tuple(summary.get("overrides") or failed.get("overrides") or planned)
+    overrides = tuple(summary.get("overrides") or renamed_overrides(failed.get("overrides") or planned))
     if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
         return RecordedRun(folder, overrides, "finished", summary=summary)
     if summary:
