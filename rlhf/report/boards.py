@@ -16,8 +16,8 @@ from rlhf.errors import NoRunsError
 from rlhf.files import read_json, write_json
 from rlhf.objectives import objectives_of
 from rlhf.report.figures import DEFAULT, KL
-from rlhf.report.front import front_table
-from rlhf.report.measures import measure
+from rlhf.report.metric_info import metric_info
+from rlhf.report.pareto_front import front_table
 from rlhf.report.results import columns, main_table
 from rlhf.report.runs import Sweep, load
 
@@ -99,7 +99,7 @@ class Boards:
     def bars(self) -> list[wr.BarPlot]:
         """The table: the last value of each metric by row, with the standard error over seeds."""
         return [
-            wr.BarPlot(title=measure(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
+            wr.BarPlot(title=metric_info(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
             for metric in self.metrics
         ]
 
@@ -115,7 +115,7 @@ class Boards:
         if len(objectives) < 2:
             return []
         y, x = (wr.SummaryMetric(f"{metric}{LAST}") for metric in objectives[:2])
-        names = [measure(metric).name for metric in objectives[:2]]
+        names = [metric_info(metric).name for metric in objectives[:2]]
         return [wr.ScatterPlot(title=f"{names[0]} against {names[1]}", x=x, y=y)]
 
     def write(self, folder: Path) -> list[Path]:
@@ -155,8 +155,8 @@ class Boards:
             title=f"{title}. {ROOT_NOTE}" if figure["kind"] == "sqrt_kl" else title,
             x=x,
             y=[y],
-            title_x=measure(x).title,
-            title_y=measure(y).name,
+            title_x=metric_info(x).title,
+            title_y=metric_info(y).name,
             smoothing_type="none",
             max_runs_to_show=MOST_RUNS,
             **_over_seeds(),

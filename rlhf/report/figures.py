@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf.errors import FigureError
-from rlhf.report.fitting import Line, initial_line
-from rlhf.report.labels import End, label_column, label_points, make_room
-from rlhf.report.measures import measure
+from rlhf.report.figure_labels import End, label_column, label_points, make_room
+from rlhf.report.figure_style import SETTINGS, Look, canvas, looks
+from rlhf.report.linear_range import Line, initial_line
+from rlhf.report.metric_info import metric_info
 from rlhf.report.runs import Row, Sweep
 from rlhf.report.statistics import Array, seed_error
-from rlhf.report.style import SETTINGS, Look, canvas, looks
 
 KL = "eval/true_kl"
 DEFAULT: list[dict[str, Any]] = [
@@ -89,8 +89,8 @@ def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str
                 lines, end = KINDS[kind](axes, row, style[row.label], points, (x, y))
                 numbers += lines
                 labels[-1].append(end)
-        axes.set_ylabel(measure(y).title)
-        axes.set_xlabel("√ true KL (√nats per token)" if kind == "sqrt_kl" else measure(x).title)
+        axes.set_ylabel(metric_info(y).title)
+        axes.set_xlabel("√ true KL (√nats per token)" if kind == "sqrt_kl" else metric_info(x).title)
     figure.suptitle(str(wanted.get("title", wanted["name"])), x=0.01, ha="left", fontsize=12, fontweight="bold")
     make_room(figure, labels)
     for axes, ends in zip(panels, labels, strict=True):
@@ -133,7 +133,7 @@ def along(row: Row, x: str, y: str) -> dict[int, Array]:
             pair = (values.get(x), values.get(y))
             # a run that diverged logs nan; the page warns of it
             if all(isinstance(value, int | float) and math.isfinite(value) for value in pair):
-                found.setdefault(step, []).append((measure(x).scale * values[x], measure(y).scale * values[y]))
+                found.setdefault(step, []).append((metric_info(x).scale * values[x], metric_info(y).scale * values[y]))
     return {step: np.asarray(pairs, float) for step, pairs in sorted(found.items())}
 
 
