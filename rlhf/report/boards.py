@@ -1,9 +1,10 @@
-"""A sweep's workspace and report in W&B, as code: the table's metrics as bars, every figure of its layout as a panel.
+"""A sweep's *boards*: a workspace and a report in W&B, with the table's metrics as bars and every figure as a panel.
 
-They are built offline, from what the runs left, and written beside the report; `rlhf-sync --boards` puts them into W&B.
+Their specifications are built offline from the run folders and written beside the report. `rlhf-sync --boards` uploads
+them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,30 @@ from wandb_workspaces import expr
 from rlhf.errors import NoRunsError
 from rlhf.files import read_json, write_json
 from rlhf.objectives import objectives_of
-from rlhf.report.figures import DEFAULT, KL
+from rlhf.report.figures import DEFAULT, x_metric, y_metrics
 from rlhf.report.metric_info import metric_info
 from rlhf.report.pareto_front import front_table
 from rlhf.report.results import columns, main_table
 from rlhf.report.runs import Sweep, load
 
 WORKSPACE, REPORT, PUSHED = "wandb_workspace.json", "wandb_report.json", "wandb_pushed.json"
-STEP, ROW = "step", "row"  # the runs' x axis, and the key of their configuration that all seeds of a row share
-LAST = ".last"  # W&B keeps minimum, maximum and last value of each metric
+STEP, ROW = "step", "row"  # in W&B: the x axis of runs, and the key of their configuration that names their row
+LAST = ".last"  # a metric's last value: W&B's summary also has its minimum and maximum
 MOST_RUNS = 100
-ROOT_NOTE = "W&B has no root axis: this is against the KL itself."
+ROOT_NOTE = "W&B has no square root axis: this is against the KL itself."
 
 
 @dataclass(frozen=True)
 class Boards:
-    """A sweep, and which runs of which W&B project are its."""
+    """The boards of one sweep.
+
+    Attributes:
+        sweep: the sweep as its folders record it.
+        name: the name of its folder.
+        project: the W&B project to which its runs were logged.
+        entity: the user or team that owns the project; None for the default one.
+        filters: what selects the sweep's runs in the project.
+    """
 
     sweep: Sweep
     name: str
@@ -40,10 +49,10 @@ class Boards:
 
     @classmethod
     def of(cls, folder: Path) -> "Boards":
-        """Those of the sweep in `folder`.
+        """The boards of the sweep in `folder`.
 
         Raises:
-            NoRunsError: it has no finished run, or its runs were not logged to W&B.
+            NoRunsError: the sweep has no finished run, or its runs were not logged to W&B.
         """
         sweep = load([folder])
         config = sweep.finished[0].config
@@ -55,11 +64,11 @@ class Boards:
 
     @property
     def title(self) -> str:
-        """That of the report."""
+        """The title of the report."""
         return str(self.sweep.layout.get("title") or self.name)
 
     def workspace(self, entity: str = "") -> ws.Workspace:
-        """A view of the project: the sweep's runs by row, a section for the table and one for the figures."""
+        """A view of the project with the sweep's runs, grouped by row: a section of bars, one of figures, one for a search."""
         sections = [
             ws.Section("Table", panels=self.bars(), is_open=True, pinned=True),
             ws.Section("Figures", panels=self.figures(), is_open=True),
@@ -80,9 +89,9 @@ class Boards:
         )
 
     def report(self, entity: str = "") -> wr.Report:
-        """A page: the table as it was measured, and the same panels on the runs themselves."""
-        found = front_table(self.sweep)
-        tables = [main_table(self.sweep)] + ([found] if found else [])
+        """A page with the tables of the offline report and the panels of the workspace."""
+        front = front_table(self.sweep)
+        tables = [main_table(self.sweep)] + ([front] if front else [])
         blocks: list[Any] = [wr.H1("Results"), *(wr.MarkdownBlock(table.markdown()) for table in tables)]
         if notes := self.sweep.layout.get("notes"):
             blocks.insert(0, wr.P(str(notes)))
@@ -93,24 +102,24 @@ class Boards:
 
     @property
     def metrics(self) -> list[str]:
-        """The table's metrics that some row has."""
+        """The metrics of the main table that at least one row has."""
         return [metric for metric in columns(self.sweep) if any(row.values(metric) for row in self.sweep.rows)]
 
     def bars(self) -> list[wr.BarPlot]:
-        """The table: the last value of each metric by row, with the standard error over seeds."""
+        """The main table as bar plots: the last value of each metric by row, with the standard error over seeds."""
         return [
             wr.BarPlot(title=metric_info(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
             for metric in self.metrics
         ]
 
     def figures(self) -> list[wr.LinePlot]:
-        """The figures of the layout, a panel for each y."""
+        """The figures of the layout, one panel for each metric on a y axis."""
         asked = self.sweep.layout.get("figures")
         wanted = DEFAULT if asked is None else asked
-        return [self._line(figure, y) for figure in wanted for y in _listed(figure["y"])]
+        return [self._line(figure, y) for figure in wanted for y in y_metrics(figure)]
 
     def front(self) -> list[wr.ScatterPlot]:
-        """A search's first two objectives against each other, a point for each run."""
+        """The first two objectives of a search against each other, one point per run; [] with fewer objectives."""
         objectives = list(objectives_of(self.sweep.finished[0].config))
         if len(objectives) < 2:
             return []
@@ -119,7 +128,7 @@ class Boards:
         return [wr.ScatterPlot(title=f"{names[0]} against {names[1]}", x=x, y=y)]
 
     def write(self, folder: Path) -> list[Path]:
-        """The specifications of both as JSON, for a look without W&B."""
+        """Write the specifications of workspace and report as JSON; returns their paths."""
         folder.mkdir(exist_ok=True)
         paths = [folder / WORKSPACE, folder / REPORT]
         for path, board in zip(paths, (self.workspace(), self.report()), strict=True):
@@ -127,7 +136,10 @@ class Boards:
         return paths
 
     def push(self, entity: str, folder: Path) -> list[str]:
-        """Put both into W&B, in place of those that were put there before; their addresses."""
+        """Upload workspace and report to W&B and return their addresses.
+
+        Those that were uploaded before, according to a note in `folder`, are replaced.
+        """
         known = read_json(folder / PUSHED) if (folder / PUSHED).exists() else {}
         workspace, report = self.workspace(entity), self.report(entity)
         workspace._internal_name, workspace._internal_id = known.get("workspace", ("", ""))
@@ -139,6 +151,7 @@ class Boards:
         return [workspace.url, report.url]
 
     def _runs(self, entity: str) -> wr.Runset:
+        """The sweep's runs, as a panel grid of the report refers to them."""
         return wr.Runset(
             entity=entity,
             project=self.project,
@@ -149,7 +162,8 @@ class Boards:
         )
 
     def _line(self, figure: Mapping[str, Any], y: str) -> wr.LinePlot:
-        x = {"curve": STEP, "sqrt_kl": KL}.get(figure["kind"], figure.get("x", KL))
+        """One metric of a figure of the layout."""
+        x = x_metric(figure)
         title = str(figure.get("title", figure["name"]))
         return wr.LinePlot(
             title=f"{title}. {ROOT_NOTE}" if figure["kind"] == "sqrt_kl" else title,
@@ -164,18 +178,14 @@ class Boards:
 
 
 def _over_seeds() -> dict[str, Any]:
-    """A row is the mean of its seeds, with their standard error."""
+    """Options of a plot that shows the mean of each row's seeds with their standard error."""
     return {"groupby": wr.Config(ROW), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 
 
 def _filters(sweep: Sweep, group: str) -> expr.And:
-    """The sweep's runs of PPO: its group, or run by run where some were taken over from other sweeps' groups."""
+    """Select the sweep's PPO runs in W&B: by group, or by id if some were taken over from other sweeps' groups."""
     if any(run.summary.get("same_as") for run in sweep.finished):
         ids = [f"{run.summary['stage']}-{run.summary['identity']}" for run in sweep.finished]
         return expr.And(expr.Metric("ID").isin(ids))
     stage = sweep.finished[0].summary["stage"]
     return expr.And(expr.Metric("Group") == group, expr.Metric("JobType") == stage)
-
-
-def _listed(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
