@@ -17,8 +17,8 @@ from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
 from rlhf.stages.reward import RewardModeling
 from rlhf.stages.sft import SupervisedFineTuning
-from rlhf.tracking.dashboards import Dashboard
-from rlhf.tracking.metrics_file import evaluated_at, forget_after, maybe_unsent, numbers, read_metrics
+from rlhf.tracking.dashboards import Dashboard, maybe_unsent
+from rlhf.tracking.metrics_file import evaluated_at, forget_after, numbers, read_metrics
 
 log = logging.getLogger(__name__)
 MakeTrainer = Callable[..., lightning.Trainer]

@@ -68,7 +68,7 @@ class Boards:
         return str(self.sweep.layout.get("title") or self.name)
 
     def workspace(self, entity: str = "") -> ws.Workspace:
-        """A view of the project with the sweep's runs, grouped by row: a section of bars, one of figures, one for a search."""
+        """A view of the project with the sweep's runs grouped by row: sections of bars, figures, and for a search."""
         sections = [
             ws.Section("Table", panels=self.bars(), is_open=True, pinned=True),
             ws.Section("Figures", panels=self.figures(), is_open=True),
