@@ -333,13 +333,13 @@ class Run:
         row = ", ".join(item for item in self.overrides if not item.startswith("seed="))
         dashboard.log_hyperparams({**self.plain, "row": row or "PPO"})  # what the seeds of a row share
         for path in needed:
-            dashboard.uses(path.name, path)
+            dashboard.log_input_model(path.name, path)
         return [lines, dashboard]
 
     def _hand_over(self, name: str, folder: Path) -> None:
         """End the W&B run of the stage just made, if there is one, with its model for the next stage."""
         if self.dashboard is not None:
-            self.dashboard.leaves(name, folder)
+            self.dashboard.log_output_model(name, folder)
             self.dashboard.close()
             self.dashboard = None
 

@@ -16,7 +16,7 @@ from wandb_workspaces import expr
 from rlhf.errors import NoRunsError
 from rlhf.files import read_json, write_json
 from rlhf.objectives import objectives_of
-from rlhf.report.figures import DEFAULT, x_metric, y_metrics
+from rlhf.report.figures import figure_specs, x_metric, y_metrics
 from rlhf.report.metric_info import metric_info
 from rlhf.report.pareto_front import front_table
 from rlhf.report.results import columns, main_table
@@ -84,7 +84,7 @@ class Boards:
             runset_settings=ws.RunsetSettings(
                 filters=self.filters,
                 groupby=[expr.Config(ROW)],
-                pinned_columns=[f"summary:{metric}{LAST}" for metric in self.metrics],
+                pinned_columns=self._pinned_columns,
             ),
         )
 
@@ -105,6 +105,11 @@ class Boards:
         """The metrics of the main table that at least one row has."""
         return [metric for metric in columns(self.sweep) if any(row.values(metric) for row in self.sweep.rows)]
 
+    @property
+    def _pinned_columns(self) -> list[str]:
+        """The metrics that W&B shows beside the names of runs."""
+        return [f"summary:{metric}{LAST}" for metric in self.metrics]
+
     def bars(self) -> list[wr.BarPlot]:
         """The main table as bar plots: the last value of each metric by row, with the standard error over seeds."""
         return [
@@ -114,9 +119,8 @@ class Boards:
 
     def figures(self) -> list[wr.LinePlot]:
         """The figures of the layout, one panel for each metric on a y axis."""
-        asked = self.sweep.layout.get("figures")
-        wanted = DEFAULT if asked is None else asked
-        return [self._line(figure, y) for figure in wanted for y in y_metrics(figure)]
+        specs = [spec for spec in figure_specs(self.sweep.layout) if spec["kind"] != "pull"]  # which needs no runs
+        return [self._line(spec, y) for spec in specs for y in y_metrics(spec)]
 
     def front(self) -> list[wr.ScatterPlot]:
         """The first two objectives of a search against each other, one point per run; [] with fewer objectives."""
@@ -158,15 +162,15 @@ class Boards:
             name=self.name,
             filters=self.filters,
             groupby=[f"config.{ROW}"],
-            pinned_columns=[f"summary:{metric}{LAST}" for metric in self.metrics],
+            pinned_columns=self._pinned_columns,
         )
 
-    def _line(self, figure: Mapping[str, Any], y: str) -> wr.LinePlot:
+    def _line(self, spec: Mapping[str, Any], y: str) -> wr.LinePlot:
         """One metric of a figure of the layout."""
-        x = x_metric(figure)
-        title = str(figure.get("title", figure["name"]))
+        x = x_metric(spec)
+        title = str(spec.get("title", spec["name"]))
         return wr.LinePlot(
-            title=f"{title}. {ROOT_NOTE}" if figure["kind"] == "sqrt_kl" else title,
+            title=f"{title}. {ROOT_NOTE}" if spec["kind"] == "sqrt_kl" else title,
             x=x,
             y=[y],
             title_x=metric_info(x).title,

@@ -83,6 +83,7 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_fetching(node: Any) -> Any:
+    """A node of a configuration without the keys of `FETCHING`, at any depth."""
     if not isinstance(node, Mapping):
         return node
     return {key: _without_fetching(value) for key, value in node.items() if key not in FETCHING}
@@ -94,9 +95,11 @@ def _code(summary: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _finish_time(run: RecordedRun) -> float:
+    """When a run finished: a summary is written last."""
     return (run.folder / SUMMARY).stat().st_mtime
 
 
 def _short(value: Any) -> str:
+    """A value as text, cut off after 60 characters."""
     text = "absent" if value is MISSING else "null" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -60,20 +60,19 @@ def make_figures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:
         FigureError: a figure lacks a key or is of no known kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = sweep.layout.get("figures")
     made = []
-    for wanted in DEFAULT if asked is None else asked:
+    for spec in figure_specs(sweep.layout):
         with plt.rc_context(SETTINGS):
-            drawn = draw_pull(wanted) if wanted.get("kind") == "pull" else _draw(sweep, wanted)
+            drawn = draw_pull(spec) if spec.get("kind") == "pull" else _draw(sweep, spec)
             if drawn is None:
                 continue
             figure, numbers, note = drawn
-            name = str(wanted["name"])
+            name = str(spec["name"])
             figure.savefig(folder / f"{name}.png")
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
         write_numbers(folder / f"{name}.csv", numbers)
-        made.append({"name": name, "title": str(wanted.get("title", name)), "note": note})
+        made.append({"name": name, "title": str(spec.get("title", name)), "note": note})
     return made
 
 
@@ -86,17 +85,17 @@ def write_numbers(path: Path, numbers: Numbers) -> None:
         writer.writerows(numbers)
 
 
-def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str] | None:
+def _draw(sweep: Sweep, spec: Mapping[str, Any]) -> tuple[Figure, Numbers, str] | None:
     """A figure of the sweep's rows with its numbers and its note, or None if no row has data for it."""
     # 1. Which rows and metrics.
-    kind = wanted.get("kind")
-    if kind not in KINDS or "name" not in wanted or "y" not in wanted:
+    kind = spec.get("kind")
+    if kind not in KINDS or "name" not in spec or "y" not in spec:
         allowed = ", ".join([*KINDS, "pull"])
-        raise FigureError(f"report.figures: {dict(wanted)} needs name, y and a kind; allowed: {allowed}")
-    chosen = wanted.get("rows")
+        raise FigureError(f"report.figures: {dict(spec)} needs name, y and a kind; allowed: {allowed}")
+    chosen = spec.get("rows")
     rows = [row for row in sweep.trained if not chosen or any(row.is_called(name) for name in chosen)]
-    x = x_metric(wanted)
-    ys = [y for y in y_metrics(wanted) if any(along(row, x, y) for row in rows)]
+    x = x_metric(spec)
+    ys = [y for y in y_metrics(spec) if any(along(row, x, y) for row in rows)]
     if not ys:
         return None
     # 2. A panel per metric. Looks depend on all rows, so that a row has the same colour in every figure.
@@ -114,7 +113,7 @@ def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str
                 labels[-1].append(end)
         axes.set_ylabel(metric_info(y).title)
         axes.set_xlabel("√ true KL (√nats per token)" if kind == "sqrt_kl" else metric_info(x).title)
-    _set_title(figure, wanted)
+    _set_title(figure, spec)
     # 3. Labels, once the panels have their final size.
     make_room(figure, labels)
     for axes, ends in zip(panels, labels, strict=True):
@@ -122,7 +121,7 @@ def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str
     return figure, numbers, NOTES[kind]
 
 
-def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
+def draw_pull(spec: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
     """The restoring pull of each estimator used as a reward, relative to the KL's gradient, against the KL.
 
     Raises:
@@ -130,8 +129,8 @@ def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
     """
     from rlhf.restoring_pull import DISTANCES, pulls  # imports torch, which the other figures do not need
 
-    if "name" not in wanted:
-        raise FigureError(f"report.figures: {dict(wanted)} needs a name")
+    if "name" not in spec:
+        raise FigureError(f"report.figures: {dict(spec)} needs a name")
     found = pulls()
     style = looks(list(found))
     figure, (axes,) = canvas(1)
@@ -141,7 +140,7 @@ def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
     axes.set_xscale("log")
     axes.set_xlabel("KL from the reference (nats per token)")
     axes.set_ylabel("pull relative to the KL's gradient")
-    _set_title(figure, wanted)
+    _set_title(figure, spec)
     ends = [End(DISTANCES[-1], numbers[-1], name, style[name]) for name, numbers in found.items()]
     make_room(figure, [ends])
     label_column(axes, ends)
@@ -153,18 +152,25 @@ def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
     return figure, lines, NOTES["pull"]
 
 
-def x_metric(wanted: Mapping[str, Any]) -> str:
+def figure_specs(layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The figures that a layout lists, or `DEFAULT` if it does not say; an empty list means no figures."""
+    specs = layout.get("figures")
+    return list(DEFAULT if specs is None else specs)
+
+
+def x_metric(spec: Mapping[str, Any]) -> str:
     """The metric on the x axis of a figure: given by its kind, or else its `x`, the true KL by default."""
-    return {"curve": "step", "sqrt_kl": KL}.get(str(wanted["kind"]), str(wanted.get("x", KL)))
+    return {"curve": "step", "sqrt_kl": KL}.get(str(spec["kind"]), str(spec.get("x", KL)))
 
 
-def y_metrics(wanted: Mapping[str, Any]) -> list[str]:
+def y_metrics(spec: Mapping[str, Any]) -> list[str]:
     """The metrics on the y axes of a figure, one per panel."""
-    return [wanted["y"]] if isinstance(wanted["y"], str) else list(wanted["y"])
+    return [spec["y"]] if isinstance(spec["y"], str) else list(spec["y"])
 
 
-def _set_title(figure: Figure, wanted: Mapping[str, Any]) -> None:
-    title = str(wanted.get("title", wanted["name"]))
+def _set_title(figure: Figure, spec: Mapping[str, Any]) -> None:
+    """Write the figure's title, or else its name, at the top left."""
+    title = str(spec.get("title", spec["name"]))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 

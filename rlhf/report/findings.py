@@ -22,6 +22,7 @@ def findings(sweep: Sweep, compared: Sequence[Comparison], metric: str | None) -
 
 
 def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Iterator[str]:
+    """What was found in one metric."""
     # 1. The best row, and the rows that are significantly worse.
     best = max(sweep.trained, key=lambda row: float(np.mean(row.values(metric) or [-np.inf])))
     name, sft = metric_info(metric).name, _value(sweep.rows[0], metric)
@@ -30,7 +31,7 @@ def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Itera
     if rivals:
         lower = [item.row.label for item in rivals if item.difference.verdict == "lower" and item.stands]
         same = [item.row.label for item in rivals if item.row.label not in lower]
-        text = f"Of the {len(rivals)} other rows, {_names(lower)} can be told to lie below it"
+        text = f"Of the {len(rivals)} other rows, {_names(lower)} can be distinguished as lower"
         text += f"; {_names(same)} cannot" if same else ""
         yield f"{text} (Holm's correction for {count(len(rivals), 'comparison')}; the best was picked after the fact)."
     # 2. Every row against the baseline.
@@ -51,6 +52,7 @@ def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Itera
 
 
 def _cost(sweep: Sweep) -> Iterator[str]:
+    """How many runs there are, and the time, memory and code that they took."""
     # a run taken over from another sweep cost nothing here
     made = [run for run in sweep.finished if not run.summary.get("same_as")]
     taken = len(sweep.finished) - len(made)
@@ -59,13 +61,15 @@ def _cost(sweep: Sweep) -> Iterator[str]:
     seconds = sum(float(run.summary.get("wall_seconds") or 0) for run in made)
     peak = max((float(run.summary.get("peak_memory_bytes") or 0) for run in sweep.finished), default=0.0)
     commits = sorted({str(run.summary.get("git_commit") or "unknown") for run in sweep.finished})
-    yield f"Run time in all {duration(seconds)}; peak memory {peak / 2**30:.1f} GiB; commit {', '.join(commits)}."
+    yield f"Total run time {duration(seconds)}; peak memory {peak / 2**30:.1f} GiB; commit {', '.join(commits)}."
 
 
 def _value(row: Row, metric: str) -> str:
+    """A row's mean in a metric, with its unit."""
     info, values = metric_info(metric), row.values(metric)
     return f"{info.scale * float(np.mean(values)):.{info.digits}f} {info.unit}".strip() if values else "unknown"
 
 
 def _names(labels: Sequence[str]) -> str:
+    """The number of rows with their labels."""
     return f"{len(labels)} ({quoted(labels)})" if labels else "none"

@@ -33,7 +33,7 @@ def log_report(page: Path, folder: Path, config: DictConfig) -> None:
     dashboard = instantiate(config.logger, "logger", **options, resume=None, save_dir=str(folder))
     # 2. The edges of the lineage.
     for run, run_folder in runs.items():
-        dashboard.uses(run, run_folder)
+        dashboard.log_input_model(run, run_folder)
     # 3. The page, with the specifications of the sweep's boards beside it where the package for them is installed.
     if find_spec("wandb_workspaces"):
         from rlhf.report.boards import Boards

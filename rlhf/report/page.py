@@ -72,6 +72,7 @@ def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[dict[str, Any]]:
         for row in sweep.rows:
             steps = row.runs[0].samples.get(prompt, {})
             step = 0 if row.step == 0 else max(steps, default=0)
+            # a trained row without a sample after step 0 would repeat SFT's
             if step in steps and (row.step == 0 or step > 0):
                 answers.append({"row": row.label, **steps[step]})
         reference = next((answer.get("reference_output") for answer in answers), None)
@@ -100,12 +101,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _value_text(value: Any) -> str:
+    """A value as in an override."""
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return "null" if value is None else str(value)
 
 
 def _run_entry(run: RecordedRun, reference: RecordedRun) -> dict[str, Any]:
+    """A line of the page's table of runs."""
     finished = run.state == "finished"
     return {
         "name": run.name,

@@ -34,9 +34,9 @@ def front_table(sweep: Sweep) -> Table | None:
         values = [_objective_cell(value, metric) for value, metric in zip(points[i], objectives, strict=True)]
         lines.append([*values, *(_setting_cell(settings.get(axis, NOTHING)) for axis in axes), rows[i].runs[0].name])
     header = [*(metric_info(metric).title for metric in objectives), *axes, "run"]
-    wanted = " and ".join(f"{metric_info(metric).name} ({direction})" for metric, direction in objectives.items())
+    goals = " and ".join(f"{metric_info(metric).name} ({direction})" for metric, direction in objectives.items())
     caption = (
-        f"{len(best)} of {len(rows)} configurations: no other is as good in {wanted} and better in one of them."
+        f"{len(best)} of {len(rows)} configurations: no other is as good in {goals} and better in one of them."
         " The best of many single runs look better than they are: run them again with other seeds."
     )
     return Table(header, lines, caption)
@@ -69,6 +69,7 @@ def _settings(row: Row) -> dict[str, str]:
 
 
 def _objective_cell(value: float, metric: str) -> Number:
+    """A value in display units."""
     info = metric_info(metric)
     return Number(info.scale * float(value), digits=info.digits)
 

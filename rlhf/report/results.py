@@ -146,6 +146,7 @@ def comparisons(sweep: Sweep, against: Row, metrics: Sequence[str]) -> list[Comp
             a, common_b = judged(a, b)
             if a.shape[1] < 2:
                 continue
+            # the SFT row has no seeds to pair
             paired = pair_seeds(sweep) and row.seeds == against.seeds and len(row.seeds) > 1
             gap = difference(a, common_b, paired)
             need = seeds_needed(a, common_b, paired) if gap.verdict == "not distinguishable" else None
@@ -196,10 +197,12 @@ def _needed(item: Comparison) -> str:
 
 
 def _at_most(count: int, limit: int) -> str:
+    """A number, or "more than" the limit."""
     return f"more than {limit:,}" if count > limit else f"{count:,}"
 
 
 def _difference_caption(sweep: Sweep, found: Sequence[Comparison], against: Row, several: bool) -> str:
+    """How to read the table of differences; `several` says that it has more than one metric."""
     # with several metrics, name and unit are in a column of their own
     metric = "" if several or not found else f" in {metric_info(found[0].metric).name}"
     points = "" if several or not found else metric_info(found[0].metric).points
@@ -221,6 +224,7 @@ def _difference_caption(sweep: Sweep, found: Sequence[Comparison], against: Row,
 
 
 def _mean_cell(row: Row, metric: str) -> Cell:
+    """Mean ± standard error over seeds, in display units."""
     values, info = row.values(metric), metric_info(metric)
     if not values:
         return NOTHING
@@ -228,5 +232,6 @@ def _mean_cell(row: Row, metric: str) -> Cell:
 
 
 def _judge_error_cell(row: Row) -> Cell:
+    """The win rate's standard error from the finite set of instructions, in points."""
     outcomes, info = row.outcomes(WIN), metric_info(WIN)
     return NOTHING if outcomes is None else Number(info.scale * judge_error(judged(outcomes)[0]), digits=info.digits)

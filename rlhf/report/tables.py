@@ -113,6 +113,7 @@ def _csv_columns(name: str, column: Sequence[Cell]) -> tuple[list[str], list[lis
 
 
 def _csv_value(cell: Cell) -> object:
+    """A cell's unrounded value; "" for an empty cell or NaN."""
     if isinstance(cell, Number):
         return "" if math.isnan(cell.value) else cell.value
     return "" if cell == NOTHING else cell

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rlhf.errors import first_line
-from rlhf.files import SUMMARY, read_json
+from rlhf.files import MODEL, SUMMARY, read_json
 
 log = logging.getLogger(__name__)
 STEP = "step"  # the x axis: the stage's own step, as in metrics.jsonl
@@ -28,7 +28,7 @@ WANDB_FINISH_SECONDS = 60  # to wait at the end of a run until everything is upl
 WANDB_UNSENT_SECONDS = 60  # W&B writes to its files every 15 seconds; the rest is a margin
 
 
-def harmless(method: Callable[..., None]) -> Callable[..., None]:
+def warn_on_failure(method: Callable[..., None]) -> Callable[..., None]:
     """Decorate a method that logs more than numbers: a failure is logged as a warning and does not end the run.
 
     Only rank zero calls the method.
@@ -76,7 +76,7 @@ class Dashboard(WandbLogger):
         """Log the metrics of a step."""
         self.experiment.log({**metrics, STEP: step})
 
-    @harmless
+    @warn_on_failure
     def log_samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
         """Log the evaluated responses of a step as the table `samples`, one line of `samples.jsonl` per row."""
         import wandb
@@ -86,7 +86,7 @@ class Dashboard(WandbLogger):
         table = wandb.Table(columns=[STEP, *columns], data=rows, allow_mixed_types=True)
         self.experiment.log({"samples": table, STEP: step})
 
-    @harmless
+    @warn_on_failure
     def log_histograms(self, scores: Tensor, ratio_counts: Tensor | None, largest_ratio: float, step: int) -> None:
         """Log `histogram/reward` of a rollout batch, and `histogram/ratio` of the importance ratios of its updates.
 
@@ -104,26 +104,26 @@ class Dashboard(WandbLogger):
             histograms["histogram/ratio"] = wandb.Histogram(np_histogram=(ratio_counts.long().cpu().numpy(), edges))
         self.experiment.log({**histograms, STEP: step})
 
-    @harmless
+    @warn_on_failure
     def alert(self, title: str, text: str) -> None:
         """Send a guard's message, by mail or Slack as the W&B account is configured."""
         self.experiment.alert(title, text, level="WARN")
 
-    @harmless
-    def uses(self, name: str, folder: Path) -> None:
+    @warn_on_failure
+    def log_input_model(self, name: str, folder: Path) -> None:
         """Record that the run uses the model in `folder`, if there is one: an incoming edge of the lineage."""
-        if not (folder / "model").exists():
+        if not (folder / MODEL).exists():
             return
         # the public use_artifact does not work offline and waits for the server online; this is what it calls
         self.experiment._log_artifact(model_artifact(name, folder), is_user_created=True, use_after_commit=True)
 
-    @harmless
-    def leaves(self, name: str, folder: Path) -> None:
+    @warn_on_failure
+    def log_output_model(self, name: str, folder: Path) -> None:
         """Record that the run made the model in `folder`, if there is one: an outgoing edge of the lineage."""
-        if (folder / "model").exists():
+        if (folder / MODEL).exists():
             self.experiment.log_artifact(model_artifact(name, folder))
 
-    @harmless
+    @warn_on_failure
     def log_report(self, name: str, page: Path) -> None:
         """Log a sweep's report: the page for display in W&B, and its folder (tables, figures) as an artefact."""
         import wandb
@@ -133,7 +133,7 @@ class Dashboard(WandbLogger):
         artifact.add_dir(str(page.parent), policy="immutable", skip_cache=True)
         self.experiment.log_artifact(artifact)
 
-    @harmless
+    @warn_on_failure
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run, so that the next stage of this process can start its own."""
         if self._experiment is not None:
@@ -156,7 +156,7 @@ def model_artifact(name: str, folder: Path) -> Any:
     summary = read_json(folder / SUMMARY)
     metadata = {"stage": summary["stage"], "git_commit": summary["git_commit"], **summary["metrics"]}
     artifact = wandb.Artifact(name, type="model", metadata=metadata)
-    artifact.add_reference((folder / "model").resolve().as_uri(), checksum=False)
+    artifact.add_reference((folder / MODEL).resolve().as_uri(), checksum=False)
     return artifact
 
 
@@ -187,10 +187,10 @@ def wandb_logger(stage_tags: Mapping[str, Sequence[str]] | None = None, **option
     os.environ.setdefault("WANDB_DATA_DIR", str(Path(options["save_dir"]).resolve().parent / "wandb-staging"))
     if options.get("mode") == "offline" or not _has_wandb_key():
         return Dashboard(**{**options, "mode": "offline"})
-    patience = wandb.Settings(
+    timeouts = wandb.Settings(
         init_timeout=WANDB_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, finish_timeout_raises=False
     )
-    logger = Dashboard(settings=patience, **options)
+    logger = Dashboard(settings=timeouts, **options)
     try:
         logger.experiment.id  # noqa: B018  (starts the run, which connects to the server)
     except wandb.errors.Error as error:
@@ -212,6 +212,7 @@ def maybe_unsent(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _has_wandb_key() -> bool:
+    """Whether there is a key for W&B: in the environment, or in `~/.netrc`, where `wandb login` writes it."""
     from requests.utils import get_netrc_auth
 
     return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth("https://api.wandb.ai"))

@@ -63,6 +63,7 @@ def forget_after(folder: Path, step: int, evaluated: bool) -> None:
 
 
 def _is_kept(line: dict[str, Any], step: int, evaluated: bool) -> bool:
+    """Whether a resumed run keeps a line, as `forget_after` describes."""
     is_evaluation = any(key in line for key in EVALUATION_KEYS)
     return line["step"] < step or (line["step"] == step and (evaluated or not is_evaluation))
 

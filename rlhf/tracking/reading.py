@@ -108,6 +108,7 @@ def renamed_overrides(overrides: Iterable[Any]) -> list[str]:
 
 
 def _renamed_mapping(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The node of a configuration whose keys have the dotted path `prefix` before them."""
     return {_renamed_name(key, prefix): _renamed_value(key, value, prefix) for key, value in config.items()}
 
 
@@ -120,10 +121,12 @@ def _renamed_value(key: str, value: Any, prefix: str) -> Any:
 
 
 def _renamed_name(key: str, prefix: str) -> str:
+    """The present name of the last part of a dotted key."""
     return next((new for old, new in RENAMED_KEYS.items() if fnmatchcase(f"{prefix}{key}", old)), key)
 
 
 def _renamed_override(override: str) -> str:
+    """One override with its present key; a text that is no override stays as it is unless it is a renamed key."""
     marked, equals, value = override.partition("=")
     path = marked.lstrip("+~")
     parent, dot, name = path.rpartition(".")
