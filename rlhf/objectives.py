@@ -1,4 +1,4 @@
-"""What a study looks for: `objectives`, a direction for each of one or more metrics. No torch here."""
+"""The `objectives` of a search: one or more metrics, each with a direction. Does not import torch."""
 
 import math
 from collections.abc import Mapping, MutableMapping
@@ -7,19 +7,21 @@ from typing import Any
 from rlhf.errors import ConfigError
 
 DIRECTIONS = ("maximize", "minimize")
-WIN = "eval/win_rate"  # what a job returns that was given no objectives
+WIN = "eval/win_rate"  # what a job returns without objectives
 
 
 def objectives_of(config: MutableMapping[Any, Any]) -> dict[str, str]:
-    """Metric → direction; empty without objectives.
+    """Metric → direction (`maximize` or `minimize`) by the configuration; {} without objectives.
 
     Raises:
-        ConfigError: a direction that is none, or no metrics with directions at all.
+        ConfigError: `objectives` is not a mapping, or a direction is unknown.
     """
-    asked = config.get("objectives") or {}
-    if not isinstance(asked, Mapping):
-        raise ConfigError(f"objectives={asked} is not allowed; allowed: null or {{metric: {' or '.join(DIRECTIONS)}}}")
-    chosen = {str(metric): str(direction) for metric, direction in asked.items()}
+    objectives = config.get("objectives") or {}
+    if not isinstance(objectives, Mapping):
+        raise ConfigError(
+            f"objectives={objectives} is not allowed; allowed: null or {{metric: {' or '.join(DIRECTIONS)}}}"
+        )
+    chosen = {str(metric): str(direction) for metric, direction in objectives.items()}
     for metric, direction in chosen.items():
         if direction not in DIRECTIONS:
             raise ConfigError(f"objectives.{metric}={direction} is not allowed; allowed: {' or '.join(DIRECTIONS)}")
@@ -27,7 +29,10 @@ def objectives_of(config: MutableMapping[Any, Any]) -> dict[str, str]:
 
 
 def result(metrics: Mapping[str, Any], objectives: Mapping[str, str]) -> float | list[float] | None:
-    """What Hydra's sweeper is told of a run: a number for each objective; None where one is missing or not finite."""
+    """What a job returns to Hydra's sweeper: the value of each objective, in their order.
+
+    A single objective gives a number, not a list. None if a value is missing or not finite.
+    """
     values = [metrics.get(metric) for metric in (objectives or {WIN: ""})]
     numbers = [float(value) for value in values if value is not None and math.isfinite(value)]
     if len(numbers) < len(values):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Reading and writing the files of runs, atomically, and the names of these files."""
 
 import json
 import logging
@@ -16,23 +16,25 @@ from rlhf.errors import DamagedError
 from rlhf.errors.machine import writing
 
 log = logging.getLogger(__name__)
-SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"  # of a run
-LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # of a run: a JSON object a line, appended to
-BUDGET = "budget.json"  # of a run: what ppo.microbatch_tokens=auto came to, and for which run
-MODEL, BEST_MODEL = "model", "model_best"  # of a run: its last policy, and the best where that is another
+# In a run's folder:
+SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"
+LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # JSON lines, to which a run appends
+BUDGET = "budget.json"  # the number that ppo.microbatch_tokens=auto was settled to, and for which run
+MODEL, BEST_MODEL = "model", "model_best"  # the last policy, and the best one if it is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
 ADAPTER_CONFIG = "adapter_config.json"  # in a model's folder: peft's, which names the model below the adapter
-EARLIER = "earlier"  # in a run's folder: runs of other configurations that had the same name
-TORN_SECONDS = 3600  # no writer is silent for so long: what it wrote aside is left of one that was killed
-OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # what a run tells, beside its summary and models
+OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # all results except summary and models
+EARLIER = "earlier"  # a folder with runs of other configurations that had the same name
+TORN_SECONDS = 3600  # a temporary file that is older was left by a writer that was killed: no writer takes so long
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which is synced to disk and becomes `path` at the end, or vanishes on failure.
+    """Write a file atomically: yields a temporary path, which is synced and renamed to `path` at the end.
 
-    A reader, or a machine that dies, never sees half of it. What writers of the same file left when they were killed
-    is removed, an hour later: here nobody may hold a lock, and another host's processes are not known.
+    On failure the temporary file is removed. Neither a reader nor a crash of the machine ever leaves half a file.
+    Temporary files of killed writers of the same file are removed once they are an hour old: without a lock, and with
+    processes on other hosts, a younger one may still be in use.
     """
     for torn in _torn(path.parent, re.escape(path.name)):
         with suppress(OSError):
@@ -49,17 +51,18 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what writers left aside when they were killed; for whoever holds the folder's lock."""
+    """Remove the temporary files of killed writers from a folder. The caller must hold the folder's lock."""
     for torn in _torn(folder, ".+"):
         torn.unlink()
 
 
 def _torn(folder: Path, name: str) -> list[Path]:
+    """Temporary files in a folder; `name` is a regular expression for the names of the files that they stand for."""
     return [path for path in folder.glob(".*.*") if re.fullmatch(rf"\.{name}\.\d+", path.name)]
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy what a finished run left, its summary last; not who may write it, as the source may be somebody else's."""
+    """Copy all files of a finished run, the summary last. Permissions are not copied: the source may be read-only."""
     for path in sorted(source.rglob("*"), key=lambda path: path.name == SUMMARY):
         if path.is_file():
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +70,13 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file's content is on the disk."""
+    """Wait until a file's content is written to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """There whole or not at all."""
+    """Write JSON atomically; values that JSON does not know are written as strings."""
     with aside(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
 
@@ -82,19 +85,19 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        DamagedError: it is not JSON.
+        DamagedError: the file is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the decoder of characters, too
+    except ValueError as error:  # includes UnicodeDecodeError
         raise DamagedError(f"{path} is damaged: it is not JSON ({error})") from None
 
 
 def read_object(path: Path, **keys: type | UnionType) -> dict[str, Any]:
-    """The object that a JSON file holds, with at least these keys, each of its type.
+    """The content of a JSON file that must be an object with at least the given `keys`, each of the given type.
 
     Raises:
-        DamagedError: it holds anything else.
+        DamagedError: the file holds anything else.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -106,22 +109,24 @@ def read_object(path: Path, **keys: type | UnionType) -> dict[str, Any]:
 
 
 def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, [] without one; not the torn last line that a killed process leaves.
+    """The objects of a JSON-lines file; [] if it does not exist.
 
-    A line that is no object with these `keys`, each a whole number, is named and left out. Only "\n" ends a line: texts
-    may hold the other characters at which `str.splitlines` breaks.
+    An incomplete last line, as a killed process leaves it, is ignored. Other lines that are not objects with whole
+    numbers at all of these `keys` are left out with a warning. Only a line feed ends a line: texts may contain other
+    characters at which `str.splitlines` breaks.
     """
     return [content for _, content in _whole_lines(path, keys)]
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool], *keys: str) -> None:
-    """Rewrite a JSON-lines file, at once, with only the whole lines (see `read_lines`) for which `keep` holds."""
+    """Rewrite a JSON-lines file atomically with those of the lines of `read_lines` for which `keep` is true."""
     kept = [line for line, content in _whole_lines(path, keys) if keep(content)]
     with aside(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _whole_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(text, content) of every valid line, as `read_lines` describes."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
@@ -130,17 +135,18 @@ def _whole_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[
                 return
             try:
                 content = json.loads(line)
-            except ValueError:  # a full disk, or another hand
+            except ValueError:  # after a full disk, or an edit by hand
                 log.warning("%s, line %d: not JSON, left out", path, number)
                 continue
-            wanting = next((key for key in keys if not _is_whole(content, key)), None)
-            if not isinstance(content, dict) or wanting:
-                what = f"without a whole number as {wanting}" if isinstance(content, dict) else "not an object"
+            missing = next((key for key in keys if not _is_whole(content, key)), None)
+            if not isinstance(content, dict) or missing:
+                what = f"without a whole number as {missing}" if isinstance(content, dict) else "not an object"
                 log.warning("%s, line %d: %s, left out", path, number, what)
                 continue
             yield line, content
 
 
 def _is_whole(content: Any, key: str) -> bool:
+    """Whether a line's content is an object with a whole number at `key`."""
     value = content.get(key) if isinstance(content, dict) else None
     return isinstance(value, int) and not isinstance(value, bool)

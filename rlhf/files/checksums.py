@@ -1,4 +1,4 @@
-"""Checksums of finished models, `checksums.json` beside `model/`: nobody computes with a damaged one unawares."""
+"""Checksums of finished models, in `checksums.json` beside `model/`, so that damaged models are noticed before use."""
 
 import json
 from collections.abc import Iterator
@@ -12,11 +12,12 @@ from rlhf.files.digests import file_stamp, sha256
 
 CHECKSUMS = "checksums.json"
 Signature = list[int]
-_sound: dict[Path, dict[str, Signature]] = {}  # what this process has found sound, where no note can be left
+# Folders that this process has checked, with the signatures of their files: checksums.json may not be writable.
+_sound: dict[Path, dict[str, Signature]] = {}
 
 
 def seal(folder: Path) -> None:
-    """Note the checksums of the models in `folder`, once they are on the disk."""
+    """Sync the models in `folder` to disk and write their checksums."""
     files = dict(_files(folder))
     for path in files.values():
         sync(path)
@@ -25,15 +26,17 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the models in `folder`, or None; what an earlier version left without checksums gets them.
+    """What is wrong with the models in `folder`, or None. Models of earlier versions without checksums get them.
 
-    A file is read again only where its size, times or inode are not those of when it was last found sound: reading
-    13 GB takes most of a minute, and no program changes a file without changing one of these.
+    A file is only read again if its size, times or inode have changed since it was last found intact: reading 13 GB
+    takes most of a minute, and no program changes a file without changing one of these.
     """
+    # 1. Nothing changed since this process last looked.
     files = dict(_files(folder))
     seen = {name: file_stamp(path) for name, path in files.items()}
     if _sound.get(folder) == seen:
         return None
+    # 2. Compare with the checksums; without any, only a truncated file can be recognised.
     try:
         known = read_object(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
     except DamagedError as error:
@@ -41,15 +44,17 @@ def damage(folder: Path) -> str | None:
     wrong = _compare(files, seen, known) if known else next(filter(None, map(_cut_short, files.values())), None)
     if wrong:
         return wrong
+    # 3. Write the present signatures, so that the files need not be read next time.
     if not known or any(entry["seen"] != seen[name] for name, entry in known.items()):
         known = known or {name: {"sha256": sha256(path)} for name, path in files.items()}
-        with suppress(OSError):  # somebody else's, who lets us read
+        with suppress(OSError):  # a folder of another user, which can only be read
             _note(folder, {name: {**entry, "seen": seen[name]} for name, entry in known.items()})
     _sound[folder] = seen
     return None
 
 
 def _compare(files: dict[str, Path], seen: dict[str, Signature], known: dict[str, Any]) -> str | None:
+    """The first file that is missing or differs from its checksum; `seen` are the present signatures."""
     for name, entry in known.items():
         if name not in files:
             return f"{name} is gone"
@@ -64,7 +69,7 @@ def _note(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """What other runs read: models, and simulated comparisons."""
+    """(name, path) of the files that other runs read: models, and simulated comparisons."""
     found = [path for model in (MODEL, BEST_MODEL) for path in sorted((folder / model).rglob("*"))]
     found += [path for path in sorted(folder.glob("*.jsonl")) if path.name not in LINE_FILES]
     for path in found:
@@ -73,7 +78,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _cut_short(path: Path) -> str | None:
-    """Whether weights end before, or after, what their header says: all that shows without a checksum."""
+    """What is wrong with a safetensors file whose size differs from that in its header; None for other files."""
     if path.suffix != ".safetensors":
         return None
     try:

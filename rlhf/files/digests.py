@@ -1,4 +1,4 @@
-"""Files known by their content: SHA-256 digests, kept so that a large file is read once and not at each start."""
+"""SHA-256 digests of files and folders, cached so that a large file is not read again at every start."""
 
 import hashlib
 import json
@@ -11,29 +11,32 @@ from pathlib import Path
 from rlhf.files import write_json
 
 log = logging.getLogger(__name__)
-LARGE = 2**30  # bytes: reading so much takes long enough to say so
-RACY_SECONDS = 2.0  # file systems may give two changes within this time the same stamp
+LARGE = 2**30  # bytes: reading a larger file takes long enough to be logged
+RACY_SECONDS = 2.0  # two changes within this time may have the same timestamps on some file systems
 
 
 def content_digest(path: Path, known: Path | None = None) -> str:
-    """Hex digest of a file's bytes, or of the names and bytes of the files in a folder (those in folders below it not).
+    """Hex digest of a file's bytes, or of the names and bytes of the files directly in a folder.
 
-    `known` is a folder of earlier digests. One of them stands for a file whose size, times and inode are unchanged, and
-    is not kept for a file that changed a moment ago, as another change could hide behind the same times. Names that
-    begin with a dot are left out of a folder, and so is what a run writes about itself while it goes on.
+    Of a folder, files whose name begins with a dot and logs (`*.log`), which a run may still be writing, are ignored.
+
+    Args:
+        path: a file or folder.
+        known: a folder that caches digests. A cached digest is used if the file's size, times and inode are unchanged.
+            None is cached for a file that changed a moment ago, as another change might leave the same times.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
     """
     if not path.is_dir():
-        return _of_file(path.resolve(), known)
+        return _file_digest(path.resolve(), known)
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    listed = [(file.name, _of_file(file.resolve(), known)) for file in files if file.suffix != ".log"]
+    listed = [(file.name, _file_digest(file.resolve(), known)) for file in files if file.suffix != ".log"]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Hex SHA-256 digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -50,7 +53,8 @@ def file_stamp(path: Path, *, device: bool = False) -> list[int]:
     return [*stamp, stat.st_dev] if device else stamp
 
 
-def _of_file(path: Path, known: Path | None) -> str:
+def _file_digest(path: Path, known: Path | None) -> str:
+    """The digest of one file, from the cache `known` if it holds it."""
     note = known / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json" if known else None
     stamp = file_stamp(path, device=True)
     if note is not None:
@@ -63,7 +67,7 @@ def _of_file(path: Path, known: Path | None) -> str:
     digest = sha256(path)
     settled = time.time() - max(stamp[1:3]) / 1e9 > RACY_SECONDS
     if note is not None and settled and file_stamp(path, device=True) == stamp:
-        with suppress(OSError):  # a cache that cannot be written to costs the reading next time
+        with suppress(OSError):  # if the cache cannot be written, the file is read again next time
             note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"path": str(path), "stamp": stamp, "sha256": digest})
     return digest

@@ -1,4 +1,4 @@
-"""File locks: the system's, which it releases when their holder dies, or else lock files with a heartbeat."""
+"""File locks: those of the system, which it releases when the holder dies, or else lock files with a heartbeat."""
 
 import errno
 import logging
@@ -12,46 +12,52 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, LeaseCompromise, SoftFileLease, Timeout
 
 log = logging.getLogger(__name__)
-WAIT_MESSAGE_SECONDS = 30.0
-LEASE_SECONDS = 300.0  # a lock file that is not touched for so long is taken over; its holder does so every 20 seconds
-HEARTBEAT_SECONDS = 20.0
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network and user-space file systems
+WAIT_MESSAGE_SECONDS = 30.0  # between messages that the lock is still held by another process
+LEASE_SECONDS = 300.0  # a lock file that was not touched for so long is taken over
+HEARTBEAT_SECONDS = 20.0  # how often the holder touches its lock file
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from network and user-space file systems without locks
 
 
 def acquire(path: Path, reason: str) -> BaseFileLock:
-    """Hold the lock `path`; while another process holds it, wait and say so, and who it is.
+    """Acquire the lock `path`. While another process holds it, wait and log `reason` and the holder.
 
-    Where the file system has no locks, a file beside it is the lock. It is touched regularly, so that one whose holder
-    died is taken over: at once on the same host, after `LEASE_SECONDS` on another.
+    On a file system without locks, a file beside `path` serves as the lock. Its holder touches it regularly. If the
+    holder dies, the lock is taken over: at once on the same host, after `LEASE_SECONDS` on another.
+
+    Raises:
+        OSError: the lock file cannot be opened or locked for another reason.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock: BaseFileLock = _wait_for(FileLock(path, fallback_to_soft=False), path, reason)
+        lock: BaseFileLock = _wait_for(FileLock(path, fallback_to_soft=False), reason)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         log.info("%s: this file system has no locks (%s); a lock file is used", path.parent, os.strerror(error.errno))
-        return _wait_for(_lease(path.with_name(f"{path.name}.held")), path, reason)
-    with suppress(OSError):  # whom those who wait will name
+        return _wait_for(_lease(path.with_name(f"{path.name}.held")), reason)
+    with suppress(OSError):  # waiting processes read from it who holds the lock
         path.write_text(f"pid={os.getpid()}\nhost={socket.gethostname()}\n", encoding="utf-8")
     return lock
 
 
 def _lease(path: Path) -> SoftFileLease:
-    return SoftFileLease(path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS, on_compromise=_leave)
+    return SoftFileLease(
+        path, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS, on_compromise=_exit_without_lock
+    )
 
 
-def _leave(lost: LeaseCompromise) -> None:
-    """We were silent for too long, suspended perhaps, and another process has taken over: two must not write.
+def _exit_without_lock(lost: LeaseCompromise) -> None:
+    """End this process, whose lock may have been taken over, for example after it was suspended: two must not write.
 
-    To leave at once is what a kill would do, after which the other continues exactly.
+    Exiting at once has the effect of a kill, after which the other process resumes the run exactly.
     """
     log.critical("%s was lost (%s): another process may have taken over, so this one ends", lost.lock_file, lost.reason)
     os._exit(1)
 
 
-def _wait_for(lock: BaseFileLock, path: Path, reason: str) -> BaseFileLock:
-    started, timeout = time.monotonic(), 0.0
+def _wait_for(lock: BaseFileLock, reason: str) -> BaseFileLock:
+    """Acquire a lock, logging every 30 seconds that another process holds it."""
+    started, timeout = time.monotonic(), 0.0  # the first message comes at once
     while True:
         try:
             lock.acquire(timeout=timeout)
@@ -63,9 +69,9 @@ def _wait_for(lock: BaseFileLock, path: Path, reason: str) -> BaseFileLock:
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, as its file says, in the words of filelock's lock files."""
+    """The holder that a lock file names, for a message; "" if it names none. filelock's own files look alike."""
     try:
-        told = re.search(r"^pid=(\d+)\nhost=(\S+)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        found = re.search(r"^pid=(\d+)\nhost=(\S+)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     except OSError:
         return ""
-    return f" (process {told[1]} on {told[2]})" if told else ""
+    return f" (process {found[1]} on {found[2]})" if found else ""

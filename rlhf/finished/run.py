@@ -12,6 +12,7 @@ from rlhf.files import ADAPTER_CONFIG, MODEL, SUMMARY, read_object
 from rlhf.files.checksums import damage
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings
+from rlhf.tracking.reading import renamed_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,8 @@ class FinishedRun:
             raise RunError(f"{folder}: there is no such folder; allowed: a run, such as outputs/rlhf/default")
         if not (folder / SUMMARY).exists():
             raise RunError(f"{folder} holds no {SUMMARY}: it is not the folder of a finished run")
-        run = cls(folder, read_object(folder / SUMMARY, stage=str, config=dict, metrics=dict))
+        summary = read_object(folder / SUMMARY, stage=str, config=dict, metrics=dict)
+        run = cls(folder, {**summary, "config": renamed_config(summary["config"])})
         if not run.model.is_dir():
             raise RunError(f"{folder} has no model; allowed: a run of stage=sft, stage=reward or stage=ppo")
         _check(run.model)

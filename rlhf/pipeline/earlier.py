@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.errors import DamagedError
 from rlhf.files import EARLIER, METRICS, SUMMARY, read_json, read_lines, write_json
+from rlhf.tracking.reading import renamed_config
 
 log = logging.getLogger(__name__)
 NOTE = "identity.json"  # a run's identity and configuration, written when it begins
@@ -138,7 +139,8 @@ def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str
     found = [said["config"] for said in told if isinstance(said, dict) and isinstance(said.get("config"), dict)]
     if not found:
         return None
-    before, after = (dict(_flat({key: node[key] for key in node if key not in ignored})) for node in (found[0], config))
+    past = renamed_config(found[0])
+    before, after = (dict(_flat({key: node[key] for key in node if key not in ignored})) for node in (past, config))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [f"{key}={before.get(key, 'nothing')} instead of {after.get(key, 'nothing')}" for key in keys]
 

@@ -50,12 +50,12 @@ class Loggers:
         row = ", ".join(item for item in plan.overrides if not item.startswith("seed="))
         dashboard.log_hyperparams({**plan.plain, "row": row or "PPO"})  # what the seeds of a table's row share
         for path in needed:
-            dashboard.uses(path.name, path)
+            dashboard.log_input_model(path.name, path)
         return dashboard
 
     def hand_over(self, name: str, folder: Path) -> None:
         """End the W&B run of the stage just finished, if there is one, leaving its model to the next stage."""
         if self.dashboard is not None:
-            self.dashboard.leaves(name, folder)
+            self.dashboard.log_output_model(name, folder)
             self.dashboard.close()
             self.dashboard = None

@@ -14,8 +14,8 @@ from rlhf.pipeline.interruption import Interruption
 from rlhf.settings import RewardSettings, SFTSettings
 from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.supervised import SupervisedStage
-from rlhf.tracking.dashboards import Dashboard
-from rlhf.tracking.metrics_file import forget_after, maybe_unsent, numbers, read_metrics
+from rlhf.tracking.dashboards import Dashboard, maybe_unsent
+from rlhf.tracking.metrics_file import forget_after, numbers, read_metrics
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,10 @@
-"""A sweep's workspace and report in W&B, as code: the table's metrics as bars, every figure of its layout as a panel.
+"""A sweep's *boards*: a workspace and a report in W&B, with the table's metrics as bars and every figure as a panel.
 
-They are built offline, from what the runs left, and written beside the report; `rlhf-sync --boards` puts them into W&B.
+Their specifications are built offline from the run folders and written beside the report. `rlhf-sync --boards` uploads
+them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,30 @@ from wandb_workspaces import expr
 from rlhf.errors import NoRunsError
 from rlhf.files import read_json, write_json
 from rlhf.objectives import objectives_of
-from rlhf.report.figures import DEFAULT, KL
-from rlhf.report.front import front_table
-from rlhf.report.measures import measure
+from rlhf.report.figures import figure_specs, x_metric, y_metrics
+from rlhf.report.metric_info import metric_info
+from rlhf.report.pareto_front import front_table
 from rlhf.report.results import columns, main_table
 from rlhf.report.runs import Sweep, load
 
 WORKSPACE, REPORT, PUSHED = "wandb_workspace.json", "wandb_report.json", "wandb_pushed.json"
-STEP, ROW = "step", "row"  # the runs' x axis, and the key of their configuration that all seeds of a row share
-LAST = ".last"  # W&B keeps minimum, maximum and last value of each metric
+STEP, ROW = "step", "row"  # in W&B: the x axis of runs, and the key of their configuration that names their row
+LAST = ".last"  # a metric's last value: W&B's summary also has its minimum and maximum
 MOST_RUNS = 100
-ROOT_NOTE = "W&B has no root axis: this is against the KL itself."
+ROOT_NOTE = "W&B has no square root axis: this is against the KL itself."
 
 
 @dataclass(frozen=True)
 class Boards:
-    """A sweep, and which runs of which W&B project are its."""
+    """The boards of one sweep.
+
+    Attributes:
+        sweep: the sweep as its folders record it.
+        name: the name of its folder.
+        project: the W&B project to which its runs were logged.
+        entity: the user or team that owns the project; None for the default one.
+        filters: what selects the sweep's runs in the project.
+    """
 
     sweep: Sweep
     name: str
@@ -40,10 +49,10 @@ class Boards:
 
     @classmethod
     def of(cls, folder: Path) -> "Boards":
-        """Those of the sweep in `folder`.
+        """The boards of the sweep in `folder`.
 
         Raises:
-            NoRunsError: it has no finished run, or its runs were not logged to W&B.
+            NoRunsError: the sweep has no finished run, or its runs were not logged to W&B.
         """
         sweep = load([folder])
         config = sweep.finished[0].config
@@ -55,11 +64,11 @@ class Boards:
 
     @property
     def title(self) -> str:
-        """That of the report."""
+        """The title of the report."""
         return str(self.sweep.layout.get("title") or self.name)
 
     def workspace(self, entity: str = "") -> ws.Workspace:
-        """A view of the project: the sweep's runs by row, a section for the table and one for the figures."""
+        """A view of the project with the sweep's runs grouped by row: sections of bars, figures, and for a search."""
         sections = [
             ws.Section("Table", panels=self.bars(), is_open=True, pinned=True),
             ws.Section("Figures", panels=self.figures(), is_open=True),
@@ -75,14 +84,14 @@ class Boards:
             runset_settings=ws.RunsetSettings(
                 filters=self.filters,
                 groupby=[expr.Config(ROW)],
-                pinned_columns=[f"summary:{metric}{LAST}" for metric in self.metrics],
+                pinned_columns=self._pinned_columns,
             ),
         )
 
     def report(self, entity: str = "") -> wr.Report:
-        """A page: the table as it was measured, and the same panels on the runs themselves."""
-        found = front_table(self.sweep)
-        tables = [main_table(self.sweep)] + ([found] if found else [])
+        """A page with the tables of the offline report and the panels of the workspace."""
+        front = front_table(self.sweep)
+        tables = [main_table(self.sweep)] + ([front] if front else [])
         blocks: list[Any] = [wr.H1("Results"), *(wr.MarkdownBlock(table.markdown()) for table in tables)]
         if notes := self.sweep.layout.get("notes"):
             blocks.insert(0, wr.P(str(notes)))
@@ -93,33 +102,37 @@ class Boards:
 
     @property
     def metrics(self) -> list[str]:
-        """The table's metrics that some row has."""
+        """The metrics of the main table that at least one row has."""
         return [metric for metric in columns(self.sweep) if any(row.values(metric) for row in self.sweep.rows)]
 
+    @property
+    def _pinned_columns(self) -> list[str]:
+        """The metrics that W&B shows beside the names of runs."""
+        return [f"summary:{metric}{LAST}" for metric in self.metrics]
+
     def bars(self) -> list[wr.BarPlot]:
-        """The table: the last value of each metric by row, with the standard error over seeds."""
+        """The main table as bar plots: the last value of each metric by row, with the standard error over seeds."""
         return [
-            wr.BarPlot(title=measure(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
+            wr.BarPlot(title=metric_info(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
             for metric in self.metrics
         ]
 
     def figures(self) -> list[wr.LinePlot]:
-        """The figures of the layout, a panel for each y."""
-        asked = self.sweep.layout.get("figures")
-        wanted = DEFAULT if asked is None else asked
-        return [self._line(figure, y) for figure in wanted for y in _listed(figure["y"])]
+        """The figures of the layout, one panel for each metric on a y axis."""
+        specs = [spec for spec in figure_specs(self.sweep.layout) if spec["kind"] != "pull"]  # which needs no runs
+        return [self._line(spec, y) for spec in specs for y in y_metrics(spec)]
 
     def front(self) -> list[wr.ScatterPlot]:
-        """A search's first two objectives against each other, a point for each run."""
+        """The first two objectives of a search against each other, one point per run; [] with fewer objectives."""
         objectives = list(objectives_of(self.sweep.finished[0].config))
         if len(objectives) < 2:
             return []
         y, x = (wr.SummaryMetric(f"{metric}{LAST}") for metric in objectives[:2])
-        names = [measure(metric).name for metric in objectives[:2]]
+        names = [metric_info(metric).name for metric in objectives[:2]]
         return [wr.ScatterPlot(title=f"{names[0]} against {names[1]}", x=x, y=y)]
 
     def write(self, folder: Path) -> list[Path]:
-        """The specifications of both as JSON, for a look without W&B."""
+        """Write the specifications of workspace and report as JSON; returns their paths."""
         folder.mkdir(exist_ok=True)
         paths = [folder / WORKSPACE, folder / REPORT]
         for path, board in zip(paths, (self.workspace(), self.report()), strict=True):
@@ -127,7 +140,10 @@ class Boards:
         return paths
 
     def push(self, entity: str, folder: Path) -> list[str]:
-        """Put both into W&B, in place of those that were put there before; their addresses."""
+        """Upload workspace and report to W&B and return their addresses.
+
+        Those that were uploaded before, according to a note in `folder`, are replaced.
+        """
         known = read_json(folder / PUSHED) if (folder / PUSHED).exists() else {}
         workspace, report = self.workspace(entity), self.report(entity)
         workspace._internal_name, workspace._internal_id = known.get("workspace", ("", ""))
@@ -139,24 +155,26 @@ class Boards:
         return [workspace.url, report.url]
 
     def _runs(self, entity: str) -> wr.Runset:
+        """The sweep's runs, as a panel grid of the report refers to them."""
         return wr.Runset(
             entity=entity,
             project=self.project,
             name=self.name,
             filters=self.filters,
             groupby=[f"config.{ROW}"],
-            pinned_columns=[f"summary:{metric}{LAST}" for metric in self.metrics],
+            pinned_columns=self._pinned_columns,
         )
 
-    def _line(self, figure: Mapping[str, Any], y: str) -> wr.LinePlot:
-        x = {"curve": STEP, "sqrt_kl": KL}.get(figure["kind"], figure.get("x", KL))
-        title = str(figure.get("title", figure["name"]))
+    def _line(self, spec: Mapping[str, Any], y: str) -> wr.LinePlot:
+        """One metric of a figure of the layout."""
+        x = x_metric(spec)
+        title = str(spec.get("title", spec["name"]))
         return wr.LinePlot(
-            title=f"{title}. {ROOT_NOTE}" if figure["kind"] == "sqrt_kl" else title,
+            title=f"{title}. {ROOT_NOTE}" if spec["kind"] == "sqrt_kl" else title,
             x=x,
             y=[y],
-            title_x=measure(x).title,
-            title_y=measure(y).name,
+            title_x=metric_info(x).title,
+            title_y=metric_info(y).name,
             smoothing_type="none",
             max_runs_to_show=MOST_RUNS,
             **_over_seeds(),
@@ -164,18 +182,14 @@ class Boards:
 
 
 def _over_seeds() -> dict[str, Any]:
-    """A row is the mean of its seeds, with their standard error."""
+    """Options of a plot that shows the mean of each row's seeds with their standard error."""
     return {"groupby": wr.Config(ROW), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 
 
 def _filters(sweep: Sweep, group: str) -> expr.And:
-    """The sweep's runs of PPO: its group, or run by run where some were taken over from other sweeps' groups."""
+    """Select the sweep's PPO runs in W&B: by group, or by id if some were taken over from other sweeps' groups."""
     if any(run.summary.get("same_as") for run in sweep.finished):
         ids = [f"{run.summary['stage']}-{run.summary['identity']}" for run in sweep.finished]
         return expr.And(expr.Metric("ID").isin(ids))
     stage = sweep.finished[0].summary["stage"]
     return expr.And(expr.Metric("Group") == group, expr.Metric("JobType") == stage)
-
-
-def _listed(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)

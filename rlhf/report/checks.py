@@ -1,38 +1,38 @@
-"""What a reader of the report should be warned of."""
+"""The warnings of a report: missing runs, suspicious numbers, findings of guards, mixed origins."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from rlhf.report.measures import measure
-from rlhf.report.recorded import RecordedRun
+from rlhf.report.metric_info import metric_info
+from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Row, Sweep
-from rlhf.report.words import count, quoted
+from rlhf.report.text import abridged, count, quoted
 
-CUT_OFF = 0.2
-SHOWN = 5
+CUT_OFF = 0.2  # share of responses without an end of sequence above which a warning is due
 
 
 def warnings(sweep: Sweep) -> list[str]:
-    """Sentences, the worst first."""
-    return [*_absent(sweep), *_numbers(sweep), *_guards(sweep), *_seeds(sweep), *_origin(sweep)]
+    """One sentence per warning, the most serious first."""
+    return [*_left_out(sweep), *_numbers(sweep), *_guards(sweep), *_seeds(sweep), *_origin(sweep)]
 
 
-def _absent(sweep: Sweep) -> Iterator[str]:
+def _left_out(sweep: Sweep) -> Iterator[str]:
+    """Runs that failed, are missing or do not count, and rows whose runs do not belong together."""
     for run in sweep.runs:
         if run.state == "failed":
             yield f"{run.name} failed: {run.reason}"
     for state, words in (("unfinished", "not finished"), ("missing", "missing: not begun")):
         names = [run.name for run in sweep.runs if run.state == state]
         if names:
-            yield f"{count(len(names), 'run')} {words} ({_some(names)})."
+            yield f"{count(len(names), 'run')} {words} ({abridged(names)})."
     if sweep.doubled:
         names = [str(run.folder) for run in sweep.doubled]
-        yield f"Another run has the same row and seed, so that these are left out: {_some(names)}."
+        yield f"Another run has the same row and seed, so these are left out: {abridged(names)}."
     for run, differing in sweep.unlike:
         yield (
-            f"{run.folder} is left out: it has the overrides of a row, but another configuration than the row's other"
-            f" runs: {_some(differing)}."
+            f"{run.folder} is left out: it has the overrides of a row, but its configuration differs from that of the"
+            f" row's other runs: {abridged(differing)}."
         )
     for row in sweep.trained:
         models = sorted({str(run.summary.get("reward_model")) for run in row.runs})
@@ -46,15 +46,16 @@ def _absent(sweep: Sweep) -> Iterator[str]:
 
 
 def _numbers(sweep: Sweep) -> Iterator[str]:
+    """Runs with non-finite metrics, and runs that ended with many responses cut off."""
     for run in sweep.finished:
         bad = {
-            key: None
+            key: None  # a dict as an ordered set
             for values in (run.summary["metrics"], *run.metrics.values())
             for key, value in values.items()
             if isinstance(value, float) and not math.isfinite(value)
         }
         if bad:
-            yield f"{run.name} has values that are no numbers in {', '.join(bad)}."
+            yield f"{run.name} has non-finite values in {', '.join(bad)}."
         steps = [step for step, values in run.metrics.items() if "ppo/missing_eos" in values]
         cut_off = run.metrics[max(steps)]["ppo/missing_eos"] if steps else 0.0
         if cut_off > CUT_OFF:
@@ -65,7 +66,7 @@ def _numbers(sweep: Sweep) -> Iterator[str]:
 
 
 def _guards(sweep: Sweep) -> Iterator[str]:
-    """A sentence a guard, with what it said of the first of its runs."""
+    """One sentence per guard, with its message about the first run in which it found something."""
     found: dict[str, list[tuple[RecordedRun, dict[str, Any]]]] = {}
     for run in sweep.finished:
         for name, finding in (run.summary.get("guards") or {}).items():
@@ -73,12 +74,14 @@ def _guards(sweep: Sweep) -> Iterator[str]:
     for name, runs in found.items():
         run, finding = runs[0]
         yield (
-            f"The guard {name} found something in {count(len(runs), 'run')} ({_some([run.name for run, _ in runs])});"
-            f" in {run.name}, first at step {finding['first_step']}: {finding['message']}."
+            f"The guard {name} found something in {count(len(runs), 'run')}"
+            f" ({abridged([run.name for run, _ in runs])}); in {run.name}, first at step {finding['first_step']}:"
+            f" {finding['message']}."
         )
 
 
 def _seeds(sweep: Sweep) -> Iterator[str]:
+    """Rows with a single seed or unequal numbers of seeds, and runs that do not start at the same SFT model."""
     single = [row.label for row in sweep.trained if len(row.runs) == 1]
     if single:
         yield f"One seed only, so nothing is known of the spread over seeds: {quoted(single)}."
@@ -89,13 +92,14 @@ def _seeds(sweep: Sweep) -> Iterator[str]:
         starts = [value for run in sweep.finished for value in Row("", (run,), step=0).values(metric)]
         if starts and max(starts) - min(starts) > 1e-6:
             yield (
-                f"The runs do not begin at the same SFT model ({measure(metric).name} at step 0 differs): the row SFT"
-                " shows that of the first run."
+                f"The runs do not start from the same SFT model ({metric_info(metric).name} at step 0 differs): the row"
+                " SFT shows that of the first run."
             )
             return
 
 
 def _origin(sweep: Sweep) -> Iterator[str]:
+    """Runs of different commits, of uncommitted code, or with different versions of a package."""
     commits = sorted({str(run.summary.get("git_commit")) for run in sweep.finished})
     if len(commits) > 1:
         yield f"The runs were made by different commits ({', '.join(commits)})."
@@ -109,8 +113,3 @@ def _origin(sweep: Sweep) -> Iterator[str]:
     for package, found in versions.items():
         if len(found) > 1:
             yield f"The runs used different versions of {package} ({', '.join(sorted(found))})."
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names; the page's table of runs has them all."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,4 +1,4 @@
-"""The `rlhf-report` command, and the same as a function for the end of a sweep."""
+"""The `rlhf-report` command, and `make_report`, which does the same at the end of a sweep."""
 
 import argparse
 import sys
@@ -10,17 +10,27 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from rlhf.errors import FigureError, NoRunsError
-from rlhf.report import page, words
+from rlhf.report import page
 from rlhf.report.figures import make_figures
-from rlhf.report.front import front_table
-from rlhf.report.results import baseline, compared, comparisons, difference_table, main_table
+from rlhf.report.findings import findings
+from rlhf.report.pareto_front import front_table
+from rlhf.report.results import baseline, compared_metrics, comparisons, difference_table, main_table
 from rlhf.report.runs import load
 from rlhf.report.tables import Table
 from rlhf.tracking.reading import printable
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write tables, figures and `report.html` into `out` (default: the first folder's `report/`); returns the page."""
+    """Write tables, figures and `report.html`, and return the path of the page.
+
+    Args:
+        folders: one or more sweeps, reported on together.
+        out: where to write; by default `report/` in the first folder.
+
+    Raises:
+        NoRunsError: a folder has no finished run.
+        FigureError: the layout asks for a figure that cannot be drawn.
+    """
     return _make(folders, out)[0]
 
 
@@ -45,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def show_front(folder: Path) -> None:
-    """Print the front of a sweep that was given objectives; nothing for another."""
+    """Print the Pareto front of a sweep with `objectives`; without them, print nothing."""
     table, console = front_table(load([folder])), Console()
     if table:
         console.print(_on_terminal(table, console.width))
@@ -53,36 +63,41 @@ def show_front(folder: Path) -> None:
 
 
 def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Table]]:
+    """`make_report`, which also returns the tables by the names of their files."""
+    # 1. Read the runs and compare them. A search has too many rows to compare: it gets its front instead.
     sweep = load(folders)
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
-    against, metrics = baseline(sweep), compared(sweep)
+    against, metrics = baseline(sweep), compared_metrics(sweep)
     front = front_table(sweep)
-    found = [] if front else comparisons(sweep, against, metrics)
+    compared = [] if front else comparisons(sweep, against, metrics)
+    # 2. Write the tables, each in three formats.
     tables, titles = {"table": main_table(sweep)}, {"table": "Results", "front": "The front of the search"}
     if front:
         tables["front"] = front
-    elif found:
-        tables["differences"] = difference_table(sweep, found, against)
+    elif compared:
+        tables["differences"] = difference_table(sweep, compared, against)
         titles["differences"] = f"Differences from “{against.label}”"
     for name, table in tables.items():
         for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             (out / f"{name}.{suffix}").write_text(text, encoding="utf-8")
-    drawn = make_figures(sweep, out / "figures")
-    said = words.summary(sweep, found, metrics[0] if metrics else None)
+    # 3. Draw the figures, and write the page that holds all of it.
+    figures = make_figures(sweep, out / "figures")
+    sentences = findings(sweep, compared, metrics[0] if metrics else None)
     path = out / "report.html"
     shown = [(titles[name], table) for name, table in tables.items()]
-    path.write_text(page.render(sweep, said, shown, drawn, out / "figures"), encoding="utf-8")
+    path.write_text(page.render(sweep, sentences, shown, figures, out / "figures"), encoding="utf-8")
     return path, tables
 
 
 def _on_terminal(table: Table, width: int) -> RichTable:
-    """As many columns as fit without breaking a number."""
+    """A table for the terminal, with as many of its columns as fit without a line break inside a number."""
     texts = table.texts()
+    # a column is as wide as its longest cell, or the longest word of its header; borders and padding take 3 more
     longest = [max(map(len, [*name.split(), *cells])) for name, *cells in zip(table.header, *texts, strict=True)]
     fitting = sum(used <= width for used in accumulate((size + 3 for size in longest), initial=1)) - 1
     left_out = ", ".join(table.header[fitting:])
-    shown = RichTable(caption=f"Not shown for want of room: {left_out}." if left_out else None, caption_justify="left")
+    shown = RichTable(caption=f"Columns that do not fit: {left_out}." if left_out else None, caption_justify="left")
     for name, right, size in zip(table.header[:fitting], table.numeric(), longest, strict=False):
         shown.add_column(name, justify="right" if right else "left", width=size)
     for row in texts:

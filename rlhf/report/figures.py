@@ -1,8 +1,11 @@
-"""The figures of a report, each with the numbers behind it.
+"""The figures of a report, each as PNG and SVG with its numbers as CSV.
 
-A layout names them: `{name, title, kind, x, y, rows}` with the kinds `curve` (a metric against the step), `path` (two
-metrics along training) and `sqrt_kl` (metrics against the square root of the true KL, with the straight beginning); and
-`{name, title, kind: pull}`, which needs no runs: how strongly each estimator pulls against the distance.
+The configuration lists them under `report.figures`, each as `{name, title, kind, x, y, rows}`. The kinds are:
+
+- `curve`: a metric against the PPO step;
+- `path`: one metric against another along training;
+- `sqrt_kl`: metrics against the square root of the true KL, with the initial linear range;
+- `pull`, with only a name and a title: the restoring pull of each estimator. It needs no runs.
 """
 
 import csv
@@ -17,14 +20,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf.errors import FigureError
-from rlhf.report.fitting import Line, initial_line
-from rlhf.report.labels import End, label_column, label_points, make_room
-from rlhf.report.measures import measure
+from rlhf.report.figure_labels import End, label_column, label_points, make_room
+from rlhf.report.figure_style import SETTINGS, Look, canvas, looks
+from rlhf.report.linear_range import Line, initial_line
+from rlhf.report.metric_info import metric_info
 from rlhf.report.runs import Row, Sweep
 from rlhf.report.statistics import Array, seed_error
-from rlhf.report.style import SETTINGS, Look, canvas, looks
 
 KL = "eval/true_kl"
+# for a layout without `figures`
 DEFAULT: list[dict[str, Any]] = [
     {"name": "win_rate", "title": "Win rate during PPO", "kind": "curve", "y": "eval/win_rate"},
     {"name": "true_kl", "title": "Distance from SFT during PPO", "kind": "curve", "y": KL},
@@ -32,32 +36,48 @@ DEFAULT: list[dict[str, Any]] = [
     {"name": "win_rate_by_kl", "title": "Win rate against distance from SFT", "kind": "path", "x": KL,
      "y": "eval/win_rate"},
 ]  # fmt: skip
-Numbers = list[dict[str, Any]]
-Looks = Mapping[str, Look]
+Numbers = list[dict[str, Any]]  # the lines of a figure's CSV file
+Drawn = tuple[Numbers, End]  # what a row adds to a panel: its numbers, and the end of its line
+# what the page says below a figure, by kind
+NOTES = {
+    "pull": "By enumeration on a toy policy, not from these runs: the share of the KL's gradient that an estimator has"
+    " when it is used as a reward. 1: all of it; 0: it does not pull.",
+    "curve": "Mean over seeds; the band is ± one standard error (the table says how often that covers the true mean).",
+    "path": "Evaluations during training, joined in order, as means over seeds. Paths start at the SFT model.",
+    "sqrt_kl": "Points: every evaluation of every seed; lines: means over seeds. The broad stroke is a straight line"
+    " from the SFT model, fitted to the longest initial range that does not bend (absent if it bends within the first"
+    " three evaluations). A bar marks its end if training went beyond it.",
+}
 
 
 def make_figures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:
-    """Draw what the layout asks for; returns {name, title, note} of every figure that has data."""
+    """Draw the figures of the layout, or the default ones, into `folder`.
+
+    Returns:
+        {name, title, note} of every figure; those for which no run has data are left out.
+
+    Raises:
+        FigureError: a figure lacks a key or is of no known kind.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = sweep.layout.get("figures")
     made = []
-    for wanted in DEFAULT if asked is None else asked:
+    for spec in figure_specs(sweep.layout):
         with plt.rc_context(SETTINGS):
-            drawn = draw_pull(wanted) if wanted.get("kind") == "pull" else _draw(sweep, wanted)
+            drawn = draw_pull(spec) if spec.get("kind") == "pull" else _draw(sweep, spec)
             if drawn is None:
                 continue
             figure, numbers, note = drawn
-            name = str(wanted["name"])
+            name = str(spec["name"])
             figure.savefig(folder / f"{name}.png")
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
         write_numbers(folder / f"{name}.csv", numbers)
-        made.append({"name": name, "title": str(wanted.get("title", name)), "note": note})
+        made.append({"name": name, "title": str(spec.get("title", name)), "note": note})
     return made
 
 
 def write_numbers(path: Path, numbers: Numbers) -> None:
-    """The numbers behind a figure; a column that a line lacks stays empty."""
+    """Write the numbers of a figure as CSV; keys that a line lacks are left empty."""
     header = list(dict.fromkeys(key for line in numbers for key in line))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")
@@ -65,18 +85,20 @@ def write_numbers(path: Path, numbers: Numbers) -> None:
         writer.writerows(numbers)
 
 
-def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str] | None:
-    kind = wanted.get("kind")
-    if kind not in KINDS or "name" not in wanted or "y" not in wanted:
+def _draw(sweep: Sweep, spec: Mapping[str, Any]) -> tuple[Figure, Numbers, str] | None:
+    """A figure of the sweep's rows with its numbers and its note, or None if no row has data for it."""
+    # 1. Which rows and metrics.
+    kind = spec.get("kind")
+    if kind not in KINDS or "name" not in spec or "y" not in spec:
         allowed = ", ".join([*KINDS, "pull"])
-        raise FigureError(f"report.figures: {dict(wanted)} needs name, y and a kind; allowed: {allowed}")
-    chosen = wanted.get("rows")
+        raise FigureError(f"report.figures: {dict(spec)} needs name, y and a kind; allowed: {allowed}")
+    chosen = spec.get("rows")
     rows = [row for row in sweep.trained if not chosen or any(row.is_called(name) for name in chosen)]
-    ys = [wanted["y"]] if isinstance(wanted["y"], str) else list(wanted["y"])
-    x = {"curve": "step", "sqrt_kl": KL}.get(kind, wanted.get("x", KL))
-    ys = [y for y in ys if any(along(row, x, y) for row in rows)]
+    x = x_metric(spec)
+    ys = [y for y in y_metrics(spec) if any(along(row, x, y) for row in rows)]
     if not ys:
         return None
+    # 2. A panel per metric. Looks depend on all rows, so that a row has the same colour in every figure.
     style = looks([row.label for row in sweep.trained])
     figure, panels = canvas(len(ys))
     numbers: Numbers = []
@@ -89,21 +111,26 @@ def _draw(sweep: Sweep, wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str
                 lines, end = KINDS[kind](axes, row, style[row.label], points, (x, y))
                 numbers += lines
                 labels[-1].append(end)
-        axes.set_ylabel(measure(y).title)
-        axes.set_xlabel("√ true KL (√nats per token)" if kind == "sqrt_kl" else measure(x).title)
-    figure.suptitle(str(wanted.get("title", wanted["name"])), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        axes.set_ylabel(metric_info(y).title)
+        axes.set_xlabel("√ true KL (√nats per token)" if kind == "sqrt_kl" else metric_info(x).title)
+    _set_title(figure, spec)
+    # 3. Labels, once the panels have their final size.
     make_room(figure, labels)
     for axes, ends in zip(panels, labels, strict=True):
         (label_column if kind == "curve" else label_points)(axes, ends)
     return figure, numbers, NOTES[kind]
 
 
-def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
-    """The restoring pull of each estimator as a reward, relative to the KL's gradient, against the distance."""
-    from rlhf.restoring_pull import DISTANCES, pulls  # torch, which no other figure waits for
+def draw_pull(spec: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
+    """The restoring pull of each estimator used as a reward, relative to the KL's gradient, against the KL.
 
-    if "name" not in wanted:
-        raise FigureError(f"report.figures: {dict(wanted)} needs a name")
+    Raises:
+        FigureError: the figure has no name.
+    """
+    from rlhf.restoring_pull import DISTANCES, pulls  # imports torch, which the other figures do not need
+
+    if "name" not in spec:
+        raise FigureError(f"report.figures: {dict(spec)} needs a name")
     found = pulls()
     style = looks(list(found))
     figure, (axes,) = canvas(1)
@@ -113,7 +140,7 @@ def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
     axes.set_xscale("log")
     axes.set_xlabel("KL from the reference (nats per token)")
     axes.set_ylabel("pull relative to the KL's gradient")
-    figure.suptitle(str(wanted.get("title", wanted["name"])), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    _set_title(figure, spec)
     ends = [End(DISTANCES[-1], numbers[-1], name, style[name]) for name, numbers in found.items()]
     make_room(figure, [ends])
     label_column(axes, ends)
@@ -125,27 +152,50 @@ def draw_pull(wanted: Mapping[str, Any]) -> tuple[Figure, Numbers, str]:
     return figure, lines, NOTES["pull"]
 
 
+def figure_specs(layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The figures that a layout lists, or `DEFAULT` if it does not say; an empty list means no figures."""
+    specs = layout.get("figures")
+    return list(DEFAULT if specs is None else specs)
+
+
+def x_metric(spec: Mapping[str, Any]) -> str:
+    """The metric on the x axis of a figure: given by its kind, or else its `x`, the true KL by default."""
+    return {"curve": "step", "sqrt_kl": KL}.get(str(spec["kind"]), str(spec.get("x", KL)))
+
+
+def y_metrics(spec: Mapping[str, Any]) -> list[str]:
+    """The metrics on the y axes of a figure, one per panel."""
+    return [spec["y"]] if isinstance(spec["y"], str) else list(spec["y"])
+
+
+def _set_title(figure: Figure, spec: Mapping[str, Any]) -> None:
+    """Write the figure's title, or else its name, at the top left."""
+    title = str(spec.get("title", spec["name"]))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+
 def along(row: Row, x: str, y: str) -> dict[int, Array]:
-    """Step → [seeds, 2]: what the runs had of x and y, in readers' units."""
+    """Step → [seeds, 2]: the values of x and y in display units, for the runs that have both."""
     found: dict[int, list[tuple[float, float]]] = {}
     for run in row.runs:
         for step, values in sorted(run.metrics.items()):
             pair = (values.get(x), values.get(y))
-            # a run that diverged logs nan; the page warns of it
+            # a run that diverged logs NaN; the page has a warning about it
             if all(isinstance(value, int | float) and math.isfinite(value) for value in pair):
-                found.setdefault(step, []).append((measure(x).scale * values[x], measure(y).scale * values[y]))
+                found.setdefault(step, []).append((metric_info(x).scale * values[x], metric_info(y).scale * values[y]))
     return {step: np.asarray(pairs, float) for step, pairs in sorted(found.items())}
 
 
-Drawn = tuple[Numbers, End]
+def _draw_curve(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
+    """The mean of y over seeds against the step, with a band of one standard error.
 
-
-def _curve(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
+    `points` are those of `along`; `names` are the metrics of x and y.
+    """
     steps, means = list(points), np.array([pairs[:, 1].mean() for pairs in points.values()])
     errors = np.array([seed_error(pairs[:, 1]) for pairs in points.values()])
-    band = np.nan_to_num(errors)
+    band = np.nan_to_num(errors)  # one seed has no standard error, and no band
     axes.fill_between(steps, means - band, means + band, color=look.color, alpha=0.13, lw=0)
-    axes.plot(steps, means, color=look.color, ls=look.line, marker=_marker(look, steps), ms=3.5)
+    axes.plot(steps, means, color=look.color, ls=look.line, marker=_marker_for(look, steps), ms=3.5)
     numbers = [
         {"row": row.label, "step": step, names[1]: mean, "se": error, "seeds": len(points[step])}
         for step, mean, error in zip(steps, means, errors, strict=True)
@@ -153,7 +203,8 @@ def _curve(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tu
     return numbers, End(steps[-1], float(means[-1]), row.label, look)
 
 
-def _path(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
+def _draw_path(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
+    """The mean of y against the mean of x, joined in the order of the steps; arguments as for `_draw_curve`."""
     means = np.array([pairs.mean(axis=0) for pairs in points.values()])
     axes.plot(*means.T, color=look.color, ls=look.line, marker=look.marker, ms=4, lw=1.4)
     numbers = [
@@ -164,15 +215,17 @@ def _path(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tup
     return numbers, End(float(means[-1, 0]), float(means[-1, 1]), row.label, look)
 
 
-def _sqrt_kl(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
-    # an estimate of a small KL may fall below zero
+def _draw_sqrt_kl(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
+    """y against the square root of x, the true KL, with its initial linear range; arguments as for `_draw_curve`."""
+    # the estimate of a small KL can be negative
     rooted = {s: np.stack([np.sqrt(np.maximum(p[:, 0], 0)), p[:, 1]], axis=1) for s, p in points.items()}
     means = np.array([pairs.mean(axis=0) for pairs in rooted.values()])
     axes.plot(*np.concatenate(list(rooted.values())).T, color=look.color, ls="", marker=look.marker, ms=3, alpha=0.3)
     axes.plot(*means.T, color=look.color, ls=look.line, lw=1.6)
+    # the line starts at the SFT model, so step 0 must have been evaluated
     line = initial_line(list(rooted.values()), float(means[0, 1])) if 0 in points else None
     if line:
-        _mark(axes, line, look)
+        _draw_linear_range(axes, line, look)
     fitted = {"linear_to": line.end, "slope": line.slope, "offset": line.offset, "bent": line.bent} if line else {}
     numbers = [
         {"metric": names[1], "row": row.label, "step": step, "sqrt_true_kl": x, "value": y, "seeds": len(rooted[step])}
@@ -182,24 +235,17 @@ def _sqrt_kl(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: 
     return numbers, End(float(means[-1, 0]), float(means[-1, 1]), row.label, look)
 
 
-def _mark(axes: Axes, line: Line, look: Look) -> None:
+def _draw_linear_range(axes: Axes, line: Line, look: Look) -> None:
+    """A broad stroke over the initial linear range, with a bar at its end if training went beyond it."""
     end = line.offset + line.slope * line.end
     axes.plot([0, line.end], [line.offset, end], color=look.color, alpha=0.22, lw=7, solid_capstyle="butt", zorder=1)
     if line.bent:
         axes.plot(line.end, end, color=look.color, marker="|", ms=16, mew=2)
 
 
-def _marker(look: Look, steps: Sequence[int]) -> str:
+def _marker_for(look: Look, steps: Sequence[int]) -> str:
+    """The marker of a curve; with more than 25 points they would merge into a thick line."""
     return look.marker if len(steps) <= 25 else ""
 
 
-KINDS: dict[str, Callable[..., Drawn]] = {"curve": _curve, "path": _path, "sqrt_kl": _sqrt_kl}
-NOTES = {
-    "pull": "By enumeration on a toy policy, not from these runs: how much of the KL's gradient an estimator has when"
-    " it is a reward. 1: all of it; 0: it does not pull.",
-    "curve": "Mean over seeds; the band is ± one standard error (the table says how often that holds the true mean).",
-    "path": "Evaluations along training, joined in order; means over seeds. It begins at the SFT model.",
-    "sqrt_kl": "Points: every evaluation of every seed; lines: means over seeds. The broad stroke is the straight line"
-    " from the SFT model fitted to the longest beginning that does not bend (none where it bends within three"
-    " evaluations); a bar marks its end where training went on beyond it.",
-}
+KINDS: dict[str, Callable[..., Drawn]] = {"curve": _draw_curve, "path": _draw_path, "sqrt_kl": _draw_sqrt_kl}

@@ -1,4 +1,4 @@
-"""`report.html`: one page that needs nothing beside it."""
+"""`report.html`: a self-contained page, with figures and styles embedded."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from rlhf.report.checks import warnings
-from rlhf.report.recorded import RecordedRun
+from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
 from rlhf.report.tables import Table
-from rlhf.report.words import duration
+from rlhf.report.text import duration
 
-PROMPTS = 6
-# where a run stands and how its sweep is shown are no part of what it did
-ELSEWHERE = (
+PROMPTS = 6  # of which the samples are shown side by side
+# top-level keys that the table of runs omits: they say where a run is stored and how its sweep is shown
+UNSHOWN = (
     "output_dir",
     "name",
     "seed",
@@ -31,28 +31,40 @@ ELSEWHERE = (
 
 def render(
     sweep: Sweep,
-    said: Sequence[str],
+    findings: Sequence[str],
     tables: Sequence[tuple[str, Table]],
-    drawn: Sequence[Mapping[str, str]],
+    figures: Sequence[Mapping[str, str]],
     folder: Path,
 ) -> str:
-    """The page; `folder` is where the figures' files lie."""
+    """The HTML of the page.
+
+    Args:
+        sweep: the runs.
+        findings: the sentences of the summary.
+        tables: (heading, table).
+        figures: {name, title, note} of every figure, as `make_figures` returns them.
+        folder: the folder that holds the figures' SVG files.
+    """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(
         title=sweep.layout.get("title") or sweep.finished[0].config.get("name") or "Report",
         notes=sweep.layout.get("notes"),
-        said=said,
+        findings=findings,
         warnings=warnings(sweep),
         tables=tables,
-        figures=[{**figure, "image": _embedded(folder / f"{figure['name']}.svg")} for figure in drawn],
+        figures=[{**figure, "image": _embedded(folder / f"{figure['name']}.svg")} for figure in figures],
         samples=samples(sweep),
-        runs=[_line(run, sweep.finished[0]) for run in sweep.runs],
+        runs=[_run_entry(run, sweep.finished[0]) for run in sweep.runs],
         reference=sweep.finished[0].name,
     )
 
 
 def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[dict[str, Any]]:
-    """Per prompt: what SFT and each row's first seed answered in the end."""
+    """For each of the first prompts: the final responses of SFT and of the first seed of every row.
+
+    Returns:
+        {prompt, reference, answers} per prompt; an answer is a line of `samples.jsonl` with its row's label as `row`.
+    """
     first = sweep.finished[0].samples
     found = []
     for prompt in list(first)[:prompts]:
@@ -60,6 +72,7 @@ def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[dict[str, Any]]:
         for row in sweep.rows:
             steps = row.runs[0].samples.get(prompt, {})
             step = 0 if row.step == 0 else max(steps, default=0)
+            # a trained row without a sample after step 0 would repeat SFT's
             if step in steps and (row.step == 0 or step > 0):
                 answers.append({"row": row.label, **steps[step]})
         reference = next((answer.get("reference_output") for answer in answers), None)
@@ -68,16 +81,17 @@ def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[dict[str, Any]]:
 
 
 def config_difference(config: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
-    """`key=value` where a configuration departs from another."""
-    ours, theirs = dict(_flat(config)), dict(_flat(reference))
-    changed = [f"{key}={_short(value)}" for key, value in ours.items() if theirs.get(key, ELSEWHERE) != value]
-    return changed + [f"{key}: absent" for key in theirs if key not in ours]
+    """`key=value` for every key whose value differs from the reference, `key: absent` for every key it lacks."""
+    own, other = dict(_flat(config)), dict(_flat(reference))
+    changed = [f"{key}={_value_text(value)}" for key, value in own.items() if key not in other or other[key] != value]
+    return changed + [f"{key}: absent" for key in other if key not in own]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) for every leaf of a configuration, without the keys that are not shown."""
     found: list[tuple[str, Any]] = []
     for key, value in config.items():
-        if not prefix and key in ELSEWHERE:
+        if not prefix and key in UNSHOWN:
             continue
         if isinstance(value, dict) and value:
             found += _flat(value, f"{prefix}{key}.")
@@ -86,25 +100,28 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _short(value: Any) -> str:
+def _value_text(value: Any) -> str:
+    """A value as in an override."""
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return "null" if value is None else str(value)
 
 
-def _line(run: RecordedRun, reference: RecordedRun) -> dict[str, Any]:
-    done = run.state == "finished"
+def _run_entry(run: RecordedRun, reference: RecordedRun) -> dict[str, Any]:
+    """A line of the page's table of runs."""
+    finished = run.state == "finished"
     return {
         "name": run.name,
         "state": run.state,
         "reason": run.reason,
         "overrides": " ".join(run.overrides),
-        "time": duration(float(run.summary.get("wall_seconds") or 0)) if done else "",
+        "time": duration(float(run.summary.get("wall_seconds") or 0)) if finished else "",
         "same_as": run.summary.get("same_as"),
-        "config": config_difference(run.config, reference.config) if done else [],
+        "config": config_difference(run.config, reference.config) if finished else [],
         "is_reference": run is reference,
     }
 
 
 def _embedded(path: Path) -> str:
+    """An SVG file as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()

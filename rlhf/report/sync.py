@@ -1,4 +1,4 @@
-"""`rlhf-sync FOLDER …`: send what W&B runs wrote offline, and make the boards of a sweep."""
+"""The `rlhf-sync` command: upload offline W&B runs and, on request, the boards of sweeps (`rlhf.report.boards`)."""
 
 import argparse
 import subprocess
@@ -6,30 +6,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.errors import NoRunsError
+from rlhf.errors import NoRunsError, first_line
 
-CONNECT_SECONDS = 20
+CONNECT_SECONDS = 20  # to wait for W&B's server
 
 
 def offline_runs(folders: Sequence[Path]) -> list[Path]:
-    """The offline runs below folders that were not sent yet, the oldest first."""
+    """The folders of offline W&B runs anywhere below `folders` that were not uploaded yet, the oldest first."""
     found = {path.parent for folder in folders for path in folder.rglob("offline-run-*/run-*.wandb")}
-    waiting = [path for path in found if not list(path.glob("*.wandb.synced"))]
-    return sorted(waiting, key=lambda path: path.name)
+    unsent = [path for path in found if not list(path.glob("*.wandb.synced"))]
+    return sorted(unsent, key=lambda path: path.name)
 
 
 def sync() -> None:
-    """`rlhf-sync FOLDER … [--boards]`: send what was written offline, by `wandb sync`."""
+    """`rlhf-sync FOLDER … [--dry-run] [--boards]`: upload offline runs with `wandb sync`, then the boards.
 
-    parser = argparse.ArgumentParser(prog="rlhf-sync", description="Send offline W&B runs to the server.")
-    parser.add_argument("folders", nargs="+", type=Path, help="anything above them, such as outputs/table1")
-    parser.add_argument("--dry-run", action="store_true", help="say which would be sent")
-    parser.add_argument("--boards", action="store_true", help="make a workspace and a report of each sweep as well")
+    Exit codes: that of `wandb sync` if it fails; 2 if boards cannot be made as asked; 1 if W&B cannot be reached.
+    """
+    parser = argparse.ArgumentParser(prog="rlhf-sync", description="Upload offline W&B runs.")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that contain them, such as outputs/table1")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded")
+    parser.add_argument("--boards", action="store_true", help="also make a workspace and a report of each sweep")
     options = parser.parse_args()
     runs = offline_runs(options.folders)
     code = 0
     if not runs:
-        print("rlhf-sync: nothing waits to be sent")
+        print("rlhf-sync: there is nothing to upload")
     elif options.dry_run:
         print(*runs, sep="\n")
     else:
@@ -40,7 +42,7 @@ def sync() -> None:
 
 
 def _boards(folders: Sequence[Path], dry_run: bool) -> int:
-    """Write the specification of each sweep's workspace and report, and put them into W&B; the exit code."""
+    """Write the specifications of each sweep's boards and upload them unless `dry_run`; returns the exit code."""
     try:
         from rlhf.report.boards import Boards
     except ModuleNotFoundError:
@@ -59,7 +61,6 @@ def _boards(folders: Sequence[Path], dry_run: bool) -> int:
         print(f"rlhf-sync: {error}", file=sys.stderr)
         return 2
     except wandb.errors.Error as error:
-        told = str(error).partition("\n")[0]
-        print(f"rlhf-sync: no boards were put into W&B, later the same command does: {told}", file=sys.stderr)
+        print(f"rlhf-sync: no boards were put into W&B ({first_line(error)}); try again later", file=sys.stderr)
         return 2 if isinstance(error, wandb.errors.UsageError) else 1
     return 0

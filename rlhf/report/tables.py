@@ -1,4 +1,4 @@
-"""One table, three ways to write it: Markdown, CSV and LaTeX."""
+"""A table that can be written as Markdown, CSV and LaTeX."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NOTHING = "–"
+NOTHING = "–"  # an empty cell
 LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -18,7 +18,7 @@ LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Number:
-    """A value with its standard error, if it has one; people read it rounded, CSV keeps it whole."""
+    """A value, perhaps with its standard error: rounded to `digits` decimals as text, unrounded in CSV."""
 
     value: float
     error: float | None = None
@@ -37,7 +37,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Interval:
-    """Two ends of an interval."""
+    """An interval by its two ends; `mark` is appended to its text, as a reference to a footnote."""
 
     low: float
     high: float
@@ -54,33 +54,33 @@ Cell = str | int | Number | Interval
 
 @dataclass(frozen=True)
 class Table:
-    """Header, rows and a caption."""
+    """Header, rows of as many cells, and a caption."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
 
     def texts(self) -> list[list[str]]:
-        """The rows as people read them."""
+        """The rows as text, with rounded numbers."""
         return [[str(cell) for cell in row] for row in self.rows]
 
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers (and are set flush right)."""
+        """Which columns hold only numbers, apart from empty cells, and are aligned to the right."""
         columns = [[cell for cell in column if cell != NOTHING] for column in zip(*self.rows, strict=True)]
         numeric = [bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in columns]
         return numeric or [False] * len(self.header)
 
     def markdown(self) -> str:
-        """A GitHub table, the caption below it."""
+        """A table in GitHub's Markdown with the caption below it."""
         rule = ["---:" if right else "---" for right in self.numeric()]
         cells = [[cell.replace("|", r"\|") for cell in row] for row in [list(self.header), rule, *self.texts()]]
         lines = ["| " + " | ".join(row) + " |" for row in cells]
         return "\n".join([*lines, "", self.caption] if self.caption else lines) + "\n"
 
     def csv(self) -> str:
-        """Unrounded; an error or an interval gets columns of its own."""
+        """The unrounded values; errors get a column of their own (`… se`), intervals get two (`… low`, `… high`)."""
         cells = zip(*self.rows, strict=True) if self.rows else [()] * len(self.header)
-        columns = [_spread(name, column) for name, column in zip(self.header, cells, strict=True)]
+        columns = [_csv_columns(name, column) for name, column in zip(self.header, cells, strict=True)]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([name for names, _ in columns for name in names])
@@ -88,7 +88,7 @@ class Table:
         return text.getvalue()
 
     def latex(self) -> str:
-        """A booktabs table."""
+        """A LaTeX table for the package booktabs."""
         kinds = "".join("r" if right else "l" for right in self.numeric())
         body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in self.texts()]
         head = " & ".join(name.translate(LATEX) for name in self.header) + r" \\"
@@ -98,13 +98,13 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def _spread(name: str, column: Sequence[Cell]) -> tuple[list[str], list[list[object]]]:
-    """A column of a table as one or two columns of a CSV."""
+def _csv_columns(name: str, column: Sequence[Cell]) -> tuple[list[str], list[list[object]]]:
+    """One column of the table as one or two columns of a CSV file: (names, values per row)."""
     if any(isinstance(cell, Interval) for cell in column):
         return [f"{name} low", f"{name} high"], [
             [cell.low, cell.high] if isinstance(cell, Interval) else ["", ""] for cell in column
         ]
-    plain = [[_plain(cell)] for cell in column]
+    plain = [[_csv_value(cell)] for cell in column]
     errors = [cell.error if isinstance(cell, Number) else None for cell in column]
     if all(error is None for error in errors):
         return [name], plain
@@ -112,7 +112,8 @@ def _spread(name: str, column: Sequence[Cell]) -> tuple[list[str], list[list[obj
     return [name, f"{name} se"], [[*cells, error] for cells, error in zip(plain, shown, strict=True)]
 
 
-def _plain(cell: Cell) -> object:
+def _csv_value(cell: Cell) -> object:
+    """A cell's unrounded value; "" for an empty cell or NaN."""
     if isinstance(cell, Number):
         return "" if math.isnan(cell.value) else cell.value
     return "" if cell == NOTHING else cell

@@ -79,12 +79,12 @@ class SweepCallback(Callback):
 
 def _report(folder: Path, config: DictConfig) -> None:
     from rlhf.report.cli import make_report, show_front
-    from rlhf.report.publish import publish
+    from rlhf.report.log_report import log_report
 
     try:
         page = make_report([folder])
         show_front(folder)
         log.info("report: %s", page)
-        publish(page, folder, config)
+        log_report(page, folder, config)
     except Exception:  # the runs are worth more than their picture: rlhf-report can be called again
         log.exception("the report could not be made; rlhf-report %s tries again", folder)

@@ -24,7 +24,7 @@ from rlhf.errors import ConfigError
 from rlhf.files import write_json
 from rlhf.objectives import objectives_of
 from rlhf.pipeline.cache import locked
-from rlhf.report.measures import COLUMNS
+from rlhf.report.metric_info import EVAL_METRICS
 from rlhf.sweep.plan import PLAN, naming, on_slurm, parallel_jobs, run_folder
 
 log = logging.getLogger(__name__)
@@ -130,10 +130,10 @@ def check(space: Mapping[str, Any], objectives: Mapping[str, str]) -> None:
     if not objectives:
         raise ConfigError("hydra/sweeper=search needs objectives, such as 'objectives={eval/win_rate: maximize}'")
     for metric in objectives:
-        if metric.startswith("eval/") and metric not in COLUMNS:
-            close = difflib.get_close_matches(metric, COLUMNS, n=1)
+        if metric.startswith("eval/") and metric not in EVAL_METRICS:
+            close = difflib.get_close_matches(metric, EVAL_METRICS, n=1)
             hint = f", did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"objectives.{metric}: there is no such metric{hint}; allowed: {', '.join(COLUMNS)}")
+            raise ConfigError(f"objectives.{metric}: there is no such metric{hint}; allowed: {', '.join(EVAL_METRICS)}")
     if not space:
         raise ConfigError(
             "hydra/sweeper=search has nothing to search; allowed: an axis such as kl.coef=interval(0.01,0.1)"

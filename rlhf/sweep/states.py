@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf.files import FAILED, METRICS, SUMMARY, read_object
 from rlhf.sweep import slurm
 from rlhf.sweep.plan import PLAN
-from rlhf.tracking.reading import read_summary, stepped_lines, try_object
+from rlhf.tracking.reading import stepped_lines, try_object, try_summary
 
 SILENT_SECONDS = 600  # a run that has written nothing for so long is not taken to be running
 
@@ -56,7 +56,7 @@ def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Q
         if not fault or not (folder / SUMMARY).exists():
             return State(folder, overrides, "failed", reason=str(failed.get("error") or fault))
     if (folder / SUMMARY).exists():
-        summary, fault = read_summary(folder / SUMMARY)
+        summary, fault = try_summary(folder / SUMMARY)
         if fault:
             return State(folder, overrides, "failed", reason=fault)
         seconds = None if summary.get("same_as") else summary.get("wall_seconds")
@@ -109,7 +109,7 @@ def pace_of(folder: Path, config: DictConfig) -> float | None:
     """Seconds that a run will take, by finished runs of the same model and data anywhere in the outputs."""
     found = []
     for path in folder.parent.glob(f"*/*/{SUMMARY}"):
-        summary, _ = read_summary(path)
+        summary, _ = try_summary(path)
         past = OmegaConf.create(summary.get("config") or {})
         alike = summary.get("stage") == "ppo" and not summary.get("same_as")
         name, data, steps = (OmegaConf.select(past, key) for key in ("model.name", "data._target_", "ppo.steps"))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rlhf.sweep.plan import PLAN, jobs_of
 from rlhf.sweep.states import State, counts, queue, states
-from rlhf.tracking.reading import printable, read_plan
+from rlhf.tracking.reading import printable, try_plan
 
 
 def view(folder: Path, runs: list[State]) -> Group:
@@ -44,7 +44,7 @@ def status() -> None:
     arguments = parser.parse_args()
     if not (arguments.folder / PLAN).exists():
         parser.exit(2, f"rlhf-status: {arguments.folder} holds no {PLAN}: it is not the folder of a sweep\n")
-    _, fault = read_plan(arguments.folder / PLAN)
+    _, fault = try_plan(arguments.folder / PLAN)
     if fault:
         parser.exit(2, f"rlhf-status: {arguments.folder}: {fault}\n")
     printable(sys.stdout)

@@ -1,1 +1,1 @@
-"""What a run tells of itself: lines of metrics, a summary, the code it ran, W&B."""
+"""What a run records about itself: metrics, a summary, the code that ran, and the same in Weights & Biases."""

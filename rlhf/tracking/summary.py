@@ -1,4 +1,4 @@
-"""`summary.json`: how a run ended, and which machine, code and packages made it."""
+"""`summary.json`: the results of a complete run, its configuration, and the code and packages that made it."""
 
 import platform
 import resource
@@ -22,16 +22,24 @@ PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "hydra-cor
 def write_summary(
     folder: Path, metrics: Mapping[str, Any], config: Any, started: float, **extra: Any
 ) -> dict[str, Any]:
-    """`summary.json`: written last and at once, so that its presence means the run is complete.
+    """Write a run's `summary.json` and return its content.
 
-    `started` is of `time.monotonic()`: the clock on the wall may be set back meanwhile.
+    It is written last and atomically, so that its presence means that the run is complete. Rank zero writes it, after
+    the checksums of the run's models.
+
+    Args:
+        folder: the run.
+        metrics: the final metrics.
+        config: the resolved configuration.
+        started: when the run started, by `time.monotonic()`, as the system's clock may be set back during the run.
+        extra: further entries, such as `stage` and `identity`.
     """
     summary = {
         "metrics": dict(metrics),
         **extra,
         "wall_seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_memory(),
-        "threads": torch.get_num_threads(),  # sums over another number of them have other last bits
+        "threads": torch.get_num_threads(),  # the last bits of sums depend on their number
         "versions": {"rlhf": __version__, "python": platform.python_version(), **_versions()},
         "git_commit": git_commit(),
         "config": config,
@@ -44,28 +52,29 @@ def write_summary(
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """A run's summary, or None while it is not complete.
+    """A run's summary, or None if the run is not complete. `rlhf.tracking.reading.try_summary` does not raise.
 
     Raises:
-        DamagedError: it is no summary.
+        DamagedError: the file is not a JSON object with `metrics`.
     """
     path = folder / SUMMARY
     return read_object(path, metrics=dict) if path.exists() else None
 
 
 def run_id(summary: Mapping[str, Any]) -> str:
-    """What a finished run is called where names must be unique, as in W&B."""
+    """A unique name of a finished run, which is its id in W&B: its stage and identity."""
     return f"{summary['stage']}-{summary['identity']}"
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: the GPU's allocations where there is one, else the resident set."""
+    """Peak memory of this process in bytes: allocations on the GPU if there is one, else the resident set size."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def _versions() -> dict[str, str]:
+    """Package → installed version, or "absent"."""
     found = {}
     for package in PACKAGES:
         try:

@@ -12,7 +12,8 @@ from rlhf.errors.explaining import explain
 from rlhf.files import METRICS, keep_lines, read_json, read_lines, tidy, write_json
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.sweep.states import states
-from rlhf.tracking.metrics_file import evaluated_at, forget_after, maybe_unsent, read_metrics
+from rlhf.tracking.dashboards import maybe_unsent
+from rlhf.tracking.metrics_file import evaluated_at, forget_after, read_metrics
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:

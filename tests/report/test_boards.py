@@ -144,6 +144,14 @@ def test_runs_taken_over_are_found_by_their_ids_and_a_search_has_its_front(tmp_p
     assert spec["config"]["yAxis"] == "summary:eval/win_rate.last"
 
 
+def test_a_figure_that_needs_no_runs_has_no_panel(tmp_path: Path) -> None:
+    logger = {"_target_": "rlhf.tracking.dashboards.wandb_logger", "project": "p", "group": "s", "entity": None}
+    figures = [{"name": "pull", "kind": "pull"}, FIGURES[0]]
+    config = {"seed": 1, "logger": logger, "report": {"figures": figures}}
+    write_run(tmp_path / "s/a", "lora_kl", 1, config=config)
+    assert [panel.y for panel in Boards.of(tmp_path / "s").figures()] == [["eval/win_rate"]]
+
+
 def run_sync(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     code = "from rlhf.report.sync import sync; sync()"
     command = [sys.executable, "-c", code, *map(str, arguments)]

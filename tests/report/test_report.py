@@ -23,11 +23,11 @@ from rlhf.errors import NoRunsError
 from rlhf.report import statistics as st
 from rlhf.report.checks import warnings
 from rlhf.report.cli import main, make_report
-from rlhf.report.fitting import initial_line
+from rlhf.report.figure_style import looks
+from rlhf.report.linear_range import initial_line
 from rlhf.report.page import config_difference
 from rlhf.report.results import comparisons, main_table
 from rlhf.report.runs import Sweep, label, load
-from rlhf.report.style import looks
 from rlhf.report.tables import Interval, Number, Table
 from rlhf.sweep.states import states
 from rlhf.sweep.status import status
@@ -317,7 +317,7 @@ def test_failed_missing_and_odd_runs_are_named(tmp_path: Path) -> None:
     }  # fmt: skip
     text = "\n".join(warnings(found))
     for words in ("c failed: out of memory", "1 run not finished (d)", "(e)", f"left out: {folder / 'again'}",
-                  "b has values that are no numbers in ppo/reward", "50 % of its sampled responses", "One seed only",
+                  "b has non-finite values in ppo/reward", "50 % of its sampled responses", "One seed only",
                   "different commits (abc, def+)", "uncommitted changes (def+)", "of torch (2.13, 2.14)"):  # fmt: skip
         assert words in text
 
@@ -623,7 +623,7 @@ def test_bare_runs_make_a_report_too(tmp_path: Path) -> None:
     page = make_report([tmp_path / "s"], tmp_path / "out")
     assert page == tmp_path / "out" / "report.html"
     assert not (tmp_path / "out" / "differences.md").exists()
-    assert "The runs hold no samples" in page.read_text()
+    assert "The runs have no samples" in page.read_text()
 
 
 def test_a_run_that_diverged_does_not_stop_the_report(tmp_path: Path) -> None:
@@ -636,7 +636,7 @@ def test_a_run_that_diverged_does_not_stop_the_report(tmp_path: Path) -> None:
     summary["metrics"]["eval/win_rate"] = math.nan
     (folder / "summary.json").write_text(json.dumps(summary))
     text = make_report([tmp_path / "s"]).read_text()
-    assert "variant-lora_none_seed-3 has values that are no numbers in eval/win_rate" in text
+    assert "variant-lora_none_seed-3 has non-finite values in eval/win_rate" in text
 
 
 def test_the_command(sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -671,8 +671,8 @@ def test_every_row_has_a_look_of_its_own() -> None:
 def test_a_label_of_any_length_leaves_room_for_the_panel(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from rlhf.report.labels import End, make_room
-    from rlhf.report.style import looks
+    from rlhf.report.figure_labels import End, make_room
+    from rlhf.report.figure_style import looks
 
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()

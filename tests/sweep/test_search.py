@@ -19,7 +19,7 @@ from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline.config import settings_of
 from rlhf.report.cli import make_report
-from rlhf.report.front import front_table, unbeaten
+from rlhf.report.pareto_front import front_table, non_dominated
 from rlhf.report.runs import load
 from rlhf.sweep.plan import PLAN, told
 from rlhf.sweep.states import states
@@ -155,8 +155,8 @@ def test_trials_without_a_result_are_asked_for_again_and_once() -> None:
 def test_the_front_by_hand() -> None:
     # the second is beaten by the first, the fourth by none, the last two are alike
     points = np.array([[0.5, -0.1], [0.4, -0.2], [0.3, -0.05], [0.9, -0.9], [0.1, -0.01], [0.1, -0.01]])
-    assert unbeaten(points).tolist() == [True, False, True, True, True, True]
-    assert unbeaten(np.array([[1.0], [3.0], [2.0]])).tolist() == [False, True, False]
+    assert non_dominated(points).tolist() == [True, False, True, True, True, True]
+    assert non_dominated(np.array([[1.0], [3.0], [2.0]])).tolist() == [False, True, False]
 
 
 def write_trial(folder: Path, coef: float, rate: float, win: float, kl: float, objectives: Mapping[str, str]) -> None:

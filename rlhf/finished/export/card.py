@@ -13,7 +13,7 @@ from rlhf.data.options import as_list
 from rlhf.data.sources import Source
 from rlhf.errors import DataError
 from rlhf.finished.run import FinishedRun
-from rlhf.report.measures import measure
+from rlhf.report.metric_info import metric_info
 
 TRAINED_BY = {  # the groups of the configuration that made each stage's model
     "sft": ("model", "data", "quantization", "sft"),
@@ -75,7 +75,7 @@ def results(run: FinishedRun) -> Iterator[tuple[str, str, float, float | None]]:
     for metric, value in run.metrics.items():
         measured = metric.startswith("eval/") or metric in SHOWN
         if measured and isinstance(value, int | float) and math.isfinite(value):
-            yield metric, measure(metric).name, float(value), before.get(metric)
+            yield metric, metric_info(metric).name, float(value), before.get(metric)
 
 
 def tags(run: FinishedRun, adapter: bool) -> list[str]:

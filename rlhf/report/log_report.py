@@ -1,4 +1,4 @@
-"""A sweep's report as a W&B run of its own, which uses the models of all its runs: the end of the lineage."""
+"""Logs a sweep's report to W&B, as a run of its own at the end of the lineage: it uses the models of all runs."""
 
 import hashlib
 from importlib.util import find_spec
@@ -12,10 +12,17 @@ from rlhf.tracking import dashboards
 from rlhf.tracking.summary import read_summary, run_id
 
 
-def publish(page: Path, folder: Path, config: DictConfig) -> None:
-    """Log the page and its folder beside the runs of the sweep in `folder`, if those were logged to W&B."""
+def log_report(page: Path, folder: Path, config: DictConfig) -> None:
+    """Log a report to the W&B project of its sweep's runs; nothing happens if those were not logged to W&B.
+
+    Args:
+        page: the report's `report.html`; its folder is logged as an artefact.
+        folder: the sweep.
+        config: the sweep's configuration.
+    """
     if target_class(config.logger, "logger") is not dashboards.wandb_logger:
         return
+    # 1. A W&B run whose id is determined by those of the sweep's runs.
     runs = {}
     for path in sorted(folder.glob("*/summary.json")):
         summary = read_summary(path.parent) or {}
@@ -24,9 +31,10 @@ def publish(page: Path, folder: Path, config: DictConfig) -> None:
     name = f"report-{hashlib.sha256(' '.join(sorted(runs)).encode()).hexdigest()[:12]}"
     options: dict[str, Any] = {"id": name, "name": f"{folder.name} report", "job_type": "report", "tags": []}
     dashboard = instantiate(config.logger, "logger", **options, resume=None, save_dir=str(folder))
-    for run, where in runs.items():
-        if (where / "model").exists():
-            dashboard.uses(run, where)
+    # 2. The edges of the lineage.
+    for run, run_folder in runs.items():
+        dashboard.log_input_model(run, run_folder)
+    # 3. The page, with the specifications of the sweep's boards beside it where the package for them is installed.
     if find_spec("wandb_workspaces"):
         from rlhf.report.boards import Boards
 

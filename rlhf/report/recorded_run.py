@@ -1,4 +1,4 @@
-"""One run as it was recorded: its summary, its metrics by step, its evaluations, its samples."""
+"""One run as its files record it: summary, metrics by step, evaluation results per instruction, samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.files import METRICS
-from rlhf.tracking.reading import numbers_only, renamed, stepped_lines
+from rlhf.tracking.reading import numbers_only, renamed_metrics, stepped_lines
 
-Steps = dict[int, dict[str, Any]]
+Steps = dict[int, dict[str, Any]]  # step → what was written at that step
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One run: `state` is finished, failed, unfinished or missing, and `reason` says why it is not finished."""
+    """A run's folder and what it holds.
+
+    `state` is finished, failed, unfinished or missing; `reason` says why it is not finished. `summary` is empty unless
+    the run left one. The larger files are read on first use.
+    """
 
     folder: Path
     overrides: tuple[str, ...]
@@ -24,44 +28,44 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """The name of the run's folder."""
         return self.folder.name
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
+        """The resolved configuration; {} for runs that recorded none."""
         return self.summary.get("config") or {}
 
     @property
     def seed(self) -> int:
-        """The seed of PPO."""
+        """The seed of PPO; 0 if it is unknown."""
         seed = self.config.get("seed", 0)
         return seed if isinstance(seed, int) else 0
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What it shares with the other runs of its row."""
+        """The overrides that all runs of a row share: all but the seed."""
         return tuple(item for item in self.overrides if not item.startswith("seed="))
 
     @cached_property
     def metrics(self) -> Steps:
-        """Everything logged, by step."""
-        return {step: renamed(values) for step, values in merge(self._lines(METRICS)).items()}
+        """Step → all metrics logged at that step, under their present names."""
+        return {step: renamed_metrics(values) for step, values in merge(self._lines(METRICS)).items()}
 
     @cached_property
     def evaluations(self) -> Steps:
-        """The logged steps at which the policy was evaluated."""
+        """The entries of `metrics` for the steps at which the policy was evaluated, in order."""
         evaluated = [step for step, values in self.metrics.items() if any(key.startswith("eval/") for key in values)]
         return {step: self.metrics[step] for step in sorted(evaluated)}
 
     @cached_property
     def outcomes(self) -> Steps:
-        """Evaluation results by step, a list over the instructions each."""
+        """Step → key → list with one result per evaluation instruction."""
         return merge([numbers_only(line) for line in self._lines("outcomes.jsonl")])
 
     @cached_property
     def samples(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """Prompt → step → the sampled response and what it was given."""
+        """Prompt → step → line of `samples.jsonl`: the response, its scores and the reference output."""
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for line in self._lines("samples.jsonl"):
             if isinstance(line.get("prompt"), str) and line["step"] is not None:
@@ -69,6 +73,7 @@ class RecordedRun:
         return found
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The lines of one of the run's files; those of a run taken over may only exist where it was made."""
         path = self.folder / name
         if not path.exists() and self.summary.get("same_as"):
             path = self.folder / self.summary["same_as"] / name
@@ -76,7 +81,7 @@ class RecordedRun:
 
 
 def merge(lines: Sequence[Mapping[str, Any]]) -> Steps:
-    """By step; of a step written twice (a resumed run) the last value of each key."""
+    """Group lines by step. If a resumed run wrote a step twice, the last value of each key counts."""
     steps: Steps = {}
     for line in lines:
         if line.get("step") is not None:

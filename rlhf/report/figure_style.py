@@ -1,4 +1,4 @@
-"""How the figures look: one colour per row everywhere, labels at the ends of the lines, little else."""
+"""The look of the figures: one colour per row in all of them, and labels at the ends of lines instead of a legend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # before pyplot is imported: no display is needed
 
 from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe & Ito's colours without yellow, which cannot be read on white
+# the colours of Okabe & Ito (2008) without yellow, which is illegible on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
@@ -37,12 +37,12 @@ SETTINGS: Any = {
     "svg.hashsalt": "rlhf",
     "savefig.dpi": 150,
 }
-SIZE = (7.0, 4.5)
+SIZE = (7.0, 4.5)  # of a figure with one panel, in inches
 
 
 @dataclass(frozen=True)
 class Look:
-    """Colour, line and marker of a row."""
+    """Colour, line style and marker of a row."""
 
     color: str
     line: str
@@ -50,24 +50,24 @@ class Look:
 
     @property
     def ink(self) -> tuple[float, float, float]:
-        """The colour, darkened until text in it can be read."""
+        """The colour as RGB from 0 to 1, darkened until text in it is legible on white."""
         red, green, blue = colors.to_rgb(self.color)
-        light = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-        keep = min(1.0, 0.42 / light) if light else 1.0
-        return red * keep, green * keep, blue * keep
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        scale = min(1.0, 0.42 / luminance) if luminance else 1.0
+        return red * scale, green * scale, blue * scale
 
 
 def looks(labels: Sequence[str]) -> dict[str, Look]:
-    """A look per row; the line and the marker change where the colours begin again."""
+    """Label → look. Line style and marker change each time the colours start again."""
     found = {}
     for i, label in enumerate(labels):
-        turn = i // len(PALETTE) % len(LINES)
-        found[label] = Look(PALETTE[i % len(PALETTE)], LINES[turn], MARKERS[turn])
+        cycle = i // len(PALETTE) % len(LINES)
+        found[label] = Look(PALETTE[i % len(PALETTE)], LINES[cycle], MARKERS[cycle])
     return found
 
 
 def canvas(panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure with panels side by side."""
+    """An empty figure and its panels, side by side."""
     width, height = SIZE
     figure, axes = plt.subplots(1, panels, figsize=(width * (1 + 0.7 * (panels - 1)), height), squeeze=False)
     return figure, list(axes[0])

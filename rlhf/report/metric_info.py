@@ -1,0 +1,50 @@
+"""The display name, unit, scale and number of decimals of every metric that a report can show."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """How a metric is displayed: `scale` times its value, in `unit`, with `digits` decimals."""
+
+    name: str
+    unit: str = ""
+    scale: float = 1.0
+    digits: int = 2
+
+    @property
+    def title(self) -> str:
+        """Name and unit, for table headers and axes."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    @property
+    def points(self) -> str:
+        """The unit of a difference between two values: percentages differ by points."""
+        return "points" if self.unit == "%" else self.unit
+
+
+KNOWN_METRICS = {
+    "eval/win_rate": MetricInfo("win rate", "%", 100, 1),
+    "eval/length_adjusted_win_rate": MetricInfo("length-adjusted win rate", "%", 100, 1),
+    "eval/length_controlled_win_rate": MetricInfo("length-controlled win rate", "%", 100, 1),
+    "eval/true_kl": MetricInfo("true KL", "nats per token", digits=3),
+    "eval/response_tokens": MetricInfo("response length", "tokens", digits=1),
+    "eval/factual_precision": MetricInfo("factual precision", "%", 100, 1),
+    "eval/facts_per_response": MetricInfo("facts per response"),
+    "eval/factscore": MetricInfo("FActScore", "%", 100, 1),
+    "eval/responding_ratio": MetricInfo("responses with facts", "%", 100, 1),
+    "eval/reward": MetricInfo("learned reward"),
+    "eval/gold_utility": MetricInfo("gold utility"),
+    "step": MetricInfo("PPO step"),
+    "ppo/k1": MetricInfo("k1 estimate of the KL", "nats per token", digits=3),
+    "ppo/k3": MetricInfo("k3 estimate of the KL", "nats per token", digits=3),
+    "ppo/response_tokens": MetricInfo("sampled response length", "tokens", digits=1),
+    "ppo/missing_eos": MetricInfo("responses without an end", "%", 100, 1),
+}
+# the columns of a table whose layout names none, and what a search may have as objectives
+EVAL_METRICS = [name for name in KNOWN_METRICS if name.startswith("eval/")]
+
+
+def metric_info(metric: str) -> MetricInfo:
+    """How a metric is displayed; an unknown metric gets the part of its key after the slash as its name."""
+    return KNOWN_METRICS.get(metric) or MetricInfo(metric.partition("/")[2].replace("_", " ") or metric, digits=3)
