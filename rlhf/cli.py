@@ -107,7 +107,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     from rlhf.pipeline.run import Run
 
     quieten()
-    workers = processes.wanted(config.trainer)
+    workers = processes.local_world_size(config.trainer)
     if sweeping:
         _share_cores(parallel_jobs(HydraConfig.get().launcher), workers)
     elif on_slurm(HydraConfig.get().launcher):
@@ -125,12 +125,12 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
             return None
         _list(described, overrides)
         return described
-    if workers > 1 and processes.environment() is None:
+    if workers > 1 and processes.cluster_environment() is None:
         summary = _launch(run, workers)
     else:
-        with processes.joined(), cache.locked(folder / ".lock", f"another process works in {folder}"):
+        with processes.process_group(), cache.locked(folder / ".lock", f"another process works in {folder}"):
             summary = _run_or_reuse(run, config.resume)
-    if not is_first_process() or processes.PARENT in os.environ:  # who started us will say it
+    if not is_first_process() or processes.LAUNCHER_PID in os.environ:  # who started us will say it
         return None
     if sweeping:
         plan = folder.parent / PLAN

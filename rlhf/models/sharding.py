@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf.distributed import collectives
+from rlhf.distributed import collectives, lockstep
 from rlhf.errors import ModelError
 from rlhf.models.roles import Roles, blocks_of
 from rlhf.models.sequences import Sequences
@@ -35,7 +35,7 @@ def shard(roles: Roles, device: str) -> None:
     fully_shard(base.base_model, mesh=mesh, ignored_params=whole)  # nothing of its own: it knows which block is next
     roles.sharded = True
     least = Sequences.from_lists([[0]], [[0]])
-    collectives.keep_step(base.base_model, lambda: roles.hidden("reference", least.to(roles.device)))
+    lockstep.enable(base.base_model, lambda: roles.hidden("reference", least.to(roles.device)))
 
 
 def gathered(roles: Roles) -> dict[str, Tensor]:

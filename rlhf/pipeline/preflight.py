@@ -84,9 +84,9 @@ def settle_budget(run: Run, fresh: bool = False, jobs: int = 1) -> None:
         log.info("ppo.microbatch_tokens=auto: %d, as the run began", kept)
         ppo.microbatch_tokens = kept
         return
-    sharing = jobs * (1 if torch.cuda.is_available() else processes.wanted(run.config.trainer))
+    sharing = jobs * (1 if torch.cuda.is_available() else processes.local_world_size(run.config.trainer))
     free = min(collectives.all_gather(available())) // sharing
-    shares = processes.shares(run.config.trainer)
+    shares = processes.num_shards(run.config.trainer)
     chosen = largest_budget(run.settings, _vocabulary(run), run.needs_reward_model, free, shares)
     if chosen is None:
         raise ModelError(
@@ -114,7 +114,7 @@ def _kept_budget(run: Run) -> int | None:
 
 
 def _needed(run: Run) -> Memory | None:
-    return estimate(run.settings, _vocabulary(run), run.needs_reward_model, processes.shares(run.config.trainer))
+    return estimate(run.settings, _vocabulary(run), run.needs_reward_model, processes.num_shards(run.config.trainer))
 
 
 def _vocabulary(run: Run) -> int | None:

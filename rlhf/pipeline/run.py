@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import SPLITS, DataSource, Prompt, Split, divided, records
-from rlhf.distributed import collectives, processes
+from rlhf.distributed import collectives, lockstep, processes
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import difficulties
 from rlhf.evaluation.evaluate import Evaluation, Judge, instruction_of
@@ -195,7 +195,7 @@ class Run:
             self._builder.prepare_preferences()
         for folder, build in self.needed().items():
             cache.ensure(folder, build)
-            collectives.part_ways()
+            lockstep.disable()
             self._hand_over(folder.name, folder)
         stage = self.config.stage.name
         if stage in ("sft", "preferences", "reward"):
@@ -295,7 +295,7 @@ class Run:
             "enable_progress_bar": self.progress,
         }
         if collectives.size() > 1:  # each stage gives the processes their shares itself
-            quiet |= {"use_distributed_sampler": False, "plugins": [processes.environment()]}
+            quiet |= {"use_distributed_sampler": False, "plugins": [processes.cluster_environment()]}
         options = {**quiet, "inference_mode": False, "log_every_n_steps": 1, "logger": self._loggers(folder), **options}
         return instantiate(self.config.trainer, "trainer", **options)
 
@@ -304,7 +304,7 @@ class Run:
 
         The trial comes first, because a base that is spread over processes cannot be tried.
         """
-        spread = processes.shares(self.config.trainer) > 1
+        spread = processes.num_shards(self.config.trainer) > 1
         if not spread:
             roles.to(_device(self.config))
         engine = "" if self.config.stage.name == "sft" else self.settings.generation.engine
