@@ -23,9 +23,9 @@ from rich.table import Table
 
 from rlhf import root
 from rlhf.distributed.rank import is_first_process
-from rlhf.errors import INTERRUPTED, STOPPED, ConfigError, GuardStop, Interrupted, WorkerFailed
-from rlhf.errors.explaining import explain
-from rlhf.errors.machine import of_the_machine
+from rlhf.errors import FAILURE, INTERRUPTED, KEYBOARD, ConfigError, GuardStop, Interrupted, WorkerFailed
+from rlhf.errors.explaining import exit_with_sentence, explain
+from rlhf.errors.machine import machine_failure
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
@@ -82,18 +82,18 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         if isinstance(error, WorkerFailed) and ((folder / FAILED).exists() or not sweeping):
             if sweeping:
                 return None
-            raise SystemExit(error.code if error.code > 0 else 1) from None
+            raise SystemExit(error.code if error.code > 0 else FAILURE) from None
         if not is_first_process() and explain(error):  # what all processes find, one tells
-            raise SystemExit(1) from None
+            raise SystemExit(FAILURE) from None
         if (sweeping or isinstance(error, GuardStop)) and not config.dry_run:
             # the reason stays with the run, and a sweep goes on to the next
-            reason = explain(error) or of_the_machine(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = explain(error) or machine_failure(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
             write_json(folder / FAILED, {"error": reason, "traceback": traceback.format_exc()})
         if sweeping and not config.dry_run:
             log.error("FAILED %s: %s", folder.name, reason)
             return None
         if not sweeping:  # leaving at once keeps Hydra from adding its own account
-            _leave(error)
+            exit_with_sentence("rlhf", error)
         raise
 
 
@@ -249,16 +249,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(KEYBOARD)
     except Exception as error:
-        _leave(error)
+        exit_with_sentence("rlhf", error)
         raise
-
-
-def _leave(error: Exception) -> None:
-    """Exit with one sentence for an error that the user, or whoever keeps the machine, can mend; return for others."""
-    stopped = isinstance(error, GuardStop)
-    for code, sentence in ((STOPPED if stopped else 2, explain(error)), (1, of_the_machine(error))):
-        if sentence:
-            print(f"rlhf: {sentence}", file=sys.stderr)
-            raise SystemExit(code) from None

@@ -1,4 +1,4 @@
-"""How several processes come to work on one run: found in the environment (torchrun, srun), or started by `launch`."""
+"""How several processes come to work on one run: started by torchrun or srun, or here by `launch`."""
 
 import os
 import signal
@@ -23,8 +23,8 @@ from rlhf.distributed import lockstep
 from rlhf.distributed.rank import processes_per_node
 from rlhf.distributed.strategies import Sharded
 
-# Rank 0 may wait for hours for another run's lock. No shorter timeout is needed against a process that dies, because its
-# launcher ends the others.
+# Rank 0 may wait for hours for another run's lock. No shorter timeout is needed against a process that dies, because
+# its launcher ends the others.
 TIMEOUT = timedelta(days=1)
 GRACE_SECONDS = 20  # for the other processes to exit by themselves after one has failed
 LAUNCHER_PID = "RLHF_LAUNCHER"  # environment variable

@@ -36,7 +36,7 @@ def status() -> None:
     """`rlhf-status FOLDER [--watch]`: how far a sweep is."""
     import argparse
 
-    from rlhf.errors.explaining import in_a_sentence
+    from rlhf.errors.explaining import one_sentence_errors
 
     parser = argparse.ArgumentParser(prog="rlhf-status", description="How far a sweep is.")
     parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/table1")
@@ -48,7 +48,7 @@ def status() -> None:
     if fault:
         parser.exit(2, f"rlhf-status: {arguments.folder}: {fault}\n")
     printable(sys.stdout)
-    with in_a_sentence(parser.prog):
+    with one_sentence_errors(parser.prog):
         _show(arguments.folder, arguments.watch)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.errors import RunError
-from rlhf.errors.explaining import in_a_sentence
+from rlhf.errors.explaining import one_sentence_errors
 from rlhf.finished.run import FinishedRun
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--web", action="store_true", help="a page in the browser (pip install 'rlhf[web]')")
     options = parser.parse_args(arguments)
-    with in_a_sentence(parser.prog):
+    with one_sentence_errors(parser.prog):
         runs = [FinishedRun.open(folder) for folder in options.runs]
         if options.web:
             _needs_gradio()

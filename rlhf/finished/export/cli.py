@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from rlhf.errors import RunError
-from rlhf.errors.explaining import in_a_sentence
+from rlhf.errors.explaining import one_sentence_errors
 from rlhf.files import sync
 from rlhf.finished.run import FinishedRun
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="with --push: a repository that is made is private")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written and pushed, and do neither")
     options = parser.parse_args(arguments)
-    with in_a_sentence(parser.prog):
+    with one_sentence_errors(parser.prog):
         run = FinishedRun.open(options.run)
         _check(run, options)
         if options.dry_run:
