@@ -205,7 +205,7 @@ PUBLISHED = {
         "schedule": "linear", "adam_eps": 1e-5, "weight_decay": 0.0,
         "max_grad_norm": 1.0, "gamma": 1.0, "lam": 0.95, "clip_range": 0.2,
         "value_clip_range": 0.2, "value_coef": 0.1, "whiten_rewards": True, "whiten_advantages": True, "steps": 100,
-        "value": "adapter",
+        "value_model": "adapter",
     },
     "kl": {"coef": 0.02},
     "generation": {"temperature": 1.0, "max_new_tokens": 300},
