@@ -30,8 +30,8 @@ from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
-from rlhf.sweep.plan import PLAN, jobs_of, naming, on_slurm, parallel_jobs
-from rlhf.sweep.states import counts, states
+from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
+from rlhf.sweep.states import progress_line, states
 
 if TYPE_CHECKING:
     from rlhf.pipeline.run import Run
@@ -116,7 +116,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     source = data_source(config)
     check(config, settings, source)
     how = HydraConfig.get().job.config.override_dirname
-    overrides = naming(HydraConfig.get().overrides.task, how.exclude_keys)
+    overrides = distinctive_overrides(HydraConfig.get().overrides.task, how.exclude_keys)
     run = Run(config, settings, source, folder, overrides, progress=not sweeping)
     if config.dry_run:
         described = describe(run)
@@ -134,7 +134,8 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         return None
     if sweeping:
         plan = folder.parent / PLAN
-        log.info("%s: %s", folder.name, counts(states(folder.parent), jobs_of(plan)) if plan.exists() else "done")
+        line = progress_line(states(folder.parent), planned_parallelism(plan)) if plan.exists() else "done"
+        log.info("%s: %s", folder.name, line)
     else:
         show(summary, folder)
     return result(summary["metrics"], objectives)

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.sweep.plan import PLAN, parallel_jobs
-from rlhf.sweep.states import counts, seconds_left, states
+from rlhf.sweep.states import progress_line, seconds_left, states
 from tests.helpers.tiny_runs import TINY
 from tests.pipeline.test_end_to_end import QUICK, rlhf
 
@@ -129,7 +129,7 @@ def test_states_and_time_left(tmp_path: Path) -> None:
     assert runs[2].step == 7
     assert runs[3].reason == "no memory"
     assert seconds_left(runs, 2) == pytest.approx(60 * 4 / 2)
-    assert counts(runs, 2) == "2 of 7 runs done, 1 running, 3 waiting, 1 failed; about 2 min left"
+    assert progress_line(runs, 2) == "2 of 7 runs done, 1 running, 3 waiting, 1 failed; about 2 min left"
     old = time.time() - 3600
     os.utime(tmp_path / "run-2/metrics.jsonl", (old, old))
     assert states(tmp_path)[2].state == "begun"
