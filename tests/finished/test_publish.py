@@ -156,7 +156,7 @@ def test_mistakes_are_told_in_a_sentence(
     out = tmp_path / "out"
     assert "no such folder" in refused(tmp_path / "nowhere", out)
     assert "holds no summary.json" in refused(runs.ppo.parent, out)
-    assert "is there already" in refused(runs.ppo, tmp_path)
+    assert "exists already" in refused(runs.ppo, tmp_path)
     assert "has no adapter" in refused(runs.full, out, "--adapter")
     assert "allowed: OWNER/NAME" in refused(runs.ppo, out, "--push", "me/../it")
     assert "allowed: OWNER/NAME" in refused(runs.ppo, out, "--push", "it")
