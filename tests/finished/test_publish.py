@@ -85,7 +85,7 @@ def test_a_reward_model_scores_as_in_the_run(runs: SimpleNamespace, make_texts: 
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "text-classification"
     assert "reward-model" in card.data.tags
-    assert "demonstrations have 0.500 on average" in card.text
+    assert "demonstrations score 0.500 on average" in card.text
 
 
 def test_an_adapter_by_itself_after_the_outputs_were_moved(
