@@ -130,4 +130,6 @@ def _check(model: Path) -> None:
     folder = model.resolve().parent  # the model of a run that was taken over is a link into the original run
     wrong = damage(folder) if (folder / SUMMARY).exists() else None
     if wrong:
-        raise RunError(f"{folder} is damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it whole")
+        raise RunError(
+            f"{folder} is damaged: {wrong}; move its {SUMMARY} away, and the command of this run makes the model again"
+        )
