@@ -36,6 +36,7 @@ def unknown_key(key: str, allowed: Iterable[str], kind: str = "key") -> str:
 
 
 def _new_name(key: str) -> str | None:
+    """The present name of an old key; None if `key` was never a key."""
     for old, new in RENAMED.items():
         match = re.fullmatch(re.escape(old).replace(r"\*", r"([^.]+)"), key)
         if match:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.errors import NoRunsError
+from rlhf.errors import FAILURE, MISTAKE, NoRunsError
 
 CONNECT_SECONDS = 20
 
@@ -45,7 +45,7 @@ def _boards(folders: Sequence[Path], dry_run: bool) -> int:
         from rlhf.report.boards import Boards
     except ModuleNotFoundError:
         print("rlhf-sync: --boards needs the package wandb-workspaces: pip install 'rlhf[dashboards]'", file=sys.stderr)
-        return 2
+        return MISTAKE
     import wandb
 
     try:
@@ -57,9 +57,9 @@ def _boards(folders: Sequence[Path], dry_run: bool) -> int:
                 print(*boards.push(str(entity), folder / "report"), sep="\n")
     except NoRunsError as error:
         print(f"rlhf-sync: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except wandb.errors.Error as error:
         told = str(error).partition("\n")[0]
         print(f"rlhf-sync: no boards were put into W&B, later the same command does: {told}", file=sys.stderr)
-        return 2 if isinstance(error, wandb.errors.UsageError) else 1
+        return MISTAKE if isinstance(error, wandb.errors.UsageError) else FAILURE
     return 0

@@ -29,7 +29,7 @@ from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs
 
 log = logging.getLogger(__name__)
 Space = dict[str, BaseDistribution]
-NOT_IDENTITY = ("hydra", "report", "variant")  # like the keys left out of folder names
+NOT_IDENTITY = ("hydra", "report", "variant")  # top-level keys that do not tell studies apart
 
 
 class Study(OptunaSweeperImpl):

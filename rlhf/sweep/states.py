@@ -72,6 +72,7 @@ def sweep_queue(folder: Path) -> dict[str, slurm.QueuedJob] | None:
 
 
 def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.QueuedJob] | None) -> RunState:
+    """The state of the run in `folder`, which may not exist yet."""
     # 1. failed.json is deleted at every start, so it is newer than a summary beside it: that is another configuration's
     if (folder / FAILED).exists():
         failed, fault = try_object(folder / FAILED)
