@@ -28,11 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a model in outputs/cache")
     parser.add_argument("destination", type=Path, metavar="DESTINATION", help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the run's model.dtype)")
-    parser.add_argument("--adapter", action="store_true", help="the adapter alone (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the run's model.dtype)")
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone (dtype: float32 by default)")
     parser.add_argument("--base", metavar="OWNER/NAME", help="with --adapter: the repository of its SFT model")
-    parser.add_argument("--license", metavar="ID", help="for the model card (default: that of the base's card)")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="then upload it to this repository of the Hub")
+    parser.add_argument(
+        "--license", metavar="ID", help="licence in the model card (default: that in the card of the base model)"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub")
     parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written and pushed, and do neither")
     options = parser.parse_args(arguments)
