@@ -39,12 +39,10 @@ ARGUMENTS = ["-m", *QUICK, "name=study", "scorer=function", "scorer.function=min
 
 
 def sweep(folder: Path, *arguments: str, code: int = 0) -> str:
-    os.environ["PYTHONPATH"] = str(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         seeds = [] if any(argument.startswith("seed=") for argument in arguments) else ["seed=1,2"]
         return rlhf(folder, *ARGUMENTS, *seeds, *arguments, code=code)
-    finally:
-        del os.environ["PYTHONPATH"]
 
 
 @pytest.mark.long
