@@ -1,6 +1,6 @@
-"""What the benchmarks share and TRL's environment can import too: figures, memory, the machine, Markdown.
+"""Helpers of the benchmarks: statistics, memory, subprocesses, a description of the machine, Markdown tables.
 
-Only the standard library: `peer_trl.py` runs where this project is not installed.
+Uses the standard library only, because `peer_trl.py` imports it where this project is not installed.
 """
 
 import json
@@ -24,12 +24,12 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 MIB = 2**20
-TURN = "turn"
+TURN = "turn"  # kind of the JSON line that ends a step
 T = TypeVar("T")
 
 
 class Spread(NamedTuple):
-    """Median and quartiles of repeated measurements."""
+    """Median, lower and upper quartile and number of repeated measurements."""
 
     median: float
     low: float
@@ -43,7 +43,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Median and quartiles (inclusive); of one value, that value."""
+    """Median and quartiles (`statistics.quantiles`, inclusive); for a single value, that value three times."""
     found = sorted(values)
     if len(found) == 1:
         return Spread(found[0], found[0], found[0], 1)
@@ -52,9 +52,9 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes.
+    """Peak resident set size of this process so far, in bytes.
 
-    From /proc where there is one: `ru_maxrss` of a program starts at what the program that started it held.
+    Read from /proc if possible: `ru_maxrss` survives exec, so it starts at the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -65,29 +65,36 @@ def peak_rss() -> int:
 
 
 def emit(kind: str, **values: Any) -> None:
-    """One measurement as a JSON line on standard output."""
+    """Print one measurement as a JSON line."""
     print(json.dumps({"kind": kind, **values}), flush=True)
 
 
 def run_script(python: str | Path, script: str, *arguments: str, threads: int, timeout: float) -> list[dict[str, Any]]:
-    """Run a script of this folder in a process of its own; returns its measurements (errors as of `Turns`)."""
+    """Run a script of this folder in a subprocess and return its measurements; raises what `Turns` raises."""
     with Turns(python, script, *arguments, threads=threads, timeout=timeout) as process:
         return process.finish()
 
 
 def turn() -> None:
-    """In a process that takes turns with another: say that a step is done, and wait for the word to go on."""
+    """In a subprocess of `Turns`: report the end of a step, and block until the parent allows the next."""
     emit(TURN)
     sys.stdin.readline()
 
 
 class Turns:
-    """A script of this folder in a process of its own that stands still after each step (`turn`) until told to go.
+    """A script of this folder in a subprocess that blocks after each step (`turn`) until the next one is requested.
 
-    So two programs can be measured step by step on a machine whose speed changes from minute to minute.
+    Two such programs can be measured in alternation, step by step, on a machine whose speed changes over minutes.
+
+    Args:
+        python: the interpreter.
+        script: the name of the script.
+        arguments: its arguments.
+        threads: OMP and MKL threads of the subprocess.
+        timeout: seconds after which it is killed.
 
     Raises:
-        RuntimeError: it failed, or took longer than `timeout` seconds; with the end of what it wrote to standard error.
+        RuntimeError: the script failed or was killed; the message ends with its standard error.
     """
 
     def __init__(self, python: str | Path, script: str, *arguments: str, threads: int, timeout: float):
@@ -115,28 +122,28 @@ class Turns:
         self.errors.close()
 
     def step(self) -> None:
-        """Let it come to the end of its next step (the first time: of its first)."""
+        """Run the next step to its end."""
         if not self._read():
-            self._fail("ended before its time")
+            self._fail("ended before this step")
 
     def finish(self) -> list[dict[str, Any]]:
-        """Let it come to its end, and return all its measurements."""
+        """Run the script to its end and return all its measurements."""
         while self._read():
             pass
         if self.process.wait():
-            self._fail(f"ended with {self.process.returncode}")
+            self._fail(f"ended with exit code {self.process.returncode}")
         return self.rows
 
     def _read(self) -> bool:
-        """What it says up to its next turn; False if it said no more."""
+        """Collect measurements until the end of the next step; False at the end of the output."""
         assert self.process.stdin
         assert self.process.stdout
         if self.waiting:
-            with suppress(BrokenPipeError):  # it was ended while it waited: `_fail` says so
+            with suppress(BrokenPipeError):  # it was killed while it waited; `_fail` reports that
                 self.process.stdin.write("\n")
                 self.process.stdin.flush()
         for line in self.process.stdout:
-            if line.startswith('{"kind"'):  # whatever else it prints is left out
+            if line.startswith('{"kind"'):  # other output is ignored
                 row = json.loads(line)
                 if row["kind"] == TURN:
                     self.waiting = True
@@ -151,12 +158,16 @@ class Turns:
 
 
 def isolated(function: Callable[..., T], *arguments: Any, method: str = "fork", timeout: float = 3600.0) -> T:
-    """Call a function in a process of its own and return what it returned: its peak memory and its GPU are its own.
+    """Call a function in a subprocess and return its result, so that its peak memory and its GPU memory are separate.
 
-    `fork` saves the imports; a process that will use a GPU needs `spawn`.
+    Args:
+        function: a function at the top level of a module.
+        arguments: its arguments.
+        method: "fork" skips the imports; a function that uses a GPU needs "spawn".
+        timeout: seconds after which the subprocess is killed.
 
     Raises:
-        RuntimeError: it failed there (standard error says how) or took longer than `timeout` seconds.
+        RuntimeError: the function failed (its traceback is on standard error), or took longer than `timeout`.
     """
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
@@ -182,14 +193,14 @@ def _send(sender: Connection, function: Callable[..., T], arguments: Sequence[An
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same keys as a Markdown table."""
+    """Rows with the same keys as a Markdown table; all columns but the first are right-aligned."""
     head = list(rows[0])
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *([str(row[key]) for key in head] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine() -> str:
-    """Processor, cores that may be used, memory, and the GPU where torch sees one."""
+    """Processor, usable cores, memory and, if torch is imported, the GPU and torch's version."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -206,7 +217,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `+` when it is changed (RESULTS.md itself aside)."""
+    """The commit of this checkout, followed by `+` if tracked files other than RESULTS.md have changed."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     changes = ["git", "-C", str(HERE), "status", "--porcelain", "-uno", "--", "..", ":!RESULTS.md"]
@@ -215,7 +226,7 @@ def commit() -> str:
 
 
 def report(title: str, text: str, write: bool) -> None:
-    """Print a table, and append it to RESULTS.md with what made it when asked to."""
+    """Print a table with the command, commit and machine that made it; `write` also appends it to RESULTS.md."""
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
     made = f"`{command}` at {commit()}, {datetime.now(UTC):%Y-%m-%d}, on {machine()}. Median [quartiles]."
     print(f"\n{title}\n\n{text}\n\n{made}")

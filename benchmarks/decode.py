@@ -4,8 +4,9 @@
     python benchmarks/decode.py --shapes 110M --dtype bfloat16 --threads 2
     python benchmarks/decode.py --toy
 
-Engines: native (adapter merged into copies, one cache buffer, rows that are done are dropped), `generate` as peft runs
-it (adapter beside the matrices), and `generate` with the adapter merged. Tokens are the responses', with EOS.
+Engines: native (adapter merged into copies of the weights, one cache buffer, finished rows are dropped), `generate` as
+peft runs it (adapter beside the matrices), and `generate` with the adapter merged. Tokens are those of the responses,
+including EOS.
 """
 
 import argparse
@@ -37,10 +38,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt", type=int, nargs=2, default=(16, 32), help="shortest and longest, in tokens")
-    parser.add_argument("--tokens", type=int, default=64, help="limit of a response")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum length of a response")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--toy", action="store_true", help="seconds: the figures mean nothing")
+    parser.add_argument("--toy", action="store_true", help="takes seconds; the figures mean nothing")
     parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md")
     options = parser.parse_args()
     if options.toy:
@@ -56,15 +57,15 @@ def main() -> None:
 
 
 def ending_halfway(shape: str, limit: int) -> float:
-    """The logit of EOS with which responses are about half the limit long: one token in 0.62 · limit ends them.
+    """The logit of EOS with which responses are about half as long as `limit`: EOS has probability 1 / (0.62 · limit).
 
-    The other logits are about 0, so that their exponentials sum to about the size of the vocabulary.
+    The other logits are about 0, so their exponentials sum to about the size of the vocabulary.
     """
     return math.log(SHAPES[shape]["vocab_size"] / (0.62 * limit))
 
 
 def measure(shape: str, eos: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rates of the engines on one world (on the CPU)."""
+    """Rows of the table for one world, on the CPU."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder), SHAPES[shape], tuple(options.prompt), eos, options.batch)
@@ -72,7 +73,7 @@ def measure(shape: str, eos: float, options: argparse.Namespace) -> list[dict[st
 
 
 def rates(world: World, overrides: list[str], tokens: int, repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """Tokens per second of each engine in turn, after a warm-up; prompts are decoded in one batch."""
+    """Tokens per second and seconds of each engine, in alternation, after one warm-up; all prompts are one batch."""
     stage = make_stage(world, overrides, world.folder, device)
     roles, tokenizer = stage.roles, stage.tokenizer
     prompts = encode(tokenizer, world.prompts)
@@ -87,7 +88,7 @@ def rates(world: World, overrides: list[str], tokens: int, repeats: int, device:
                 started = time.perf_counter()
                 lengths = engine.generate(roles, role, GenerationRequest(prompts, tokens, 1.0, stream)).lengths.cpu()
                 lap = time.perf_counter() - started
-            if repeat:
+            if repeat:  # the first pass is a warm-up
                 seconds[name].append(lap)
                 speeds[name].append(int(lengths.sum()) / lap)
     native = spread(speeds["native"]).median
@@ -104,7 +105,7 @@ def rates(world: World, overrides: list[str], tokens: int, repeats: int, device:
 
 @contextmanager
 def using_adapter(roles: Roles, merged: bool) -> Iterator[str]:
-    """The role to decode: the policy, or the base while the policy's adapter is merged into it."""
+    """The role to decode: the policy, or the base with the policy's adapter merged into it inside the block."""
     if not merged:
         yield "policy"
         return

@@ -5,11 +5,11 @@
     python benchmarks/gpu.py --results gpu.jsonl smollm2 --smollm2 model.name_or_path=FOLDER data.root=FOLDER
     python benchmarks/gpu.py --toy                               all of it on a CPU, in seconds
 
-Each part is a process of its own of less than 9 minutes (--minutes) and adds a line to the results: a run cut off goes
-on where it stopped; no part is begun that cannot end within --total minutes. Weights are made once per shape in
---scratch (41 GB for 20B, one shape at a time) and loaded as the product loads them. SmolLM2 without --smollm2 is its
-shape with random weights (and an output matrix of its own: 163M). The 20B parts may use 23 GiB and no more: PyTorch
-refuses the rest, as a 24 GB card (less its context) would.
+Each part runs in a subprocess for less than 9 minutes (--minutes) and appends a line to the results. If the command is
+interrupted, the same command runs the parts that are missing. No part is started that might not end within --total
+minutes. Weights are drawn once per shape in --scratch (41 GB for 20B, one shape at a time) and loaded as in `rlhf`.
+Without --smollm2, SmolLM2 has random weights (and an untied output matrix: 163M parameters). The 20B parts are limited
+to 23 GiB by PyTorch, which is what a 24 GB card has left besides its CUDA context.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.pipeline.config import instantiate
 
 GIB = 2**30
-# as conf/ppo/paper.yaml and conf/generation/paper.yaml have it, at a budget of tokens that fits beside 7B parameters
+# conf/ppo/paper.yaml and conf/generation/paper.yaml, with a budget of tokens that fits beside 7B parameters
 PAPER = (
     "ppo=paper", "generation=paper", "lora=paper", "divergence=kl", "model.dtype=bfloat16",
     "ppo.microbatch_tokens=2048",
@@ -49,7 +49,17 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Part:
-    """A measurement: PPO steps, or (`decode`) the engines; `card` is the memory that may be used, in GiB."""
+    """A measurement of PPO steps, or of the decoding engines.
+
+    Attributes:
+        shape: key of `SHAPES`.
+        overrides: of the configuration.
+        prompts: shortest and longest prompt, in tokens.
+        rows: number of prompts.
+        card: memory limit in GiB, if any.
+        decode: measure the decoding engines instead of PPO steps.
+        real: use the real model and data of --smollm2, if given.
+    """
 
     shape: str
     overrides: tuple[str, ...]
@@ -79,17 +89,19 @@ TOY = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all that are missing")
-    parser.add_argument("--results", type=Path, default=Path("gpu.jsonl"), help="a JSON line per part that is done")
+    parser.add_argument(
+        "--results", type=Path, default=Path("gpu.jsonl"), help="a file with a JSON line per finished part"
+    )
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "rlhf-bench-worlds")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps, if there is time for them")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps, if time allows")
     parser.add_argument("--minutes", type=float, default=8.5, help="limit of a part")
     parser.add_argument(
-        "--total", type=float, default=24 * 60, help="begin no part that might end after so many minutes"
+        "--total", type=float, default=24 * 60, help="start no part that might end after this many minutes"
     )
     parser.add_argument(
         "--smollm2", nargs="*", default=(), help="overrides that name model and data of the part smollm2"
     )
-    parser.add_argument("--toy", action="store_true", help="seconds on a CPU: the figures mean nothing")
+    parser.add_argument("--toy", action="store_true", help="takes seconds on a CPU; the figures mean nothing")
     parser.add_argument("--write", action="store_true", help="append the tables of all results to RESULTS.md")
     options = parser.parse_args()
     unknown = sorted(set(options.parts) - set(PARTS))
@@ -103,7 +115,7 @@ def main() -> None:
             options.results, options.scratch = Path(folder) / "gpu.jsonl", Path(folder)
         for name in options.parts or missing(options.results):
             if (time.perf_counter() - started) / 60 + options.minutes > options.total:
-                print(f"{name}: left for another time", file=sys.stderr)
+                print(f"{name}: not started, since it might end after --total minutes", file=sys.stderr)
                 continue
             attempt(name, options)
         lines = [json.loads(line) for line in options.results.read_text().splitlines()]
@@ -115,14 +127,14 @@ def main() -> None:
 
 
 def missing(results: Path) -> list[str]:
-    """Parts without a line in the results."""
+    """The parts that have no line in the results yet."""
     lines = results.read_text().splitlines() if results.exists() else []
     done = {json.loads(line)["part"] for line in lines}
     return [name for name in PARTS if name not in done]
 
 
 def attempt(name: str, options: argparse.Namespace) -> None:
-    """Run a part and add its line; a part that fails is named, and the others go on."""
+    """Run a part and append its line to the results; a failure is printed, so that the other parts still run."""
     method = "fork" if options.toy else "spawn"
     try:
         line = isolated(measure, name, options, method=method, timeout=60 * options.minutes)
@@ -135,7 +147,7 @@ def attempt(name: str, options: argparse.Namespace) -> None:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a part finds, in a process of its own."""
+    """The result of a part, as a line of the results. Runs in a subprocess."""
     started, part = time.perf_counter(), PARTS[name]
     device = "cpu" if options.toy else "cuda"
     overrides = [*part.overrides, *(TOY if options.toy else ())]
@@ -151,14 +163,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             return {"kind": "decode", "rows": rows, **about}
         stage = make_stage(world, [*overrides, f"ppo.steps={options.steps + 1}"], Path(folder), device)
         loaded = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-        # a step more may take a third of the time; the trainer stops by itself once the rest is less
+        # the trainer checks the time between steps only, and one more step may take a third of it
         left = 60 * options.minutes * 0.65 - (time.perf_counter() - started)
         lines = train(stage, world.prompts, Path(folder), max(left, 1.0) if device == "cuda" else None)
     return {"kind": "ppo", "rows": [step_row(name, part, lines, stage.ppo.rollout_batch_size, loaded)], **about}
 
 
 def step_row(name: str, part: Part, lines: list[dict[str, float]], rollouts: int, loaded: int) -> dict[str, Any]:
-    """The medians of the measured steps (not their quartiles where there is one step)."""
+    """Table row of a PPO part: medians and quartiles of the measured steps, and peak GPU memory."""
     keys = {
         "step (s)": "seconds",
         "generate (s)": "time/generate",
@@ -179,7 +191,7 @@ def step_row(name: str, part: Part, lines: list[dict[str, float]], rollouts: int
 
 
 def prepare(name: str, options: argparse.Namespace) -> World:
-    """The part's world, made in a process of its own where it is not there yet (its memory is none of the part's)."""
+    """The world of a part. A missing one is made in a subprocess, so that its memory does not count for the part."""
     part = PARTS[name]
     if part.real and options.smollm2 and not options.toy:
         folder = options.scratch / "real"
@@ -198,14 +210,14 @@ def prepare(name: str, options: argparse.Namespace) -> World:
 
 
 def make_room(scratch: Path) -> None:
-    """Delete the worlds of other shapes: those of 7B and 20B together are larger than many a disk."""
+    """Delete the worlds made before: those of 7B and 20B together may not fit on the disk."""
     for found in scratch.glob("*/prompts.json"):
         if World(found.parent).reward.is_dir():
             shutil.rmtree(found.parent)
 
 
 def real_world(folder: Path, overrides: list[str], longest: int) -> World:
-    """SmolLM2 itself and Alpaca's prompts of at most so many tokens, from the overrides that name them."""
+    """A world of the model and data that `overrides` name, with the prompts of at most `longest` tokens."""
     world = World(folder)
     if (folder / "prompts.json").exists():
         return world

@@ -1,14 +1,14 @@
-"""Our PPO against TRL's last one (1.12.0), in turns, on the same weights, prompts, reward, LoRA and minibatches.
+"""Our PPO against TRL's (1.12.0) in alternation, on the same weights, prompts, reward, LoRA and minibatches.
 
     python benchmarks/peer.py                        the cases of 3.7M parameters, about 10 minutes on two cores
     python benchmarks/peer.py --cases large          110M parameters, about 10 minutes
-    python benchmarks/peer.py --write                and append the tables to RESULTS.md
+    python benchmarks/peer.py --write                also append the tables to RESULTS.md
 
-What differs is what each system does: TRL trains a full value model (it has no adapter for it), ours an adapter on the
-shared base, and TRL's reward model is a model of its own where ours is another adapter that gives the same scores.
-Each side is a process of its own; they take turns step by step, so that a machine that changes its speed changes both,
-and a ratio is of two steps beside each other. The first step is a warm-up. TRL lives in an environment that this script
-makes at --venv, with the versions of torch, transformers and peft that are installed here.
+The systems themselves differ: TRL trains a full value model (it has no adapter for it), ours an adapter on the shared
+base; TRL's reward model is a separate model, ours another adapter that gives the same scores. Each side is a
+subprocess. They alternate step by step, so that changes in the machine's speed affect both, and each ratio is one of
+two adjacent steps. The first step is a warm-up. TRL runs in a virtual environment that this script makes at --venv,
+with the versions of torch, transformers and peft that are installed here.
 """
 
 import argparse
@@ -27,12 +27,27 @@ from common import MIB, Turns, report, run_script, spread, table
 
 TRL = "1.12.0"
 TIMEOUT = 3600.0
-Side = list[list[dict[str, Any]]]  # the measurements of each round
+Side = list[list[dict[str, Any]]]  # the measurements of one side, round by round
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared; `eos` is the logit of EOS (None: responses never end before `tokens`)."""
+    """A setting in which both sides are measured.
+
+    Attributes:
+        about: its name in the tables.
+        shape: key of `SHAPES`.
+        tokens: maximum length of a response.
+        epochs: PPO epochs per step.
+        eos: logit of EOS; None for responses that never end before `tokens`.
+        rounds: pairs of processes.
+        steps: measured steps of a process.
+        rollouts: rollouts per step.
+        minibatch: rows of a minibatch.
+        prompt: length of every prompt, in tokens.
+        ours: overrides of our configuration.
+        target: the ratio that is aimed at.
+    """
 
     about: str
     shape: str = "3.7M"
@@ -66,11 +81,13 @@ DEFAULT = ("forced_1", "forced_4", "natural")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT)
-    parser.add_argument("--rounds", type=int, help="pairs of processes; each case has its own number")
+    parser.add_argument("--rounds", type=int, help="pairs of processes (default: the case's own number)")
     parser.add_argument("--steps", type=int, help="measured steps of a process")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each side")
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache" / "rlhf-bench" / f"trl-{TRL}")
-    parser.add_argument("--ours", nargs="*", default=(), help="more of our configuration, such as ppo.value_model=full")
+    parser.add_argument(
+        "--ours", nargs="*", default=(), help="further overrides of our configuration, such as ppo.value_model=full"
+    )
     parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
     options = parser.parse_args()
     python = trl_environment(options.venv)
@@ -85,7 +102,7 @@ def main() -> None:
 
 
 def trl_environment(folder: Path) -> Path:
-    """TRL's interpreter; the environment is made when it is not there."""
+    """Python of the environment with TRL, which is made if it does not exist."""
     python = folder / "bin" / "python"
     complete = folder / f"trl-{TRL}.complete"
     if complete.exists():
@@ -94,15 +111,15 @@ def trl_environment(folder: Path) -> Path:
     venv.create(folder, clear=True, with_pip=True)
     ours = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "peft")}
     # torch first, so that the resolver keeps the wheel that this machine's pip prefers
-    for wanted in (["torch"], ["transformers", "peft"]):
-        pins = [f"{name}=={ours[name]}" for name in wanted] + ([f"trl=={TRL}"] if wanted != ["torch"] else [])
+    pinned = {name: f"{name}=={number}" for name, number in ours.items()}
+    for pins in ([pinned["torch"]], [pinned["transformers"], pinned["peft"], f"trl=={TRL}"]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *pins], check=True)
     complete.touch()
     return python
 
 
 def compare(case: Case, python: Path, options: argparse.Namespace) -> tuple[Side, Side]:
-    """Rounds of ours and TRL's in turn, on one world."""
+    """Measure both sides in alternation on one world; returns the measurements of ours and of TRL."""
     rounds, steps = options.rounds or case.rounds, options.steps or case.steps
     ours: Side = []
     trl: Side = []
@@ -132,17 +149,17 @@ def compare(case: Case, python: Path, options: argparse.Namespace) -> tuple[Side
 
 
 def column(rounds: Side, key: str) -> list[float]:
-    """A figure of every measured step."""
+    """The value `key` of every measured step."""
     return [row[key] for measured in rounds for row in measured if row["kind"] == "step" and row[key] is not None]
 
 
 def memory(rounds: Side, key: str = "peak") -> list[float]:
-    """Peak resident set of every process, in MiB."""
+    """Peak resident set size of every process, in MiB; `imported`: that after the imports."""
     return [row[key] / MIB for measured in rounds for row in measured if row["kind"] == "memory"]
 
 
 def rate_row(case: Case, ours: Side, trl: Side) -> dict[str, Any]:
-    """Rollouts per second and peak memory, with their ratios: of each step to the one beside it, of each process."""
+    """Table row of rollouts per second and peak memory, with the ratios of adjacent steps and of paired processes."""
 
     def ratios(above: Iterable[float], below: Iterable[float]) -> str:
         return f"{spread(a / b for a, b in zip(above, below, strict=True))}x"
@@ -160,7 +177,7 @@ def rate_row(case: Case, ours: Side, trl: Side) -> dict[str, Any]:
 
 
 def phase_row(case: Case, side: str, rounds: Side) -> dict[str, Any]:
-    """Where a step's wall time goes, its processor time, and how long the responses were."""
+    """Table row of one side: wall seconds of the phases of a step, processor seconds, and response length."""
     phases = {f"{key} (s)": spread(column(rounds, key)) for key in ("generate", "score", "update")}
     phases |= {"step (s)": spread(column(rounds, "seconds")), "processor (s)": spread(column(rounds, "cpu"))}
     imported = spread(memory(rounds, "imported")).median

@@ -1,6 +1,6 @@
-"""Our side of `peer.py`, and the world that both sides read: a JSON line per PPO step after the warm-up.
+"""Our side of `peer.py`: prints a JSON line per PPO step after the warm-up. Also makes the world that both sides read.
 
-`run` stands still after each step until a line comes from standard input.
+`run` blocks after each step until it reads a line from standard input.
 
 peer_ours.py make FOLDER SHAPE PROMPT_TOKENS [EOS_LOGIT]
 peer_ours.py run FOLDER STEPS [OVERRIDE ...]
@@ -15,6 +15,7 @@ from world import NEVER, SHAPES, World, make_stage, make_world, train
 
 
 def run(folder: str, steps: str, *overrides: str) -> None:
+    """Train `steps` measured steps on the world in `folder`, and print times and memory."""
     imported, world = peak_rss(), World(Path(folder))
     with tempfile.TemporaryDirectory() as out:
         stage = make_stage(world, [*overrides, f"ppo.steps={int(steps) + 1}"], Path(out))
@@ -26,6 +27,7 @@ def run(folder: str, steps: str, *overrides: str) -> None:
 
 
 def make(folder: str, shape: str, prompt_tokens: str, eos_logit: str = str(NEVER)) -> None:
+    """Make a world whose prompts all have the same length."""
     make_world(Path(folder), SHAPES[shape], (int(prompt_tokens), int(prompt_tokens)), float(eos_logit))
 
 

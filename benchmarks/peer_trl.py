@@ -1,8 +1,8 @@
-"""TRL's side of `peer.py`, run by TRL's own environment: a JSON line per PPO step after the warm-up.
+"""TRL's side of `peer.py`, run in TRL's own environment: prints a JSON line per PPO step after the warm-up.
 
-`trl.experimental.ppo` has one long `train`: its phases are timed at the functions it calls. Generation is
-`batch_generation`; updates begin at the first `accumulate`; the rest of a step, housekeeping too, counts as `score`.
-After each step it stands still until a line comes from standard input.
+`trl.experimental.ppo` has one long `train`, so its phases are timed at the functions that it calls. Generation is
+`batch_generation`; the update starts at the first `accumulate`; the rest of a step, including housekeeping, counts as
+`score`. The process blocks after each step until it reads a line from standard input.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -32,7 +33,7 @@ IMPORTED = peak_rss()
 
 
 class Phases(TrainerCallback):
-    """Wall seconds of the phases of a step, from the end of the step before to its own."""
+    """Measures wall seconds of the phases of each step after the first, and its processor seconds."""
 
     def __init__(self, eos: int) -> None:
         self.eos, self.tokens = eos, 0.0
@@ -40,6 +41,8 @@ class Phases(TrainerCallback):
         self.rows: list[dict[str, float]] = []
 
     def timed_generation(self, real: Callable) -> Callable:
+        """`real`, TRL's generation of a rollout batch, with its time and the mean response length recorded."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             self.updating, started = 0.0, time.perf_counter()
             result = real(*args, **kwargs)
@@ -49,7 +52,9 @@ class Phases(TrainerCallback):
 
         return call
 
-    def noting_update(self, real: Callable) -> Callable:
+    def timed_update(self, real: Callable) -> Callable:
+        """`real`, called for every minibatch, with the time of the first call in a step recorded."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             self.updating = self.updating or time.perf_counter()
             return real(*args, **kwargs)
@@ -57,6 +62,7 @@ class Phases(TrainerCallback):
         return call
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Record the phases of the step that ends, and wait for the turn of the next."""
         now, cpu = time.perf_counter(), time.process_time()
         if self.steps:
             row = {"generate": self.generate, "score": self.updating - self.last - self.generate}
@@ -67,18 +73,72 @@ class Phases(TrainerCallback):
 
 
 def mean_length(responses: Tensor, eos: int) -> float:
-    """Tokens up to the first EOS and with it, on average."""
+    """Mean number of tokens up to and including the first EOS, of `responses` (rows × tokens)."""
     ended = responses == eos
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1])
     return float(lengths.float().mean())
 
 
 def reward_model(world: Path, head: Path) -> PreTrainedModel:
-    """The trunk as a sequence classifier with the head of our reward adapter (the adapter itself adds nothing)."""
+    """The SFT model as a sequence classifier, with the head of our reward adapter if `head` exists.
+
+    The adapter's own update is zero, so both sides give the same scores.
+    """
     model = AutoModelForSequenceClassification.from_pretrained(world / "sft", num_labels=1)
     if head.exists():
         model.score.weight.data.copy_(load_file(head)["base_model.model.score.weight"])
     return model
+
+
+def ppo_config(options: argparse.Namespace, folder: str) -> PPOConfig:
+    """TRL's configuration for the same algorithm and batches as ours."""
+    return PPOConfig(
+        output_dir=folder,
+        # without gradient accumulation, which would let several of TRL's minibatches share one optimiser step
+        per_device_train_batch_size=options.rollouts,
+        gradient_accumulation_steps=1,
+        num_mini_batches=options.rollouts // options.minibatch,
+        local_rollout_forward_batch_size=options.rollouts,
+        num_ppo_epochs=options.epochs,
+        total_episodes=options.rollouts * (options.steps + 1),
+        response_length=options.tokens,
+        temperature=1.0,
+        stop_token="eos",
+        learning_rate=options.lr,
+        lr_scheduler_type="constant",
+        gamma=1.0,
+        lam=0.95,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def make_trainer(config: PPOConfig, world: Path, tokenizer: PreTrainedTokenizerBase, phases: Phases) -> PPOTrainer:
+    """TRL's trainer on the models and prompts of `world`, with `phases` measuring it."""
+    prompts = json.loads((world / "prompts.json").read_text())
+    data = Dataset.from_dict({"input_ids": tokenizer(prompts)["input_ids"]})
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(world / "sft"),
+        ref_model=None,
+        reward_model=reward_model(world, world / "reward" / "adapter_model.safetensors"),
+        value_model=reward_model(world, world / "none"),
+        train_dataset=data,
+        eval_dataset=data,
+        peft_config=LoraConfig(
+            r=8, lora_alpha=64, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        ),
+        callbacks=[phases],
+    )
+    ppo_trainer.batch_generation = phases.timed_generation(ppo_trainer.batch_generation)
+    trainer.accelerator.accumulate = phases.timed_update(trainer.accelerator.accumulate)
+    return trainer
 
 
 def main() -> None:
@@ -88,52 +148,10 @@ def main() -> None:
         parser.add_argument(name, type=int)
     parser.add_argument("--lr", type=float, default=1e-5)
     options = parser.parse_args()
-    world: Path = options.world
-    tokenizer = AutoTokenizer.from_pretrained(world / "sft", padding_side="left")
-    prompts = json.loads((world / "prompts.json").read_text())
-    data = Dataset.from_dict({"input_ids": tokenizer(prompts)["input_ids"]})
+    tokenizer = AutoTokenizer.from_pretrained(options.world / "sft", padding_side="left")
     phases = Phases(tokenizer.eos_token_id)
     with tempfile.TemporaryDirectory() as folder:
-        config = PPOConfig(
-            output_dir=folder,
-            # one step per minibatch: with accumulation, minibatches of TRL would share a step
-            per_device_train_batch_size=options.rollouts,
-            gradient_accumulation_steps=1,
-            num_mini_batches=options.rollouts // options.minibatch,
-            local_rollout_forward_batch_size=options.rollouts,
-            num_ppo_epochs=options.epochs,
-            total_episodes=options.rollouts * (options.steps + 1),
-            response_length=options.tokens,
-            temperature=1.0,
-            stop_token="eos",
-            learning_rate=options.lr,
-            lr_scheduler_type="constant",
-            gamma=1.0,
-            lam=0.95,
-            num_sample_generations=0,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = PPOTrainer(
-            args=config,
-            processing_class=tokenizer,
-            model=AutoModelForCausalLM.from_pretrained(world / "sft"),
-            ref_model=None,
-            reward_model=reward_model(world, world / "reward" / "adapter_model.safetensors"),
-            value_model=reward_model(world, world / "none"),
-            train_dataset=data,
-            eval_dataset=data,
-            peft_config=LoraConfig(
-                r=8, lora_alpha=64, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-            ),
-            callbacks=[phases],
-        )
-        ppo_trainer.batch_generation = phases.timed_generation(ppo_trainer.batch_generation)
-        trainer.accelerator.accumulate = phases.noting_update(trainer.accelerator.accumulate)
+        trainer = make_trainer(ppo_config(options, folder), options.world, tokenizer, phases)
         trainer.train()
     for row, line in zip(phases.rows, trainer.state.log_history[1:], strict=False):
         emit("step", **row, reward=float(line["objective/scores"]))

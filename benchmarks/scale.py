@@ -1,11 +1,11 @@
-"""How a PPO step grows: time against batch, length and model size; peak memory against the models it holds.
+"""Scaling of a PPO step: time against batch size, length and model size; peak memory against the models in memory.
 
     python benchmarks/scale.py                       about 5 minutes on two cores
     python benchmarks/scale.py --large --write       with the 110M model, and appended to RESULTS.md
     python benchmarks/scale.py --toy
 
-Every point is a process of its own with a warm-up step; responses are forced to their length. Memory is the peak of
-the resident set above what the imports hold.
+Every point runs in a subprocess with a warm-up step; responses are forced to their full length. Memory is the peak
+resident set size minus that after the imports.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a point")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--large", action="store_true", help="the 110M model too")
-    parser.add_argument("--toy", action="store_true", help="seconds: the figures mean nothing")
+    parser.add_argument("--large", action="store_true", help="include the 110M model")
+    parser.add_argument("--toy", action="store_true", help="takes seconds; the figures mean nothing")
     parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
     options = parser.parse_args()
     base, sizes, big = BASE, ["3.7M", "16M"], "110M" if options.large else "16M"
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def time_row(varied: str, point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Step time of a point."""
+    """Table row with the times of one point."""
     rows, memory = isolated(steps, point, [], True, options.steps, options.threads)
     found: dict[str, Spread] = {key: spread(row[key] for row in rows) for key in rows[0]}
     tokens = point["rollouts"] * (2 * point["tokens"])
@@ -64,7 +64,7 @@ def time_row(varied: str, point: dict[str, Any], options: argparse.Namespace) ->
 
 
 def memory_row(what: str, point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Memory of a set of roles."""
+    """Table row with the memory of one set of roles."""
     overrides, reward = ROLES[what]
     _, memory = isolated(steps, point, overrides, reward, 1, options.threads)
     return {
@@ -77,7 +77,7 @@ def memory_row(what: str, point: dict[str, Any], options: argparse.Namespace) ->
 def steps(
     point: dict[str, Any], overrides: list[str], reward: bool, count: int, threads: int
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Seconds of the phases of each step, and memory in MiB; runs in a process of its own."""
+    """Seconds per phase of each measured step, and memory in MiB; to be run in a subprocess of its own."""
     torch.set_num_threads(threads)
     imported = peak_rss()
     rollouts, tokens = point["rollouts"], point["tokens"]

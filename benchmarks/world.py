@@ -1,4 +1,4 @@
-"""Models of given shapes with random weights, and a PPO stage on them put together as rlhf.pipeline.run does."""
+"""Models of given shapes with random weights, and a PPO stage on them, assembled as in rlhf.pipeline.run."""
 
 import json
 import time
@@ -40,13 +40,13 @@ from rlhf.stages.ppo import PPO, make_ppo
 from rlhf.tracking.metrics_file import JsonLines, read_metrics
 
 PAD, EOS, UNK = 0, 1, 2
-NEVER = -30.0  # a logit of EOS that ends no response
-CARRIER = 0.5  # see `_set_eos`
+NEVER = -30.0  # a logit of EOS with which no response ends before its limit
+CARRIER = 0.5  # value of the constant hidden unit in `_set_eos`
 ATTENTION = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt_neox": ["query_key_value", "dense"]}
 
 
 def llama(layers: int, hidden: int, heads: int, intermediate: int, vocabulary: int, **options: Any) -> dict[str, Any]:
-    """The configuration of a Llama."""
+    """Keyword arguments of a `LlamaConfig`."""
     return {
         "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
         "num_key_value_heads": heads, "intermediate_size": intermediate, "vocab_size": vocabulary,
@@ -75,23 +75,23 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class World:
-    """A folder with a random "SFT model", a reward adapter on it and prompts, for any PPO implementation to read."""
+    """A folder with a random "SFT model", a reward adapter on it and prompts, readable by any PPO implementation."""
 
     folder: Path
 
     @property
     def sft(self) -> Path:
-        """A plain transformers folder with its tokenizer."""
+        """Folder of the SFT model and its tokenizer, in the format of transformers."""
         return self.folder / "sft"
 
     @property
     def reward(self) -> Path:
-        """A PEFT folder: an adapter that adds nothing yet, and the head `score`."""
+        """Folder of the reward adapter in the format of PEFT: its update is zero, its head `score` is random."""
         return self.folder / "reward"
 
     @property
     def prompts(self) -> list[str]:
-        """Texts of one token a word."""
+        """Prompts of words that are one token each."""
         return json.loads((self.folder / "prompts.json").read_text())
 
 
@@ -105,7 +105,18 @@ def make_world(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> World:
-    """Write model, reward adapter and prompts; a folder that is there already is kept."""
+    """Write model, reward adapter and prompts into `folder`, unless they exist.
+
+    Args:
+        folder: of the world.
+        shape: the model's configuration, a value of `SHAPES`.
+        prompt_tokens: shortest and longest prompt.
+        eos_logit: logit of EOS after any text.
+        rows: number of prompts.
+        device: where the weights are drawn.
+        dtype: of the weights.
+        seed: of weights and prompts.
+    """
     world = World(folder)
     if (folder / "prompts.json").exists():
         return world
@@ -122,7 +133,7 @@ def make_world(
 def save_world(
     world: World, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> World:
-    """Write a model that is there, a fresh reward adapter on it and, last, the prompts."""
+    """Write a model, a new reward adapter on it and, as a sign of completeness last, the prompts."""
     save_model(model, tokenizer, world.sft)
     lora = lora_config(LoraSettings(r=8, alpha=64.0, target_modules=ATTENTION[model.config.model_type]))
     roles = Roles(model)
@@ -135,7 +146,7 @@ def save_world(
 
 
 def random_prompts(rows: int, tokens: tuple[int, int], vocabulary: int, seed: int = 0) -> list[str]:
-    """Words drawn at random, lengths uniform from `tokens[0]` to `tokens[1]`."""
+    """Prompts of random words, with lengths uniform from `tokens[0]` to `tokens[1]` inclusive."""
     stream = generator(seed, "benchmark prompts")
     lengths = torch.randint(tokens[0], tokens[1] + 1, (rows,), generator=stream).tolist()
     return [
@@ -144,7 +155,7 @@ def random_prompts(rows: int, tokens: tuple[int, int], vocabulary: int, seed: in
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word (w3 is 3), so that any number of tokens can be asked for."""
+    """A tokenizer with one token per word (w3 is token 3), so that prompts can have any exact length."""
     words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNK} | {f"w{i}": i for i in range(UNK + 1, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -154,18 +165,21 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def _set_eos(model: PreTrainedModel, prompts: Sequence[Sequence[int]], logit: float) -> None:
-    """Give EOS about this logit after any text, in the weights, so that every program samples the same lengths.
+    """Change the weights so that EOS has about this logit after any text: every program samples the same lengths.
 
-    The first hidden unit carries a constant: every embedding holds it, no layer writes to it, and of the rows of the
-    output matrix only EOS's reads it.
+    The first hidden unit carries a constant: all embeddings contain it, no layer writes to it, and only EOS's row of
+    the output matrix reads it.
     """
+    # 1. the constant goes in
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     embeddings.weight[:, 0] = CARRIER
+    # 2. no layer adds to it
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.endswith(("o_proj", "down_proj", "attention.dense", "dense_4h_to_h")):
             module.weight[0] = 0
             if module.bias is not None:
                 module.bias[0] = 0
+    # 3. its value behind the last norm, and the weight that turns it into the logit
     first: list[Tensor] = []
     for ids in prompts:
         row = torch.tensor([ids], device=model.device)
@@ -176,14 +190,14 @@ def _set_eos(model: PreTrainedModel, prompts: Sequence[Sequence[int]], logit: fl
 
 
 def composed(overrides: Sequence[str]) -> tuple[DictConfig, Settings]:
-    """What `rlhf` composes from these overrides."""
+    """The configuration that `rlhf` composes from these overrides, and its typed settings."""
     with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
         config = compose("config", list(overrides))
     return config, settings_of(config)
 
 
 def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str = "cpu", reward: bool = True) -> PPO:
-    """A PPO stage of the configuration that `rlhf` composes; without a reward model every score is 0."""
+    """A PPO stage of the configuration that `rlhf` composes; with `reward=False` every score is 0."""
     fixed = [
         "model=custom", f"model.name_or_path={world.sft}", "ppo.eval_every=1000000", "ppo.schedule=constant",
         "ppo.warmup_steps=0", "ppo.missing_eos_penalty=0", "ppo.reference_every=1000000",
@@ -205,9 +219,9 @@ def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str
 
 
 class Clock(lightning.Callback):
-    """Wall and processor time of each step after the first; peak GPU memory counts from the end of the first.
+    """Measures wall and processor time of each step after the first, which is a warm-up.
 
-    `pause` is called between steps, unmeasured.
+    Peak GPU memory is reset at the end of the warm-up. `pause` is called between steps and is not measured.
     """
 
     def __init__(self, pause: Callable[[], None]) -> None:
@@ -215,7 +229,7 @@ class Clock(lightning.Callback):
         self.laps: list[tuple[float, float]] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note the lap; the first step is a warm-up."""
+        """Record the step that ends, and start the clock for the next."""
         wall, cpu = time.perf_counter(), time.process_time()
         if self.started[0]:
             self.laps.append((wall - self.started[0], cpu - self.started[1]))
@@ -232,10 +246,13 @@ def train(
     seconds: float | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> list[dict[str, float]]:
-    """Train to the end, or until `seconds` are over: each step's metrics after the first, with wall and `cpu` seconds.
+    """Train to the last step, or for `seconds`.
+
+    Returns:
+        The metrics of each step after the warm-up, with its wall time as `seconds` and its processor time as `cpu`.
 
     Raises:
-        RuntimeError: the time was over before a second step.
+        RuntimeError: the time was up before a second step.
     """
     clock, settings = Clock(pause), stage.ppo
     trainer = lightning.Trainer(

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=search`: a sweep whose jobs Optuna chooses. Hydra finds sweepers in this namespace only."""
+"""`hydra/sweeper=search`: a sweep whose runs Optuna chooses. Hydra looks for sweepers in this package."""
 
 import logging
 from typing import Any
@@ -7,22 +7,22 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's migrations would tell of each of their parts
+logging.getLogger("alembic").setLevel(logging.WARNING)  # otherwise each part of a database migration is logged
 
 
 class Search(Sweeper):
-    """The study itself is `rlhf.sweep.search.Study`, which needs the extra `optuna`."""
+    """Hydra's interface to `rlhf.sweep.search.Study`, which needs the extra `optuna`."""
 
     def __init__(self, **params: Any) -> None:
-        # imported here, for Hydra imports this module whether or not the extra is installed
+        # imported here, because Hydra imports this module even if the extra `optuna` is not installed
         from rlhf.sweep.search import Study
 
         self.study = Study(**params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's; before `sweep`."""
+        """Called by Hydra before `sweep`."""
         self.study.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Make the trials that are missing."""
+        """Run the missing trials of the study."""
         self.study.sweep(arguments)

@@ -24,16 +24,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import root
 from rlhf.distributed.rank import is_first_process
-from rlhf.errors import INTERRUPTED, STOPPED, ConfigError, GuardStop, Interrupted, WorkerFailed
-from rlhf.errors.explaining import explain
-from rlhf.errors.machine import of_the_machine
+from rlhf.errors import FAILURE, INTERRUPTED, KEYBOARD, ConfigError, GuardStop, Interrupted, WorkerFailed
+from rlhf.errors.explaining import exit_with_sentence, explain
+from rlhf.errors.machine import machine_failure
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
 from rlhf.report.terminal import show_plan, show_results
-from rlhf.sweep.plan import PLAN, jobs_of, naming, on_slurm, parallel_jobs
-from rlhf.sweep.states import counts, states
+from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
+from rlhf.sweep.states import progress_line, states
 
 if TYPE_CHECKING:
     from rlhf.pipeline.plan import Plan
@@ -68,18 +68,18 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         if isinstance(error, WorkerFailed) and ((folder / FAILED).exists() or not sweeping):
             if sweeping:
                 return None
-            raise SystemExit(error.code if error.code > 0 else 1) from None
+            raise SystemExit(error.code if error.code > 0 else FAILURE) from None
         if not is_first_process() and explain(error):  # all processes fail alike, and the first one reports it
-            raise SystemExit(1) from None
+            raise SystemExit(FAILURE) from None
         if (sweeping or isinstance(error, GuardStop)) and not config.dry_run:
             # the reason stays with the run, and a sweep goes on to its next run
-            reason = explain(error) or of_the_machine(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = explain(error) or machine_failure(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
             write_json(folder / FAILED, {"error": reason, "traceback": traceback.format_exc()})
         if sweeping and not config.dry_run:
             log.error("FAILED %s: %s", folder.name, reason)
             return None
         if not sweeping:  # exit here, or Hydra would add its own account of the error
-            _leave(error)
+            exit_with_sentence("rlhf", error)
         raise
 
 
@@ -94,7 +94,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     from rlhf.pipeline.preflight import describe
 
     quieten()
-    launcher, workers = HydraConfig.get().launcher, processes.wanted(config.trainer)
+    launcher, workers = HydraConfig.get().launcher, processes.local_world_size(config.trainer)
     if sweeping:
         _share_cores(parallel_jobs(launcher), workers)
     elif on_slurm(launcher):
@@ -103,7 +103,9 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     settings, objectives = settings_of(config), objectives_of(config)
     source = data_source(config)
     check(config, settings, source)
-    overrides = naming(HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys)
+    overrides = distinctive_overrides(
+        HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
+    )
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
         described = describe(plan)
@@ -113,18 +115,18 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         show_plan(described, overrides)
         return described
     # 2. Do the run, in this process or in several.
-    if workers > 1 and processes.environment() is None:
+    if workers > 1 and processes.cluster_environment() is None:
         summary = _launch(plan, workers)
     else:
-        with processes.joined(), cache.locked(folder / ".lock", f"another process works in {folder}"):
+        with processes.process_group(), cache.locked(folder / ".lock", f"another process works in {folder}"):
             summary = _run_or_reuse(plan, config.resume, parallel_jobs(launcher), progress=not sweeping)
     # 3. Show the results, once.
-    if not is_first_process() or processes.PARENT in os.environ:  # the process that started this one shows them
+    if not is_first_process() or processes.LAUNCHER_PID in os.environ:  # the process that started this one shows them
         return None
     if sweeping:
         intended = folder.parent / PLAN
-        progress = counts(states(folder.parent), jobs_of(intended)) if intended.exists() else "done"
-        log.info("%s: %s", folder.name, progress)
+        line = progress_line(states(folder.parent), planned_parallelism(intended)) if intended.exists() else "done"
+        log.info("%s: %s", folder.name, line)
     else:
         show_results(summary, folder)
     return result(summary["metrics"], objectives)
@@ -215,16 +217,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(KEYBOARD)
     except Exception as error:
-        _leave(error)
+        exit_with_sentence("rlhf", error)
         raise
-
-
-def _leave(error: Exception) -> None:
-    """Exit with one sentence for an error that the user, or whoever keeps the machine, can mend; return for others."""
-    stopped = isinstance(error, GuardStop)
-    for code, sentence in ((STOPPED if stopped else 2, explain(error)), (1, of_the_machine(error))):
-        if sentence:
-            print(f"rlhf: {sentence}", file=sys.stderr)
-            raise SystemExit(code) from None

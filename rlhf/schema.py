@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.errors import ConfigError
+from rlhf.errors.keys import unknown_key
 
 T = TypeVar("T")
 
@@ -73,8 +74,7 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
         key, message = error.full_key or "", str(error).partition("\n")[0]
         if "not in" in message:
             parent = OmegaConf.select(structure, key.rpartition(".")[0])
-            allowed = f"; allowed: {', '.join(sorted(parent))}" if parent is not None else ""
-            raise ConfigError(f"{prefix}{key}: there is no such key{allowed}") from error
+            raise ConfigError(unknown_key(f"{prefix}{key}", parent or ())) from error
         raise ConfigError(f"{prefix}{key}: {message}") from error
     check_values(settings, prefix)
     return settings

@@ -1,46 +1,91 @@
-"""What goes wrong: every exception of ours, each told in one sentence, and the exit codes of the commands.
+"""The exceptions of this package, and the exit codes of its commands.
 
-A sentence names what is wrong (the key, the file, the row), its value, and what is allowed.
+The message of a `UserError` is one sentence that names what is wrong (the key, the file, the row), its value, and what
+is allowed. `rlhf.errors.explaining` turns errors into such sentences, `rlhf.errors.machine` does so for a full disk and
+the like, and `rlhf.errors.keys` for a config key that does not exist.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOPPED = 3  # exit code: a guard ended the run
+# Exit codes; 0 is success
+FAILURE = 1  # the machine failed (in one sentence), or the program did (with a traceback)
+MISTAKE = 2  # a configuration, data set, model or folder that cannot be used
+STOPPED = 3  # a guard stopped the run
+INTERRUPTED = 75  # stopped by a signal after saving: EX_TEMPFAIL of sysexits.h, "try again later"
+KEYBOARD = 130  # Ctrl-C without saving, as shells report it
 
-INTERRUPTED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again later
+
+class UserError(Exception):
+    """An error that the user can mend; its message is one sentence, shown without a traceback."""
 
 
-class ConfigError(Exception):
-    """A configuration that cannot run, explained in one sentence: key, value, what is allowed."""
+class ConfigError(UserError):
+    """A configuration that cannot run: names the key, its value and what is allowed."""
+
+
+class DataError(UserError):
+    """Missing or unusable data: names the file or the split."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer that cannot be used as configured."""
+
+
+class RunError(UserError):
+    """The folder of a run that cannot be used as asked."""
+
+
+class DamagedError(UserError, ValueError):
+    """A file written by this package that no longer holds what it should."""
+
+
+class NoRunsError(UserError):
+    """A folder without any run to report on."""
+
+
+class FigureError(UserError, ValueError):
+    """A figure of the report with an invalid description in `report.figures`."""
+
+
+class GuardStop(UserError):  # noqa: N818  (the run is at fault, not the program)
+    """A run that a guard stopped: says what happened, the usual cause and what to try."""
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
-    """A run that was asked to stop and has saved its state."""
+    """A run that was asked to stop, and has saved its state."""
 
 
 class WorkerFailed(Exception):  # noqa: N818
-    """A run that failed in processes of its own, which have said why; `code` is what they exited with."""
+    """A run with several processes of which one failed; the process has printed the reason itself.
+
+    Attributes:
+        code: exit code of that process; negative if a signal ended it.
+    """
 
     def __init__(self, code: int):
         super().__init__(f"a process of the run ended with exit code {code}")
         self.code = code
 
 
-class GuardStop(Exception):  # noqa: N818  (the error is the run's, not the program's)
-    """A run that a guard ended, in one sentence: what happened, the usual cause, what to try."""
+class RowError(Exception):
+    """A row that cannot be used; the message is a reason that many rows can share, because rows are counted by it."""
 
 
-class DamagedError(ValueError):
-    """A file of ours that does not hold what it should, explained in one sentence."""
+class EndpointRefused(Exception):  # noqa: N818  (the client goes on without this request)
+    """An endpoint that works but refuses one request.
 
+    Attributes:
+        parameter: the key of `sampling` that the endpoint does not accept, if it named one.
+    """
 
-class ModelError(Exception):
-    """A model or tokenizer that cannot be used as configured, explained in one sentence."""
+    def __init__(self, reason: str, parameter: str | None = None):
+        super().__init__(reason)
+        self.parameter = parameter
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first: the rest is advice for other programs."""
+    """The first line of an error of another library (two if the first ends in a colon): the rest is advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -49,10 +94,10 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def explained(failure: str) -> Iterator[None]:
-    """For calls that read a model's files: whatever goes wrong there is about these files.
+    """Raise any error inside the block as a ModelError, for calls in which only the model's files can be at fault.
 
     Raises:
-        ModelError: `failure`, and what the library said first.
+        ModelError: `failure`, then type and first line of the original error in parentheses.
     """
     try:
         yield
@@ -60,31 +105,3 @@ def explained(failure: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(f"{failure} ({type(error).__name__}: {first_line(error)})") from error
-
-
-class DataError(Exception):
-    """Bad or missing data, explained in one sentence that names the file or the split."""
-
-
-class RowError(Exception):
-    """Why a row cannot be used, in words that fit many rows: rows are counted by reason."""
-
-
-class RunError(Exception):
-    """A run that cannot be used as asked, explained in one sentence."""
-
-
-class NoRunsError(Exception):
-    """A folder that holds nothing to report on; the message is one sentence."""
-
-
-class FigureError(ValueError):
-    """A figure that the layout describes wrongly; the message is one sentence."""
-
-
-class EndpointRefused(Exception):  # noqa: N818  (one question fewer)
-    """The endpoint answers others, but not this request; `parameter` is the key of `sampling` that it does not take."""
-
-    def __init__(self, reason: str, parameter: str | None = None):
-        super().__init__(reason)
-        self.parameter = parameter

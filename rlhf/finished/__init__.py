@@ -1,1 +1,1 @@
-"""What one does with a finished run: judge it, talk to it, export it."""
+"""Uses of a finished run: as a judge, in a chat, as an export for others."""

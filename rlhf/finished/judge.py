@@ -1,4 +1,4 @@
-"""`judge=finished_reward_model`: the reward model of a finished run or of the cache, as a judge of anything else."""
+"""`judge=finished_reward_model`: the reward model of a finished run, or of the cache, as the judge of another run."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,17 +7,24 @@ from typing import Any, ClassVar
 
 from rlhf.errors import ConfigError, RunError
 from rlhf.evaluation.judges import RewardModelJudge
-from rlhf.finished.chat.models import Models
+from rlhf.finished.chat.models import ModelCache
 from rlhf.finished.run import FinishedRun
 from rlhf.models.tokenizing import keep_template
 from rlhf.scorers import Context
 
 
 class FinishedRewardModelJudge(RewardModelJudge):
-    """The reward model in `folder` decides, on its own SFT model and with its own tokenizer.
+    """Prefers the answer with the higher score of the reward model in `folder`.
 
-    As the annotator of simulated preferences it is the "gold" reward model of Gao et al. 2023 ("Scaling laws for reward
-    model overoptimization"), from which a proxy learns.
+    The reward model is loaded with its own SFT model and tokenizer. If it annotates simulated preferences, it is the
+    "gold" reward model of Gao et al. 2023 ("Scaling Laws for Reward Model Overoptimization"), from which a proxy reward
+    model then learns.
+
+    Args:
+        context: the models and data of the run that is judged.
+        folder: a run of stage=reward, or a reward model in `outputs/cache`.
+        tie: scores that differ by at most this are a tie.
+        max_tokens: answers are cut to this length before they are scored.
 
     Raises:
         ConfigError: the folder holds no reward model.
@@ -28,25 +35,26 @@ class FinishedRewardModelJudge(RewardModelJudge):
 
     def __init__(self, context: Context, folder: str, tie: float = 0.0, max_tokens: int = 512):
         run = _reward_model(folder)
-        roles, role = Models().reward(run)
+        roles, role = ModelCache().reward(run)
         roles.table["reward"], roles.heads["reward"] = roles.table[role], roles.heads[role]
         tokenizer = keep_template(run.tokenizer(), context.source)
         super().__init__(replace(context, tokenizer=tokenizer, roles=roles), tie, max_tokens)
 
     @classmethod
     def check(cls, keys: Mapping[str, Any]) -> None:
-        """See whether the reward model and what it stands on are there.
+        """Check that the reward model and its SFT model exist.
 
         Raises:
-            ConfigError: one of them is not.
+            ConfigError: one of them is missing or damaged.
         """
         _reward_model(keys["folder"])
 
 
 def _reward_model(folder: str) -> FinishedRun:
+    """The finished reward model in `folder`; errors name the key `judge.folder`."""
     try:
         run = FinishedRun.open(Path(folder).expanduser())
-        _ = run.base  # found, or said to be gone
+        _ = run.base  # raises if the SFT model is missing
     except RunError as error:
         raise ConfigError(f"judge.folder={folder}: {error}") from None
     if run.stage != "reward":

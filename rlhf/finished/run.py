@@ -1,6 +1,7 @@
-"""A finished run, for commands that use its models: what it is, and where that on which it stands lies.
+"""A finished run on disk: its summary, its model, and the models it depends on.
 
-Nothing here waits for torch, so that a mistaken folder is told at once.
+`rlhf.pipeline.run.Run` makes a run; `FinishedRun` here only reads what it left. torch is not imported, so that a wrong
+folder is reported at once.
 """
 
 from dataclasses import dataclass
@@ -20,17 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, or one of the SFT and reward models that runs share (`outputs/cache/…`)."""
+    """The folder of a finished run, or of an SFT or reward model that runs share (`outputs/cache/…`).
+
+    Attributes:
+        folder: contains `summary.json` and `model/`.
+        summary: the content of `summary.json`.
+    """
 
     folder: Path
     summary: dict[str, Any]
 
     @classmethod
     def open(cls, folder: Path) -> "FinishedRun":
-        """The finished run in `folder`.
+        """Read the summary in `folder` and check the model's files.
 
         Raises:
-            RunError: there is none, or it has no model.
+            RunError: there is no finished run, or its model is missing or damaged.
+            DamagedError: the summary cannot be read.
         """
         if not folder.is_dir():
             raise RunError(f"{folder}: there is no such folder; allowed: a run, such as outputs/rlhf/default")
@@ -45,7 +52,7 @@ class FinishedRun:
 
     @property
     def model(self) -> Path:
-        """What plain peft or transformers load."""
+        """The model's folder, in the format of peft (an adapter) or transformers (all weights)."""
         return self.folder / MODEL
 
     @property
@@ -55,40 +62,40 @@ class FinishedRun:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
+        """The resolved configuration of the run."""
         return self.summary["config"]
 
     @property
     def settings(self) -> ModelSettings:
-        """Those of the model."""
+        """The config group `model` of the run."""
         return typed(ModelSettings, self.config["model"], "model.")
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The final ones."""
+        """The final metrics of the run."""
         return self.summary["metrics"]
 
     @property
     def base(self) -> Path | None:
-        """The SFT model below the run's adapter; None where `model` is whole.
+        """The SFT model that the run's adapter was trained on; None if `model` holds all weights.
 
         Raises:
-            RunError: it is gone, or damaged.
+            RunError: the SFT model is missing or damaged.
         """
         if not (self.model / ADAPTER_CONFIG).exists():
             return None
-        told = read_object(self.model / ADAPTER_CONFIG, base_model_name_or_path=str)
-        noted = Path(told["base_model_name_or_path"])
-        base = noted if noted.is_dir() else self._cached(noted.parent.name) / MODEL
+        adapter = read_object(self.model / ADAPTER_CONFIG, base_model_name_or_path=str)
+        recorded = Path(adapter["base_model_name_or_path"])
+        base = recorded if recorded.is_dir() else self._cached(recorded.parent.name) / MODEL
         _check(base)
         return base
 
     @property
     def reward(self) -> "FinishedRun | None":
-        """The reward model that scored the run's answers; None if there was none.
+        """The reward model that the run was trained against; None if it used another scorer.
 
         Raises:
-            RunError: it is gone.
+            RunError: the reward model is missing or damaged.
         """
         name = self.summary.get("reward_model")
         return FinishedRun.open(self._cached(name)) if name else None
@@ -97,7 +104,7 @@ class FinishedRun:
         """The tokenizer that the run was trained with.
 
         Raises:
-            ModelError: it cannot be read.
+            ModelError: the tokenizer cannot be read.
         """
         from transformers import AutoTokenizer
 
@@ -107,7 +114,7 @@ class FinishedRun:
             return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.settings.trust_remote_code)
 
     def _cached(self, name: str) -> Path:
-        """`cache/<name>` of the outputs that hold the run, wherever they were moved."""
+        """The folder `cache/<name>` beside any parent of the run's folder, since outputs may have been moved."""
         places = [parent / "cache" / name for parent in self.folder.resolve().parents]
         found = next((place for place in places if (place / SUMMARY).exists()), None)
         if found is None:
@@ -116,8 +123,14 @@ class FinishedRun:
 
 
 def _check(model: Path) -> None:
-    """See whether a model is what was written; one that was taken over lies with the run that it was taken from."""
-    folder = model.resolve().parent
+    """Compare a model's files with their checksums.
+
+    Raises:
+        RunError: a file differs or is missing.
+    """
+    folder = model.resolve().parent  # the model of a run that was taken over is a link into the original run
     wrong = damage(folder) if (folder / SUMMARY).exists() else None
     if wrong:
-        raise RunError(f"{folder} is damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it whole")
+        raise RunError(
+            f"{folder} is damaged: {wrong}; move its {SUMMARY} away, and the command of this run makes the model again"
+        )

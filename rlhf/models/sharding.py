@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf.distributed import collectives
+from rlhf.distributed import collectives, lockstep
 from rlhf.errors import ModelError
 from rlhf.models.blocks import transformer_blocks
 from rlhf.models.roles import Roles
@@ -40,7 +40,7 @@ def shard(roles: Roles, device: str) -> None:
     # Processes may need different numbers of forward passes between collectives. Those that have finished join the
     # passes of the others with one token.
     smallest = Sequences.from_lists([[0]], [[0]])
-    collectives.keep_step(base.base_model, lambda: roles.hidden("reference", smallest.to(roles.device)))
+    lockstep.enable(base.base_model, lambda: roles.hidden("reference", smallest.to(roles.device)))
 
 
 def gathered(roles: Roles) -> dict[str, Tensor]:

@@ -64,8 +64,8 @@ def check_processes(config: DictConfig, settings: Settings) -> None:
     Raises:
         ConfigError: they are not, or cannot.
     """
-    trainer, place = config.trainer, processes.environment()
-    here, nodes = processes.wanted(trainer), trainer.get("num_nodes", 1)
+    trainer, place = config.trainer, processes.cluster_environment()
+    here, nodes = processes.local_world_size(trainer), trainer.get("num_nodes", 1)
     wanted, started = here * nodes, place.world_size() if place else None
     if wanted > 1 and not trainer.get("strategy"):
         raise ConfigError(f"trainer.devices={trainer.devices}: one process uses one device; allowed: 1, or trainer=ddp")
@@ -89,7 +89,7 @@ def check_processes(config: DictConfig, settings: Settings) -> None:
         )
     if wanted > 1 and settings.ppo.accumulation == "as_published":
         raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")
-    if processes.shares(trainer) > 1:
+    if processes.num_shards(trainer) > 1:
         _check_sharding(config.stage.name, settings)
 
 
@@ -140,7 +140,7 @@ def check_vllm(config: DictConfig, settings: Settings) -> None:
             f"generation.engine=vllm runs adapters in 16 bits only, and model.dtype={settings.model.dtype}; "
             f"allowed: model.dtype=bfloat16, {other}"
         )
-    if processes.wanted(config.trainer) * config.trainer.get("num_nodes", 1) > 1:
+    if processes.local_world_size(config.trainer) * config.trainer.get("num_nodes", 1) > 1:
         raise ConfigError(f"generation.engine=vllm is built for one process; allowed: trainer.devices=1, {other}")
     for key in settings.generation.vllm.keys() & set(NOT_YOURS):
         raise ConfigError(

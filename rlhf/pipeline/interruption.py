@@ -73,7 +73,7 @@ class Interruption(Callback):
         self.teardown()  # Lightning calls it only if there was no exception
 
     def _leave(self, trainer: lightning.Trainer, module: Any) -> None:
-        if processes.orphaned():
+        if processes.launcher_died():
             self.received = self.received or signal.SIGTERM
         received = max(collectives.all_gather(int(self.received or 0)))  # all processes leave together
         if not received:

@@ -84,9 +84,9 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
         log.info("ppo.microbatch_tokens=auto: %d, as the run began", kept)
         ppo.microbatch_tokens = kept
         return
-    sharing = jobs * (1 if torch.cuda.is_available() else processes.wanted(plan.config.trainer))
+    sharing = jobs * (1 if torch.cuda.is_available() else processes.local_world_size(plan.config.trainer))
     free = min(collectives.all_gather(available())) // sharing
-    shares = processes.shares(plan.config.trainer)
+    shares = processes.num_shards(plan.config.trainer)
     chosen = largest_budget(plan.settings, _vocabulary(plan), plan.needs_reward_model, free, shares)
     if chosen is None:
         raise ModelError(
@@ -114,7 +114,9 @@ def _kept_budget(plan: Plan) -> int | None:
 
 
 def _needed(plan: Plan) -> Memory | None:
-    return estimate(plan.settings, _vocabulary(plan), plan.needs_reward_model, processes.shares(plan.config.trainer))
+    return estimate(
+        plan.settings, _vocabulary(plan), plan.needs_reward_model, processes.num_shards(plan.config.trainer)
+    )
 
 
 def _vocabulary(plan: Plan) -> int | None:

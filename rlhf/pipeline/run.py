@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Prompt, as_records
-from rlhf.distributed import collectives, processes
+from rlhf.distributed import collectives, lockstep, processes
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.evaluator import Judge, ResponseEvaluator
@@ -76,7 +76,7 @@ class Run:
         # 2. Build the models and comparisons that this run shares with others.
         for product, folder in plan.needed().items():
             cache.ensure(folder, self._builder(product))
-            collectives.part_ways()
+            lockstep.disable()
             self.loggers.hand_over(folder.name, folder)
         if plan.stage in ("sft", "preferences", "reward"):
             last = plan.needed()[plan.stage]
@@ -212,7 +212,7 @@ class Run:
             "logger": self.loggers.of(folder),
         }
         if collectives.size() > 1:  # each stage gives the processes their shares itself
-            defaults |= {"use_distributed_sampler": False, "plugins": [processes.environment()]}
+            defaults |= {"use_distributed_sampler": False, "plugins": [processes.cluster_environment()]}
         return instantiate(self.config.trainer, "trainer", **{**defaults, **options})
 
     def _place_models(self, roles: Roles, packing: bool = False) -> None:
@@ -220,7 +220,7 @@ class Run:
 
         The trial comes first, because a base that is spread over processes cannot be tried.
         """
-        spread = processes.shares(self.config.trainer) > 1
+        spread = processes.num_shards(self.config.trainer) > 1
         if not spread:
             roles.to(self._device)
         engine = "" if self.plan.stage == "sft" else self.settings.generation.engine

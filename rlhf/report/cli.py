@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from rlhf.errors import FigureError, NoRunsError
+from rlhf.errors import MISTAKE, FigureError, NoRunsError
 from rlhf.report import page
 from rlhf.report.figures import make_figures
 from rlhf.report.findings import findings
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path, tables = _make(options.folders, options.out)
     except (NoRunsError, FigureError) as error:
         print(f"rlhf-report: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(MISTAKE) from None
     console = Console()
     for name, table in tables.items():
         if name != "differences":

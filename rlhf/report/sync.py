@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.errors import NoRunsError, first_line
+from rlhf.errors import FAILURE, MISTAKE, NoRunsError, first_line
 
 CONNECT_SECONDS = 20  # to wait for W&B's server
 
@@ -47,7 +47,7 @@ def _boards(folders: Sequence[Path], dry_run: bool) -> int:
         from rlhf.report.boards import Boards
     except ModuleNotFoundError:
         print("rlhf-sync: --boards needs the package wandb-workspaces: pip install 'rlhf[dashboards]'", file=sys.stderr)
-        return 2
+        return MISTAKE
     import wandb
 
     try:
@@ -59,8 +59,8 @@ def _boards(folders: Sequence[Path], dry_run: bool) -> int:
                 print(*boards.push(str(entity), folder / "report"), sep="\n")
     except NoRunsError as error:
         print(f"rlhf-sync: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except wandb.errors.Error as error:
         print(f"rlhf-sync: no boards were put into W&B ({first_line(error)}); try again later", file=sys.stderr)
-        return 2 if isinstance(error, wandb.errors.UsageError) else 1
+        return MISTAKE if isinstance(error, wandb.errors.UsageError) else FAILURE
     return 0

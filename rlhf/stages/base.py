@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf.distributed import collectives
+from rlhf.distributed import collectives, lockstep
 from rlhf.errors import ConfigError
 from rlhf.guards import Guards
 from rlhf.models.roles import Roles
@@ -144,7 +144,7 @@ class Stage(lightning.LightningModule):
         limit = self.settings.max_grad_norm or math.inf
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         sums: dict[str, Tensor] = {}
-        filling = collectives.to_fill_up(parts)
+        filling = lockstep.filler_parts(parts)
         for part in parts:
             total, extra = loss(part)
             self.manual_backward(total / count)

@@ -1,1 +1,1 @@
-"""Studies of many runs: their plan, how far they are, searches, clusters."""
+"""Sweeps: which runs they consist of, how far each is, searches by Optuna, jobs on SLURM."""

@@ -1,4 +1,4 @@
-"""What a sweep intends, how far it is, and what happens at its end. Imported by Hydra's callback: no torch here."""
+"""Hydra's callback at the start and the end of a sweep. It runs on the command line, so torch is not imported here."""
 
 import logging
 import sys
@@ -12,53 +12,62 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 
-from rlhf.errors import ConfigError
+from rlhf.errors import FAILURE, MISTAKE, ConfigError
 from rlhf.files import write_json
 from rlhf.sweep import slurm
-from rlhf.sweep.plan import PLAN, intended, is_search, on_slurm, parallel_jobs, planned, trainers
-from rlhf.sweep.states import State, counts, pace_of, states, states_of
+from rlhf.sweep.plan import PLAN, is_search, on_slurm, parallel_jobs, plan_of_dry_run, planned_runs, trainer_configs
+from rlhf.sweep.states import RunState, expected_seconds, progress_line, states, states_of_plan
 from rlhf.sweep.status import view
 
 log = logging.getLogger(__name__)
-UNKNOWN_PACE = "; how long they take is known when one of this model and data has finished"
+UNKNOWN_DURATION = "; how long they take is known when one of this model and data has finished"
 
 
 class SweepCallback(Callback):
-    """Notes the plan when a sweep starts; says how it went and makes the report when it ends."""
+    """Writes the plan when a sweep starts; prints how it went and makes the report when it ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write `plan.json` into the sweep's folder, once it is clear that its jobs have somewhere to run."""
+        """Check that SLURM can run the jobs, if it shall, and write `plan.json` into the sweep's folder.
+
+        Raises:
+            SystemExit: there is no SLURM, or its options do not fit the trainer.
+        """
         folder, launcher = Path(config.hydra.sweep.dir), config.hydra.launcher
         self.described: dict[str, Mapping[str, Any]] = {}
         if config.dry_run:
             return
         if on_slurm(launcher):
             try:
-                for trainer in trainers(config):
+                for trainer in trainer_configs(config):
                     slurm.check_tasks(launcher, trainer)
-                slurm.check(launcher.timeout_min, launcher.signal_delay_s)
-            except ConfigError as error:  # Hydra makes a warning of any other exception of a callback
+                slurm.check_cluster(launcher.timeout_min, launcher.signal_delay_s)
+            except ConfigError as error:  # Hydra turns other exceptions of a callback into warnings
                 print(f"rlhf: {error}", file=sys.stderr)
-                raise SystemExit(2) from None
+                raise SystemExit(MISTAKE) from None
         folder.mkdir(parents=True, exist_ok=True)
-        if is_search(config):  # it plans as it goes
+        if is_search(config):  # plans as it goes: `rlhf.sweep.search`
             return
-        runs = planned(config)
+        runs = planned_runs(config)
         jobs = min(len(runs), launcher.array_parallelism) if on_slurm(launcher) else parallel_jobs(launcher)
         write_json(folder / PLAN, {"runs": runs, "jobs": jobs})
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Of a dry run, keep what the job would do."""
+        """In a dry run, keep the description that the job returned."""
         if config.dry_run and job_return.status == JobStatus.COMPLETED and isinstance(job_return.return_value, dict):
             self.described[Path(job_return.return_value["folder"]).name] = job_return.return_value
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Sum up, make the report; a failed run makes the command fail, after the others are done."""
+        """Print the state of all runs and make the report; after a dry run, print what it would do.
+
+        Raises:
+            SystemExit: a run has failed. The others are done by then.
+        """
         folder = Path(config.hydra.sweep.dir)
         if config.dry_run:
-            runs = [self._expected(run) for run in states_of(folder, intended(config, folder), None)]
-            pace = pace_of(folder, config)
-            print(f"{counts(runs, parallel_jobs(config.hydra.launcher), pace)}{'' if pace else UNKNOWN_PACE}")
+            runs = [self._described_state(run) for run in states_of_plan(folder, plan_of_dry_run(config, folder), None)]
+            seconds = expected_seconds(folder, config)
+            line = progress_line(runs, parallel_jobs(config.hydra.launcher), seconds)
+            print(f"{line}{'' if seconds else UNKNOWN_DURATION}")
             return
         if not (folder / PLAN).exists():
             return
@@ -67,10 +76,10 @@ class SweepCallback(Callback):
         if any(run.state == "done" for run in runs) and config.stage.name == "ppo":
             _report(folder, config)
         if any(run.state == "failed" for run in runs):
-            raise SystemExit(1)
+            raise SystemExit(FAILURE)
 
-    def _expected(self, run: State) -> State:
-        """A run as the command would find it: what lies in its folder may be a run of another configuration."""
+    def _described_state(self, run: RunState) -> RunState:
+        """The state that the job's own description gives: files in a folder may belong to another configuration."""
         found = self.described.get(run.folder.name)
         if found is None or (run.state == "done") == found["done"]:
             return run
@@ -78,6 +87,8 @@ class SweepCallback(Callback):
 
 
 def _report(folder: Path, config: DictConfig) -> None:
+    """Make and publish the sweep's report; a failure is logged only."""
+    # imported here, since most commands make no report
     from rlhf.report.cli import make_report, show_front
     from rlhf.report.log_report import log_report
 
@@ -86,5 +97,5 @@ def _report(folder: Path, config: DictConfig) -> None:
         show_front(folder)
         log.info("report: %s", page)
         log_report(page, folder, config)
-    except Exception:  # the runs are worth more than their picture: rlhf-report can be called again
+    except Exception:  # the runs themselves are safe, and rlhf-report can be called again
         log.exception("the report could not be made; rlhf-report %s tries again", folder)

@@ -1,4 +1,4 @@
-"""What a sweep intends: its jobs, their folders, and who runs them."""
+"""The plan of a sweep: its jobs, their folders, and how many of them run at once."""
 
 import os
 from collections.abc import Iterable
@@ -16,49 +16,52 @@ from rlhf.files import SUMMARY, read_object
 from rlhf.objectives import objectives_of, result
 from rlhf.sweep.resolvers import folder_name
 
-PLAN = "plan.json"
+PLAN = "plan.json"  # in the sweep's folder: the runs, and `jobs`, how many run at once
 
 
-def planned(config: DictConfig) -> list[dict[str, Any]]:
-    """Every job of the sweep: its folder's name and its overrides."""
+# -- jobs and their folders ------------------------------------------------------------------------------------------
+
+
+def planned_runs(config: DictConfig) -> list[dict[str, Any]]:
+    """Every run of the sweep, as `{"folder": name, "overrides": [...]}`; a search has no such plan.
+
+    Raises:
+        ConfigError: two runs with different overrides would share a folder.
+    """
     excluded = config.hydra.job.config.override_dirname.exclude_keys
-    jobs: dict[str, list[str]] = {}
-    for overrides in _expanded(config):
-        folder, named = run_folder(config, overrides), naming(overrides, excluded)
-        if jobs.setdefault(folder, named) != named:
+    runs: dict[str, list[str]] = {}
+    for overrides in _expand_axes(config):
+        folder, distinctive = run_folder(config, overrides), distinctive_overrides(overrides, excluded)
+        if runs.setdefault(folder, distinctive) != distinctive:
             raise ConfigError(
-                f"{' '.join(jobs[folder])} and {' '.join(named)} would share the folder {folder}; "
+                f"{' '.join(runs[folder])} and {' '.join(distinctive)} would share the folder {folder}; "
                 "allowed: values that do not contain _key- as if another key followed"
             )
-    return [{"folder": folder, "overrides": overrides} for folder, overrides in jobs.items()]
+    return [{"folder": folder, "overrides": overrides} for folder, overrides in runs.items()]
 
 
-def _expanded(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job of the sweep, by Hydra's own expansion."""
+def _expand_axes(config: DictConfig) -> list[list[str]]:
+    """The overrides of every job: the product of all axes, expanded by Hydra's own code."""
     parser = OverridesParser.create()
     axes = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     batches = BasicSweeper.split_arguments(parser.parse_overrides([*axes, *config.hydra.overrides.task]), None)
     return batches[0]
 
 
-def trainers(config: DictConfig) -> list[DictConfig]:
-    """The different trainers that the jobs of the sweep ask for."""
-    if is_search(config):
-        return [config.trainer]
-    jobs = {tuple(item for item in job if item.lstrip("+~").startswith("trainer")): job for job in _expanded(config)}
-    return [compose(config.hydra.job.config_name, job).trainer for job in jobs.values()]
+def plan_of_dry_run(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """The plan in the form of `plan.json`, which a dry run does not write.
 
-
-def intended(config: DictConfig, folder: Path) -> dict[str, Any]:
-    """The plan of a dry run, which writes none; a search has the runs that it chose so far."""
+    A search plans as it goes: its runs are those in the `plan.json` of an earlier start, and `to_come` counts the
+    trials that are not chosen yet.
+    """
     if not is_search(config):
-        return {"runs": planned(config)}
+        return {"runs": planned_runs(config)}
     runs = read_object(folder / PLAN, runs=list)["runs"] if (folder / PLAN).exists() else []
     return {"runs": runs, "to_come": max(0, config.hydra.sweeper.n_trials - len(runs))}
 
 
 def run_folder(config: DictConfig, overrides: list[str]) -> str:
-    """The name of the folder, in the sweep's, of the job with these overrides."""
+    """The name of a run's folder inside the sweep's folder, from the overrides of its job."""
     how = config.hydra.job.config.override_dirname
     parsed = OverridesParser.create().parse_overrides(overrides)
     return folder_name(
@@ -68,34 +71,46 @@ def run_folder(config: DictConfig, overrides: list[str]) -> str:
     )
 
 
-def naming(overrides: Iterable[str], excluded: Iterable[str]) -> list[str]:
-    """The overrides that tell one run from another."""
+def distinctive_overrides(overrides: Iterable[str], excluded: Iterable[str]) -> list[str]:
+    """The overrides that distinguish a run from others: all whose key is not in `excluded`."""
     return [override for override in overrides if override.lstrip("+~").partition("=")[0] not in set(excluded)]
 
 
-def is_search(config: DictConfig) -> bool:
-    """Whether this is `hydra/sweeper=search`."""
-    return str(config.hydra.sweeper.get("_target_")).endswith("rlhf_search.Search")
+def trainer_configs(config: DictConfig) -> list[DictConfig]:
+    """The different `trainer` configurations among the jobs of the sweep."""
+    if is_search(config):
+        return [config.trainer]
+    # one job per combination of trainer overrides is composed, since composing takes a second
+    jobs = {tuple(item for item in job if item.lstrip("+~").startswith("trainer")): job for job in _expand_axes(config)}
+    return [compose(config.hydra.job.config_name, job).trainer for job in jobs.values()]
 
 
-def told(run: Path, config: DictConfig) -> float | list[float] | None:
-    """What a sweeper is to be told of the run in a folder, by its summary."""
+def objective_values(run: Path, config: DictConfig) -> float | list[float] | None:
+    """The values of `objectives` in the summary of a run's folder, for a sweeper; None without a summary."""
     if not (run / SUMMARY).exists():
         return None
     return result(read_object(run / SUMMARY, metrics=dict)["metrics"], objectives_of(config))
 
 
+# -- sweeper and launcher --------------------------------------------------------------------------------------------
+
+
+def is_search(config: DictConfig) -> bool:
+    """Whether the sweep is run by `hydra/sweeper=search`."""
+    return str(config.hydra.sweeper.get("_target_")).endswith("rlhf_search.Search")
+
+
+def on_slurm(launcher: DictConfig) -> bool:
+    """Whether the jobs are run by `hydra/launcher=slurm`."""
+    return str(launcher.get("_target_")).endswith("rlhf_slurm.SlurmLauncher")
+
+
 def parallel_jobs(launcher: DictConfig) -> int:
-    """How many jobs a launcher runs at once on this machine."""
+    """How many jobs a launcher runs at once on this machine; as in joblib, `n_jobs: -1` means one per core."""
     jobs = int(launcher.get("n_jobs") or 1)
     return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
 
 
-def on_slurm(launcher: DictConfig) -> bool:
-    """Whether this is `hydra/launcher=slurm`."""
-    return str(launcher.get("_target_")).endswith("rlhf_slurm.SlurmLauncher")
-
-
-def jobs_of(plan: Path) -> int:
-    """How many jobs the sweep runs at once."""
+def planned_parallelism(plan: Path) -> int:
+    """How many runs are under way at once, according to a `plan.json`."""
     return int(read_object(plan).get("jobs", 1))

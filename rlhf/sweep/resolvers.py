@@ -1,4 +1,4 @@
-"""What the YAML files may compute. Imported before Hydra composes, so it must not import torch."""
+"""OmegaConf resolvers for the YAML files. Imported before Hydra composes, so torch must not be imported here."""
 
 import hashlib
 import re
@@ -6,23 +6,24 @@ import re
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-LONGEST_FOLDER = 180  # bytes: file systems allow 255 for a name
+MAX_FOLDER_BYTES = 180  # file systems allow 255 for a name
 
 
 def folder_name(overrides: str) -> str:
-    """A run's folder from its overrides: readable, without characters that shells or file systems mind.
+    """`${rlhf.folder:…}`: the name of a run's folder from its overrides, safe for shells and file systems.
 
-    Where that is not all that the overrides say, a digest of them follows, or two runs would share a folder.
+    If characters had to be replaced or cut off, ten digits of the SHA-256 of `overrides` are appended, so that two
+    runs never share a folder.
     """
     name = re.sub(r"[^\w.+@-]+", "-", overrides).strip("-.")
-    short = name.encode()[:LONGEST_FOLDER].decode(errors="ignore")
+    short = name.encode()[:MAX_FOLDER_BYTES].decode(errors="ignore")
     if short == overrides:
         return short or "default"
     return f"{short}-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}".lstrip("-")
 
 
 def run_dir() -> str:
-    """Where Hydra put the run; the current folder for a configuration composed without a run."""
+    """`${rlhf.run_dir:}`: Hydra's output directory, or the current folder if only a configuration is composed."""
     return HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "."
 
 

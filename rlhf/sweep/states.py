@@ -1,4 +1,4 @@
-"""How far a sweep is: the state of each intended run, by its files and by what SLURM says."""
+"""The state of every run of a sweep, from the files in its folder and from SLURM's queue."""
 
 import statistics
 import time
@@ -15,12 +15,23 @@ from rlhf.sweep import slurm
 from rlhf.sweep.plan import PLAN
 from rlhf.tracking.reading import stepped_lines, try_object, try_summary
 
-SILENT_SECONDS = 600  # a run that has written nothing for so long is not taken to be running
+SILENT_SECONDS = 600  # a run whose metrics file has not changed for this long is taken to have stopped
 
 
 @dataclass(frozen=True)
-class State:
-    """One intended run: `done`, `failed`, `running`, `begun` (stopped half-way) or `waiting`."""
+class RunState:
+    """A planned run and how far it is.
+
+    Attributes:
+        folder: where the run is, or will be.
+        overrides: what distinguishes it from the others.
+        state: `done`, `failed`, `running`, `begun` (stopped between two steps) or `waiting`.
+        step: last logged step.
+        seconds: wall time of a finished run; None if it was taken over from another one.
+        reason: why it failed, or what its job waits for in the queue.
+        node: where it runs.
+        left: estimated seconds until its last step.
+    """
 
     folder: Path
     overrides: tuple[str, ...]
@@ -29,102 +40,128 @@ class State:
     seconds: float | None = None
     reason: str = ""
     node: str = ""
-    left: float | None = None  # seconds to its last step, at the pace of the latest ones
+    left: float | None = None
 
 
-def states(folder: Path, queue: Mapping[str, slurm.Queued] | None = None) -> list[State]:
-    """How far every run of the plan is; `queue` is what SLURM says of its jobs, where one asked."""
-    return states_of(folder, read_object(folder / PLAN, runs=list), queue)
+# -- states ----------------------------------------------------------------------------------------------------------
 
 
-def states_of(folder: Path, plan: Mapping[str, Any], queue: Mapping[str, slurm.Queued] | None) -> list[State]:
-    """How far every run of this plan is; trials that a search has yet to choose are waiting."""
+def states(folder: Path, queue: Mapping[str, slurm.QueuedJob] | None = None) -> list[RunState]:
+    """The state of every run in the plan of a sweep's folder.
+
+    Args:
+        folder: the sweep's folder, with a `plan.json`.
+        queue: the result of `sweep_queue`; without it, states are read from files only.
+    """
+    return states_of_plan(folder, read_object(folder / PLAN, runs=list), queue)
+
+
+def states_of_plan(
+    folder: Path, plan: Mapping[str, Any], queue: Mapping[str, slurm.QueuedJob] | None
+) -> list[RunState]:
+    """The state of every run of `plan`; trials that a search has not chosen yet are waiting."""
     runs = [_state(folder / run["folder"], tuple(run["overrides"]), queue) for run in plan["runs"]]
-    return runs + [State(folder, (), "waiting")] * plan.get("to_come", 0)
+    return runs + [RunState(folder, (), "waiting")] * plan.get("to_come", 0)
 
 
-def queue(folder: Path) -> dict[str, slurm.Queued] | None:
-    """What SLURM says of the jobs of a sweep's unfinished runs; None where it has none or does not answer."""
+def sweep_queue(folder: Path) -> dict[str, slurm.QueuedJob] | None:
+    """The queued jobs of a sweep's unfinished runs; None if no run has a job, or SLURM does not answer."""
     runs = [folder / run["folder"] for run in read_object(folder / PLAN, runs=list)["runs"]]
-    jobs = [job for run in runs if not (run / SUMMARY).exists() and (job := slurm.job_of(run).get("job"))]
-    return slurm.queue(jobs) if jobs else None
+    jobs = [job for run in runs if not (run / SUMMARY).exists() and (job := slurm.read_job(run).get("job"))]
+    return slurm.squeue(jobs) if jobs else None
 
 
-def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Queued] | None) -> State:
-    if (folder / FAILED).exists():  # of its last start: a summary beside it is of a run of another configuration
+def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.QueuedJob] | None) -> RunState:
+    """The state of the run in `folder`, which may not exist yet."""
+    # 1. failed.json is deleted at every start, so it is newer than a summary beside it: that is another configuration's
+    if (folder / FAILED).exists():
         failed, fault = try_object(folder / FAILED)
         if not fault or not (folder / SUMMARY).exists():
-            return State(folder, overrides, "failed", reason=str(failed.get("error") or fault))
+            return RunState(folder, overrides, "failed", reason=str(failed.get("error") or fault))
+    # 2. a summary is written last
     if (folder / SUMMARY).exists():
         summary, fault = try_summary(folder / SUMMARY)
         if fault:
-            return State(folder, overrides, "failed", reason=fault)
+            return RunState(folder, overrides, "failed", reason=fault)
         seconds = None if summary.get("same_as") else summary.get("wall_seconds")
-        return State(folder, overrides, "done", seconds=seconds)
+        return RunState(folder, overrides, "done", seconds=seconds)
+    # 3. an unfinished run: SLURM knows best whether it is under way
     lines = [line for line in stepped_lines(folder / METRICS) if line["step"] is not None]
     step = lines[-1]["step"] if lines else 0
-    job = slurm.job_of(folder)
+    job = slurm.read_job(folder)
     if job and queue is not None:
-        return _state_of_job(State(folder, overrides, "begun" if lines else "waiting", step), job, queue, lines)
+        return _state_of_job(RunState(folder, overrides, "begun" if lines else "waiting", step), job, queue, lines)
+    # 4. without SLURM, by the age of its metrics
     if not lines:
-        return State(folder, overrides, "waiting")
-    silent = abs(time.time() - (folder / METRICS).stat().st_mtime)  # the file's clock may be ahead of ours
+        return RunState(folder, overrides, "waiting")
+    silent = abs(time.time() - (folder / METRICS).stat().st_mtime)  # the file server's clock may be ahead of ours
     running = silent < SILENT_SECONDS
-    left = _seconds_left(folder, lines) if running else None
-    return State(folder, overrides, "running" if running else "begun", step, node=job.get("node", ""), left=left)
+    left = _run_seconds_left(folder, lines) if running else None
+    return RunState(folder, overrides, "running" if running else "begun", step, node=job.get("node", ""), left=left)
 
 
 def _state_of_job(
-    run: State, job: dict[str, Any], queue: Mapping[str, slurm.Queued], lines: list[dict[str, Any]]
-) -> State:
-    """An unfinished run whose job SLURM was asked about."""
+    run: RunState, job: dict[str, Any], queue: Mapping[str, slurm.QueuedJob], lines: list[dict[str, Any]]
+) -> RunState:
+    """The state of an unfinished run from SLURM's queue."""
     queued = queue.get(job["job"])
     if queued is None:
-        reason = slurm.fate(job["job"]) or f"job {job['job']} is not in the queue any more"
+        reason = slurm.end_reason(job["job"]) or f"job {job['job']} is not in the queue any more"
         return replace(run, state="failed", reason=reason)
     if queued.state == "PENDING":
         return replace(run, reason=f"in the queue: {queued.reason}")
-    return replace(run, state="running", node=queued.node, left=_seconds_left(run.folder, lines))
+    return replace(run, state="running", node=queued.node, left=_run_seconds_left(run.folder, lines))
 
 
-def _seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None:
-    """From the median pace of the latest steps; None before the second one."""
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+def _run_seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None:
+    """Seconds to the last step of a run at the median pace of its latest 20 steps; None before its second step."""
     config = folder / ".hydra" / "config.yaml"
     marks = [(line["step"], line["time"]) for line in lines if "ppo/reward" in line and "time" in line][-20:]
     if len(marks) < 2 or not config.exists():
         return None
-    paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a and t > s]  # a clock may be set back
+    paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a and t > s]  # clocks can be set back
     steps = OmegaConf.load(config).ppo.steps
     return statistics.median(paces) * max(0, steps - marks[-1][0]) if paces else None
 
 
-def seconds_left(runs: list[State], jobs: int, pace: float | None = None) -> float | None:
-    """What the missing runs will take at the pace of the finished ones, else at `pace` seconds each; None without."""
-    paces = [run.seconds for run in runs if run.seconds and run.seconds > 0] or ([pace] if pace else [])
+def seconds_left(runs: list[RunState], jobs: int, seconds_per_run: float | None = None) -> float | None:
+    """Seconds until all runs are done, `jobs` of them at once.
+
+    A missing run is taken to last as long as the mean finished one, else `seconds_per_run`; None if neither is known.
+    """
+    finished = [run.seconds for run in runs if run.seconds and run.seconds > 0]
+    known = finished or ([seconds_per_run] if seconds_per_run else [])
     missing = sum(run.state in ("running", "begun", "waiting") for run in runs)
-    return sum(paces) / len(paces) * missing / jobs if paces else None
+    return sum(known) / len(known) * missing / jobs if known else None
 
 
-def pace_of(folder: Path, config: DictConfig) -> float | None:
-    """Seconds that a run will take, by finished runs of the same model and data anywhere in the outputs."""
+def expected_seconds(folder: Path, config: DictConfig) -> float | None:
+    """Expected wall seconds of a PPO run of `config`, from earlier runs; None if there are none.
+
+    Uses the mean seconds per step of all finished runs with the same model and data class below the parent of the
+    sweep's `folder`.
+    """
     found = []
     for path in folder.parent.glob(f"*/*/{SUMMARY}"):
         summary, _ = try_summary(path)
         past = OmegaConf.create(summary.get("config") or {})
-        alike = summary.get("stage") == "ppo" and not summary.get("same_as")
+        trained = summary.get("stage") == "ppo" and not summary.get("same_as")
         name, data, steps = (OmegaConf.select(past, key) for key in ("model.name", "data._target_", "ppo.steps"))
-        if alike and (name, data) == (config.model.name, config.data._target_) and steps:
+        if trained and (name, data) == (config.model.name, config.data._target_) and steps:
             found.append(summary["wall_seconds"] / steps)
     return sum(found) / len(found) * config.ppo.steps if found else None
 
 
-def counts(runs: list[State], jobs: int, pace: float | None = None) -> str:
-    """The state of a sweep in a line."""
+def progress_line(runs: list[RunState], jobs: int, seconds_per_run: float | None = None) -> str:
+    """`3 of 8 runs done, 2 running, 3 waiting; about 12 min left` (arguments as of `seconds_left`)."""
     parts = [f"{sum(run.state == 'done' for run in runs)} of {len(runs)} runs done"]
     parts += [
         f"{number} {state}"
         for state in ("running", "begun", "waiting", "failed")
         if (number := sum(run.state == state for run in runs))
     ]
-    left = seconds_left(runs, jobs, pace)
+    left = seconds_left(runs, jobs, seconds_per_run)
     return ", ".join(parts) + (f"; about {left / 60:.0f} min left" if left else "")

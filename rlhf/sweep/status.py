@@ -1,22 +1,59 @@
-"""`rlhf-status FOLDER`: how far a sweep is, on the terminal."""
+"""The `rlhf-status` command: how far a sweep is, on the terminal."""
 
+import argparse
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console, Group
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.sweep.plan import PLAN, jobs_of
-from rlhf.sweep.states import State, counts, queue, states
+from rlhf.errors import MISTAKE
+from rlhf.errors.explaining import one_sentence_errors
+from rlhf.sweep.plan import PLAN, planned_parallelism
+from rlhf.sweep.states import RunState, progress_line, states, sweep_queue
 from rlhf.tracking.reading import printable, try_plan
 
+REFRESH_SECONDS = 5  # of --watch
 
-def view(folder: Path, runs: list[State]) -> Group:
-    """A sweep on the terminal: a bar, a line, and what failed or is under way."""
+
+def status() -> None:
+    """`rlhf-status FOLDER [--watch]`."""
+    parser = argparse.ArgumentParser(prog="rlhf-status", description="How far a sweep is.")
+    parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/table1")
+    parser.add_argument("--watch", action="store_true", help="stay and refresh every five seconds")
+    arguments = parser.parse_args()
+    if not (arguments.folder / PLAN).exists():
+        parser.exit(MISTAKE, f"rlhf-status: {arguments.folder} holds no {PLAN}: it is not the folder of a sweep\n")
+    _, fault = try_plan(arguments.folder / PLAN)
+    if fault:
+        parser.exit(MISTAKE, f"rlhf-status: {arguments.folder}: {fault}\n")
+    printable(sys.stdout)
+    with one_sentence_errors(parser.prog):
+        _show(arguments.folder, arguments.watch)
+
+
+def _show(folder: Path, watch: bool) -> None:
+    """Print the view once, or until no run can change any more."""
+    console = Console()
+    if not watch:
+        console.print(view(folder, states(folder, sweep_queue(folder))))
+        return
+    with Live(console=console, refresh_per_second=1) as live:
+        while True:
+            runs = states(folder, sweep_queue(folder))
+            live.update(view(folder, runs))
+            if all(run.state in ("done", "failed") for run in runs):
+                return
+            time.sleep(REFRESH_SECONDS)
+
+
+def view(folder: Path, runs: list[RunState]) -> Group:
+    """A progress bar, a line of counts, and a row for each run that is under way, has failed or waits in a queue."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for run in runs:
         if run.state in ("running", "begun", "failed") or run.reason:
@@ -27,42 +64,6 @@ def view(folder: Path, runs: list[State]) -> Group:
     return Group(
         Text(str(folder), style="bold"),
         ProgressBar(len(runs), done, width=60),
-        counts(runs, jobs_of(folder / PLAN)),
+        progress_line(runs, planned_parallelism(folder / PLAN)),
         table,
     )
-
-
-def status() -> None:
-    """`rlhf-status FOLDER [--watch]`: how far a sweep is."""
-    import argparse
-
-    from rlhf.errors.explaining import in_a_sentence
-
-    parser = argparse.ArgumentParser(prog="rlhf-status", description="How far a sweep is.")
-    parser.add_argument("folder", type=Path, help="the sweep's folder, such as outputs/table1")
-    parser.add_argument("--watch", action="store_true", help="stay and refresh every five seconds")
-    arguments = parser.parse_args()
-    if not (arguments.folder / PLAN).exists():
-        parser.exit(2, f"rlhf-status: {arguments.folder} holds no {PLAN}: it is not the folder of a sweep\n")
-    _, fault = try_plan(arguments.folder / PLAN)
-    if fault:
-        parser.exit(2, f"rlhf-status: {arguments.folder}: {fault}\n")
-    printable(sys.stdout)
-    with in_a_sentence(parser.prog):
-        _show(arguments.folder, arguments.watch)
-
-
-def _show(folder: Path, watch: bool) -> None:
-    from rich.live import Live
-
-    console = Console()
-    if not watch:
-        console.print(view(folder, states(folder, queue(folder))))
-        return
-    with Live(console=console, refresh_per_second=1) as live:
-        while True:
-            runs = states(folder, queue(folder))
-            live.update(view(folder, runs))
-            if all(run.state in ("done", "failed") for run in runs):
-                return
-            time.sleep(5)

@@ -132,7 +132,7 @@ CONFIGURED: list[tuple[str, str]] = [
     ("data.sft=x.jsonl[:5]", r"must be quoted; allowed: 'data.sft=\"x.jsonl\[:5\]\"', with both kinds"),
     ("data.sft=[a.jsonl[:5],b.jsonl]", r"allowed: 'data.sft=\[\"…\",\"…\"\]'"),
     ("data.sft=a.jsonl[:5],b.jsonl", r"allowed: 'data.sft=\"a.jsonl\[:5\]\",\"b.jsonl\"'"),
-    ("data.sft={a:1", "data.sft={a:1: the command line cannot be read here"),
+    ("data.sft={a:1", "data.sft={a:1: the command line cannot be parsed here"),
     ("divergence.function=os.nope", "divergence.function=os.nope cannot be imported"),
     ("divergence.input=words", "divergence.input=words is not allowed; allowed: logprobs, logits or none"),
     ("kl.coef=inf", "kl"),

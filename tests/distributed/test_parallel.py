@@ -84,7 +84,7 @@ def test_alone_everything_is_the_identity() -> None:
      ({"devices": "auto", "accelerator": "cpu"}, 1), ({"devices": "auto"}, max(1, torch.cuda.device_count()))],
 )  # fmt: skip
 def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
-    assert processes.wanted(OmegaConf.create(trainer)) == expected
+    assert processes.local_world_size(OmegaConf.create(trainer)) == expected
 
 
 # -- the updates -----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **
 
 def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace, folder: Path) -> None:
     together = {
-        "devices": 2, "strategy": strategies.DataParallel(), "plugins": [processes.environment()],
+        "devices": 2, "strategy": strategies.DataParallel(), "plugins": [processes.cluster_environment()],
         "use_distributed_sampler": False,
     }  # fmt: skip
     own = folder / str(rank)

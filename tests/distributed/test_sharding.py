@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.distributed import collectives, processes, strategies
+from rlhf.distributed import collectives, lockstep, processes, strategies
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import gathered, shard
 from rlhf.rollout.sample import Rollouts, rollout
@@ -107,7 +107,7 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
             folder,
             devices=2,
             strategy=strategy,
-            plugins=[processes.environment()],
+            plugins=[processes.cluster_environment()],
             use_distributed_sampler=False,
         )
     return seen, metrics, {key: value for key, value in weights(stage.roles).items() if ".lora_" in key}
@@ -116,7 +116,7 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
 def _same_updates(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     """Base by base, two processes that each hold it and two that hold halves of it; uneven shares of a batch too."""
     with pytest.MonkeyPatch.context() as patch:
-        filled = spy(patch, collectives, "to_fill_up")
+        filled = spy(patch, lockstep, "filler_parts")
         _updates_in_turn(rank, folders, folder)
         assert (
             sum(collectives.all_gather(sum(len(parts) for _, parts in filled))) > 0
@@ -131,7 +131,7 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
         whole = make_ppo(settings, folders, own / "samples")
         expected = _updates(whole, own.with_suffix(".whole"), strategies.DataParallel())
         halves = _updates(_sharded(settings, folders, own), own.with_suffix(".halves"), strategies.Sharded())
-        collectives.part_ways()
+        lockstep.disable()
         assert len(halves[0]) == len(expected[0]) == 8
         # in float32 a whole base scores with its adapters merged, which rounds otherwise
         close = {"rtol": 0.0, "atol": 0.0} if model.get("dtype") == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}

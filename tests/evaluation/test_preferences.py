@@ -25,7 +25,7 @@ from rlhf.evaluation.llm_pool import LLMPool
 from rlhf.evaluation.preferences import Simulated
 from rlhf.evaluation.prompts import strip_template
 from rlhf.files import read_lines
-from rlhf.finished.chat.models import Models, score
+from rlhf.finished.chat.models import ModelCache, score
 from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.finished.run import FinishedRun
 from rlhf.tracking.metrics_file import read_metrics
@@ -239,7 +239,7 @@ def test_a_pool_reads_strip_templates_and_its_keys_are_named_in_full(tmp_path: P
 def test_a_finished_reward_model_decides_as_it_scores(tmp_path: Path) -> None:
     runs = outputs(tmp_path)
     judge = FinishedRewardModelJudge(context(tmp_path), str(runs.reward))
-    part, tokenizer = Models().reward(FinishedRun.open(runs.reward)), word_tokenizer()
+    part, tokenizer = ModelCache().reward(FinishedRun.open(runs.reward)), word_tokenizer()
 
     def scored(prompt: str, response: str) -> float:
         prompt_ids, ids = (tokenizer(text)["input_ids"] for text in (prompt, response))

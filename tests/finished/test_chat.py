@@ -19,8 +19,8 @@ from rlhf.data.imdb import Imdb
 from rlhf.errors import RunError
 from rlhf.files import read_json, write_json
 from rlhf.finished.chat import cli
-from rlhf.finished.chat.models import Models
-from rlhf.finished.chat.voices import Answer, Sampling, open_voices, reseed, template_of, together
+from rlhf.finished.chat.models import ModelCache
+from rlhf.finished.chat.responders import Answer, Sampling, answer_together, open_responders, prompt_renderer, reseed
 from rlhf.finished.run import FinishedRun
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
@@ -36,16 +36,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return outputs(tmp_path_factory.mktemp("work") / "outputs")
 
 
-def last(voices: list, sampling: Sampling) -> list[Answer]:
-    return list(together(voices, PROMPT, sampling))[-1]
+def last(responders: list, sampling: Sampling) -> list[Answer]:
+    return list(answer_together(responders, PROMPT, sampling))[-1]
 
 
 def test_greedy_answers_and_rewards_are_those_of_the_policies(runs: SimpleNamespace) -> None:
     folders = {"policy": runs.ppo, "value": runs.other, "reference": runs.sft}
-    voices = open_voices([FinishedRun.open(folder) for folder in folders.values()], scored=True, seed=0)
-    assert len({id(voice.policy.roles) for voice in voices}) == 1  # one copy of the SFT model
-    assert voices[0].reward is voices[1].reward
-    answers = last(voices, Sampling(temperature=0, max_new_tokens=9))
+    responders = open_responders([FinishedRun.open(folder) for folder in folders.values()], scored=True, seed=0)
+    assert len({id(responder.policy.roles) for responder in responders}) == 1  # one copy of the SFT model
+    assert responders[0].reward is responders[1].reward
+    answers = last(responders, Sampling(temperature=0, max_new_tokens=9))
     assert len({answer.text for answer in answers}) == 3
     for role, answer in zip(folders, answers, strict=True):
         made = NativeEngine(1).generate(runs.roles, role, GenerationRequest(IDS, 9, 0.0, torch.Generator()))
@@ -63,8 +63,8 @@ def test_greedy_answers_and_rewards_are_those_of_the_policies(runs: SimpleNamesp
 def test_answers_grow_a_token_at_a_time_and_do_not_depend_on_the_company(runs: SimpleNamespace) -> None:
     opened = [FinishedRun.open(folder) for folder in (runs.ppo, runs.other)]
     sampling = Sampling(temperature=1.5, max_new_tokens=12)
-    both = open_voices(opened, scored=False, seed=3)
-    steps = list(together(both, PROMPT, sampling))
+    both = open_responders(opened, scored=False, seed=3)
+    steps = list(answer_together(both, PROMPT, sampling))
     counts = [step[0].tokens for step in steps]
     assert counts[:3] == [1, 2, 3]
     assert steps[-1][0].done
@@ -73,18 +73,18 @@ def test_answers_grow_a_token_at_a_time_and_do_not_depend_on_the_company(runs: S
     assert [a.text for a in again] != [a.text for a in steps[-1]]
     reseed(both, 3)
     assert last(both, sampling) == steps[-1]
-    alone = open_voices(opened[1:], scored=False, seed=3)
+    alone = open_responders(opened[1:], scored=False, seed=3)
     assert last(alone, sampling) == steps[-1][1:]
 
 
 def test_whole_models_and_copies_of_the_sft_model(runs: SimpleNamespace, tmp_path: Path) -> None:
     copy = shutil.copytree(runs.sft, tmp_path / "outputs/study/stage-sft")  # what stage=sft leaves
-    models = Models()
+    models = ModelCache()
     parts = [models.policy(FinishedRun.open(folder)) for folder in (runs.sft, copy, runs.full)]
     assert parts[0].roles is parts[1].roles
     assert parts[2].roles is not parts[0].roles
     whole, merged = (
-        last(open_voices([FinishedRun.open(folder)], scored=True, seed=0), Sampling(0, 8))[0]
+        last(open_responders([FinishedRun.open(folder)], scored=True, seed=0), Sampling(0, 8))[0]
         for folder in (runs.full, runs.ppo)
     )
     assert whole.text == merged.text
@@ -93,7 +93,7 @@ def test_whole_models_and_copies_of_the_sft_model(runs: SimpleNamespace, tmp_pat
 
 def test_a_whole_reward_model_scores_alike(tmp_path: Path) -> None:
     runs = outputs(tmp_path / "outputs")
-    before = last(open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
+    before = last(open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
     model = AutoModelForSequenceClassification.from_pretrained(runs.sft / "model", num_labels=1)
     model.base_model.load_state_dict(runs.roles.copy_trunk("reward").base_model.state_dict())
     head = runs.roles.heads["reward"].weight.data
@@ -103,27 +103,27 @@ def test_a_whole_reward_model_scores_alike(tmp_path: Path) -> None:
     save_model(model, FinishedRun.open(runs.ppo).tokenizer(), folder / "model")
     save_file({"score.weight": head}, folder / "model/head.safetensors")
     write_json(folder / "summary.json", summary)
-    after = last(open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
+    after = last(open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
     assert after.scores["reward"] == pytest.approx(before.scores["reward"], abs=1e-4)
 
 
 def test_prompts_are_put_into_the_template_of_the_data() -> None:
     farm = Farm(demonstrations=1, comparisons=1, prompts=1, eval_prompts=2)
-    assert template_of({}, farm)("Who?") == "Who?\n"
+    assert prompt_renderer({}, farm)("Who?") == "Who?\n"
     shares = {"sft": 0.5, "prompts": 0.25, "eval": 0.25}
     nowhere = Imdb(reviews="nowhere.jsonl", shares=shares)
-    assert template_of({}, nowhere)("This film") == "This film"
+    assert prompt_renderer({}, nowhere)("This film") == "This film"
     texts = {"with_input": "{instruction}: {input}", "without_input": "Q: {instruction}\nA:"}
-    assert template_of({"template": texts}, nowhere)("Who {are} you?") == "Q: Who {are} you?\nA:"
+    assert prompt_renderer({"template": texts}, nowhere)("Who {are} you?") == "Q: Who {are} you?\nA:"
 
 
 def test_gold_utility_where_the_data_set_knows_it(runs: SimpleNamespace) -> None:
-    voice = open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0)[0]
+    responder = open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0)[0]
     farm = Farm(eval_prompts=2)
-    voice.utility = farm.utility
+    responder.utility = farm.utility
     row = farm.load("eval")[0]
-    assert voice._scores(row["prompt"], [5], "No.", [9])["gold utility"] == farm.utility(row["prompt"], "No.")
-    assert "gold utility" not in voice._scores("Who knows?", [5], "No.", [9])
+    assert responder._scores(row["prompt"], [5], "No.", [9])["gold utility"] == farm.utility(row["prompt"], "No.")
+    assert "gold utility" not in responder._scores("Who knows?", [5], "No.", [9])
 
 
 def test_in_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:
@@ -143,19 +143,19 @@ def test_in_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:
     problems = done.stderr.splitlines()
     assert len(problems) == 3, problems
     assert "whole number" in problems[0]
-    assert "/what is no command; allowed: /seed" in problems[1]
+    assert "there is no command /what; allowed: /seed" in problems[1]
     assert problems[2] == "ppo: the prompt has 202 tokens; allowed: 1 to 64, as in training"
 
 
 def test_columns_show_the_end_while_an_answer_grows() -> None:
     console = Console(file=io.StringIO(), width=60, height=8, force_terminal=True)
     text = " ".join(f"[bold]{i}" for i in range(60))
-    voices = [SimpleNamespace(label="[red]one"), SimpleNamespace(label="two")]
+    responders = [SimpleNamespace(label="[red]one"), SimpleNamespace(label="two")]
 
     def shown(done: bool) -> list[str]:
         with console.capture() as captured:
             console.print(
-                cli.columns(console, voices, [Answer(text, 60, done), Answer("short", 1, done, {"reward": 2.5})])
+                cli.columns(console, responders, [Answer(text, 60, done), Answer("short", 1, done, {"reward": 2.5})])
             )
         return captured.get().splitlines()
 
@@ -172,7 +172,7 @@ def test_columns_show_the_end_while_an_answer_grows() -> None:
     ("arguments", "said"),
     [
         (["{ppo}/nowhere"], "there is no such folder"),
-        (["{ppo}", "{reward}"], "which says nothing; allowed: stage=sft or stage=ppo"),
+        (["{ppo}", "{reward}"], "which generates no text; allowed: stage=sft or stage=ppo"),
         (["{ppo}", "--temperature", "-1"], "a number of 0 or above"),
         (["{ppo}", "--max-new-tokens", "0"], "a whole number above 0"),
         (["{ppo}", "--seed", "1.5"], "a whole number of 0 or above"),
@@ -193,7 +193,7 @@ def test_a_broken_adapter_is_named(tmp_path: Path) -> None:
     runs = outputs(tmp_path / "outputs")
     (runs.ppo / "model/adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"ppo is damaged: model/adapter_model\.safetensors is not what was written"):
-        open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0)
+        open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0)
 
 
 def test_the_page_needs_gradio(
@@ -226,7 +226,7 @@ def test_the_page_streams_a_column_for_each_run(runs: SimpleNamespace) -> None:
         result = job.result(timeout=60)
     finally:
         server.terminate()
-    voices = open_voices([FinishedRun.open(folder) for folder in (runs.ppo, runs.sft)], scored=True, seed=0)
-    expected = last(voices, Sampling(temperature=0, max_new_tokens=6))
+    responders = open_responders([FinishedRun.open(folder) for folder in (runs.ppo, runs.sft)], scored=True, seed=0)
+    expected = last(responders, Sampling(temperature=0, max_new_tokens=6))
     assert list(result) == [text for answer in expected for text in (answer.text, answer.note)]
     assert len(job.outputs()) > 2

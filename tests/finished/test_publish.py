@@ -85,7 +85,7 @@ def test_a_reward_model_scores_as_in_the_run(runs: SimpleNamespace, make_texts: 
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "text-classification"
     assert "reward-model" in card.data.tags
-    assert "demonstrations have 0.500 on average" in card.text
+    assert "demonstrations score 0.500 on average" in card.text
 
 
 def test_an_adapter_by_itself_after_the_outputs_were_moved(
@@ -156,7 +156,7 @@ def test_mistakes_are_told_in_a_sentence(
     out = tmp_path / "out"
     assert "no such folder" in refused(tmp_path / "nowhere", out)
     assert "holds no summary.json" in refused(runs.ppo.parent, out)
-    assert "is there already" in refused(runs.ppo, tmp_path)
+    assert "exists already" in refused(runs.ppo, tmp_path)
     assert "has no adapter" in refused(runs.full, out, "--adapter")
     assert "allowed: OWNER/NAME" in refused(runs.ppo, out, "--push", "me/../it")
     assert "allowed: OWNER/NAME" in refused(runs.ppo, out, "--push", "it")

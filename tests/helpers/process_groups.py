@@ -22,5 +22,5 @@ def _member(rank: int, port: int, work: Callable, arguments: Sequence[Any]) -> N
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in own.items()}
     torch.set_num_threads(1)
-    with processes.joined():
+    with processes.process_group():
         work(rank, *arguments)

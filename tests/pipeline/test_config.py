@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf import root
+from rlhf.errors.keys import RENAMED
 from rlhf.pipeline.config import instantiate, settings_of, target_class
 from rlhf.sweep.resolvers import folder_name
 from tests.helpers.command_line import sentence
@@ -107,6 +108,53 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(command: Callable, arguments:
     assert names in said
     assert allowed in said
     assert not list(Path("outputs").rglob("*.safetensors")), "a model was made before the mistake was found"
+
+
+OLD_KEYS = [
+    ("ppo.value=full", "ppo.value", "ppo.value_model"),
+    ("+ppo.value=full", "ppo.value", "ppo.value_model"),
+    ("ppo.yardstick_every=5", "ppo.yardstick_every", "ppo.reference_every"),
+    ("reward.centre_on=64", "reward.centre_on", "reward.baseline_rows"),
+    ("model.attention=sdpa", "model.attention", "model.attn_implementation"),
+    ("guards.spike.over=3", "guards.spike.over", "guards.spike.window"),
+]
+
+
+@pytest.mark.parametrize(("override", "old", "new"), OLD_KEYS, ids=[row[0] for row in OLD_KEYS])
+def test_an_override_with_an_old_key_is_answered_with_the_new_one(
+    command: Callable, override: str, old: str, new: str
+) -> None:
+    code, _, err = command("debug=quick", override)
+    assert code == 2
+    assert f"{old}: there is no such key, it is {new} now; allowed: " in sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ppo:\n  value: full", "ppo.value: there is no such key, it is ppo.value_model now; allowed: "),
+        (
+            "guards:\n  large_kl:\n    over: 2",
+            "large_kl.over: there is no such key, it is guards.large_kl.window now; ",
+        ),
+        ("defaults:\n  - override /arm: full_kl", "arm: there is no such config group, it is variant now; allowed: "),
+    ],
+)
+def test_old_keys_in_a_file_of_the_user_too(command: Callable, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "mine" / "experiments").mkdir(parents=True)
+    (tmp_path / "mine" / "experiments" / "old.yaml").write_text(f"# @package _global_\n{text}\n")
+    code, _, err = command("--config-dir", str(tmp_path / "mine"), "experiments=old")
+    assert code == 2
+    assert words in sentence(err)
+
+
+def test_every_renamed_key_has_a_new_one_that_exists() -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = compose("config")
+    for old, new in RENAMED.items():
+        old_key, new_key = (name.replace("*", "spike") for name in (old, new))
+        assert OmegaConf.select(config, old_key) is None
+        assert (CONF / new_key).is_dir() or OmegaConf.select(config, new_key, default="absent") != "absent"
 
 
 def test_dry_run_says_what_would_be_built_and_builds_nothing(command: Callable) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from rlhf.errors import ConfigError
-from rlhf.errors.machine import of_the_machine, writing
+from rlhf.errors.machine import machine_failure, writing
 from rlhf.files import aside, copy_folder, keep_lines, locks, read_json, write_json
 from rlhf.pipeline import cache, run
 from rlhf.pipeline.build import sft
@@ -107,7 +107,7 @@ def test_what_cannot_be_written_whole_is_not_there_and_the_old_one_stays(tmp_pat
             write_json(path, "x" * 9000)
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
             keep_lines(lines, lambda _: True)
-    assert of_the_machine(failure.value).startswith(os.strerror(errno.EFBIG))
+    assert machine_failure(failure.value).startswith(os.strerror(errno.EFBIG))
     assert (read_json(path), lines.read_text()) == ({"whole": True}, before)
     assert sorted(tmp_path.iterdir()) == [lines, path]
 
@@ -119,12 +119,12 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
         Exception("Error while serializing: I/O error: None (os error 28)"): "No space left on device (",
     }
     for error, beginning in told.items():
-        assert of_the_machine(error).startswith(beginning)
+        assert machine_failure(error).startswith(beginning)
         outer = RuntimeError("while saving")
         outer.__cause__ = error
-        assert of_the_machine(outer) == of_the_machine(error)
+        assert machine_failure(outer) == machine_failure(error)
     for error in (FileNotFoundError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("(os error x)")):
-        assert of_the_machine(error) is None
+        assert machine_failure(error) is None
     try:  # as Hydra wraps what a constructor raises, and rlhf.pipeline.config.instantiate unwraps it
         try:
             raise ConfigError("flip=2") from None
@@ -133,7 +133,7 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
     except RuntimeError as wrapped:
         with pytest.raises(ConfigError) as circle:
             raise wrapped.__cause__ from None
-        assert of_the_machine(circle.value) is None
+        assert machine_failure(circle.value) is None
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def test_a_cache_of_another_user_is_read_and_never_written(tmp_path: Path) -> No
         assert cache.ensure(mine, built) == mine  # no lock is needed to read
         with pytest.raises(PermissionError) as failure:
             cache.ensure(tmp_path / "cache" / "sft-2", built)
-    assert "sft-2.lock" in of_the_machine(failure.value)
+    assert "sft-2.lock" in machine_failure(failure.value)
 
 
 def test_what_is_missing_in_a_cache_of_another_user_is_said_before_anything_is_built(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_checkpoint_is_written_beside_what_it_becomes(tmp_path: Path, monkeypa
         aside(tmp_path / "big.ckpt") as to,
     ):
         trainer.strategy.checkpoint_io.save_checkpoint(content, to)
-    assert of_the_machine(failure.value).startswith(f"File too large: {tmp_path / 'big.ckpt'} (")
+    assert machine_failure(failure.value).startswith(f"File too large: {tmp_path / 'big.ckpt'} (")
     assert sorted(tmp_path.iterdir()) == [path]
 
 
@@ -269,10 +269,10 @@ def test_a_failure_says_which_file_it_is_about(tmp_path: Path) -> None:
     rust = Exception("Error while serializing: I/O error: None (os error 28)")
     with pytest.raises(OSError, match="No space left") as failure, writing(tmp_path / "model"):
         raise rust
-    assert of_the_machine(failure.value).startswith(f"No space left on device: {tmp_path / 'model'} (")
+    assert machine_failure(failure.value).startswith(f"No space left on device: {tmp_path / 'model'} (")
     with pytest.raises(OSError, match="No space left") as failure, writing(tmp_path / "model"):
         raise OSError(errno.ENOSPC, "No space left on device", "elsewhere")
-    assert of_the_machine(failure.value).startswith("No space left on device: elsewhere (")
+    assert machine_failure(failure.value).startswith("No space left on device: elsewhere (")
     with pytest.raises(KeyError), writing(tmp_path):
         raise KeyError("x")
 
@@ -281,10 +281,10 @@ def test_a_database_that_fails_with_its_disk_is_a_sentence(tmp_path: Path) -> No
     (tmp_path / "cache.db").write_bytes(b"x" * 4096)
     with pytest.raises(sqlite3.DatabaseError) as failure, closing(sqlite3.connect(tmp_path / "cache.db")) as database:
         database.execute("CREATE TABLE a (b)")
-    assert of_the_machine(failure.value).startswith("an SQLite database: file is not a database (")
+    assert machine_failure(failure.value).startswith("an SQLite database: file is not a database (")
     with pytest.raises(sqlite3.OperationalError) as failure, closing(sqlite3.connect(":memory:")) as database:
         database.execute("SELECT * FROM nothing")
-    assert of_the_machine(failure.value) is None
+    assert machine_failure(failure.value) is None
 
 
 def test_a_cache_folder_of_a_group_is_written_by_all_of_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf.cli import _share_cores
-from rlhf.sweep.states import _seconds_left
+from rlhf.sweep.states import _run_seconds_left
 from rlhf.tracking.summary import write_summary
 
 
@@ -56,8 +56,8 @@ def test_no_run_has_less_than_nothing_left(tmp_path: Path) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("ppo: {steps: 10}")
     lines = [{"step": i, "time": t, "ppo/reward": 0.0} for i, t in ((1, 50.0), (2, 60.0), (3, 0.0), (4, 10.0))]
-    assert _seconds_left(tmp_path, lines) == 60.0
-    assert _seconds_left(tmp_path, lines[1:3]) is None
+    assert _run_seconds_left(tmp_path, lines) == 60.0
+    assert _run_seconds_left(tmp_path, lines[1:3]) is None
 
 
 def test_a_sweeps_run_says_the_threads_that_the_single_run_has(command: Callable, tmp_path: Path) -> None:

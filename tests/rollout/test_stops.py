@@ -20,8 +20,8 @@ from transformers import (
 
 from rlhf.data.records import Prompt, SampledComparison
 from rlhf.evaluation.judges import RewardModelJudge
-from rlhf.finished.chat.models import Part
-from rlhf.finished.chat.voices import stream
+from rlhf.finished.chat.models import LoadedRole
+from rlhf.finished.chat.responders import sample_tokens
 from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import load_causal_lm, load_tokenizer
@@ -124,7 +124,7 @@ def test_what_the_checkpoint_recommends_does_not_change_what_is_sampled(temperat
 def test_chat_stops_at_any_of_them() -> None:
     roles = seeded_roles()
     for prompt, row in zip(PROMPTS, rows_of(NativeEngine([EOS, OTHER]), roles, 0.0), strict=True):
-        said = stream(Part(roles, "policy"), prompt, 20, 0.0, torch.Generator(), (EOS, OTHER))
+        said = sample_tokens(LoadedRole(roles, "policy"), prompt, 20, 0.0, torch.Generator(), (EOS, OTHER))
         assert list(said) == row
 
 

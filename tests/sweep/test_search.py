@@ -21,7 +21,7 @@ from rlhf.pipeline.config import settings_of
 from rlhf.report.cli import make_report
 from rlhf.report.pareto_front import front_table, non_dominated
 from rlhf.report.runs import load
-from rlhf.sweep.plan import PLAN, told
+from rlhf.sweep.plan import PLAN, objective_values
 from rlhf.sweep.states import states
 from tests.helpers.command_line import TINY
 from tests.helpers.composed_config import composed, composed_settings
@@ -130,16 +130,16 @@ def test_what_a_job_tells() -> None:
 
 def test_a_launcher_that_brings_nothing_back_reads_the_summary(tmp_path: Path) -> None:
     config = OmegaConf.create({"objectives": BOTH})
-    assert told(tmp_path, config) is None
+    assert objective_values(tmp_path, config) is None
     write_json(tmp_path / SUMMARY, {"metrics": {"eval/win_rate": 0.25, "eval/true_kl": 0.5}})
-    assert told(tmp_path, config) == [0.25, 0.5]
+    assert objective_values(tmp_path, config) == [0.25, 0.5]
 
 
 def test_trials_without_a_result_are_asked_for_again_and_once() -> None:
     from optuna.distributions import UniformDistribution
     from optuna.trial import TrialState
 
-    from rlhf.sweep.search import ask_again
+    from rlhf.sweep.search import enqueue_unfinished
 
     study, space = optuna.create_study(directions=["maximize", "minimize"]), {"x": UniformDistribution(0, 1)}
     done, failed, killed, empty = study.ask(space), study.ask(space), study.ask(space), study.ask()
@@ -147,7 +147,7 @@ def test_trials_without_a_result_are_asked_for_again_and_once() -> None:
     for trial in (failed, empty):
         study.tell(trial, state=TrialState.FAIL)
     for _ in range(2):
-        ask_again(study, study.get_trials())
+        enqueue_unfinished(study, study.get_trials())
     assert [trial.state for trial in study.get_trials()].count(TrialState.WAITING) == 2
     assert [study.ask(space).params for _ in range(2)] == [failed.params, killed.params]
 

@@ -256,7 +256,7 @@ def test_a_profile_chooses_the_launcher_over_that_of_an_experiment() -> None:
 
 def test_a_signal_before_the_start_is_refused() -> None:
     with pytest.raises(ConfigError, match="signal_delay_s=300 must be below the time limit"):
-        slurm.check(timeout_min=5, signal_delay_s=300)
+        slurm.check_cluster(timeout_min=5, signal_delay_s=300)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Talking to finished runs, side by side."""
+"""`rlhf-chat`: several finished runs answer the same prompts, side by side."""

@@ -1,4 +1,4 @@
-"""The `rlhf-chat` command: prompts from the terminal, or a line each from a pipe, answered by several runs at once."""
+"""The `rlhf-chat` command: several runs answer prompts that are typed, or piped one per line."""
 
 import argparse
 import math
@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.errors import RunError
-from rlhf.errors.explaining import in_a_sentence
+from rlhf.errors.explaining import one_sentence_errors
 from rlhf.finished.run import FinishedRun
 
 if TYPE_CHECKING:
-    from rlhf.finished.chat.voices import Answer, Sampling, Voice
+    from rlhf.finished.chat.responders import Answer, Responder, Sampling
 
 COMMANDS = "/seed NUMBER, /temperature NUMBER (0 is greedy), /quit"
 
@@ -41,53 +41,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--web", action="store_true", help="a page in the browser (pip install 'rlhf[web]')")
     options = parser.parse_args(arguments)
-    with in_a_sentence(parser.prog):
+    with one_sentence_errors(parser.prog):
         runs = [FinishedRun.open(folder) for folder in options.runs]
         if options.web:
-            _needs_gradio()
+            _check_gradio()
         # imported here so that mistakes do not wait for torch
-        from rlhf.finished.chat.voices import Sampling, open_voices
+        from rlhf.finished.chat.responders import Sampling, open_responders
         from rlhf.pipeline.quiet import quieten
 
         quieten()
-        voices = open_voices(runs, options.score, options.seed)
+        responders = open_responders(runs, options.score, options.seed)
         sampling = Sampling(options.temperature, options.max_new_tokens)
         if options.web:
             from rlhf.finished.chat.web import page
 
-            page(voices, sampling, options.seed).launch(server_name="127.0.0.1")
+            page(responders, sampling, options.seed).launch(server_name="127.0.0.1")
         else:
-            talk(voices, sampling)
+            talk(responders, sampling)
 
 
-def talk(voices: "Sequence[Voice]", sampling: "Sampling") -> None:
-    """Answer prompts until there are no more."""
-    from rlhf.finished.chat.voices import reseed
+def talk(responders: "Sequence[Responder]", sampling: "Sampling") -> None:
+    """Answer prompts, and obey COMMANDS, until the input ends or /quit."""
+    from rlhf.finished.chat.responders import reseed
 
     console = Console(highlight=False)
     if sys.stdin.isatty():
-        console.print(f"{', '.join(voice.label for voice in voices)}   {COMMANDS}", style="dim", markup=False)
+        console.print(
+            f"{', '.join(responder.label for responder in responders)}   {COMMANDS}", style="dim", markup=False
+        )
     for line in _lines(console):
         command, _, value = line.partition(" ")
         try:
             if command == "/quit":
                 return
             if command == "/seed":
-                reseed(voices, _seed(value))
+                reseed(responders, _seed(value))
             elif command == "/temperature":
                 sampling.temperature = _temperature(value)
             elif line.startswith("/"):
-                raise RunError(f"{command} is no command; allowed: {COMMANDS}")
+                raise RunError(f"there is no command {command}; allowed: {COMMANDS}")
             else:
-                _answer(console, voices, line, sampling)
+                _answer(console, responders, line, sampling)
         except (RunError, argparse.ArgumentTypeError) as error:
             print(error, file=sys.stderr, flush=True)
-        except KeyboardInterrupt:  # enough of this answer
+        except KeyboardInterrupt:  # ends this answer only
             console.print()
 
 
 def _lines(console: Console) -> Iterator[str]:
-    """What is typed or piped, without empty lines."""
+    """The lines that are typed or piped, without empty ones."""
     terminal = sys.stdin.isatty()
     while True:
         try:
@@ -100,40 +102,40 @@ def _lines(console: Console) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(console: Console, voices: "Sequence[Voice]", prompt: str, sampling: "Sampling") -> None:
-    """Columns that grow on a terminal, plain text elsewhere."""
-    from rlhf.finished.chat.voices import together
+def _answer(console: Console, responders: "Sequence[Responder]", prompt: str, sampling: "Sampling") -> None:
+    """Print the answers: on a terminal in columns while they are generated, elsewhere as plain text at their end."""
+    from rlhf.finished.chat.responders import answer_together
 
     answers: list[Answer] = []
     if not (console.is_terminal and sys.stdin.isatty()):
-        for answers in together(voices, prompt, sampling):  # noqa: B007
+        for answers in answer_together(responders, prompt, sampling):  # noqa: B007
             pass
         print(f"> {prompt}")
-        for voice, answer in zip(voices, answers, strict=True):
-            print(f"{voice.label}: {answer.text}\n  ({answer.note})")
+        for responder, answer in zip(responders, answers, strict=True):
+            print(f"{responder.label}: {answer.text}\n  ({answer.note})")
         print(flush=True)
         return
     with Live(console=console, refresh_per_second=12) as live:
-        for answers in together(voices, prompt, sampling):
-            live.update(columns(console, voices, answers))
+        for answers in answer_together(responders, prompt, sampling):
+            live.update(columns(console, responders, answers))
 
 
-def columns(console: Console, voices: "Sequence[Voice]", answers: "Sequence[Answer]") -> Table:
-    """Side by side; while someone talks, only as many of the last lines as the terminal holds."""
+def columns(console: Console, responders: "Sequence[Responder]", answers: "Sequence[Answer]") -> Table:
+    """The answers side by side; until all are done, only as many of their last lines as fit on the terminal."""
     grid = Table.grid(expand=True)
-    growing = not all(answer.done for answer in answers)
-    width = console.width // len(voices) - 4
+    unfinished = not all(answer.done for answer in answers)
+    width = console.width // len(responders) - 4
     cells = []
-    for voice, answer in zip(voices, answers, strict=True):
+    for responder, answer in zip(responders, answers, strict=True):
         grid.add_column(ratio=1)
         lines = Text(answer.text).wrap(console, max(width, 1))
-        shown = lines[-max(console.height - 6, 1) :] if growing else lines
-        cells.append(Panel(Group(*shown, Text(answer.note, style="dim")), title=Text(voice.label)))
+        shown = lines[-max(console.height - 6, 1) :] if unfinished else lines
+        cells.append(Panel(Group(*shown, Text(answer.note, style="dim")), title=Text(responder.label)))
     grid.add_row(*cells)
     return grid
 
 
-def _needs_gradio() -> None:
+def _check_gradio() -> None:
     from importlib.util import find_spec
 
     if find_spec("gradio") is None:

@@ -1,4 +1,4 @@
-"""The models of several runs, each held in memory once: runs on the same SFT model are adapters on one copy of it."""
+"""The models of several runs, loaded once each: runs on the same SFT model are adapters on one copy of it."""
 
 import json
 from pathlib import Path
@@ -16,58 +16,64 @@ from rlhf.models.sequences import Sequences
 from rlhf.settings import is_quantized
 
 
-class Part(NamedTuple):
-    """A role and the models it is one of."""
+class LoadedRole(NamedTuple):
+    """The name of a role and the `Roles` that hold its model."""
 
     roles: Roles
     role: str
 
 
-class Models:
-    """Loads what runs need and nobody has loaded yet."""
+class ModelCache:
+    """Loads policies and reward models, and keeps them for other runs that need the same."""
 
     def __init__(self) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._bases: dict[Any, Roles] = {}
-        self._rewards: dict[Path, Part] = {}
+        self._rewards: dict[Path, LoadedRole] = {}
 
-    def policy(self, run: FinishedRun) -> Part:
-        """What answers.
+    def policy(self, run: FinishedRun) -> LoadedRole:
+        """The language model of a run of stage=sft or stage=ppo.
 
         Raises:
-            RunError: a reward model.
-            ModelError: it cannot be loaded.
+            RunError: the run is of stage=reward.
+            ModelError: the model cannot be loaded.
         """
         if run.stage == "reward":
-            raise RunError(f"{run.folder} is a reward model, which says nothing; allowed: stage=sft or stage=ppo")
-        return self._part(run)
+            raise RunError(f"{run.folder} is a reward model, which generates no text; allowed: stage=sft or stage=ppo")
+        return self._load_role(run)
 
-    def reward(self, run: FinishedRun) -> Part:
-        """A reward model, with its head."""
+    def reward(self, run: FinishedRun) -> LoadedRole:
+        """The reward model of a run of stage=reward, with its scalar head.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
         place = run.folder.resolve()
         if place not in self._rewards:
             if run.base is None:
                 options = {"num_labels": 1, "dtype": DTYPES[run.settings.dtype], "use_safetensors": True}
                 model = load_whole(AutoModelForSequenceClassification, run.model, "reward model", **options)
-                part = Part(Roles(model.eval(), DTYPES[run.settings.dtype]).to(self.device), "reference")
+                part = LoadedRole(Roles(model.eval(), DTYPES[run.settings.dtype]).to(self.device), "reference")
             else:
-                part = self._part(run)
+                part = self._load_role(run)
             head = part.roles.add_head(part.role, zero=False)
             with torch.no_grad():
                 head.weight.copy_(saved_head(run.model))
             self._rewards[place] = part
         return self._rewards[place]
 
-    def _part(self, run: FinishedRun) -> Part:
+    def _load_role(self, run: FinishedRun) -> LoadedRole:
+        """The base itself, if the run trained all weights, else the run's adapter on its base."""
         roles = self._base(run)
         if run.base is None:
-            return Part(roles, "reference")
+            return LoadedRole(roles, "reference")
         name = f"adapter{len(roles.table)}"
         load_adapter(roles, "base", name, run.model)
         roles.table[name] = Role("base", name)
-        return Part(roles.to(self.device), name)
+        return LoadedRole(roles.to(self.device), name)
 
     def _base(self, run: FinishedRun) -> Roles:
+        """The base model of a run, shared with runs that have the same weights, dtype and quantization."""
         folder, quantization = run.base or run.model, run.config["quantization"]
         used = quantization if is_quantized(quantization) else None
         key = (*_files(folder), run.settings.dtype, json.dumps(used))
@@ -77,18 +83,21 @@ class Models:
         return self._bases[key]
 
     def __len__(self) -> int:
-        """How many policies' bases are in memory."""
+        """The number of base models in memory."""
         return len(self._bases)
 
 
 @torch.no_grad()
-def score(part: Part, prompt: list[int], response: list[int]) -> float:
-    """The uncentred score of a reward model."""
+def score(part: LoadedRole, prompt: list[int], response: list[int]) -> float:
+    """The score of a response by a reward model, given token ids; not centred."""
     batch = Sequences.from_lists([prompt], [response]).to(part.roles.device)
     return float(part.roles.last_token_scores(part.role, batch))
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Weights by name, size and time: a run of stage=sft has a copy of the cached model that others stand on."""
+    """Name, size and modification time of the weight files, which identify a model.
+
+    Not its path, because the folder of a run of stage=sft holds a copy of the cached SFT model.
+    """
     stats = ((path.name, path.stat()) for path in sorted(folder.glob("*.safetensors")))
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

@@ -1,4 +1,4 @@
-"""A small page: a column per run, on this machine only."""
+"""`rlhf-chat --web`: a page with a column per run, served to this machine only."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,22 +8,25 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from rlhf.errors import RunError
-from rlhf.finished.chat.voices import Sampling, Voice, reseed, together
+from rlhf.finished.chat.responders import Responder, Sampling, answer_together, reseed
 
 
-def page(voices: Sequence[Voice], sampling: Sampling, seed: int) -> gr.Blocks:
-    """The page, to be launched. One prompt is answered at a time, since the models are shared."""
+def page(responders: Sequence[Responder], sampling: Sampling, seed: int) -> gr.Blocks:
+    """The page, to be launched by the caller.
+
+    One prompt is answered at a time, because the runs share models and switch adapters on them.
+    """
 
     def answer(prompt: str, temperature: float, number: float) -> Iterator[list[str]]:
-        reseed(voices, int(number))
+        reseed(responders, int(number))
         chosen = Sampling(temperature, sampling.max_new_tokens)
         try:
-            for answers in together(voices, prompt.strip(), chosen):
+            for answers in answer_together(responders, prompt.strip(), chosen):
                 yield [text for now in answers for text in (now.text, now.note)]
         except RunError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    start = voices[0].evaluation["temperature"] if sampling.temperature is None else sampling.temperature
+    start = responders[0].evaluation["temperature"] if sampling.temperature is None else sampling.temperature
     with gr.Blocks(title="rlhf-chat") as blocks:
         prompt = gr.Textbox(label="Prompt", autofocus=True)
         with gr.Row():
@@ -31,9 +34,9 @@ def page(voices: Sequence[Voice], sampling: Sampling, seed: int) -> gr.Blocks:
             number = gr.Number(seed, precision=0, minimum=0, label="Seed")
         shown: list[gr.Textbox] = []
         with gr.Row():
-            for voice in voices:
+            for responder in responders:
                 with gr.Column():
-                    shown.append(gr.Textbox(label=voice.label, lines=8, interactive=False))
+                    shown.append(gr.Textbox(label=responder.label, lines=8, interactive=False))
                     shown.append(gr.Textbox(show_label=False, interactive=False))
         prompt.submit(answer, [prompt, temperature, number], shown, concurrency_limit=1)
     return blocks

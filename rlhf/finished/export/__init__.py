@@ -1,1 +1,1 @@
-"""Makes of a run a folder that others can use: merged weights, tokenizer, model card."""
+"""`rlhf-export`: a finished run as a folder for others, with merged weights, tokenizer and model card."""

@@ -1,4 +1,4 @@
-"""The model card: what was trained how, what it scored, and the metadata by which the Hub finds it."""
+"""The model card: how the model was trained, how it was evaluated, and metadata for the search of the Hub."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from rlhf.errors import DataError
 from rlhf.finished.run import FinishedRun
 from rlhf.report.metric_info import metric_info
 
-TRAINED_BY = {  # the groups of the configuration that made each stage's model
+TRAINED_BY = {  # stage → the config groups that determined its model
     "sft": ("model", "data", "quantization", "sft"),
     "reward": ("model", "data", "quantization", "sft", "preferences", "reward"),
     "ppo": ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", "ppo", "divergence", "kl",
@@ -30,10 +30,17 @@ _LOCAL = re.compile(r"[/~.].*/")
 
 
 def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, base: str | None, adapter: bool) -> str:
-    """The text of README.md. `base` is where the SFT model below an adapter is to be had, `name` what it is called.
+    """The text of the model card (README.md).
 
-    Without a licence it has the one of the base model's own card, else `unknown`.
+    Args:
+        run: the run whose model is exported.
+        name: what the model is called.
+        licence: the Hub's identifier of a licence; None for that of the base model's own card, else `unknown`.
+        dtype: of the exported weights.
+        base: with `adapter`, the Hub's name of the SFT model that the adapter belongs to.
+        adapter: whether the adapter is exported alone.
     """
+    # 1. the metadata at the head of the file
     config, origin = run.config, hub_id(run.config["model"]["name_or_path"])
     below = base if adapter else origin
     dataset = str(config["data"]["_target_"]).rpartition(".")[2]
@@ -52,6 +59,7 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         ]
         or None,
     )
+    # 2. the text below it
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -70,7 +78,7 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
 
 
 def results(run: FinishedRun) -> Iterator[tuple[str, str, float, float | None]]:
-    """(metric, its words, value, value of the SFT model if it was measured) of all that says how good the model is."""
+    """Yield (metric, title, value, value of the SFT model or None) for every finite metric of the model's quality."""
     before = run.summary.get("sft_metrics") or {}
     for metric, value in run.metrics.items():
         measured = metric.startswith("eval/") or metric in SHOWN
@@ -79,26 +87,26 @@ def results(run: FinishedRun) -> Iterator[tuple[str, str, float, float | None]]:
 
 
 def tags(run: FinishedRun, adapter: bool) -> list[str]:
-    """What one would search for."""
+    """Tags for the search of the Hub: stage, lora, adapter, reward-model."""
     lora = run.config["lora"] if run.stage == "ppo" else run.config[run.stage]["lora"]
     found = ["rlhf", run.stage, *(["lora"] if lora["r"] else []), *(["adapter"] if adapter else [])]
     return [*found, "reward-model"] if run.stage == "reward" else found
 
 
 def hub_id(name_or_path: str | None) -> str | None:
-    """The Hub's name of a model, None for a folder."""
+    """The Hub's name of a model; None if `name_or_path` is a folder."""
     name = name_or_path or ""
     return name if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else None
 
 
 def hub_datasets(data: dict[str, Any]) -> Iterator[str]:
-    """The Hub's names of the data sets that a configuration reads from there."""
+    """Yield the names of the Hub's data sets in the config group `data`."""
     root = Path(str(data.get("root") or "."))
     for key in data.keys() - {"_target_", "root", "template"}:
         for spec in as_list(data[key]):
             try:
                 hub = Source.parse(spec, root).hub
-            except DataError:  # some other key than a source
+            except DataError:  # a key that names no source
                 continue
             found = _HUB_DATA.fullmatch(str(hub.get("data_files") or hub.get("path") or ""))
             if found and not str(spec).endswith((".xml", ".xml.gz")):
@@ -106,7 +114,7 @@ def hub_datasets(data: dict[str, Any]) -> Iterator[str]:
 
 
 def licence_of(name_or_path: str | None) -> str | None:
-    """What the card of a model says, as far as it lies on this machine."""
+    """The licence in the card of a model, if the card is on this machine; nothing is downloaded."""
     if name_or_path is None:
         return None
     place = hub_id(name_or_path)
@@ -117,7 +125,10 @@ def licence_of(name_or_path: str | None) -> str | None:
 
 
 def shareable(node: Any) -> Any:
-    """A part of the configuration without places of this machine and its network: of a local path only its end."""
+    """A part of the configuration without details of this machine and its network.
+
+    Local paths are cut to their last component; endpoints (`client`) and null values are left out.
+    """
     if isinstance(node, dict):
         return {key: shareable(value) for key, value in node.items() if value is not None and key != "client"}
     if isinstance(node, list):
@@ -126,8 +137,10 @@ def shareable(node: Any) -> Any:
 
 
 def _without_path(text: str | None) -> str | None:
+    """The last component of a local path; any other text as it is."""
     return text and _LOCAL.sub("", text, count=1) if text and "\n" not in text and _LOCAL.match(text) else text
 
 
 def _number(value: float | None) -> str:
+    """A number for a table: three significant digits below 1000, whole numbers above."""
     return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""The `rlhf-export` command: a run as a folder for others, and onto the Hub."""
+"""The `rlhf-export` command: writes a run's model as a folder for others, and uploads it to the Hub."""
 
 import argparse
 import os
@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from rlhf.errors import RunError
-from rlhf.errors.explaining import in_a_sentence
+from rlhf.errors import FAILURE, RunError, first_line
+from rlhf.errors.explaining import one_sentence_errors
 from rlhf.files import sync
 from rlhf.finished.run import FinishedRun
 
@@ -28,15 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a model in outputs/cache")
     parser.add_argument("destination", type=Path, metavar="DESTINATION", help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the run's model.dtype)")
-    parser.add_argument("--adapter", action="store_true", help="the adapter alone (default: float32)")
-    parser.add_argument("--base", metavar="OWNER/NAME", help="with --adapter: where its SFT model is published")
-    parser.add_argument("--license", metavar="ID", help="for the model card (default: that of the base's card)")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="then upload it to this repository of the Hub")
-    parser.add_argument("--private", action="store_true", help="with --push: a repository that is made is private")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written and pushed, and do neither")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the run's model.dtype)")
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone (dtype: float32 by default)")
+    parser.add_argument("--base", metavar="OWNER/NAME", help="with --adapter: the repository of its SFT model")
+    parser.add_argument(
+        "--license", metavar="ID", help="licence in the model card (default: that in the card of the base model)"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written and pushed, and do neither")
     options = parser.parse_args(arguments)
-    with in_a_sentence(parser.prog):
+    with one_sentence_errors(parser.prog):
         run = FinishedRun.open(options.run)
         _check(run, options)
         if options.dry_run:
@@ -49,17 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check(run: FinishedRun, options: argparse.Namespace) -> None:
-    """Mistakes, before anything is loaded.
+    """Check the options before anything is loaded.
 
     Raises:
-        RunError: what is asked for cannot be had.
+        RunError: an option does not fit the run or the other options.
     """
     if options.destination.exists():
-        raise RunError(f"{options.destination} is there already; allowed: a new folder")
+        raise RunError(f"{options.destination} exists already; allowed: a new folder")
     if options.adapter and run.base is None:
         raise RunError(f"--adapter: {run.folder} trained all weights and has no adapter; allowed: without --adapter")
     if options.base and not options.adapter:
-        raise RunError("--base is what an adapter stands on; allowed: with --adapter")
+        raise RunError("--base names the base of an adapter; allowed: with --adapter")
     if options.private and not options.push:
         raise RunError("--private is for a repository of the Hub; allowed: with --push")
     for key in ("push", "base"):
@@ -71,6 +73,11 @@ def _check(run: FinishedRun, options: argparse.Namespace) -> None:
 
 
 def _check_id(key: str, name: str | None) -> None:
+    """Check that an option names a repository of the Hub, if it is given.
+
+    Raises:
+        RunError: it does not have the form OWNER/NAME.
+    """
     if name is None:
         return
     try:
@@ -78,10 +85,11 @@ def _check_id(key: str, name: str | None) -> None:
     except HFValidationError:
         name = ""
     if name.count("/") != 1:
-        raise RunError(f"{key} is no name of a repository on the Hub; allowed: OWNER/NAME")
+        raise RunError(f"{key} is not the name of a repository on the Hub; allowed: OWNER/NAME")
 
 
 def _card(run: FinishedRun, options: argparse.Namespace) -> str:
+    """The model card, under the name of the repository or of the folder."""
     from rlhf.finished.export.card import model_card
 
     name = options.push or options.destination.resolve().name
@@ -89,14 +97,16 @@ def _card(run: FinishedRun, options: argparse.Namespace) -> str:
 
 
 def _dtype(run: FinishedRun, options: argparse.Namespace) -> str:
+    """The dtype of the exported weights; an adapter, which was trained in float32, stays so by default."""
     return options.dtype or ("float32" if options.adapter else run.settings.dtype)
 
 
 def _describe(run: FinishedRun, options: argparse.Namespace) -> None:
-    from rlhf.finished.export.merging import parameters
+    """Print the card and what would be written and pushed."""
+    from rlhf.finished.export.merging import count_parameters
 
     dtype = _dtype(run, options)
-    size = parameters(run.model if options.adapter else run.base or run.model) * BYTES[dtype] / 2**20
+    size = count_parameters(run.model if options.adapter else run.base or run.model) * BYTES[dtype] / 2**20
     print(_card(run, options))
     what = "the adapter" if options.adapter else "the merged model" if run.base else "the model"
     print(f"would write {what}, about {size:,.1f} MiB of {dtype}, tokenizer and the card above: {options.destination}")
@@ -106,42 +116,46 @@ def _describe(run: FinishedRun, options: argparse.Namespace) -> None:
 
 
 def _write(run: FinishedRun, options: argparse.Namespace) -> None:
-    # imported here so that mistakes do not wait for torch
-    from rlhf.finished.export.merging import merged, write_adapter
+    """Write weights, tokenizer and card into the destination."""
+    # imported here so that a mistake in the options is reported without waiting for torch
+    from rlhf.finished.export.merging import merged_model, write_adapter
     from rlhf.models.export import save_tokenizer
     from rlhf.models.loading import DTYPES as TORCH
     from rlhf.pipeline.quiet import quieten
 
     quieten()
     dtype = TORCH[_dtype(run, options)]
-    with folder_aside(options.destination) as folder:
+    with atomic_folder(options.destination) as folder:
         if options.adapter:
             write_adapter(run, options.base, dtype, folder)
         else:
-            merged(run, dtype).save_pretrained(folder)
+            merged_model(run, dtype).save_pretrained(folder)
         save_tokenizer(run.tokenizer(), folder, scoring=run.stage == "reward")
         (folder / "README.md").write_text(_card(run, options), encoding="utf-8")
 
 
 def _push(options: argparse.Namespace) -> str:
+    """Upload the destination to the Hub; returns the repository's URL.
+
+    Raises:
+        SystemExit: the upload failed. The folder stays, and the message names the command that tries again.
+    """
     hub = HfApi()
     try:
         url = hub.create_repo(options.push, private=options.private or None, exist_ok=True)
         hub.upload_folder(repo_id=options.push, folder_path=options.destination, commit_message="Export of a run")
-    except Exception as error:  # of the network, of the Hub, of the right to write there
-        from rlhf.errors import first_line
-
+    except Exception as error:  # network, Hub or permissions: any library may raise
         again = f"`hf upload {options.push} {options.destination}` tries again"
         print(f"rlhf-export: {options.push} could not be pushed ({first_line(error)}); {again}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(FAILURE) from None
     return str(url)
 
 
 @contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write into, which is synced and becomes `path` at the end, or vanishes on failure."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to `path` once its files are on disk; removed on failure."""
     work = path.resolve().with_name(f".{path.resolve().name}.unfinished")
-    shutil.rmtree(work, ignore_errors=True)  # what an export that was killed left
+    shutil.rmtree(work, ignore_errors=True)  # left by an export that was killed
     work.mkdir(parents=True)
     try:
         yield work

@@ -1,4 +1,4 @@
-"""A run's model as one plain model of transformers, or its adapter for a base that others have."""
+"""The weights of a run for an export: merged into one transformers model, or the adapter alone."""
 
 import json
 import warnings
@@ -23,13 +23,15 @@ from rlhf.models.loading import load_whole
 from rlhf.models.tokens import settle_tokens
 
 
-def merged(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
-    """The base with the run's adapter added in float32, then rounded once to `dtype`.
+def merged_model(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
+    """The run's model with its adapter merged into the base: in float32, then rounded once to `dtype`.
 
-    A reward model becomes an `AutoModelForSequenceClassification` with one label, whose logit is the uncentred score.
+    Returns:
+        An `AutoModelForCausalLM`; for a reward model, an `AutoModelForSequenceClassification` with one label, whose
+        logit is the score before centring.
 
     Raises:
-        ModelError: model or adapter cannot be read, or do not belong together.
+        ModelError: model or adapter cannot be read, or the adapter does not fit the model.
     """
     kind = AutoModelForSequenceClassification if run.stage == "reward" else AutoModelForCausalLM
     options = {"dtype": torch.float32, "trust_remote_code": run.settings.trust_remote_code, "use_safetensors": True}
@@ -37,13 +39,13 @@ def merged(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
         options["num_labels"] = 1
     if run.base is None:
         model = load_whole(kind, run.model, f"{run.stage} model", **options)
-        if (run.model / HEAD).exists():  # float32 beside a model in a lower precision
+        if (run.model / HEAD).exists():  # the head in float32, saved beside a model in a lower precision
             model.score.weight.data = saved_head(run.model)
     else:
         with explained(f"{run.model}: no adapter could be merged into {run.base}"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what other libraries advise each other
+            warnings.simplefilter("ignore")  # advice of transformers and peft
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            logging.set_verbosity_error()  # of a reward model's base, that it has no score yet
+            logging.set_verbosity_error()  # warns that the base of a reward model has no score head
             base = kind.from_pretrained(run.base, **options)
             model = PeftModel.from_pretrained(base, run.model).merge_and_unload()
     settle_tokens(model, run.tokenizer())
@@ -51,7 +53,17 @@ def merged(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def write_adapter(run: FinishedRun, base: str | None, dtype: torch.dtype, folder: Path) -> None:
-    """The adapter alone, in `dtype`, for `base` (None: where it lies here)."""
+    """Write the adapter alone into `folder`.
+
+    Args:
+        run: a run with an adapter.
+        base: the Hub's name of its SFT model; None for the SFT model's path on this machine.
+        dtype: of the written weights.
+        folder: an existing folder.
+
+    Raises:
+        ModelError: the adapter cannot be read.
+    """
     with explained(f"{run.model}: no adapter could be read"):
         tensors = load_file(run.model / ADAPTER)
         settings = json.loads((run.model / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -60,8 +72,8 @@ def write_adapter(run: FinishedRun, base: str | None, dtype: torch.dtype, folder
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def parameters(folder: Path) -> int:
-    """How many numbers the model or adapter in `folder` holds, by the headers of its files."""
+def count_parameters(folder: Path) -> int:
+    """The number of parameters of the model or adapter in `folder`, from the headers of its safetensors files."""
     total = 0
     for path in folder.glob("*model*.safetensors"):
         with safe_open(path, "pt") as file:

@@ -1,0 +1,188 @@
+"""Answers of a run to a prompt, token by token, with their scores."""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from rlhf.data.options import parse_template
+from rlhf.data.records import DataSource
+from rlhf.errors import DataError, RunError
+from rlhf.finished.chat.models import LoadedRole, ModelCache, score
+from rlhf.finished.run import FinishedRun
+from rlhf.models.tokenizing import encode, keep_template
+from rlhf.models.tokens import stop_ids
+from rlhf.pipeline.config import data_source
+from rlhf.rollout.kv_cache import cache_argument
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer so far; `scores`, by name, are filled once it is `done`."""
+
+    text: str = ""
+    tokens: int = 0
+    done: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """Scores and length on one line."""
+        scores = [f"{name} {value:.2f}" for name, value in self.scores.items()]
+        return ", ".join([*scores, f"{self.tokens} token{'s' * (self.tokens != 1)}"])
+
+
+@dataclass
+class Sampling:
+    """How to sample; None stands for the setting of each run's evaluation. Temperature 0 is greedy decoding."""
+
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+
+
+class Responder:
+    """Answers prompts with the policy of a finished run.
+
+    Every prompt stands alone, without the turns before it, because no stage is trained on conversations. Each responder
+    has a random generator of its own, so its answers do not depend on the other runs in the chat.
+    """
+
+    def __init__(self, run: FinishedRun, label: str, models: ModelCache, scored: bool):
+        self.label, self.settings, self.evaluation = label, run.settings, run.config["evaluation"]
+        self.policy: LoadedRole = models.policy(run)
+        source = data_source(OmegaConf.create({"data": run.config["data"]}))
+        self.tokenizer: PreTrainedTokenizerBase = keep_template(run.tokenizer(), source)
+        self.stops = stop_ids(self.tokenizer, self.policy.roles.trunk(self.policy.role))
+        self.render = prompt_renderer(run.config["data"], source)
+        self.utility: Callable[[str, str], float] | None = getattr(source, "utility", None) if scored else None
+        reward = run.reward if scored else None
+        self.reward = models.reward(reward) if reward else None
+        self.baseline = reward.metrics["reward/baseline"] if reward else 0.0
+        self.generator = torch.Generator()
+
+    def answer(self, text: str, sampling: Sampling) -> Iterator[Answer]:
+        """Yield the answer after every token, and once more at its end with its scores.
+
+        Raises:
+            RunError: the prompt is empty, or longer than `model.max_prompt_tokens`.
+        """
+        prompt = self.render(text)
+        ids = encode(self.tokenizer, [prompt])[0]
+        if not 0 < len(ids) <= self.settings.max_prompt_tokens:
+            limit = self.settings.max_prompt_tokens
+            raise RunError(f"{self.label}: the prompt has {len(ids)} tokens; allowed: 1 to {limit}, as in training")
+        temperature, limit = (
+            self.evaluation[name] if chosen is None else chosen for name, chosen in vars(sampling).items()
+        )
+        tokens: list[int] = []
+        current = Answer()
+        for token in sample_tokens(self.policy, ids, limit, temperature, self.generator, self.stops):
+            tokens.append(token)
+            # a character of several tokens decodes to U+FFFD until its last token
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+            current = Answer(text, len(tokens))
+            yield current
+        yield replace(current, done=True, scores=self._scores(prompt, ids, current.text, tokens))
+
+    def _scores(self, prompt: str, ids: list[int], text: str, tokens: list[int]) -> dict[str, float]:
+        """The centred score of the run's reward model and the gold utility of the data set, if there are any."""
+        scores = {}
+        if self.reward is not None:
+            scores["reward"] = score(self.reward, ids, tokens) - self.baseline
+        if self.utility is not None:
+            try:
+                scores["gold utility"] = float(self.utility(prompt, text))
+            except DataError as error:  # the data set cannot rate an answer to an unknown question
+                log.info("%s", error)
+        return scores
+
+
+def sample_tokens(
+    policy: LoadedRole,
+    prompt: list[int],
+    limit: int,
+    temperature: float,
+    generator: torch.Generator,
+    stops: Collection[int],
+) -> Iterator[int]:
+    """Yield sampled token ids one by one: at most `limit`, up to and including the first of `stops`.
+
+    The adapter is enabled during each forward pass only, so that several runs on one base can alternate. Temperature 0
+    takes the most probable token.
+    """
+    roles, cache = policy.roles, DynamicCache()
+    ids = torch.tensor([prompt])
+    for _ in range(limit):
+        with torch.no_grad(), roles.using_adapter(policy.role) as model, roles.autocast():
+            argument = cache_argument(model.base_model)
+            states = model.base_model(input_ids=ids.to(roles.device), use_cache=True, **{argument: cache})
+            logits = roles.output(policy.role)(states.last_hidden_state[0, -1]).float().cpu()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        yield token
+        if token in stops:
+            return
+        ids = torch.tensor([[token]])
+
+
+def answer_together(responders: Sequence[Responder], text: str, sampling: Sampling) -> Iterator[list[Answer]]:
+    """Yield the answers of all responders whenever each unfinished one has generated another token."""
+    answers = [Answer() for _ in responders]
+    for step in zip_longest(*(responder.answer(text, sampling) for responder in responders)):
+        answers = [new or old for new, old in zip(step, answers, strict=True)]
+        yield answers
+
+
+def open_responders(runs: Sequence[FinishedRun], scored: bool, seed: int) -> list[Responder]:
+    """A responder for each run; models that they share are loaded once.
+
+    Args:
+        runs: runs of stage=sft or stage=ppo.
+        scored: also load reward models, to score the answers.
+        seed: of the random generators.
+
+    Raises:
+        RunError, ConfigError, DataError, ModelError: one of the runs cannot be used.
+    """
+    models = ModelCache()
+    names = [run.folder.resolve().name for run in runs]
+    labels = [
+        name if names.count(name) == 1 else f"{run.folder.resolve().parent.name}/{name}"
+        for name, run in zip(names, runs, strict=True)
+    ]
+    responders = [Responder(run, label, models, scored) for run, label in zip(runs, labels, strict=True)]
+    reseed(responders, seed)
+    return responders
+
+
+def reseed(responders: Sequence[Responder], seed: int) -> None:
+    """Reset the random generator of every responder to `seed`."""
+    for responder in responders:
+        responder.generator.manual_seed(seed)
+
+
+def prompt_renderer(data: dict[str, Any], source: DataSource) -> Callable[[str], str]:
+    """The function from what the user types to a prompt in the format of the run's data.
+
+    Uses the data set's template if there is one. Otherwise the text around the instruction in the first prompt of the
+    data is put around what is typed.
+    """
+    if data.get("template"):
+        return parse_template(data["template"]).render
+    before, after = "", ""
+    try:
+        row = source.load("eval" if "eval" in source.splits else "prompts")[0]
+        if row["instruction"] and row["instruction"] in row["prompt"]:
+            before, _, after = row["prompt"].partition(row["instruction"])
+    except DataError as error:
+        log.warning("prompts are used as they are typed, because the data cannot be read: %s", error)
+    return lambda text: f"{before}{text}{after}"
