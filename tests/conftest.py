@@ -36,8 +36,8 @@ from transformers import (
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from tests.helpers.command_line import rlhf
-from tests.helpers.tiny_models import random_texts, tiny_lora, tiny_model, tiny_roles, word_tokenizer
+from tests.helpers.command_line import run_in_process
+from tests.helpers.tiny_models import random_sequences, tiny_lora, tiny_model, tiny_roles, word_tokenizer
 
 torch.set_num_threads(1)
 
@@ -59,7 +59,7 @@ def make_lora() -> Callable[..., LoraConfig]:
 
 @pytest.fixture(scope="session")
 def make_texts() -> Callable[..., Sequences]:
-    return random_texts
+    return random_sequences
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_p
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        code = rlhf(*arguments)
+        code = run_in_process(*arguments)
         captured = capfd.readouterr()
         return code, captured.out, captured.err
 

@@ -14,7 +14,7 @@ from rlhf.data.records import Prompt
 from rlhf.files import SUMMARY, read_lines
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 
 pytestmark = pytest.mark.slow
 PAGE = (root() / "docs" / "extending.md").read_text()
@@ -45,7 +45,7 @@ def run(chosen: str) -> Path:
     (words,) = [words for words in COMMANDS if " ".join(words).endswith(chosen)]
     tiny = [word for word in TINY if not word.startswith("data.") or "data=" not in chosen]
     before = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}"))
-    assert rlhf(*words, *tiny) == 0
+    assert run_in_process(*words, *tiny) == 0
     (made,) = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}")) - before
     return made.parent
 
@@ -60,7 +60,7 @@ def test_a_divergence() -> None:
 
 
 def test_an_unknown_option_is_answered_with_ones_own(capfd: pytest.CaptureFixture) -> None:
-    assert rlhf("--config-dir", "mine/conf", "divergence=nothing") == 2
+    assert run_in_process("--config-dir", "mine/conf", "divergence=nothing") == 2
     said = capfd.readouterr().err
     assert "huber" in said
     assert "jensen_shannon" in said
@@ -104,7 +104,7 @@ def test_a_data_set() -> None:
 def test_a_study(capfd: pytest.CaptureFixture) -> None:
     (words,) = [words for words in COMMANDS if words[-1] == "experiments=short"]
     small = [*words, *TINY, "seed=1"]  # the command line wins over the file
-    assert rlhf(*small) == 0
+    assert run_in_process(*small) == 0
     assert len(list(Path("outputs/short").glob(f"*/{SUMMARY}"))) == 2
     report = Path("outputs/short/report")
     page = (report / "report.html").read_text()
@@ -113,7 +113,7 @@ def test_a_study(capfd: pytest.CaptureFixture) -> None:
     assert list((report / "figures").glob("length.*"))
     assert "win rate" in (report / "table.md").read_text()
     capfd.readouterr()
-    assert rlhf(*small, "dry_run=true") == 0
+    assert run_in_process(*small, "dry_run=true") == 0
     assert "2 of 2 runs done" in capfd.readouterr().out
 
 

@@ -26,14 +26,14 @@ from tests.helpers.data_readers import (
     PAIR,
     SPLIT,
     alpaca,
-    checked_and_loaded,
+    assert_one_sentence,
     dump,
     imdb,
     lines,
-    one_sentence,
     pairs,
     preference,
-    shown,
+    readable_id,
+    usable_rows,
 )
 from tests.helpers.tiny_models import tiny_model, tiny_roles, word_tokenizer
 
@@ -72,27 +72,27 @@ ROWS: list[tuple[Callable, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("reader", "bad", "reason"), ROWS, ids=shown)
+@pytest.mark.parametrize(("reader", "bad", "reason"), ROWS, ids=readable_id)
 def test_a_bad_row_is_skipped_and_counted(tmp_path: Path, reader: Callable, bad: Any, reason: str) -> None:
     good = PAIR if reader is pairs else GOOD
     (tmp_path / "rows.jsonl").write_bytes(lines(good, bad))
     source, split = reader(tmp_path, "rows.jsonl"), SPLIT[reader]
-    assert checked_and_loaded(source, split) == 1
+    assert usable_rows(source, split) == 1
     assert source.report[split].counts == {reason: 1}
 
 
-@pytest.mark.parametrize(("reader", "name", "content", "expected"), FILES, ids=shown)
+@pytest.mark.parametrize(("reader", "name", "content", "expected"), FILES, ids=readable_id)
 def test_a_bad_file_is_one_sentence_or_counted(
     tmp_path: Path, reader: Callable, name: str, content: bytes, expected: str | tuple[int, int]
 ) -> None:
     (tmp_path / name).write_bytes(content)
     source, split = reader(tmp_path, name), SPLIT[reader]
     if isinstance(expected, tuple):
-        assert (checked_and_loaded(source, split), sum(source.report[split].counts.values())) == expected
+        assert (usable_rows(source, split), sum(source.report[split].counts.values())) == expected
         return
     with pytest.raises(DataError) as failure:
-        checked_and_loaded(source, split)
-    one_sentence(failure.value, expected)
+        usable_rows(source, split)
+    assert_one_sentence(failure.value, expected)
 
 
 PATHS = ["missing.jsonl", "folder.jsonl", "./missing", "x" * 300 + ".jsonl", "a\0b.jsonl", "~nobody/x.jsonl"]
@@ -107,7 +107,7 @@ def test_a_path_that_is_no_file_is_refused_before_anything_is_read(tmp_path: Pat
         name = name.replace("jsonl", "xml")
     with pytest.raises(DataError) as failure:
         reader(tmp_path, name).check()
-    one_sentence(failure.value, "does not exist|is not a file")
+    assert_one_sentence(failure.value, "does not exist|is not a file")
 
 
 # overrides of the default configuration, and the sentence
@@ -175,7 +175,7 @@ CONFIGURED: list[tuple[str, str]] = [
 def test_a_bad_value_is_one_sentence_before_a_model_is_made(overrides: str, expected: str) -> None:
     with pytest.raises(Exception) as failure:  # noqa: PT011  (explain says which are told to the user)
         compose_and_check(*overrides.split())
-    one_sentence(failure.value, expected)
+    assert_one_sentence(failure.value, expected)
 
 
 def edited(name: str, **changes: Any) -> Callable[[Path], None]:
@@ -254,7 +254,7 @@ def test_a_bad_model_is_one_sentence(tmp_path: Path, model: Path, spoil: Callabl
     settings = ModelSettings("x", str(folder), max_prompt_tokens=8)
     with pytest.raises(ModelError) as failure:
         load_causal_lm(settings, load_tokenizer(settings))
-    one_sentence(failure.value, expected)
+    assert_one_sentence(failure.value, expected)
     assert str(folder) in str(failure.value)
 
 
@@ -283,7 +283,7 @@ def test_texts_that_are_cut_and_prompts_that_are_left_out_are_counted(caplog: py
     run.settings.model.max_prompt_tokens = 0
     with pytest.raises(DataError) as failure:
         Run._prompts(run, tokenizer)
-    one_sentence(failure.value, "no prompt has at most model.max_prompt_tokens=0 tokens")
+    assert_one_sentence(failure.value, "no prompt has at most model.max_prompt_tokens=0 tokens")
 
 
 def test_what_cannot_be_got_yet_is_no_mistake_and_what_is_one_is_told_early(tmp_path: Path, model: Path) -> None:
@@ -292,20 +292,20 @@ def test_what_cannot_be_got_yet_is_no_mistake_and_what_is_one_is_told_early(tmp_
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError) as failure:
         skeleton(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
-    one_sentence(failure.value, "no causal language model can be made of this configuration")
+    assert_one_sentence(failure.value, "no causal language model can be made of this configuration")
 
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_one_sentence(tmp_path: Path, folders: Any) -> None:
     for kind, change in (("deeper", {"layers": 3}), ("another", {"kind": "neox"})):
         with pytest.raises(ModelError) as failure:
             load_adapter(tiny_roles(**change), "base", "new", folders.reward)
-        one_sentence(failure.value, "made for another model|no adapter could be loaded"), kind
+        assert_one_sentence(failure.value, "made for another model|no adapter could be loaded"), kind
     shutil.copytree(folders.reward, tmp_path / "reward")
     (tmp_path / "reward" / "adapter_model.safetensors").write_bytes(b"\0" * 99)
     for load in (lambda f: load_adapter(tiny_roles(), "base", "new", f), saved_head):
         with pytest.raises(ModelError) as failure:
             load(tmp_path / "reward")
-        one_sentence(failure.value, "cannot be read: delete .*built again")
+        assert_one_sentence(failure.value, "cannot be read: delete .*built again")
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from rlhf import ppo
 from rlhf.distributed import collectives, processes, strategies
 from rlhf.errors import Interrupted
 from rlhf.stages.minibatches import split_minibatches
-from tests.helpers.command_line import sentence
+from tests.helpers.command_line import error_sentence
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
-from tests.helpers.process_groups import together
-from tests.helpers.rollouts import Parrot
-from tests.helpers.run_results import assert_same, remains_of
-from tests.helpers.subprocess_runs import cached, run, stop
-from tests.helpers.training import gradients, weights
+from tests.helpers.process_groups import run_in_two_processes
+from tests.helpers.rollouts import EchoEngine
+from tests.helpers.run_results import assert_identical, collect_run_results
+from tests.helpers.subprocess_runs import cached_weights, run_tiny, stop_after_a_step
+from tests.helpers.training import copy_weights, record_gradients
 
 DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
@@ -68,7 +68,7 @@ def _means(rank: int) -> None:
 
 
 def test_sums_and_decisions() -> None:
-    together(_pieces)
+    run_in_two_processes(_pieces)
 
 
 def test_alone_everything_is_the_identity() -> None:
@@ -92,10 +92,10 @@ def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
 
 def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **trainer: Any) -> tuple[Any, Any, Any]:
     stage = make_ppo(ppo_settings(**options), folders, folder / "samples")
-    stage.engine = Parrot()  # type: ignore[assignment]
-    with gradients() as seen:
+    stage.engine = EchoEngine()  # type: ignore[assignment]
+    with record_gradients() as seen:
         metrics = train(stage, folder, **trainer)
-    return seen, metrics, {key: value for key, value in weights(stage.roles).items() if ".lora_" in key}
+    return seen, metrics, {key: value for key, value in copy_weights(stage.roles).items() if ".lora_" in key}
 
 
 def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace, folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleName
     options = {"epochs": 2, "lr": 1e-4, **options}
     (tmp_path / "alone").mkdir()
     expected, metrics, alone = _updates(options, folders, tmp_path / "alone")
-    together(_updates_of_two, options, folders, tmp_path)
+    run_in_two_processes(_updates_of_two, options, folders, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert len(first[0]) == len(expected) == 8
     for step in zip(expected, first[0], second[0], strict=True):
@@ -149,7 +149,7 @@ def _own_rollouts(rank: int, folders: SimpleNamespace, folder: Path) -> None:
 
 @pytest.mark.long
 def test_each_has_its_own_prompts_and_random_numbers(folders: SimpleNamespace, tmp_path: Path) -> None:
-    together(_own_rollouts, folders, tmp_path)
+    run_in_two_processes(_own_rollouts, folders, tmp_path)
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -161,10 +161,10 @@ def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
     folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
     for name, folder in folders.items():
         folder.mkdir()
-        done = run(folder, "stage=reward", *(DEVICES if name == "two" else []))
+        done = run_tiny(folder, "stage=reward", *(DEVICES if name == "two" else []))
         assert done.returncode == 0, done.stdout + done.stderr
     for stage in ("sft", "reward"):
-        one, two = (cached(folder, stage) for folder in folders.values())
+        one, two = (cached_weights(folder, stage) for folder in folders.values())
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
         rows = [
@@ -183,20 +183,20 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
-    done = run(whole, *options)
+    done = run_tiny(whole, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     for to_child in (False, True):
-        assert stop(stopped, to_child, options) == 75
+        assert stop_after_a_step(stopped, to_child, options) == 75
     folder = next(stopped.glob("outputs/rlhf/*"))
-    refused = run(stopped, "trainer=cpu", "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={folder}")
+    refused = run_tiny(stopped, "trainer=cpu", "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={folder}")
     assert refused.returncode == 2
-    assert "the checkpoint was made by 2" in sentence(refused.stderr)
-    done = run(stopped, *options, "resume=must")
+    assert "the checkpoint was made by 2" in error_sentence(refused.stderr)
+    done = run_tiny(stopped, *options, "resume=must")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [next(folder.glob("outputs/rlhf/*/summary.json")).parent for folder in (whole, stopped)]
-    a, b = (list(remains_of([run]).values()) for run in runs)
+    a, b = (list(collect_run_results([run]).values()) for run in runs)
     assert len(a) > 4
-    assert_same(a, b)
+    assert_identical(a, b)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.passes import compute_values
 from rlhf.stages.ppo import PPO
-from tests.helpers.calls import spy
-from tests.helpers.command_line import sentence
+from tests.helpers.calls import record_calls
+from tests.helpers.command_line import error_sentence
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
-from tests.helpers.process_groups import together
-from tests.helpers.rollouts import Parrot
-from tests.helpers.run_results import assert_same, remains_of
-from tests.helpers.subprocess_runs import cached, run, stop
-from tests.helpers.training import gradients, weights
+from tests.helpers.process_groups import run_in_two_processes
+from tests.helpers.rollouts import EchoEngine
+from tests.helpers.run_results import assert_identical, collect_run_results
+from tests.helpers.subprocess_runs import cached_weights, run_tiny, stop_after_a_step
+from tests.helpers.training import copy_weights, record_gradients
 
 CPU = ["trainer.devices=2", "trainer.accelerator=cpu"]
 RUN = [
@@ -85,7 +85,7 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
 
 @pytest.mark.long
 def test_each_holds_half_and_samples_for_as_long_as_it_takes(folders: SimpleNamespace, tmp_path: Path) -> None:
-    together(_halves, folders, tmp_path)
+    run_in_two_processes(_halves, folders, tmp_path)
 
 
 # -- the updates -----------------------------------------------------------------------------------------------------
@@ -99,9 +99,9 @@ VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
-    stage.engine = Parrot()  # type: ignore[assignment]
+    stage.engine = EchoEngine()  # type: ignore[assignment]
     folder.mkdir()
-    with gradients() as seen:
+    with record_gradients() as seen:
         metrics = train(
             stage,
             folder,
@@ -110,13 +110,13 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
             plugins=[processes.environment()],
             use_distributed_sampler=False,
         )
-    return seen, metrics, {key: value for key, value in weights(stage.roles).items() if ".lora_" in key}
+    return seen, metrics, {key: value for key, value in copy_weights(stage.roles).items() if ".lora_" in key}
 
 
 def _same_updates(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     """Base by base, two processes that each hold it and two that hold halves of it; uneven shares of a batch too."""
     with pytest.MonkeyPatch.context() as patch:
-        filled = spy(patch, collectives, "to_fill_up")
+        filled = record_calls(patch, collectives, "to_fill_up")
         _updates_in_turn(rank, folders, folder)
         assert (
             sum(collectives.all_gather(sum(len(parts) for _, parts in filled))) > 0
@@ -151,7 +151,7 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
 
 @pytest.mark.long
 def test_the_updates_are_those_of_data_parallel(folders: SimpleNamespace, tmp_path: Path) -> None:
-    together(_same_updates, folders, tmp_path)
+    run_in_two_processes(_same_updates, folders, tmp_path)
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of a whole run by two processes, each with the base or with half of it."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("ddp", "fsdp")}
     for name, folder in folders.items():
-        done = run(folder, f"trainer={name}", *RUN)
+        done = run_tiny(folder, f"trainer={name}", *RUN)
         assert done.returncode == 0, done.stdout + done.stderr
     return folders
 
@@ -175,7 +175,7 @@ def _result(folder: Path) -> Path:
 def test_all_stages_are_those_of_data_parallel(runs: dict[str, Path]) -> None:
     """The same SFT model, reward model and policy to 1e-5; plain transformers and peft load them."""
     for stage in ("sft", "reward"):
-        whole, shared = (cached(folder, stage) for folder in runs.values())
+        whole, shared = (cached_weights(folder, stage) for folder in runs.values())
         assert whole.keys() == shared.keys()
         for key, value in whole.items():
             torch.testing.assert_close(shared[key], value, rtol=0, atol=1e-5)
@@ -192,12 +192,12 @@ def test_all_stages_are_those_of_data_parallel(runs: dict[str, Path]) -> None:
 @pytest.mark.long
 def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
     options = ["trainer=fsdp", *RUN]
-    assert stop(tmp_path, True, options) == 75
-    done = run(tmp_path, *options, "resume=must")
+    assert stop_after_a_step(tmp_path, True, options) == 75
+    done = run_tiny(tmp_path, *options, "resume=must")
     assert done.returncode == 0, done.stdout + done.stderr
-    a, b = (list(remains_of([_result(folder)]).values()) for folder in (runs["fsdp"], tmp_path))
+    a, b = (list(collect_run_results([_result(folder)]).values()) for folder in (runs["fsdp"], tmp_path))
     assert len(a) > 4
-    assert_same(a, b)
+    assert_identical(a, b)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tm
 def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU, "lora@sft.lora=r8", *arguments)
     assert code == 2
-    assert words in sentence(said)
+    assert words in error_sentence(said)
 
 
 def test_a_torch_that_shards_all_or_nothing(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,4 +224,4 @@ def test_a_torch_that_shards_all_or_nothing(command: Callable, monkeypatch: pyte
     monkeypatch.setattr("rlhf.pipeline.capabilities.fully_shard", lambda module, *, mesh=None: module)
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU)
     assert code == 2
-    assert "needs torch 2.7 or later" in sentence(said)
+    assert "needs torch 2.7 or later" in error_sentence(said)

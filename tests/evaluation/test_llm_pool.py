@@ -25,7 +25,7 @@ from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, reader
 from rlhf.evaluation.prompts import load_template
 from rlhf.report.runs import _per_prompt
 from tests.helpers.openai_server import Server, serving, text_of
-from tests.helpers.scorer_context import NoSource, context
+from tests.helpers.scorer_context import NoSource, scorer_context
 
 PROMPTS = [Prompt(f"Q {i}\n", f"reference {i}", f"Question {i}?") for i in range(40)]
 GOOD = [f"good answer {i}" for i in range(40)]
@@ -49,7 +49,7 @@ def make(server: Server | None, folder: Path, **keys: Any) -> LLMPool:
     if server is not None:
         client["base_url"] = server.url
     keys = {"model": "some", "pool": {"one": {"prompt": "compare"}}, "sampling": {"temperature": 0.0}, **keys}
-    return LLMPool(context(folder), client=client, **keys)
+    return LLMPool(scorer_context(folder), client=client, **keys)
 
 
 def test_the_better_one_wins_wherever_it_stands_and_both_places_occur(tmp_path: Path) -> None:

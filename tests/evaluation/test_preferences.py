@@ -28,10 +28,10 @@ from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.finished.run import FinishedRun
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.helpers.command_line import TINY, rlhf, sentence
-from tests.helpers.finished_runs import outputs
+from tests.helpers.command_line import TINY, error_sentence, run_in_process
+from tests.helpers.finished_runs import finished_outputs
 from tests.helpers.openai_server import serving, text_of
-from tests.helpers.scorer_context import context
+from tests.helpers.scorer_context import scorer_context
 from tests.helpers.tiny_models import word_tokenizer
 
 GOLD = {"_target_": "rlhf.evaluation.judges.GoldJudge"}
@@ -217,7 +217,7 @@ def test_a_pool_reads_bare_instructions_and_its_keys_are_named_in_full(tmp_path:
         with serving(answer) as server:
             client = {"base_url": server.url, "api_key_env": None}
             keys = {"model": "some", "client": client, "pool": {"one": {"prompt": "compare"}}, "attempts": 1}
-            found = simulated().make(folder, asked, Scripted().answer, lambda: LLMPool(context(folder), **keys))
+            found = simulated().make(folder, asked, Scripted().answer, lambda: LLMPool(scorer_context(folder), **keys))
             return found, [text_of(request) for request in server.requests]
 
     def likes_y(request: dict[str, Any], number: int) -> str:
@@ -235,8 +235,8 @@ def test_a_pool_reads_bare_instructions_and_its_keys_are_named_in_full(tmp_path:
 
 
 def test_a_finished_reward_model_decides_as_it_scores(tmp_path: Path) -> None:
-    runs = outputs(tmp_path)
-    judge = FinishedRewardModelJudge(context(tmp_path), str(runs.reward))
+    runs = finished_outputs(tmp_path)
+    judge = FinishedRewardModelJudge(scorer_context(tmp_path), str(runs.reward))
     part, tokenizer = Models().reward(FinishedRun.open(runs.reward)), word_tokenizer()
 
     def scored(prompt: str, response: str) -> float:
@@ -273,7 +273,7 @@ def test_the_reward_model_learns_from_answers_that_the_farm_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert rlhf(*TINY, *FARM, "stage=preferences", "name=made") == 0
+    assert run_in_process(*TINY, *FARM, "stage=preferences", "name=made") == 0
     assert not cached("reward")
     (folder,) = cached("preferences")
     summary = read_summary(folder)
@@ -297,7 +297,7 @@ def test_the_reward_model_learns_from_answers_that_the_farm_compares(
 
     before = (folder / "preference_pairs.jsonl").read_bytes()
     shutil.rmtree(folder)
-    assert rlhf(*TINY, *FARM, "stage=reward") == 0
+    assert run_in_process(*TINY, *FARM, "stage=reward") == 0
     assert (folder / "preference_pairs.jsonl").read_bytes() == before
     (reward,) = cached("reward")
     learned = read_summary(reward)
@@ -306,7 +306,7 @@ def test_the_reward_model_learns_from_answers_that_the_farm_compares(
     assert learned["rows"]["preference"] == metrics["preferences/comparisons"]
     assert 0 <= learned["metrics"]["reward/accuracy"] <= 1
 
-    assert rlhf(*TINY, *FARM, "preferences.flip=0", "stage=reward") == 0
+    assert run_in_process(*TINY, *FARM, "preferences.flip=0", "stage=reward") == 0
     assert [len(cached(stage)) for stage in ("sft", "preferences", "reward")] == [1, 2, 2]
     clean = next(path for path in cached("preferences") if path != folder)
     assert (read_summary(clean) or {})["metrics"]["preferences/flipped"] == 0
@@ -316,7 +316,7 @@ def test_the_reward_model_learns_from_answers_that_the_farm_compares(
 
 
 def plan(capsys: pytest.CaptureFixture, *arguments: str) -> Any:
-    assert rlhf("dry_run=true", *arguments) == 0
+    assert run_in_process("dry_run=true", *arguments) == 0
     return OmegaConf.create(capsys.readouterr().out)
 
 
@@ -374,7 +374,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_built(
 ) -> None:
     code, _, err = command("debug=quick", *arguments)
     assert code == 2, err
-    said = sentence(err)
+    said = error_sentence(err)
     assert names in said
     assert allowed in said
     assert not list(Path().rglob("*.safetensors"))

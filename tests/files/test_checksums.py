@@ -15,7 +15,7 @@ from rlhf.files.checksums import CHECKSUMS, damage, seal
 from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import cache
 from rlhf.tracking.summary import read_summary
-from tests.helpers.finished_runs import outputs
+from tests.helpers.finished_runs import finished_outputs
 
 HEADER = b'{"a":{"dtype":"F32","shape":[25],"data_offsets":[0,100]}}'.ljust(64)
 WEIGHTS = b"\x40\0\0\0\0\0\0\0" + HEADER + bytes(range(100))
@@ -122,7 +122,7 @@ def test_a_copy_is_checked_once_and_noted(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_damaged_finished_run_is_a_sentence_for_whoever_uses_it(tmp_path: Path) -> None:
-    runs = outputs(tmp_path)
+    runs = finished_outputs(tmp_path)
     assert FinishedRun.open(runs.ppo).base == runs.sft / "model"
     path = runs.sft / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())

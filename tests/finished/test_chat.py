@@ -25,14 +25,14 @@ from rlhf.finished.run import FinishedRun
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.native import NativeEngine
-from tests.helpers.finished_runs import outputs
+from tests.helpers.finished_runs import finished_outputs
 
 PROMPT, IDS = "w9 w7", [[5, 9, 7, 6]]  # in the data set's template
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return outputs(tmp_path_factory.mktemp("work") / "outputs")
+    return finished_outputs(tmp_path_factory.mktemp("work") / "outputs")
 
 
 def last(voices: list, sampling: Sampling) -> list[Answer]:
@@ -91,7 +91,7 @@ def test_whole_models_and_copies_of_the_sft_model(runs: SimpleNamespace, tmp_pat
 
 
 def test_a_whole_reward_model_scores_alike(tmp_path: Path) -> None:
-    runs = outputs(tmp_path / "outputs")
+    runs = finished_outputs(tmp_path / "outputs")
     before = last(open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
     model = AutoModelForSequenceClassification.from_pretrained(runs.sft / "model", num_labels=1)
     model.base_model.load_state_dict(runs.roles.copy_trunk("reward").base_model.state_dict())
@@ -189,7 +189,7 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_a_broken_adapter_is_named(tmp_path: Path) -> None:
-    runs = outputs(tmp_path / "outputs")
+    runs = finished_outputs(tmp_path / "outputs")
     (runs.ppo / "model/adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"ppo is damaged: model/adapter_model\.safetensors is not what was written"):
         open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0)

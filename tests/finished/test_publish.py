@@ -20,12 +20,12 @@ from rlhf.files import read_json
 from rlhf.finished.export import cli
 from rlhf.finished.export.card import hub_datasets, shareable
 from rlhf.models.sequences import Sequences
-from tests.helpers.finished_runs import config, move, outputs
+from tests.helpers.finished_runs import finished_outputs, move_outputs, run_config
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return outputs(tmp_path_factory.mktemp("work") / "outputs")
+    return finished_outputs(tmp_path_factory.mktemp("work") / "outputs")
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_reward_model_scores_as_in_the_run(runs: SimpleNamespace, make_texts: 
 def test_an_adapter_by_itself_after_the_outputs_were_moved(
     make_texts: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = move(outputs(tmp_path / "outputs"), tmp_path / "moved")
+    runs = move_outputs(finished_outputs(tmp_path / "outputs"), tmp_path / "moved")
     folder = export(runs.ppo, tmp_path / "adapter", "--adapter")
     assert {path.suffix for path in folder.iterdir()} == {".json", ".md", ".safetensors"}
     assert not (folder / "model.safetensors").exists()
@@ -121,17 +121,17 @@ def test_the_card_says_what_was_trained_how(
     assert {"rlhf", "ppo", "lora"} <= set(card.data.tags)
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("win_rate", 0.5), ("reward", 0.25)]
     settings = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
-    assert settings["ppo"]["steps"] == config()["ppo"]["steps"]
+    assert settings["ppo"]["steps"] == run_config()["ppo"]["steps"]
     for text in ("| win rate | 0.25 | 0.5 |", "clamped_kl, coefficient 0.05", "w5 {instruction} w6", "| reward model |",
                  "transformers"):  # fmt: skip
         assert text in card.text, text
 
 
 def test_the_card_names_the_hubs_data_and_no_place_of_this_machine() -> None:
-    assert list(hub_datasets(config("data=alpaca_farm")["data"])) == ["tatsu-lab/alpaca_farm"] * 5
-    assert list(hub_datasets(config("data=imdb")["data"])) == ["stanfordnlp/imdb"]
-    assert not list(hub_datasets(config("data=alpaca")["data"]))
-    assert not list(hub_datasets(config("data=stack_exchange", "data.sources=dumps/Posts.xml")["data"]))
+    assert list(hub_datasets(run_config("data=alpaca_farm")["data"])) == ["tatsu-lab/alpaca_farm"] * 5
+    assert list(hub_datasets(run_config("data=imdb")["data"])) == ["stanfordnlp/imdb"]
+    assert not list(hub_datasets(run_config("data=alpaca")["data"]))
+    assert not list(hub_datasets(run_config("data=stack_exchange", "data.sources=dumps/Posts.xml")["data"]))
     told = shareable(
         {"root": "/home/someone/data", "client": {"base_url": "http://inside"}, "sft": ["a/b.json", "~/c/d"]}
     )
@@ -141,7 +141,7 @@ def test_the_card_names_the_hubs_data_and_no_place_of_this_machine() -> None:
 def test_the_licence_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    runs = outputs(tmp_path / "outputs", "model=custom", f"model.name_or_path={tmp_path}/base")
+    runs = finished_outputs(tmp_path / "outputs", "model=custom", f"model.name_or_path={tmp_path}/base")
     cli.main([str(runs.sft), str(tmp_path / "out"), "--dry-run"])
     said = capsys.readouterr().out
     assert ModelCard(said).data.license == "apache-2.0"
@@ -168,7 +168,7 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = outputs(tmp_path / "outputs")
+    runs = finished_outputs(tmp_path / "outputs")
     adapter = runs.ppo / "model/adapter_model.safetensors"
     tensors = load_file(adapter)
     tensors.pop(min(tensors))
@@ -187,7 +187,7 @@ def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkey
     assert leaving.value.code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     (runs.sft / "summary.json").unlink()
-    moved = move(runs, tmp_path / "moved")
+    moved = move_outputs(runs, tmp_path / "moved")
     assert "not in the cache beside it" in refused(moved.other, tmp_path / "out")
 
 

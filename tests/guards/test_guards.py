@@ -32,9 +32,9 @@ from rlhf.tracking.metrics_file import read_metrics
 from tests.helpers.composed_config import composed_settings
 from tests.helpers.made_up_sweeps import write_run
 from tests.helpers.ppo_stages import PROMPTS, count_low_words, make_ppo, ppo_settings, train
-from tests.helpers.subprocess_runs import QUICK, rlhf
+from tests.helpers.subprocess_runs import QUICK, run_in_subprocess
 from tests.helpers.supervised_stages import COMPARISONS, DEMONSTRATIONS, reward_stage, sft_stage
-from tests.helpers.training import changed, fit, gradients, quiet_trainer, weights
+from tests.helpers.training import changed_weights, copy_weights, fit, quiet_trainer, record_gradients
 
 Line = dict[str, float]
 
@@ -250,14 +250,14 @@ def test_a_reward_that_is_no_number_once_costs_one_step(
 ) -> None:
     stage = make_ppo(guarded(only("non_finite", "warn", 3), steps=3), folders, tmp_path / "samples")
     monkeypatch.setattr(stage.scorer, "function", failing_at(2, value=value))
-    before = weights(stage.roles)
+    before = copy_weights(stage.roles)
     states: list[dict[str, torch.Tensor]] = []
 
     class Look(lightning.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
-            states.append(weights(stage.roles))
+            states.append(copy_weights(stage.roles))
 
-    with gradients() as seen:
+    with record_gradients() as seen:
         rows = train(stage, tmp_path, callbacks=[Look()])
     none = [all(grad is None for grad in step) for step in seen]
     assert none == [False] * 4 + [True] * 4 + [False] * 4
@@ -281,7 +281,7 @@ def test_only_the_minibatch_with_the_bad_row_is_skipped(
     settings = guarded(only("non_finite", "warn", 3), steps=1, whiten_rewards=False, whiten_advantages=False)
     stage = make_ppo(settings, folders, tmp_path / "samples")
     monkeypatch.setattr(stage.scorer, "function", failing_at(1))
-    with gradients() as seen:
+    with record_gradients() as seen:
         (row,) = train(stage, tmp_path)
     assert sorted(all(grad is None for grad in step) for step in seen) == [False, False, True, True]
     assert row[SKIPPED] == 2
@@ -340,19 +340,19 @@ def test_a_healthy_run_has_the_same_bits_with_all_guards_as_with_none(folders: S
         rows[name] = [{k: v for k, v in r.items() if not k.startswith("time") and "per_second" not in k} for r in lines]
         ends[name] = stage.roles
     assert rows["default"] == rows["off"]
-    assert not changed(weights(ends["off"]), ends["default"])
+    assert not changed_weights(copy_weights(ends["off"]), ends["default"])
 
 
 def test_target_kl_ends_the_updates_of_a_step(folders: SimpleNamespace, tmp_path: Path) -> None:
     options = {"steps": 2, "epochs": 3, "warmup_steps": 0}
     free = make_ppo(ppo_settings(**options), folders, tmp_path / "samples")
-    with gradients() as seen:
+    with record_gradients() as seen:
         rows = train(free, tmp_path / "free")
     made = len(seen)
     assert all("ppo/stopped_at_kl" not in row for row in rows)
     target = rows[0]["ppo/approx_kl"] / 3
     bound = make_ppo(ppo_settings(**options, target_kl=target), folders, tmp_path / "samples")
-    with gradients() as seen:
+    with record_gradients() as seen:
         rows = train(bound, tmp_path / "bound")
     refused = [all(grad is None for grad in step) for step in seen]
     assert sum(refused) == sum("ppo/stopped_at_kl" in row for row in rows) > 0
@@ -361,7 +361,7 @@ def test_target_kl_ends_the_updates_of_a_step(folders: SimpleNamespace, tmp_path
     assert rows[0]["ppo/approx_kl"] < 1.5 * target  # of the updates that were made
     far = make_ppo(ppo_settings(**options, target_kl=1e9), folders, tmp_path / "samples")
     train(far, tmp_path / "far")
-    assert not changed(weights(free.roles), far.roles)  # a target that is never reached changes nothing
+    assert not changed_weights(copy_weights(free.roles), far.roles)  # a target that is never reached changes nothing
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
@@ -386,7 +386,7 @@ def test_supervised_stages_skip_too(
     monkeypatch.setattr(stage.roles, "token_stats", spoiled(token_stats))
     monkeypatch.setattr(stage.roles, "last_token_scores", spoiled(scalars))
     batches = SeededBatches(len(rows), len(rows), 0, 3)
-    with gradients() as seen:
+    with record_gradients() as seen:
         lines = fit(stage, stage.encode(rows), batches, tmp_path)  # type: ignore[arg-type]
     assert [all(grad is None for grad in step) for step in seen] == [False, True, False]
     assert stage.trainer.global_step == 3  # a refused step counts: batches and checkpoints stay in step
@@ -444,7 +444,7 @@ def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace,
     assert timeless(again) == timeless(folder)
     assert any(key.startswith("guard/") for line in timeless(again)[-4:] for key in line)
     assert resumed.guards.summary() == straight.guards.summary()
-    assert not changed(weights(straight.roles), resumed.roles)
+    assert not changed_weights(copy_weights(straight.roles), resumed.roles)
 
 
 @pytest.mark.long
@@ -461,7 +461,7 @@ def test_a_stopped_run_stops_again_until_the_guard_is_milder(folders: SimpleName
     mild, folder = whole_run(guarded(only("large_kl", "warn", 2, 0.0), **options), folders, tmp_path / "run")
     assert mild.guards.summary()["large_kl"]["count"] == 3
     straight, other = whole_run(guarded(GuardsSettings(), **options), folders, tmp_path / "straight")
-    assert not changed(weights(straight.roles), mild.roles)
+    assert not changed_weights(copy_weights(straight.roles), mild.roles)
     steps = [[line["step"] for line in read_metrics(where) if "ppo/reward" in line] for where in (folder, other)]
     assert steps[0] == steps[1] == [1, 2, 3, 4]
 
@@ -474,9 +474,9 @@ def test_always_nan_stops_with_a_sound_checkpoint(folders: SimpleNamespace, tmp_
     assert last is not None
     assert StepCheckpoints.step_of(last) == 3  # call 1 was the evaluation of step 0
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    before = weights(stage.roles)
+    before = copy_weights(stage.roles)
     stage.load_trained(last)
-    assert changed(before, stage.roles)
+    assert changed_weights(before, stage.roles)
     assert all(bool(p.isfinite().all()) for p in stage.roles.parameters())
     assert len(list((tmp_path / "run/inspect").glob("*.safetensors"))) == 2
 
@@ -490,18 +490,20 @@ def test_the_command_stops_with_its_own_exit_code_and_leaves_the_reason(
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root()}")
     arguments = [*QUICK, "scorer=function", "scorer.function=mine.score", "ppo.steps=5", "judge=none"]
-    said = rlhf(tmp_path, *arguments, "guards=strict", code=3)
+    said = run_in_subprocess(tmp_path, *arguments, "guards=strict", code=3)
     reason = next(line for line in said.splitlines() if line.startswith("rlhf: guard non_finite stopped the run"))
     assert "Traceback" not in said
     (folder,) = (tmp_path / "outputs/rlhf").iterdir()
     assert read_json(folder / "failed.json")["error"] == reason.removeprefix("rlhf: ")
     assert "step-000001.safetensors" in said
     assert StepCheckpoints.reached(folder / "checkpoints") == 1
-    assert "continuing from step 1" in (milder := rlhf(tmp_path, *arguments, code=3))  # the same folder: two more
+    assert "continuing from step 1" in (
+        milder := run_in_subprocess(tmp_path, *arguments, code=3)
+    )  # the same folder: two more
     assert "3 steps in a row" in milder
     assert "is the same run" not in milder
     assert StepCheckpoints.reached(folder / "checkpoints") == 3
-    said = rlhf(tmp_path, "-m", *arguments, "name=sweep", "guards=strict", "seed=1", code=1)
+    said = run_in_subprocess(tmp_path, "-m", *arguments, "name=sweep", "guards=strict", "seed=1", code=1)
     assert "1 failed" in said
     assert read_json(next((tmp_path / "outputs/sweep").glob("*/failed.json")))["error"].startswith("guard non_finite")
 

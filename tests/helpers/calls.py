@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 
-def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple, Any]]:
+def record_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple, Any]]:
     """(arguments, result) of each call; the call itself is the real one."""
     real, calls = getattr(owner, name), []
 

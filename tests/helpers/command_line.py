@@ -16,7 +16,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def rlhf(*arguments: str) -> int:
+def run_in_process(*arguments: str) -> int:
     """Run the command in this process and folder; the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["rlhf", *arguments])
@@ -27,7 +27,7 @@ def rlhf(*arguments: str) -> int:
     return 0
 
 
-def sentence(said: str) -> str:
+def error_sentence(said: str) -> str:
     """The one sentence that a failed command ends in."""
     assert "Traceback" not in said, said
     told = [line for line in said.splitlines() if line.startswith("rlhf: ")]

@@ -23,7 +23,7 @@ GOOD = {"instruction": "Do", "output": "Done.", "output_1": "one", "output_2": "
         "text": "A good film.", "label": 1}  # fmt: skip
 
 
-def one_sentence(error: BaseException, expected: str) -> None:
+def assert_one_sentence(error: BaseException, expected: str) -> None:
     """What the command would print: one line, and it names the thing."""
     said = explain(error)
     assert said is not None, f"a traceback would reach the user: {error!r}"
@@ -70,7 +70,7 @@ CHAT = [{"role": "user", "content": "Hi"}]
 POST = b'<row Id="1" PostTypeId="1" Score="1" Body="Why?"/>'
 
 
-def shown(value: object) -> str:
+def readable_id(value: object) -> str:
     """A row's name, the same in every process."""
     return getattr(value, "__name__", str(value)[:40])
 
@@ -126,7 +126,7 @@ FILES: list[tuple[Callable, str, bytes, str | tuple[int, int]]] = [
 ]
 
 
-def checked_and_loaded(source: DataSource, split: str) -> int:
+def usable_rows(source: DataSource, split: str) -> int:
     """How many rows there are to use."""
     source.check()
     return len(source.load(split))

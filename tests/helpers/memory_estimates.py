@@ -6,7 +6,7 @@ from tests.helpers.composed_config import composed_settings
 VOCABULARY = 500
 
 
-def of(*overrides: str, reward: bool = True, shares: int = 1) -> Memory:
+def estimate_of(*overrides: str, reward: bool = True, shares: int = 1) -> Memory:
     found = estimate(composed_settings(*overrides), VOCABULARY, reward, shares)
     assert found is not None
     return found

@@ -10,7 +10,7 @@ import torch
 from rlhf.distributed import processes
 
 
-def together(work: Callable, *arguments: Any) -> None:
+def run_in_two_processes(work: Callable, *arguments: Any) -> None:
     """`work(rank, …)` in two processes of one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

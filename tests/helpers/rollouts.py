@@ -9,7 +9,7 @@ from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Generated
 
 
-class Parrot:
+class EchoEngine:
     """An engine that answers a prompt with its own words, so that one process and two roll out the same."""
 
     def generate(self, roles: Roles, role: str, prompts: Sequence[Sequence[int]], limit: int, *_: Any) -> Generated:
@@ -28,14 +28,20 @@ KINDS = ["llama", "tied", "neox"]
 PROMPTS = [[5, 9, 7], [3], [11, 4, 4, 30, 8, 22, 17], [40, 41], [6, 6, 6, 6, 6], [49, 3, 12, 13]] * 4
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def seeded_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sample(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
-    options = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded(), **options}
+def generate(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
+    options = {
+        "role": "policy",
+        "max_new_tokens": LIMIT,
+        "temperature": 1.0,
+        "generator": seeded_generator(),
+        **options,
+    }
     return engine.generate(roles, prompts=prompts, **options)  # type: ignore[attr-defined]
 
 
-def rows_of(generated: Generated) -> list[list[int]]:
+def response_rows(generated: Generated) -> list[list[int]]:
     return [ids[:n] for ids, n in zip(generated.ids.tolist(), generated.lengths.tolist(), strict=True)]

@@ -19,9 +19,9 @@ class NoSource:
 
 
 @functools.cache
-def models() -> Roles:
+def shared_roles() -> Roles:
     return tiny_roles()
 
 
-def context(folder: Path) -> Context:
-    return Context(NoSource(), word_tokenizer(), models(), cache=folder)
+def scorer_context(folder: Path) -> Context:
+    return Context(NoSource(), word_tokenizer(), shared_roles(), cache=folder)

@@ -51,7 +51,7 @@ PartitionName=high Nodes=localhost PriorityTier=10 DefMemPerCPU=500
 """
 
 
-def missing() -> str | None:
+def missing_program() -> str | None:
     """The first program that is not installed."""
     sbin = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     return next((program for program in PROGRAMS if shutil.which(program, path=sbin) is None), None)

@@ -54,7 +54,7 @@ STATEFUL = {
 }
 
 
-def tiny(kind: str, **options: object) -> PreTrainedModel:
+def tiny_architecture(kind: str, **options: object) -> PreTrainedModel:
     """A model of transformers' model type `kind`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -46,7 +46,7 @@ def tiny_model(kind: str = "llama", seed: int = 0, layers: int = 2, **options: o
     return model.eval()
 
 
-def randomise(parameters: dict[str, torch.nn.Parameter], seed: int, std: float = 0.2) -> None:
+def randomize_lora_b(parameters: dict[str, torch.nn.Parameter], seed: int, std: float = 0.2) -> None:
     """Give B matrices weight, so that an adapter is no no-op."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in parameters.items():
@@ -65,7 +65,7 @@ def tiny_roles(kind: str = "llama", dropout: float = 0.0, **options: object) -> 
         with torch.random.fork_rng():  # peft draws A from the global stream, whatever tests came before
             torch.manual_seed(seed)
             roles.add_adapter("base", name, tiny_lora(kind, dropout))
-        randomise(roles.adapter_parameters("base", name), seed)
+        randomize_lora_b(roles.adapter_parameters("base", name), seed)
         roles.table[name] = Role("base", name)
     for seed, name in enumerate(("value", "reward")):
         head = roles.add_head(name, zero=False)
@@ -74,7 +74,7 @@ def tiny_roles(kind: str = "llama", dropout: float = 0.0, **options: object) -> 
     return roles.eval()
 
 
-def random_texts(
+def random_sequences(
     rows: int, seed: int, prompt: tuple[int, int] = (1, 9), response: tuple[int, int] = (1, 12)
 ) -> Sequences:
     """Ragged random sequences of ordinary words."""

@@ -37,7 +37,7 @@ def fit(stage: Stage, rows: Any, batches: SeededBatches, folder: Path, **options
 
 
 @contextmanager
-def gradients() -> Iterator[list[list[Tensor | None]]]:
+def record_gradients() -> Iterator[list[list[Tensor | None]]]:
     """The gradients that each optimiser step sees."""
     seen: list[list[Tensor | None]] = []
 
@@ -52,9 +52,9 @@ def gradients() -> Iterator[list[list[Tensor | None]]]:
         handle.remove()
 
 
-def weights(roles: Roles) -> dict[str, Tensor]:
+def copy_weights(roles: Roles) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in roles.named_parameters()}
 
 
-def changed(before: dict[str, Tensor], roles: Roles) -> set[str]:
+def changed_weights(before: dict[str, Tensor], roles: Roles) -> set[str]:
     return {name for name, p in roles.named_parameters() if not torch.equal(before[name], p)}

@@ -28,7 +28,7 @@ from rlhf.scorers import Context
 from rlhf.scorers.sentiment import ClassifierScorer
 from rlhf.settings import LoraSettings, ModelSettings
 from tests.helpers.composed_config import compose_and_check, composed_settings
-from tests.helpers.tiny_models import EOS, SPECIAL, randomise, word_tokenizer
+from tests.helpers.tiny_models import EOS, SPECIAL, randomize_lora_b, word_tokenizer
 
 H = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 NOISE = {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "layerdrop": 0.3}
@@ -172,7 +172,7 @@ def test_an_adapter_on_transposed_layers_is_pefts_everywhere(tmp_path: Path) -> 
     config = lora_config(LoraSettings(r=4, alpha=8.0, target_modules=TARGETS))
     roles.add_adapter("base", "policy", config)
     roles.table["policy"] = Role("base", "policy")
-    randomise(roles.adapter_parameters("base", "policy"), 0)
+    randomize_lora_b(roles.adapter_parameters("base", "policy"), 0)
     roles.eval()
     save_adapter(roles, "policy", config, tmp_path / "base", word_tokenizer(), tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

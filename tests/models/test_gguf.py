@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from rlhf.data.farm import Farm
 from rlhf.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from rlhf.settings import ModelSettings
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 
 gguf = pytest.importorskip("gguf")
 FILE = "tiny.gguf"
@@ -101,6 +101,6 @@ def test_a_run_on_a_gguf_file_with_gradient_checkpointing(
     monkeypatch.chdir(tmp_path)
     shape = [word for word in TINY if not word.startswith("model.")]
     base = ["model=custom", f"model.name_or_path={original[0]}", f"model.gguf_file={FILE}"]
-    assert rlhf(*shape, *base, "model.max_prompt_tokens=64", "model.gradient_checkpointing=true") == 0
+    assert run_in_process(*shape, *base, "model.max_prompt_tokens=64", "model.gradient_checkpointing=true") == 0
     (summary,) = tmp_path.glob("outputs/rlhf/*/summary.json")
     assert json.loads(summary.read_text())["metrics"]["eval/true_kl"] > 0

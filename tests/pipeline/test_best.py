@@ -30,8 +30,8 @@ from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import evaluated_at
 from tests.helpers.command_line import TINY
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings
-from tests.helpers.run_results import assert_same
-from tests.helpers.training import quiet_trainer, weights
+from tests.helpers.run_results import assert_identical
+from tests.helpers.training import copy_weights, quiet_trainer
 
 
 def lines(folder: Path, *values: float | None, torn: str = "") -> None:
@@ -87,7 +87,7 @@ def run(
     def judge(prompts: Any, responses: Any) -> tuple[dict, list[dict]]:
         if moment == (stage.ppo_step, "evaluation"):
             act()
-        seen[stage.ppo_step] = weights(stage.roles)
+        seen[stage.ppo_step] = copy_weights(stage.roles)
         return {"eval/win_rate": VERDICTS[stage.ppo_step]}, [{"win": 0.5} for _ in responses]
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
@@ -136,7 +136,7 @@ def test_the_best_stays_beside_the_newest_through_every_kill(folders: SimpleName
         if moment[0] >= 7:
             assert 4 in kept(tmp_path / "killed"), moment
     run(folders, tmp_path / "killed", {})
-    assert_same(states(tmp_path / "killed"), states(tmp_path / "straight"))
+    assert_identical(states(tmp_path / "killed"), states(tmp_path / "straight"))
     assert Best(tmp_path / "killed", "eval/win_rate", "max").step() == 4
 
 

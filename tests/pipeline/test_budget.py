@@ -18,7 +18,7 @@ from tests.helpers.calls import before_call
 from tests.helpers.command_line import TINY
 from tests.helpers.composed_config import composed_run, composed_settings
 from tests.helpers.memory_estimates import VOCABULARY
-from tests.helpers.run_results import assert_same, remains_of
+from tests.helpers.run_results import assert_identical, collect_run_results
 
 GIB = 2**30
 
@@ -62,7 +62,7 @@ def test_other_stages_take_a_number() -> None:
 
 
 @pytest.fixture
-def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+def make_run_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """A run of the default configuration where so many GiB are free."""
 
     def make(gib: float, *overrides: str) -> Run:
@@ -79,43 +79,53 @@ def settled(run: Run, **options: object) -> int:
     return run.settings.ppo.microbatch_tokens
 
 
-def test_a_run_goes_on_with_what_it_began_with(make_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_goes_on_with_what_it_began_with(
+    make_run_with_memory: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     auto = "ppo.microbatch_tokens=auto"
-    first = make_run(2, auto)
+    first = make_run_with_memory(2, auto)
     began = settled(first)
     assert f"auto: {began}; the run needs about" in caplog.text
-    assert settled(make_run(0.9, auto)) == began  # another machine, or something else runs on it
+    assert settled(make_run_with_memory(0.9, auto)) == began  # another machine, or something else runs on it
     assert f"auto: {began}, as the run began" in caplog.text
-    assert settled(make_run(2, auto, "seed=1")) == began  # another configuration: what was kept is not looked at
-    fewer = settled(make_run(0.9, auto, "seed=2"))
+    assert (
+        settled(make_run_with_memory(2, auto, "seed=1")) == began
+    )  # another configuration: what was kept is not looked at
+    fewer = settled(make_run_with_memory(0.9, auto, "seed=2"))
     assert fewer < began
-    assert settled(make_run(2, auto, "seed=2")) == fewer
-    assert settled(make_run(2, auto, "seed=2"), fresh=True) == began
-    assert settled(make_run(4, auto, "seed=3"), jobs=2) == began  # two at once have half of it each
+    assert settled(make_run_with_memory(2, auto, "seed=2")) == fewer
+    assert settled(make_run_with_memory(2, auto, "seed=2"), fresh=True) == began
+    assert settled(make_run_with_memory(4, auto, "seed=3"), jobs=2) == began  # two at once have half of it each
 
 
-def test_the_identity_says_auto(make_run: Callable[..., Run]) -> None:
+def test_the_identity_says_auto(make_run_with_memory: Callable[..., Run]) -> None:
     auto = "ppo.microbatch_tokens=auto"
-    one = make_run(2, auto)
-    picked, before = settled(one), make_run(2, auto).identity
-    other = make_run(0.9, auto)
+    one = make_run_with_memory(2, auto)
+    picked, before = settled(one), make_run_with_memory(2, auto).identity
+    other = make_run_with_memory(0.9, auto)
     assert settled(other, fresh=True) < picked
-    assert one.identity == other.identity == before != make_run(2, f"ppo.microbatch_tokens={picked}").identity
+    assert (
+        one.identity == other.identity == before != make_run_with_memory(2, f"ppo.microbatch_tokens={picked}").identity
+    )
 
 
-def test_a_number_stays_what_it_is(make_run: Callable[..., Run]) -> None:
-    assert settled(make_run(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
-    run = make_run(2, "ppo.microbatch_tokens=300")
+def test_a_number_stays_what_it_is(make_run_with_memory: Callable[..., Run]) -> None:
+    assert settled(make_run_with_memory(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
+    run = make_run_with_memory(2, "ppo.microbatch_tokens=300")
     before = (run.folder / BUDGET).read_bytes()
     assert settled(run) == 300
     assert (run.folder / BUDGET).read_bytes() == before
 
 
-def test_what_cannot_be_estimated_is_refused(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_estimated_is_refused(
+    make_run_with_memory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as without the Hub
     with pytest.raises(ModelError, match=r"ppo.microbatch_tokens=auto needs .* cannot be read; allowed: a number"):
-        preview.settle_budget(make_run(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b"))
+        preview.settle_budget(
+            make_run_with_memory(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b")
+        )
 
 
 @pytest.mark.slow
@@ -144,7 +154,7 @@ def test_a_run_continued_where_less_is_free(command: Callable, tmp_path: Path, m
     assert run(ample, "name=whole", "resume=never")[0] == 0
     stopped, whole = (next(tmp_path.glob(f"{name}/*")) for name in ("stopped", "whole"))
     assert read_json(stopped / "summary.json")["microbatch_tokens"] == picked
-    assert_same(remains_of([stopped]), remains_of([whole]))
+    assert_identical(collect_run_results([stopped]), collect_run_results([whole]))
     assert run(scarce, "name=fewer", "resume=never")[0] == 0
     other = next(tmp_path.glob("fewer/*"))
     assert read_json(other / "summary.json")["microbatch_tokens"] == fewer

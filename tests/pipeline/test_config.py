@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rlhf import root
 from rlhf.pipeline.config import instantiate, settings_of, target_class
 from rlhf.sweep.resolvers import folder_name
-from tests.helpers.command_line import sentence
+from tests.helpers.command_line import error_sentence
 from tests.helpers.composed_config import composed
 
 CONF = root() / "conf"
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(command: Callable, arguments:
             pytest.skip("there is a GPU here")
     code, _, err = command(*arguments.split())
     assert code == 2, err
-    said = sentence(err)
+    said = error_sentence(err)
     assert names in said
     assert allowed in said
     assert not list(Path("outputs").rglob("*.safetensors")), "a model was made before the mistake was found"
@@ -155,7 +155,7 @@ PUBLISHED = {
         "schedule": "linear", "adam_eps": 1e-5, "weight_decay": 0.0,
         "max_grad_norm": 1.0, "gamma": 1.0, "lam": 0.95, "clip_range": 0.2,
         "value_clip_range": 0.2, "value_coef": 0.1, "whiten_rewards": True, "whiten_advantages": True, "steps": 100,
-        "value": "adapter",
+        "value_model": "adapter",
     },
     "kl": {"coef": 0.02},
     "generation": {"temperature": 1.0, "max_new_tokens": 300},

@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers import killed_runs
 from tests.helpers.command_line import TINY
-from tests.helpers.run_results import STAGES, assert_same, remains
+from tests.helpers.run_results import STAGE_FOLDERS, assert_identical, collect_results
 
 pytestmark = pytest.mark.long
 KILLS = int(os.environ.get("RLHF_KILLS", "0"))  # how many more kills, at random moments
@@ -130,7 +130,7 @@ class Lives:
 
     def ended(self) -> None:
         """Compare, and begin anew."""
-        assert_same(remains(self.folder), self.undisturbed)
+        assert_identical(collect_results(self.folder), self.undisturbed)
         shutil.rmtree(self.folder)
         self.compared += 1
         self._begin()
@@ -147,7 +147,7 @@ class Lives:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("undisturbed")
     to_the_end(folder)
-    found = remains(folder)
+    found = collect_results(folder)
     assert len([name for name in found if "adapter_model.safetensors" in name]) == 3  # reward, last and best policy
     assert len([name for name in found if name.endswith(".ckpt")]) == 2
     assert {"report/table.md", "report/table.csv"} <= found.keys()
@@ -185,7 +185,11 @@ def test_killed_at_random_a_run_ends_with_the_same_bits(undisturbed: dict[str, A
     while lives.kills.total() < KILLS:
         number = random.choice((signal.SIGKILL, signal.SIGTERM))
         if kill_after(lives.folder, random.uniform(0, longest), number):
-            done = [name for name, place in STAGES.items() if list(lives.folder.glob(f"outputs/{place}/summary.json"))]
+            done = [
+                name
+                for name, place in STAGE_FOLDERS.items()
+                if list(lives.folder.glob(f"outputs/{place}/summary.json"))
+            ]
             lives.killed(f"at random, {' and '.join(done) or 'nothing'} being there", number)
         else:
             lives.ended()
@@ -202,4 +206,4 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: dict[str, Any], tmp_pa
     said = to_the_end(tmp_path)
     assert "is damaged" in said
     assert "continuing from step 3" in said
-    assert_same(remains(tmp_path), undisturbed)
+    assert_identical(collect_results(tmp_path), undisturbed)

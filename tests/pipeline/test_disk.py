@@ -27,8 +27,8 @@ from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import JsonLines
 from tests.helpers.calls import before_call
-from tests.helpers.command_line import TINY, sentence
-from tests.helpers.run_results import assert_same, remains
+from tests.helpers.command_line import TINY, error_sentence
+from tests.helpers.run_results import assert_identical, collect_results
 
 
 @contextmanager
@@ -77,12 +77,12 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_bit(command: Callab
             with before_call(owner, name, lambda *args, when=when: fill(disk) if when(*args) else None):
                 code, out, error = command(*arguments)
             assert code == 1, (what, out, error)
-            assert "No space left on device" in sentence(out + error), what
+            assert "No space left on device" in error_sentence(out + error), what
             (disk / "filler").unlink()
             assert not list(disk.rglob(f".*.{os.getpid()}")), f"{what}: something half-written was left"
         code, out, error = command(*arguments)
         assert code == 0, out + error
-        assert_same(remains(disk), remains(undisturbed))
+        assert_identical(collect_results(disk), collect_results(undisturbed))
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_sentence(command: Callab
         code, out, error = command(*TINY, f"output_dir={outputs}")
     assert code == 1
     reason = "Read-only file system" if os.geteuid() == 0 else "Permission denied"
-    assert sentence(out + error).startswith(f"rlhf: {reason}: {outputs}")
+    assert error_sentence(out + error).startswith(f"rlhf: {reason}: {outputs}")
 
 
 def built(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ from rlhf.pipeline.config import check
 from rlhf.pipeline.run import PREFERENCES_CODE, REWARD_CODE, SFT_CODE, Run
 from rlhf.sweep.resolvers import folder_name
 from tests.helpers.composed_config import composed_run
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Run]:
-    """A run of the default configuration with some overrides."""
-
-    def make(*overrides: str) -> Run:
-        return composed_run(tmp_path, *overrides)
-
-    return make
-
 
 # -- folders ---------------------------------------------------------------------------------------------------------
 
@@ -176,11 +164,11 @@ DECIDED = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), DECIDED)
-def test_what_a_key_decides(make_run: Callable[..., Run], overrides: str, expected: str) -> None:
+def test_what_a_key_decides(tmp_path: Path, overrides: str, expected: str) -> None:
     def names(run: Run) -> dict[str, str]:
         return {"sft": run.sft_folder.name, "reward": run.reward_folder.name, "run": run.identity}
 
-    before, after = names(make_run()), names(make_run(*overrides.split()))
+    before, after = names(composed_run(tmp_path)), names(composed_run(tmp_path, *overrides.split()))
     assert ", ".join(name for name in before if before[name] != after[name]) == expected
 
 
@@ -189,22 +177,22 @@ KEYS = ["limit_train_batches=1", "fast_dev_run=true", "overfit_batches=1", "max_
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_trainers_key_that_changes_training_is_refused(make_run: Callable[..., Run], key: str) -> None:
-    run = make_run(f"+trainer.{key}")
+def test_a_trainers_key_that_changes_training_is_refused(tmp_path: Path, key: str) -> None:
+    run = composed_run(tmp_path, f"+trainer.{key}")
     with pytest.raises(ConfigError, match=rf"^trainer\.{key.partition('=')[0]} .*; allowed: ") as refused:
         check(run.config, run.settings, run.source)
     assert "\n" not in str(refused.value)
 
 
-def test_a_stage_needs_no_data_of_later_stages(make_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_stage_needs_no_data_of_later_stages(tmp_path: Path) -> None:
     """SFT on demonstrations alone, although the default scorer would need comparisons."""
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     alone = ("data=alpaca", f"data.root={tmp_path}", "data.sft=rows.jsonl", "judge=reward_model", "model=custom",
              "model.name_or_path=a/b", *(f"data.{split}=null" for split in
              ("sft_validation", "preference", "preference_validation", "prompts", "eval")))  # fmt: skip
-    run = make_run("stage=sft", *alone)
+    run = composed_run(tmp_path, "stage=sft", *alone)
     check(run.config, run.settings, run.source)
-    run = make_run("stage=ppo", *alone)
+    run = composed_run(tmp_path, "stage=ppo", *alone)
     with pytest.raises((ConfigError, DataError), match="no preference split"):
         check(run.config, run.settings, run.source)
 
@@ -244,12 +232,12 @@ def folders_of(modules: tuple[str, ...]) -> set[str]:
     ],
 )
 def test_editing_a_file_rebuilds_what_it_decides(
-    edited: str, rebuilt: set[str], make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edited: str, rebuilt: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a copy of the package, with a line more in one of its files."""
 
     def names() -> dict[str, str]:
-        run = make_run()
+        run = composed_run(tmp_path)
         return {"sft": run.sft_folder.name, "reward": run.reward_folder.name}
 
     before = names()
@@ -263,10 +251,8 @@ def test_editing_a_file_rebuilds_what_it_decides(
     assert {stage for stage in before if before[stage] != after[stage]} == rebuilt
 
 
-def test_a_change_of_what_trains_it_is_another_model(
-    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, after = make_run(), make_run()
+def test_a_change_of_what_trains_it_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = composed_run(tmp_path), composed_run(tmp_path)
     names = before.sft_folder, before.reward_folder
     monkeypatch.setattr(identity.inspect, "getsource", lambda function: function.__name__ * 2)
     assert after.sft_folder != names[0]

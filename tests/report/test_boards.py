@@ -15,7 +15,7 @@ import wandb
 from rlhf import root
 from rlhf.files import SUMMARY, read_json, write_json
 from rlhf.report import sync
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 from tests.helpers.made_up_sweeps import write_run
 from tests.helpers.wandb_files import read_runs
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         figures = json.dumps(FIGURES).replace('"', "").replace("title: Figure ", "title: Figure")
         layout = f"report={{title: Small, baseline: kl, figures: {figures}}}"
         job = [*TINY, "logger=wandb", "name=study", "ppo.steps=1", "ppo.eval_every=1", layout]
-        assert rlhf("-m", *job, "divergence=kl,none") == 0
+        assert run_in_process("-m", *job, "divergence=kl,none") == 0
         wandb.finish()
         wandb.teardown()
     return place / "outputs/study"

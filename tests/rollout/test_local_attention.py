@@ -7,7 +7,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.unpadded import takes_visible
 from rlhf.rollout import native
 from rlhf.rollout.native import NativeEngine
-from tests.helpers.tiny_architectures import LOCAL, tiny
+from tests.helpers.tiny_architectures import LOCAL, tiny_architecture
 
 SHORT, LONG = [7, 5, 3], [(7 * i) % 50 + 3 for i in range(17)]
 
@@ -31,17 +31,17 @@ def test_sampled_logprobs_whatever_else_is_in_the_batch(
 ) -> None:
     """Longer than the window, beside longer and shorter prompts, with rows dropped as they end."""
     monkeypatch.setattr(native, "CHECK_EVERY", 1)
-    roles = Roles(tiny(kind, **LOCAL[kind]))
+    roles = Roles(tiny_architecture(kind, **LOCAL[kind]))
     for prompts, row in (([SHORT], 0), ([SHORT, LONG], 0), ([SHORT, LONG, [9]], 1), ([LONG, [9]], 1)):
         assert gap(roles, prompts, row, fixed) < 1e-4
 
 
 def test_a_window_that_reaches_further_than_the_text_changes_nothing() -> None:
     """So that models with windows of thousands of tokens are decoded as those without."""
-    assert takes_visible(tiny("mistral", sliding_window=None), 50)
+    assert takes_visible(tiny_architecture("mistral", sliding_window=None), 50)
     for kind in ("mistral", "gemma3_text"):
-        model = tiny(kind, **LOCAL[kind] | {"sliding_window": 50})
+        model = tiny_architecture(kind, **LOCAL[kind] | {"sliding_window": 50})
         assert takes_visible(model, 50)
         assert not takes_visible(model, 51)
-    assert not takes_visible(tiny("bloom", **LOCAL["bloom"]), 5)
-    assert not takes_visible(tiny("falcon", **LOCAL["falcon"]), 5)
+    assert not takes_visible(tiny_architecture("bloom", **LOCAL["bloom"]), 5)
+    assert not takes_visible(tiny_architecture("falcon", **LOCAL["falcon"]), 5)

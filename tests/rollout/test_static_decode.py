@@ -13,7 +13,7 @@ from rlhf.rollout.kv_cache import BufferCache
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.sample import make_engine
 from rlhf.settings import GenerationSettings
-from tests.helpers.rollouts import EOS, KINDS, rows_of, sample, seeded
+from tests.helpers.rollouts import EOS, KINDS, generate, response_rows, seeded_generator
 
 FIXED, GROWING = NativeEngine(EOS, fixed=True), NativeEngine(EOS)
 
@@ -52,8 +52,8 @@ def test_the_same_tokens_and_logprobs(
         torch.manual_seed(0)  # of the adapters
         roles = make_roles(kind)
     options: Any = {"max_new_tokens": 60, "temperature": temperature}
-    fixed, growing = sample(FIXED, roles, **options), sample(GROWING, roles, **options)
-    assert rows_of(fixed) == rows_of(growing)
+    fixed, growing = generate(FIXED, roles, **options), generate(GROWING, roles, **options)
+    assert response_rows(fixed) == response_rows(growing)
     assert fixed.logprobs is not None
     assert growing.logprobs is not None
     for i, n in enumerate(fixed.lengths.tolist()):
@@ -71,14 +71,14 @@ def test_in_bfloat16_under_autocast(make_roles: Callable) -> None:
     """There rounding differs with the shapes: the first tokens agree."""
     roles = make_roles().bfloat16()
     roles.compute_dtype = torch.bfloat16
-    fixed, growing = (sample(engine, roles, temperature=0.0) for engine in (FIXED, GROWING))
+    fixed, growing = (generate(engine, roles, temperature=0.0) for engine in (FIXED, GROWING))
     assert torch.equal(fixed.ids[:, :2], growing.ids[:, :2])
 
 
 def test_what_was_in_the_buffers_does_not_matter() -> None:
     """Memory that held anything before, such as values that are no number, is behind the mask but in the product."""
     cache, place = BufferCache(1, 6), torch.tensor([2])
-    states = torch.randn(3, 2, 2, 4, generator=seeded())
+    states = torch.randn(3, 2, 2, 4, generator=seeded_generator())
     cache.update(states, states, 0)
     layer: Any = cache.layers[0]
     layer.keys[:, :, 2:] = layer.values[:, :, 2:] = torch.nan
@@ -96,7 +96,7 @@ def test_what_was_in_the_buffers_does_not_matter() -> None:
 
 def test_eager_attention_grows(make_roles: Callable, seen: list) -> None:
     roles = make_roles(attn_implementation="eager")
-    assert rows_of(sample(FIXED, roles)) == rows_of(sample(GROWING, roles))
+    assert response_rows(generate(FIXED, roles)) == response_rows(generate(GROWING, roles))
     assert not seen
 
 
@@ -130,8 +130,8 @@ def test_graphs_on_a_gpu(make_roles: Callable, caplog: pytest.LogCaptureFixture)
     """Twice, with another adapter the second time: nothing of the first graphs is used again."""
     roles = make_roles().to("cuda")
     for _ in range(2):
-        fixed, growing = sample(FIXED, roles), sample(GROWING, roles)
-        assert rows_of(fixed) == rows_of(growing)
+        fixed, growing = generate(FIXED, roles), generate(GROWING, roles)
+        assert response_rows(fixed) == response_rows(growing)
         assert "no CUDA graph" not in caplog.text
         for parameter in roles.adapter_parameters("base", "policy").values():
             parameter.data.add_(0.05)

@@ -16,7 +16,7 @@ from rlhf.rollout.sample import make_engine
 from rlhf.rollout.vllm import write_adapter
 from rlhf.settings import GenerationSettings
 from tests.helpers.composed_config import compose_and_check
-from tests.helpers.memory_estimates import of
+from tests.helpers.memory_estimates import estimate_of
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings
 
 CHOSEN = ["generation=vllm", "model.dtype=bfloat16"]
@@ -102,10 +102,10 @@ def test_what_goes_wrong_in_vllm_is_told_in_a_sentence(folders: SimpleNamespace,
 
 
 def test_the_estimate_knows_what_vllm_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = of("model.dtype=bfloat16")
+    plain = estimate_of("model.dtype=bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * 2**30, 10 * 2**30))
-    served = of(*CHOSEN)
+    served = estimate_of(*CHOSEN)
     assert served.program == 4 * 2**30
     assert served.generating == 0
     assert served.peak == 4 * 2**30 + plain.weights + plain.trained + plain.updating

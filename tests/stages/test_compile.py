@@ -10,14 +10,14 @@ from torch._dynamo.utils import counters
 
 from rlhf.rollout.sample import rollout
 from rlhf.stages.ppo import PPO
-from tests.helpers.command_line import sentence
+from tests.helpers.command_line import error_sentence
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
-from tests.helpers.training import gradients
+from tests.helpers.training import record_gradients
 
 
 def updates(stage: PPO, folder: Path) -> tuple[list[dict[str, float]], list[torch.Tensor]]:
     folder.mkdir()
-    with gradients() as seen:
+    with record_gradients() as seen:
         lines = train(stage, folder)
     return lines, [gradient for step in seen for gradient in step if gradient is not None]
 
@@ -90,4 +90,4 @@ def test_the_same_tokens(folders: SimpleNamespace, tmp_path: Path) -> None:
 def test_what_cannot_be_compiled(command: Callable) -> None:
     code, _, said = command("debug=quick", "model.compile=true", "trainer=fsdp", "trainer.devices=2")
     assert code == 2
-    assert "model.compile=true" in sentence(said)
+    assert "model.compile=true" in error_sentence(said)

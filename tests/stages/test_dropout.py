@@ -14,9 +14,9 @@ from rlhf.divergence import bregman
 from rlhf.rollout.sample import Rollouts
 from rlhf.stages.passes import compute_divergence, compute_logprobs, compute_values
 from rlhf.stages.ppo import PPO
-from tests.helpers.calls import spy
+from tests.helpers.calls import record_calls
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings, train
-from tests.helpers.training import gradients
+from tests.helpers.training import record_gradients
 
 pytestmark = pytest.mark.parametrize("dropout", [0.1, 0.5])
 ONCE = {"epochs": 1, "minibatch_size": 12, "steps": 1, "warmup_steps": 0}
@@ -35,7 +35,10 @@ def test_before_any_update_values_are_the_old_values(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, value: str
 ) -> None:
     stage = dropping(dropout, folders, tmp_path / "s", value_model=value)
-    losses, assessed = spy(monkeypatch, ppo, "value_losses"), spy(monkeypatch, stage, "make_experience")
+    losses, assessed = (
+        record_calls(monkeypatch, ppo, "value_losses"),
+        record_calls(monkeypatch, stage, "make_experience"),
+    )
     train(stage, tmp_path)
     assert len(losses) > 1
     for (values, old, *_), _ in losses:
@@ -57,7 +60,7 @@ def test_advantages_and_returns_are_of_the_values_without_dropout(
         return assess(rollouts, *args)
 
     monkeypatch.setattr(stage, "make_experience", look)
-    experiences = spy(monkeypatch, stage, "update")
+    experiences = record_calls(monkeypatch, stage, "update")
     train(stage, tmp_path)
     experience = experiences[0][0][0]
     torch.testing.assert_close(experience.values, expected[0], rtol=1e-5, atol=1e-5)
@@ -81,7 +84,7 @@ def test_penalty_and_kl_are_of_the_policy_that_samples(
         return assess(rollouts, *args)
 
     monkeypatch.setattr(stage, "make_experience", look)
-    experiences, losses = spy(monkeypatch, stage, "update"), spy(monkeypatch, ppo, "policy_losses")
+    experiences, losses = record_calls(monkeypatch, stage, "update"), record_calls(monkeypatch, ppo, "policy_losses")
     (row,) = train(stage, tmp_path)
     experience, (sampled, reference) = experiences[0][0][0], measured
     mask = experience.mask
@@ -123,7 +126,7 @@ def test_an_exact_divergence_is_without_dropout_in_reward_and_loss(
         return experience
 
     monkeypatch.setattr(stage, "make_experience", look)
-    with gradients() as seen:
+    with record_gradients() as seen:
         train(stage, tmp_path)
     compared = 0
     for ours, theirs in zip(seen[0], expected, strict=True):

@@ -12,7 +12,7 @@ from rlhf import ppo
 from rlhf.models import heads
 from rlhf.stages.ppo import PPO
 from tests.helpers.ppo_stages import make_ppo, ppo_settings, train
-from tests.helpers.training import gradients
+from tests.helpers.training import record_gradients
 
 PLAIN = {"epochs": 1, "minibatch_size": 12, "steps": 1, "warmup_steps": 0, "max_grad_norm": 1e9}
 
@@ -49,7 +49,7 @@ def test_the_gradient_is_that_of_the_divergence(
         return experience
 
     monkeypatch.setattr(stage, "make_experience", without_advantages)
-    with gradients() as seen:
+    with record_gradients() as seen:
         train(stage, tmp_path)
     compared = 0
     for ours, theirs in zip(seen[0], expected, strict=True):

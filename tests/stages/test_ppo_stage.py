@@ -21,9 +21,9 @@ from rlhf.rollout.sample import serve_as_old
 from rlhf.settings import LoraSettings
 from rlhf.stages.minibatches import split_minibatches
 from rlhf.stages.ppo import PPO
-from tests.helpers.calls import spy
+from tests.helpers.calls import record_calls
 from tests.helpers.ppo_stages import LORA, count_low_words, make_ppo, ppo_settings, train
-from tests.helpers.training import changed, gradients, weights
+from tests.helpers.training import changed_weights, copy_weights, record_gradients
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -32,7 +32,10 @@ def test_the_first_ratio_is_one(
 ) -> None:
     settings = ppo_settings(lora=replace(LORA, dropout=dropout), epochs=1, minibatch_size=12, steps=3)
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    losses, assessed = spy(monkeypatch, ppo, "policy_losses"), spy(monkeypatch, stage, "make_experience")
+    losses, assessed = (
+        record_calls(monkeypatch, ppo, "policy_losses"),
+        record_calls(monkeypatch, stage, "make_experience"),
+    )
     metrics = train(stage, tmp_path)
     assert len(losses) > 6  # several micro-batches a step, one optimiser step each: no ratio but the first of a batch
     for (logprobs, old, *_), _ in losses:
@@ -82,12 +85,12 @@ CASES = {
 def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, case: str) -> None:
     """Policy and value both move, with a reference pass before each update; nothing else ever does."""
     stage = make_ppo(ppo_settings(**CASES[case]), folders, tmp_path / "samples")
-    roles, before = stage.roles, weights(stage.roles)
-    with gradients() as seen:
+    roles, before = stage.roles, copy_weights(stage.roles)
+    with record_gradients() as seen:
         train(stage, tmp_path)
     assert len(seen) == 2 * 2 * 2  # steps · epochs · minibatches
     trained = {name for name, p in roles.named_parameters() if p.requires_grad}
-    moved = changed(before, roles)
+    moved = changed_weights(before, roles)
     assert moved == trained - {"trunks.value.lm_head.weight"}  # which a value function has no use for
     assert sum(grad is not None for grad in seen[0]) == len(moved)
     head = "heads.value.weight"
@@ -134,7 +137,7 @@ def test_exact_penalties_by_brute_force(
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 7 * 50)
     stage = make_ppo(ppo_settings(name, "logits", steps=1), folders, tmp_path / "samples")
     save_adapter(stage.roles, "policy", lora_config(LORA), folders.sft, tokenizer, tmp_path / "policy")
-    assessed = spy(monkeypatch, stage, "make_experience")
+    assessed = record_calls(monkeypatch, stage, "make_experience")
     train(stage, tmp_path)
     policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     reference = AutoModelForCausalLM.from_pretrained(folders.sft).eval()
@@ -158,8 +161,8 @@ def test_without_divergence_no_reference_pass(
 ) -> None:
     settings = ppo_settings("none", "none", steps=4, reference_every=2, epochs=1)
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    calls = spy(monkeypatch, stage.roles, "states")
-    made, ends = [], spy(monkeypatch, stage, "update")
+    calls = record_calls(monkeypatch, stage.roles, "states")
+    made, ends = [], record_calls(monkeypatch, stage, "update")
     monkeypatch.setattr(stage.scorer, "function", lambda p, r: made.append(len(calls)) or count_low_words(p, r))
     metrics = train(stage, tmp_path)
     steps = [slice(a, b) for a, b in zip(made, [*made[1:], None], strict=True)]
@@ -175,7 +178,7 @@ def test_missing_eos_costs_the_penalty(
     for penalty in (0.0, 1.5):
         settings = ppo_settings(steps=1, whiten_rewards=False, missing_eos_penalty=penalty)
         stage = make_ppo(settings, folders, tmp_path / "samples")
-        assessed = spy(monkeypatch, stage, "make_experience")
+        assessed = record_calls(monkeypatch, stage, "make_experience")
         train(stage, tmp_path / str(penalty))
         (rollouts, *_), experience = assessed[0]
         shaped.append(experience.rewards)
@@ -204,7 +207,7 @@ def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout:
     for a, b in zip(whole[2:], rest, strict=True):
         same = {key for key in a if not key.startswith("time") and key != "ppo/rollouts_per_second"}
         assert {key: a[key] for key in same} == {key: b[key] for key in same}
-    assert not changed(weights(straight.roles), resumed.roles)
+    assert not changed_weights(copy_weights(straight.roles), resumed.roles)
     assert resumed.kl.coef == straight.kl.coef != 0.05
     states = [stage.trainer.optimizers[0].state_dict() for stage in (straight, resumed)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
@@ -218,7 +221,7 @@ def test_as_published_takes_more_and_smaller_steps(folders: SimpleNamespace, tmp
     for accumulation in ("exact", "as_published"):
         settings = ppo_settings(accumulation=accumulation, published_rows=2, steps=1)
         stage = make_ppo(settings, folders, tmp_path / accumulation)
-        with gradients() as steps:
+        with record_gradients() as steps:
             train(stage, tmp_path / accumulation)
         counts[accumulation], first[accumulation] = len(steps), steps[0]
     assert counts == {"exact": 2 * 2, "as_published": 2 * 2 * 3}

@@ -22,10 +22,10 @@ from rlhf.settings import OptimizerSettings
 from rlhf.stages.base import Stage
 from rlhf.stages.batches import SeededBatches
 from rlhf.stages.reward import longer_accuracy
-from tests.helpers.calls import spy
+from tests.helpers.calls import record_calls
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings, train
 from tests.helpers.supervised_stages import COMPARISONS, DEMONSTRATIONS, NO_CLIPPING, reward_stage, sft_stage
-from tests.helpers.training import changed, fit, gradients, weights
+from tests.helpers.training import changed_weights, copy_weights, fit, record_gradients
 
 EOS = 1
 
@@ -34,7 +34,7 @@ def one_step(stage: Any, rows: list, folder: Path) -> tuple[dict[str, Tensor], d
     """The gradients of the first optimiser step by name, and the metrics logged."""
     names = [name for name, p in stage.named_parameters() if p.requires_grad]
     batches = SeededBatches(len(rows), len(rows), 0, 1)
-    with gradients() as seen:
+    with record_gradients() as seen:
         metrics = fit(stage, stage.encode(rows), batches, folder)
     assert len(seen) == 1
     assert len(seen[0]) == len(names)
@@ -79,9 +79,11 @@ def test_sft_gradient_is_that_of_transformers(
 
 def test_sft_adapter_trains_alone(folders: SimpleNamespace, tmp_path: Path) -> None:
     stage = sft_stage(folders, LORA, microbatch_tokens=32)
-    before = weights(stage.roles)
+    before = copy_weights(stage.roles)
     one_step(stage, DEMONSTRATIONS, tmp_path)
-    assert changed(before, stage.roles) == {name for name in before if "lora_B" in name}  # A follows once B is not 0
+    assert changed_weights(before, stage.roles) == {
+        name for name in before if "lora_B" in name
+    }  # A follows once B is not 0
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -162,8 +164,11 @@ def test_ppo_gradient_by_plain_autograd(
         options = {"microbatch_tokens": budget, "steps": 1, "epochs": 2, "minibatch_size": 12, "value_model": value}
         stage = make_ppo(ppo_settings(max_grad_norm=NO_CLIPPING, lr=0.05, **options), folders, tmp_path / "samples")
         stage.roles.heads["value"].weight.data.normal_(generator=torch.Generator().manual_seed(5))
-        assessed, updated = spy(monkeypatch, stage, "make_experience"), spy(monkeypatch, stage, "microbatch_loss")
-        with gradients() as seen:
+        assessed, updated = (
+            record_calls(monkeypatch, stage, "make_experience"),
+            record_calls(monkeypatch, stage, "microbatch_loss"),
+        )
+        with record_gradients() as seen:
             train(stage, tmp_path / str(budget))
         results[budget] = seen[0], assessed[0][1], len(updated)
     (tiny, experience, many), (whole, _, few) = results[24], results[100000]

@@ -26,7 +26,7 @@ from rlhf.sweep.states import states
 from tests.helpers.command_line import TINY
 from tests.helpers.composed_config import composed, composed_settings
 from tests.helpers.made_up_sweeps import write_run
-from tests.helpers.subprocess_runs import rlhf
+from tests.helpers.subprocess_runs import run_in_subprocess
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 BOTH = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}
@@ -230,7 +230,7 @@ def test_a_study_outlives_failures_and_kills_and_makes_no_trial_twice(tmp_path: 
     def search(number: int, code: int = 0) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-            return rlhf(tmp_path, *command, f"hydra.sweeper.n_trials={number}", code=code)
+            return run_in_subprocess(tmp_path, *command, f"hydra.sweeper.n_trials={number}", code=code)
 
     said = search(4, code=1)
     study, states_of = tmp_path / "outputs/search", lambda: [trial.state.name for trial in trials(tmp_path)]

@@ -15,8 +15,8 @@ from rlhf.errors import ConfigError
 from rlhf.files import read_json, read_lines
 from rlhf.sweep import slurm
 from rlhf.tracking.code import freeze
-from tests.helpers.run_results import assert_same, remains_of
-from tests.helpers.slurm_cluster import Cluster, missing, wait_for
+from tests.helpers.run_results import assert_identical, collect_run_results
+from tests.helpers.slurm_cluster import Cluster, missing_program, wait_for
 from tests.helpers.subprocess_runs import QUICK
 
 SEEDS = (1, 2)
@@ -45,7 +45,7 @@ SWEEP = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    if absent := missing():
+    if absent := missing_program():
         pytest.skip(f"{absent} is not installed (apt-get install slurm-wlm munge)")
     if os.getuid() != 0:
         pytest.skip("slurmd must run as root")
@@ -191,7 +191,7 @@ def test_preempted_out_of_time_and_on_a_lost_node_runs_end_with_the_same_bits(
     sweep.end()
     with capsys.disabled():
         print("\nseconds:", json.dumps({key: round(value, 1) for key, value in seen.items()}))
-    assert_same(remains_of(map(sweep.run, SEEDS)), remains_of(map(undisturbed.run, SEEDS)))
+    assert_identical(collect_run_results(map(sweep.run, SEEDS)), collect_run_results(map(undisturbed.run, SEEDS)))
 
 
 def elapsed_minutes(cluster: Cluster, job: str) -> int:

@@ -15,7 +15,7 @@ from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.sweep.plan import PLAN, parallel_jobs
 from rlhf.sweep.states import counts, seconds_left, states
 from tests.helpers.command_line import TINY
-from tests.helpers.subprocess_runs import QUICK, rlhf
+from tests.helpers.subprocess_runs import QUICK, run_in_subprocess
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def sweep(folder: Path, *arguments: str, code: int = 0) -> str:
     os.environ["PYTHONPATH"] = str(folder)
     try:
         seeds = [] if any(argument.startswith("seed=") for argument in arguments) else ["seed=1,2"]
-        return rlhf(folder, *ARGUMENTS, *seeds, *arguments, code=code)
+        return run_in_subprocess(folder, *ARGUMENTS, *seeds, *arguments, code=code)
     finally:
         del os.environ["PYTHONPATH"]
 
@@ -89,7 +89,7 @@ def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None
     folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
     for folder in folders.values():
         folder.mkdir()
-    rlhf(folders["undisturbed"], *command)
+    run_in_subprocess(folders["undisturbed"], *command)
     for begun in (1, 3):  # that many of the four runs
         process = subprocess.Popen(
             [sys.executable, "-m", "rlhf", *command], cwd=folders["killed"], start_new_session=True,
@@ -102,7 +102,7 @@ def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None
         assert process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    said = rlhf(folders["killed"], *command)
+    said = run_in_subprocess(folders["killed"], *command)
     assert "4 of 4 runs done" in said
     reports = [folder / "outputs/study/report" for folder in folders.values()]
     for name in ("table.csv", "table.md", "differences.csv"):

@@ -17,7 +17,7 @@ from rlhf.guards.signs import GUARDS, SKIPPED
 from rlhf.report.sync import offline_runs
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 from tests.helpers.openai_server import serving
 from tests.helpers.wandb_files import OfflineRun, read_runs
 
@@ -63,10 +63,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             "guards.explained_variance={window: 1, limit: 1.0}",
             "report={figures: [{name: win_rate, title: W, kind: curve, y: eval/win_rate}]}",
         ]  # fmt: skip
-        assert rlhf("-m", *job, "seed=1,2") == 0
+        assert run_in_process("-m", *job, "seed=1,2") == 0
         left = interrupt_a_copy_of(Path("outputs"))
         seed = (read_summary(Path("outputs", "study", left.name)) or {})["config"]["seed"]
-        assert rlhf(*job, f"seed={seed}", f"output_dir={folder}/interrupted", f"hydra.run.dir={left}") == 0
+        assert run_in_process(*job, f"seed={seed}", f"output_dir={folder}/interrupted", f"hydra.run.dir={left}") == 0
         farm = Farm(people=12)
         people = [f"Introduce {person.name}.\n" for person in farm.world.people[:4]]
         rows = [{"entity": text[10:-2], "text": farm.reference(text)} for text in people]
@@ -75,9 +75,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             *TINY, "stage=evaluate", "name=facts", "evaluation=factscore", "evaluation.factscore.model=some",
             "evaluation.factscore.entities=people.jsonl", f"evaluation.factscore.{client}",
         ]  # fmt: skip
-        assert rlhf(*scored) == 0
+        assert run_in_process(*scored) == 0
         compared = ["preferences=simulated", "preferences.max_new_tokens=40", "name=compared", "stage=preferences"]
-        assert rlhf(*TINY, *compared) == 0
+        assert run_in_process(*TINY, *compared) == 0
         wandb.finish()
         wandb.teardown()
     outputs = folder / "outputs"
