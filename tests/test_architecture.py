@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import rlhf
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
@@ -119,3 +120,31 @@ def test_the_wheel_carries_the_configuration(tmp_path: Path) -> None:
         assert inside
         assert {f"rlhf/_root/{name}" for name in inside} <= set(names)
     assert "rlhf/py.typed" in names
+
+
+def test_every_text_file_is_opened_with_its_encoding() -> None:
+    for path in sorted((root() / "rlhf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                assert any(word.arg == "encoding" for word in node.keywords), f"{path}:{node.lineno}"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file as text, in the locale's encoding unless it names another."""
+    called = call.func
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    owner = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
+    if name in ("read_text", "write_text"):
+        return len(call.args) == (name == "write_text")
+    if name != "open" or owner in ("gzip", "os", "cls", "FinishedRun"):
+        return False
+    mode = call.args[0 if owner else 1 :][:1]
+    return not (mode and "b" in ast.unparse(mode[0]))
+
+
+def test_the_base_install_needs_none_of_the_extra() -> None:
+    for file in Path(rlhf.__file__).parent.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & {"openai", "diskcache", "bm25s", "pysbd"}, file

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,10 @@ from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation.evaluate import Evaluation
 from rlhf.evaluation.factscore import FactScore, length_penalty, read_facts, read_truth
-from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, cut, read_entities, sentences
+from tests.helpers.entity_pages import PAGES
 from tests.helpers.openai_server import Server, serving, text_of
 from tests.helpers.scorer_context import NoSource
 
-PAGES = {
-    "Ada Lind": "Ada Lind was born in Oslo. She painted ships. She died in 1950.",
-    "Ben Ruiz": "Ben Ruiz is a chef from Lima. He wrote two books.",
-    "Cy Okoro": "Cy Okoro is a runner.",
-    "Di Wang": "Di Wang built bridges.",
-}
 RESPONSES = [
     "Ada Lind was born in Oslo. Ada Lind was born in Rome and Ada Lind painted ships.",
     "Ben Ruiz is a chef.",
@@ -142,52 +135,6 @@ def test_prompts_name_the_entities_in_the_template_of_the_data(tmp_path: Path, e
     template = Template("{instruction} {input}", "### {instruction}\n")
     assert scorer.prompts(template)[0].prompt == "### Who is Ada Lind?\n"
     assert scorer.prompts(None)[1].instruction == "Who is Ben Ruiz?"
-
-
-# -- knowledge -------------------------------------------------------------------------------------------------------
-
-
-def test_pages_from_jsonl_and_from_sqlite_as_factscore_publishes_it(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("Ada Lind\n\nBen Ruiz\n")
-    entities = read_entities(tmp_path / "names.txt")
-    assert [entity.name for entity in entities] == ["Ada Lind", "Ben Ruiz"]
-    lines = [{"title": name, "text": [page, "More."]} for name, page in PAGES.items()]
-    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with sqlite3.connect(tmp_path / "pages.db") as connection:
-        connection.execute("CREATE TABLE documents (title PRIMARY KEY, text)")
-        rows = [(name, f"<s>{page}</s>{SEPARATOR}<s>More.</s>") for name, page in PAGES.items()]
-        connection.executemany("INSERT INTO documents VALUES (?, ?)", rows)
-    for name in ("pages.jsonl", "pages.db"):
-        knowledge = Knowledge(entities, tmp_path / name, 3)
-        assert knowledge.passages("Ada Lind", "Ada Lind was born", 1)[0].startswith("Ada Lind was born in Oslo.")
-        assert "More." in knowledge.passages("Ben Ruiz", "more", 9)
-    with pytest.raises(DataError, match=r"names.txt.* has no page for 1 of 1 entities, such as 'Nobody'|no page"):
-        Knowledge([type(entities[0])("Nobody")], tmp_path / "pages.db", 9)
-    with pytest.raises(DataError, match="does not exist"):
-        Knowledge(entities, tmp_path / "no.db", 9)
-    (tmp_path / "text.db").write_text("no database")
-    with pytest.raises(DataError, match=r"no SQLite database with a table documents\(title, text\)"):
-        Knowledge(entities, tmp_path / "text.db", 9)
-
-
-def test_the_passages_that_bear_on_a_fact_come_first(tmp_path: Path) -> None:
-    filler = [f"In {1900 + i} there was a meeting about matter number {i}." for i in range(40)]
-    page = " ".join([*filler[:20], "The violinist Iva Bek owned a red bicycle.", *filler[20:]])
-    (tmp_path / "one.jsonl").write_text(json.dumps({"name": "Iva Bek", "text": page}))
-    knowledge = Knowledge(read_entities(tmp_path / "one.jsonl"), None, 30)
-    found = knowledge.passages("Iva Bek", "Iva Bek had a bicycle that was red.", 2)
-    assert len(found) == 2
-    assert "red bicycle" in found[0]
-    assert len(knowledge.passages("Iva Bek", "zzz", 5)) == 5
-
-
-def test_passages_are_whole_sentences_and_none_is_lost() -> None:
-    page = "Dr. Ann Lee lives in the U.S. with a cat. She sings.\nShe is 40. " + "word " * 30 + "end."
-    passages = cut(page, 12)
-    assert " ".join(passages).split() == page.split()
-    assert passages[0] == "Dr. Ann Lee lives in the U.S. with a cat. She sings."
-    assert max(len(passage.split()) for passage in passages) == 31
-    assert sentences("  \n") == []
 
 
 @pytest.mark.parametrize(
