@@ -1,4 +1,4 @@
-"""The one-way flow: data → models → rollout → evaluation → stages → pipeline → report; no import back, no circle."""
+"""Imports go one way: data → models → rollout → evaluation → stages → pipeline → report. Other rules for the source."""
 
 import ast
 import subprocess
@@ -13,8 +13,8 @@ import rlhf
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
-# Folders and single files, from the ground up. What stands on a floor may import what stands below it, and what stands
-# on the same floor as long as there is no circle.
+# Folders and single files, from the bottom up. A module may import from lower floors and from its own floor, as long as
+# there is no circle.
 FLOORS = [
     ["errors", "__init__"],
     ["settings", "seeding", "files"],
@@ -42,7 +42,7 @@ def module_of(file: Path) -> str:
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of ours that a file imports, at its top or inside of functions."""
+    """The modules of the package that a file imports, at its top or inside functions."""
     known, found = {module_of(other) for other in FILES}, set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -97,7 +97,7 @@ def test_test_modules_share_code_only_through_the_helpers() -> None:
         found[str(file.relative_to(tests))] = {
             name for name in names if name.startswith((".", "tests.")) and not name.startswith("tests.helpers.")
         }
-    # `from tests.helpers import killed_runs` is `tests.helpers.killed_runs` here
+    # `from tests.helpers import x` is listed as `tests.helpers.x`
     assert not {file: names for file, names in found.items() if names}
 
 
@@ -130,7 +130,7 @@ def test_every_text_file_is_opened_with_its_encoding() -> None:
 
 
 def opens_text(call: ast.Call) -> bool:
-    """Whether a call opens a file as text, in the locale's encoding unless it names another."""
+    """Whether a call opens a file as text, which uses the locale's encoding by default."""
     called = call.func
     name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
     owner = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""

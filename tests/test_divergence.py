@@ -1,4 +1,4 @@
-"""Every estimator against numbers worked out by hand, and the properties that the paper's argument rests on."""
+"""Every divergence estimator against hand-computed numbers, and the properties that the paper relies on."""
 
 import math
 
@@ -19,7 +19,7 @@ logits = st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6)
 
 
 def one(function: object, logprob: float, ref_logprob: float) -> float:
-    """The estimator of a single token."""
+    """An estimator applied to a single token."""
     return float(function(torch.tensor([[logprob]]), torch.tensor([[ref_logprob]])))  # type: ignore[operator]
 
 
@@ -57,12 +57,12 @@ def test_sampled_estimators_by_hand(function: object, up: float, down: float) ->
 
 
 def test_bregman_is_bounded() -> None:
-    # δ = −10: e^10 − 1 − 10 = 22026.4658 − 11 = 22015.4658, and no more for any smaller δ
+    # δ = −10: e^10 − 1 − 10 = 22026.4658 − 11 = 22015.4658, and the same for any smaller δ
     assert one(d.bregman, -11.0, -1.0) == pytest.approx(22015.4658, rel=1e-6)
     assert one(d.bregman, -1000.0, -1.0) == pytest.approx(22015.4658, rel=1e-6)
     # δ = −9.5 is below the bound: e^9.5 − 10.5 = 13359.7268 − 10.5
     assert one(d.bregman, -10.5, -1.0) == pytest.approx(13349.2268, rel=1e-6)
-    # no bound where the reference is the unlikely one: δ = 20 gives e^−20 − 1 + 20
+    # no bound where the reference finds the token unlikely: δ = 20 gives e^−20 − 1 + 20
     assert one(d.bregman, -1.0, -21.0) == pytest.approx(19.0, rel=1e-6)
 
 
@@ -137,13 +137,13 @@ def test_exact_properties(a: list[float], b: list[float], shift: float) -> None:
 
 @pytest.mark.parametrize("function", EXACT)
 def test_exact_with_tokens_ruled_out(function: object) -> None:
-    """A token of probability 0 adds nothing, as if the vocabulary did not hold it."""
+    """A token of probability 0 contributes nothing, as if it were not in the vocabulary."""
     a, b = distributions(3, 8)
     a[..., 2] = b[..., 2] = -torch.inf
     kept = [0, 1, 3, 4, 5, 6, 7]
     result = function(a, b)  # type: ignore[operator]
     torch.testing.assert_close(result, function(a[..., kept], b[..., kept]))  # type: ignore[operator]
-    a[..., 4] = -torch.inf  # only the policy rules it out: still finite
+    a[..., 4] = -torch.inf  # ruled out by the policy only: still finite
     assert function(a, b).isfinite().all()  # type: ignore[operator]
 
 

@@ -1,4 +1,4 @@
-"""docs/extending.md: its examples, written to files and run by its own commands."""
+"""The examples of docs/extending.md, written to files and run with the page's commands."""
 
 import importlib
 import re
@@ -24,7 +24,7 @@ COMMANDS = [line.split()[1:] for kind, text in BLOCKS for line in text.splitline
 
 @pytest.fixture(scope="module", autouse=True)
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The page's files, below the current folder; `mine/parts.py`, imported."""
+    """Write the page's files to the current folder; return `mine/parts.py`, imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("extending"))
         patch.syspath_prepend(".")
@@ -41,7 +41,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 
 def run(chosen: str) -> Path:
-    """Run the page's command that ends so, as small as it gets; its new folder."""
+    """Run the page's command that ends with `chosen`, at a tiny size; return the new run folder."""
     (words,) = [words for words in COMMANDS if " ".join(words).endswith(chosen)]
     tiny = [word for word in TINY if not word.startswith("data.") or "data=" not in chosen]
     before = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}"))
@@ -54,7 +54,7 @@ def test_a_divergence() -> None:
     folder = run("divergence=huber kl.coef=0.05")
     lines = [line for line in read_metrics(folder) if "ppo/penalty" in line]
     assert len(lines) == 3
-    # near the reference it is δ²/2, and k3 is that to the second order
+    # near the reference it is δ²/2, as k3 is to second order
     assert lines[-1]["ppo/penalty"] == pytest.approx(lines[-1]["ppo/k3"], rel=0.2)
     assert lines[-1]["ppo/penalty"] > 0
 
@@ -103,7 +103,7 @@ def test_a_data_set() -> None:
 @pytest.mark.long
 def test_a_study(capfd: pytest.CaptureFixture) -> None:
     (words,) = [words for words in COMMANDS if words[-1] == "experiments=short"]
-    small = [*words, *TINY, "seed=1"]  # the command line wins over the file
+    small = [*words, *TINY, "seed=1"]  # the command line overrides the file
     assert run_in_process(*small) == 0
     assert len(list(Path("outputs/short").glob(f"*/{SUMMARY}"))) == 2
     report = Path("outputs/short/report")

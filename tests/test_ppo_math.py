@@ -1,4 +1,4 @@
-"""PPO's formulas against hand-computed numbers, against slow definitions, and against garbage in the padding."""
+"""PPO's formulas against hand-computed numbers and slow definitions, and with garbage in the padding."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def mask_of(lengths: list[int], time: int) -> Tensor:
 
 @st.composite
 def batches(draw: st.DrawFn, tensors: int = 2) -> tuple[list[Tensor], Tensor]:
-    """Random [batch, time] tensors and a ragged mask with at least one token a row."""
+    """Random [batch, time] tensors and a ragged mask with at least one token per row."""
     time, rows = draw(st.integers(1, 7)), draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, time), min_size=rows, max_size=rows))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -48,7 +48,7 @@ def test_whiten_by_hand() -> None:
     x, mask = row(1.0, 3.0, 5.0, 77.0), mask_of([3], 4)
     torch.testing.assert_close(ppo.whiten(x, mask), row(-1.224745, 0.0, 1.224745, 0.0))
     torch.testing.assert_close(ppo.whiten(x, mask, keep_mean=True), row(1.775255, 3.0, 4.224745, 0.0))
-    assert ppo.whiten(row(2.0, 2.0), mask_of([2], 2)).abs().max() == 0  # no spread: 0, not NaN
+    assert ppo.whiten(row(2.0, 2.0), mask_of([2], 2)).abs().max() == 0  # zero variance gives 0, not NaN
 
 
 @given(batches(1))
@@ -170,7 +170,9 @@ def test_losses_are_means_over_the_mask() -> None:
 
 def test_explained_variance_by_hand() -> None:
     returns, mask = row(1.0, 2.0, 3.0, 50.0), mask_of([3], 4)
-    assert float(ppo.explained_variance(returns + 5, returns, mask)) == pytest.approx(1)  # a constant off is forgiven
+    assert float(ppo.explained_variance(returns + 5, returns, mask)) == pytest.approx(
+        1
+    )  # a constant offset does not count
     assert float(ppo.explained_variance(torch.full((1, 4), 7.0), returns, mask)) == pytest.approx(0)
     # residuals of (3, 2, 1): −2, 0, 2, variance 8/3 against 2/3: 1 − 4 = −3
     assert float(ppo.explained_variance(row(3.0, 2.0, 1.0, 0.0), returns, mask)) == pytest.approx(-3)
@@ -193,7 +195,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor | tuple[Tensor, ...]]]] = {
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e9, -1e9])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_padding_has_no_effect(name: str, garbage: float) -> None:
-    """Neither on a result nor on a gradient, whatever stands there."""
+    """Padding has no effect on results or gradients, whatever values it holds."""
     count, function = FUNCTIONS[name]
     mask = mask_of([3, 1, 4], 5)
     clean = torch.randn(count, 3, 5, generator=torch.Generator().manual_seed(0)) * mask
@@ -233,7 +235,7 @@ def test_fixed_kl_stays() -> None:
 
 
 def test_whitening_that_keeps_the_mean_pays_for_length() -> None:
-    """Whitened sums are the rewards' own in other units, and a term in the length, its sign opposite to the mean's."""
+    """Sums of whitened rewards are the scaled sums plus a term in the length, with the sign opposite to the mean's."""
     rewards = torch.tensor([[0.0, 0.9, 0.0, 0.0], [0.0, 0.0, 0.0, 0.3]])
     mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
     # mean (.9 + .3) / 6 = .2; variance (.81 + .09) / 6 − .04 = .11, s = .331662; lengths 2 and 4 have a deviation of 1

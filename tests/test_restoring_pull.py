@@ -1,4 +1,4 @@
-"""What an estimator pulls as a reward: by hand, against sampling-free autograd, and the table in the documentation."""
+"""The restoring pull of estimators used as rewards: by hand, against exact autograd, and the table in the docs."""
 
 from pathlib import Path
 

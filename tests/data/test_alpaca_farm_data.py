@@ -1,4 +1,4 @@
-"""AlpacaFarm's repository, as a local copy and by name on the Hub."""
+"""AlpacaFarm's data sets, from a local copy and by their name on the Hub."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ FILES = {
 
 
 def copy(root: Path, **rows: list[dict[str, Any]]) -> Path:
-    """A copy of the repository with its layout and its fields."""
+    """Write a folder with the layout and fields of AlpacaFarm's repository."""
     demonstration = [{"instruction": "Add.", "input": "1 2", "output": "3"}]
     comparison = {"instruction": "Say hi.", "input": "", "output_1": "hi", "output_2": "no", "preference": 1}
     held_out = {
@@ -79,7 +79,7 @@ def test_a_missing_file_of_a_copy_is_named_at_once(tmp_path):
 
 
 def test_the_hub_s_files_are_asked_for_by_name(tmp_path, monkeypatch):
-    """`load_dataset` reads a local copy in place of the Hub: the same arguments, another root."""
+    """Let `load_dataset` read a local copy instead of the Hub: the same arguments with another root."""
     copy(tmp_path)
     asked = []
 

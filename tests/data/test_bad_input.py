@@ -24,7 +24,7 @@ from tests.helpers.data_readers import (
     usable_rows,
 )
 
-# a good row and a bad one: which reader, the bad row, why it is skipped
+# reader, a bad row that follows a good one, and the reason for which it is skipped
 ROWS: list[tuple[Callable, Any, str]] = [
     (alpaca, "text", "not a JSON object"),
     (alpaca, 7, "not a JSON object"),

@@ -1,4 +1,4 @@
-"""The farm's truth against its own judge, its determinism, its texts through its tokenizer, its writers' standing."""
+"""The farm: true utility against its judge, determinism, texts through the tokenizer, ranking of its writers."""
 
 import functools
 import hashlib
@@ -30,12 +30,12 @@ BIO = f"Tell me a bio of {MIRA.name}."
 
 @functools.cache
 def rows_of(split: Split) -> list[dict[str, str]]:
-    """The rows of a split, made once."""
+    """The rows of a split, generated once."""
     return FARM.load(split).to_list()
 
 
 def digest(farm: Farm) -> str:
-    """One number for everything a farm says."""
+    """A digest of all rows of a farm."""
     text = repr([farm.load(split).to_dict() for split in farm.splits]) + repr(sorted(farm.tokenizer().get_vocab()))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -45,7 +45,7 @@ def answer(prompt: str, writer: Writer, seed: int = 0) -> str:
 
 
 def true_sentences() -> list[str]:
-    """One sentence for each attribute of the first person."""
+    """One sentence for each attribute of the first person in the farm."""
     clauses = [attribute.clauses(MIRA.truth[attribute.name])[0] for attribute in FARM.world.attributes["person"]]
     return [f"{MIRA.opening if place == 0 else MIRA.again} {clause}." for place, clause in enumerate(clauses)]
 
@@ -71,7 +71,7 @@ def test_farm_is_a_data_source_with_the_columns_of_the_records():
 
 def test_bad_requests_are_explained():
     with pytest.raises(DataError, match="no split 'test'"):
-        inspect.unwrap(Farm.load)(FARM, "test")  # past the type checker of the tests
+        inspect.unwrap(Farm.load)(FARM, "test")  # bypass the run-time type checker
     with pytest.raises(DataError, match="empty"):
         Farm(people=4, prompts=0).load("prompts")
     with pytest.raises(DataError, match="different prompts"):
@@ -223,7 +223,7 @@ def test_demonstrations_are_middling():
     assert 0.88 < true / stated < 0.95
     lengths = [FARM.facts(row["prompt"], row["response"]).stated for row in rows]
     assert statistics.median(lengths) == 2
-    assert 0.04 < statistics.mean(length >= 5 for length in lengths) < 0.2  # some write at length
+    assert 0.04 < statistics.mean(length >= 5 for length in lengths) < 0.2  # some writers are verbose
 
 
 def test_win_rates_leave_room_to_improve():

@@ -28,7 +28,7 @@ def write_truncated_zstd(path: Path) -> None:
 
 
 def write_corrupted_gzip(path: Path) -> None:
-    path.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 64)  # a good header, then no deflate stream
+    path.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 64)  # a valid header, then bytes that are no deflate stream
 
 
 BAD_FILES = {

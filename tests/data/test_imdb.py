@@ -1,4 +1,4 @@
-"""Reviews: cleaning, splits apart, prompts that their references continue, labels; the real reviews where they are."""
+"""IMDb: cleaning, disjoint splits, prompts continued by their references, labels; the real reviews if available."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ SHARES = {"sft": 0.6, "prompts": 0.3, "eval": 0.1}
 
 
 def reviews(root: Path, rows: list[Any], only: str = "", **options: Any) -> Imdb:
-    """All reviews in the split `only`, or `SHARES`."""
+    """Make an `Imdb` with all reviews in the split `only`, or divided by `SHARES`."""
     (root / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shares = {only: 1} if only else SHARES
     return Imdb(**{"root": str(root), "reviews": "reviews.jsonl", "shares": shares} | options)
@@ -64,7 +64,7 @@ def test_a_word_is_left_to_write(tmp_path):
 
 def test_a_summary_is_told_of_bad_rows(tmp_path):
     data = reviews(tmp_path, [*MANY, MANY[0], MANY[7], review("short")], "sft")
-    assert skipped_rows(data, "sft") == {}  # nothing was read yet
+    assert skipped_rows(data, "sft") == {}  # nothing has been read yet
     data.load("sft")
     assert skipped_rows(data, "sft") == {"duplicate of an earlier row": 2, "`text` is shorter than two words": 1}
 
@@ -91,7 +91,7 @@ def test_labels(tmp_path):
     data = reviews(tmp_path, rows, "sft")
     labelled = {row["text"]: row["label"] for row in data.labelled("sft").to_list()}
     assert labelled == {"a b": 0, "c d": 1, "e f": 1, "g h": 0, "i j": 1}
-    assert len(data.load("sft")) == 7  # unknown labels do not matter there
+    assert len(data.load("sft")) == 7  # labels do not matter in that split
     assert data.report["sft"].counts == {"`label` is neither 0 nor 1": 3}
     with pytest.raises(DataError, match=r"^sft: its share of the 1 reviews holds none that is labelled\.$"):
         reviews(tmp_path, [{"text": "m n"}], "sft").labelled("sft")
@@ -128,7 +128,7 @@ def test_max_rows_takes_the_first(tmp_path):
 
 
 def test_an_empty_prompt_trains_on_the_whole_review(make_tokenizer):
-    """All tokens but the first, which nothing predicts, and the end are targets, packed or not."""
+    """The targets are the end and all tokens but the first, which nothing predicts, with or without packing."""
     from rlhf.models.sequences import Sequences
 
     rows = [Demonstration("", "w3 w4 w5"), Demonstration("", "w6 w7")]

@@ -1,4 +1,4 @@
-"""HTML whose meaning must not be lost on the way to Markdown."""
+"""HTML to Markdown: elements whose meaning must not be lost."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rows into records: every row read is kept or reported, whatever is wrong with it or with its file."""
+"""Reading rows into records: every row is kept or reported, whatever is wrong with it or with its file."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ BAD_LINES = {
 @pytest.mark.parametrize(("bad", "reason"), BAD_LINES.values(), ids=BAD_LINES.keys())
 def test_bad_line_is_skipped_counted_and_located(tmp_path, caplog, bad, reason):
     first, second, third = (json_line(row) for row in numbered_rows(3))
-    (tmp_path / "rows.jsonl").write_bytes(first + second + b"\n" + bad + third)  # a blank line is no row
+    (tmp_path / "rows.jsonl").write_bytes(first + second + b"\n" + bad + third)  # a blank line does not count as a row
     with caplog.at_level(logging.WARNING):
         rows, report = read_rows(tmp_path, "rows.jsonl")
     assert rows.to_list() == [{"prompt": f"question {number}", "response": f"answer {number}"} for number in (1, 2, 3)]
@@ -79,7 +79,7 @@ def test_damaged_cache_is_told_in_a_sentence_that_names_it(tmp_path, datasets_ca
 
 
 def test_hub_id_and_mapping_go_to_load_dataset(tmp_path, monkeypatch):
-    (tmp_path / "owner" / "name").mkdir(parents=True)  # `load_dataset` takes a folder of this name for the Hub's
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # `load_dataset` prefers a folder of this name to the Hub
     for split, count in (("train", 4), ("test", 2)):
         (tmp_path / "owner" / "name" / f"{split}.jsonl").write_bytes(b"".join(map(json_line, numbered_rows(count))))
     monkeypatch.chdir(tmp_path)
@@ -121,9 +121,7 @@ def test_report_is_the_same_from_the_cache(tmp_path, datasets_cache, caplog):
     assert second[1] == first[1]
     assert second[0].to_list() == first[0].to_list()
     assert second[0]._fingerprint == first[0]._fingerprint
-    assert cached == {
-        path: path.stat().st_mtime_ns for path in datasets_cache.rglob("*.arrow")
-    }  # nothing was made anew
+    assert cached == {path: path.stat().st_mtime_ns for path in datasets_cache.rglob("*.arrow")}  # nothing was rebuilt
 
 
 def test_changed_file_is_read_again_even_if_size_and_time_are_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""What can be said about a source before it is read."""
+"""Data sources: what is checked before anything is read."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Stack Exchange: scores by hand, dumps and pairs joined, splits apart, memory bounded; the real dumps if there."""
+"""Stack Exchange: scores by hand, records made of dumps and of pairs, and bad posts."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def test_a_dump_becomes_all_kinds_of_records(tmp_path):
         question(1, "<p>Why <b>me</b>?</p>", AcceptedAnswerId=4, Title="A title"),
         answer(2, 1, 3),  # score 2
         answer(3, 1, 0),  # 0
-        answer(4, 1, 1),  # 1 + 1 = 2, later than answer 2 and with fewer votes
+        answer(4, 1, 1),  # 1 + 1 = 2, as answer 2, but later and with fewer votes
         answer(5, 1, -2),  # -1
     )
     prompt = "Question: Why **me**?\n\nAnswer: "
@@ -91,8 +91,8 @@ def test_bad_rows_are_counted_by_reason_and_the_rest_is_accounted_for(tmp_path):
         question(1),  # 1
         {"Id": 20, "PostTypeId": 5, "Body": "a tag"},  # 2
         answer(2, 1, 1),
-        answer(3, 99, 1),  # 4: no such question
-        answer(2, 1, 1),  # 5: again
+        answer(3, 99, 1),  # 4: a question that does not exist
+        answer(2, 1, 1),  # 5: a duplicate
         {"Id": 5, "PostTypeId": 2, "Score": 1, "Body": "x"},  # 6
         answer(6, 1, 1, "<p> </p>"),  # 7
         question(7) | {"Score": "many"},  # 8

@@ -1,4 +1,4 @@
-"""Stack Exchange as a data set: splits, several dumps, cache, memory and settings; the real dumps if there."""
+"""Stack Exchange: splits, several dumps, cache, memory and settings; the real dumps if they are available."""
 
 import os
 import subprocess
@@ -27,14 +27,14 @@ def test_no_question_is_in_two_splits_and_shares_are_kept(tmp_path):
     for split, share in SHARES.items():
         assert abs(len(questions[split]) / 200 - share) < 0.1
         assert data.load(split).column_names == columns(split)
-    # what joins a dump later changes nothing for the questions that were there
+    # posts added to a dump do not move the questions that were there before
     write_dump(tmp_path, *rows, question(900), answer(901, 900, 0))
     assert set(stack_exchange(tmp_path).load("eval")["prompt"]) >= questions["eval"]
     assert set(stack_exchange(tmp_path, seed=1).load("eval")["prompt"]) != questions["eval"]
 
 
 def test_shares_have_no_overlap_when_one_grows():
-    """The order of the splits is fixed: cutting the last one leaves the first where it was."""
+    """Splits are in a fixed order: shrinking the last one does not move the questions of the first."""
     small, large = (Shares.parse({"sft": 0.5, "eval": share}, 0) for share in (0.1, 0.5))
     both = [(small.split_of(str(id)), large.split_of(str(id))) for id in range(1000)]
     assert {pair for pair in both if pair[0]} == {("sft", "sft"), ("eval", "eval")}
@@ -126,9 +126,9 @@ print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 
 
 @pytest.mark.long
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")  # getrusage would tell the peak of the parent
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")  # getrusage would report the peak of the parent
 def test_memory_does_not_grow_with_the_dump(tmp_path):
-    """Peak memory on 5, 10 and 20 MB: if the posts were held, it would grow by tens of megabytes each time."""
+    """Peak memory for dumps of 5, 10 and 20 MB. If posts were kept in memory, it would grow by tens of MB each time."""
     peaks = []
     for size in (400, 800, 1600):
         rows = [

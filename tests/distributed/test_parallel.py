@@ -1,4 +1,4 @@
-"""Two real processes on one run: what they add up, the updates they make together, and how they leave."""
+"""Two real processes on one run: collectives, joint updates, and stopping and resuming."""
 
 import json
 from collections.abc import Callable
@@ -32,16 +32,16 @@ def _pieces(rank: int) -> None:
     assert (collectives.rank(), collectives.size(), collectives.is_rank_zero()) == (rank, 2, rank == 0)
     x = torch.tensor([1.0, 2.0]) * (rank + 1)
     assert collectives.all_reduce_sum(x).tolist() == [3, 6]
-    assert x.tolist() == [rank + 1, 2 * (rank + 1)]  # a sum of its own
+    assert x.tolist() == [rank + 1, 2 * (rank + 1)]  # the result is a new tensor
     mixed = [torch.full((2, 3), 1.0 + rank), torch.tensor(5 + rank), torch.ones(4) * rank]
-    collectives.BUCKET = 7  # so that one does not hold them all
+    collectives.BUCKET = 7  # too small for all tensors, so that several buckets are needed
     collectives.all_reduce_(mixed)
     assert [t.flatten()[0].item() for t in mixed] == [3.0, 11, 1.0]
     assert collectives.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert collectives.on_rank_zero(lambda: f"said by {rank}") == "said by 0"
     assert (
         collectives.on_rank_zero(lambda: collectives.on_rank_zero(collectives.size)) == 1
-    )  # it asks nobody who does not listen
+    )  # nested calls run on rank 0 alone and must not wait for others
     with pytest.raises(Interrupted, match="by 0"):
         collectives.on_rank_zero(lambda: _fail(rank))
     _means(rank)
@@ -52,7 +52,7 @@ def _fail(rank: int) -> None:
 
 
 def _means(rank: int) -> None:
-    """Over uneven shares, every mean and spread is that of the whole batch."""
+    """With uneven shares, every mean and standard deviation is that of the whole batch."""
     numbers = torch.Generator().manual_seed(0)
     x, y = torch.randn(5, 4, generator=numbers), torch.randn(5, 4, generator=numbers)
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
@@ -115,7 +115,7 @@ def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace
     ids=["uneven", "even", "exact"],
 )
 def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleNamespace, tmp_path: Path) -> None:
-    """The same global batch: gradients to 1e-5 at every step, uneven shares too; every metric the same in both."""
+    """For the same global batch, gradients agree to 1e-5 at every step, and both processes log the same metrics."""
     options = {"epochs": 2, "lr": 1e-4, **options}
     (tmp_path / "alone").mkdir()
     expected, metrics, alone = _updates(options, folders, tmp_path / "alone")
@@ -157,7 +157,7 @@ def test_each_has_its_own_prompts_and_random_numbers(folders: SimpleNamespace, t
 
 @pytest.mark.long
 def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
-    """SFT and reward model of two processes, by the command: the weights of one process to 1e-5."""
+    """Two processes train the same SFT and reward model as one, to 1e-5 in the weights."""
     folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
     for name, folder in folders.items():
         folder.mkdir()
@@ -178,7 +178,7 @@ def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> None:
-    """A signal to either process stops both after the step; the same command ends as the undisturbed run does."""
+    """A signal to either process stops both after the step; resumed, the run ends with an undisturbed run's bits."""
     options = [*DEVICES, "ppo.steps=6", "ppo.checkpoint_every=1"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):

@@ -1,4 +1,4 @@
-"""A frozen base of which each of two real processes holds half: the same updates, and each half its own."""
+"""A frozen base sharded over two real processes: the same updates as with a whole base, with half of it in each."""
 
 import dataclasses
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def _halves(rank: int, folders: SimpleNamespace, folder: Path) -> None:
 
 
 def _held(rank: int, whole: Roles, roles: Roles) -> None:
-    """Half of every block; together they are the base as it was."""
+    """Each process holds half of every block; the halves together are the original base."""
     spread = [p for p in roles.trunk("reference").parameters() if isinstance(p, DTensor)]
     here, everywhere = sum(p.to_local().numel() for p in spread), sum(map(torch.numel, spread))
     blocks = whole.trunk("reference").base_model.layers
@@ -66,7 +66,7 @@ def _held(rank: int, whole: Roles, roles: Roles) -> None:
 
 
 def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
-    """Other prompts, other lengths, three batches here and one there: nobody waits, all is as with a whole base."""
+    """Processes with different prompts and numbers of batches do not deadlock; results are those of a whole base."""
     prompts, limit = (PROMPTS[:3], 5) if rank else (PROMPTS[3:20], 16)
 
     def answers(of: PPO) -> Rollouts:
@@ -77,7 +77,7 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
     assert sampled.responses == expected.responses
     lengths = collectives.all_gather(sampled.mask.sum(1).max().item())
     assert lengths[0] > lengths[1]
-    # passes of the first alone, such as those of a judge that reads the reward model
+    # forward passes on rank 0 alone, such as those of a judge that uses the reward model
     score = collectives.on_rank_zero(lambda: compute_values(stage.roles, sampled.sequences, 60))
     if rank == 0:
         torch.testing.assert_close(score, compute_values(whole.roles, sampled.sequences, 60))
@@ -114,13 +114,13 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
 
 
 def _same_updates(rank: int, folders: SimpleNamespace, folder: Path) -> None:
-    """Base by base, two processes that each hold it and two that hold halves of it; uneven shares of a batch too."""
+    """Two processes with the whole base each and two with half of it each, also with uneven shares of a batch."""
     with pytest.MonkeyPatch.context() as patch:
         filled = record_calls(patch, collectives, "to_fill_up")
         _updates_in_turn(rank, folders, folder)
         assert (
             sum(collectives.all_gather(sum(len(parts) for _, parts in filled))) > 0
-        )  # one had fewer parts than the other
+        )  # one process had fewer micro-batches than the other
 
 
 def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
@@ -133,7 +133,7 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
         halves = _updates(_sharded(settings, folders, own), own.with_suffix(".halves"), strategies.Sharded())
         collectives.part_ways()
         assert len(halves[0]) == len(expected[0]) == 8
-        # in float32 a whole base scores with its adapters merged, which rounds otherwise
+        # a whole float32 base scores with merged adapters, which round differently
         close = {"rtol": 0.0, "atol": 0.0} if model.get("dtype") == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
         for step in zip(expected[0], halves[0], strict=True):
             for one, half in zip(*step, strict=True):
@@ -159,7 +159,7 @@ def test_the_updates_are_those_of_data_parallel(folders: SimpleNamespace, tmp_pa
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder of a whole run by two processes, each with the base or with half of it."""
+    """Folders of complete runs by two processes, once with the whole base in each and once with half of it."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("ddp", "fsdp")}
     for name, folder in folders.items():
         done = run_tiny(folder, f"trainer={name}", *RUN)
@@ -173,7 +173,7 @@ def _result(folder: Path) -> Path:
 
 @pytest.mark.long
 def test_all_stages_are_those_of_data_parallel(runs: dict[str, Path]) -> None:
-    """The same SFT model, reward model and policy to 1e-5; plain transformers and peft load them."""
+    """Both give the same SFT model, reward model and policy to 1e-5, and plain transformers and peft load them."""
     for stage in ("sft", "reward"):
         whole, shared = (cached_weights(folder, stage) for folder in runs.values())
         assert whole.keys() == shared.keys()
@@ -220,7 +220,7 @@ def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], word
 
 
 def test_a_torch_that_shards_all_or_nothing(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.6, whose `fully_shard` cannot leave the adapters out."""
+    """As with torch 2.6, whose `fully_shard` cannot leave out the adapters."""
     monkeypatch.setattr("rlhf.pipeline.capabilities.fully_shard", lambda module, *, mesh=None: module)
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU)
     assert code == 2

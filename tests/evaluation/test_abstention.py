@@ -1,4 +1,4 @@
-"""Which answers state no facts: phrases labelled by hand."""
+"""Abstentions, answers that state no facts: phrases labelled by hand."""
 
 import pytest
 

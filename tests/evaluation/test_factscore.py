@@ -1,4 +1,4 @@
-"""FActScore: entities, pages, passages, atomic facts, abstentions, the penalty; and the same cache as judges have."""
+"""FActScore: entities, atomic facts, abstentions, the length penalty, and a cache like that of the judges."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def entities(tmp_path: Path) -> Path:
 
 
 def annotator(request: dict[str, Any], number: int = 0) -> str:
-    """Splits at "and"; believes what stands in the reference text, the subject aside."""
+    """Split sentences at "and"; call a fact true if all its words except the subject are in the reference text."""
     asked = request["messages"][-1]["content"]
     if asked.startswith("The sentence"):
         sentence = asked.rpartition("Sentence: ")[2].rstrip(".")
@@ -68,7 +68,9 @@ def test_facts_are_split_checked_and_counted_with_and_without_the_penalty(tmp_pa
     assert metrics["eval/factscore"] == pytest.approx(penalised)
     assert metrics["eval/facts_per_response"] == 2
     assert metrics["eval/responding_ratio"] == 0.5
-    assert metrics["judge/answers"] == len(server.requests) == 4 + 4  # sentences and facts; an abstention asks nothing
+    assert (
+        metrics["judge/answers"] == len(server.requests) == 4 + 4
+    )  # sentences and facts; nothing is asked about an abstention
 
 
 def test_without_gamma_there_is_no_penalty() -> None:
@@ -144,7 +146,7 @@ def test_prompts_name_the_entities_in_the_template_of_the_data(tmp_path: Path, e
         ("Here they are:\n1. A is b.\n2) C is d.\n", ["A is b.", "C is d."]),
         ("* A is b.", ["A is b."]),
         ("None.", []),
-        # a list without facts, and facts that begin like one
+        # a statement that there are no facts, and facts that begin like one
         ("None", []),
         ("- None", []),
         ("- none.", []),

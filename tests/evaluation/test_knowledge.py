@@ -1,4 +1,4 @@
-"""The knowledge of FActScore: pages of entities and the passages that bear on a fact."""
+"""FActScore's knowledge source: the pages of entities, and the passages relevant to a fact."""
 
 import json
 import sqlite3

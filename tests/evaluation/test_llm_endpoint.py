@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible endpoint may do: outages, rate limits, refusals, and keys that must not be shown."""
+"""OpenAI-compatible endpoints: outages, rate limits, refusals, and API keys that must not be shown."""
 
 import threading
 from pathlib import Path
@@ -32,7 +32,12 @@ def test_an_outage_ends_in_a_sentence_and_the_rest_is_asked_later(tmp_path: Path
             gate.wait(2)
         return 503, {"error": {"message": "out of order"}}
 
-    options = {"concurrency": 1, "retries": 1, "timeout": 0.3, "name": "own"}  # known by its name at either address
+    options = {
+        "concurrency": 1,
+        "retries": 1,
+        "timeout": 0.3,
+        "name": "own",
+    }  # the cache identifies it by its name at either address
     with serving(breaks) as server:
         judge = make_llm_pool(server, tmp_path, client=options)
         if failure == "refused":
@@ -98,7 +103,7 @@ def test_a_refused_pair_is_counted_and_the_run_goes_on(
         return refusal if "Question 1?" in text_of(request) else prefers_good(request)
 
     with serving(picky) as server:
-        for asked in (8, 1):  # and again on resuming, when the others come from the cache
+        for asked in (8, 1):  # once more on resuming, when all others come from the cache
             before = len(server.requests)
             judge = make_llm_pool(
                 server, tmp_path, sampling={"temperature": 0.0, "max_tokens": 9}, client={"concurrency": 1}

@@ -1,4 +1,4 @@
-"""Judges behind an OpenAI-compatible endpoint: order, weights, retries, cache, cost, and what cannot be read."""
+"""Pools of LLM judges: order of the answers, weights, cache, cost, and answers that cannot be parsed."""
 
 import json
 import os
@@ -95,7 +95,9 @@ def test_what_cannot_be_read_is_counted_and_asked_again_and_never_scored(tmp_pat
         judge = make_llm_pool(server, tmp_path, attempts=3, reask_temperature=0.9)
         outcomes = judge(PROMPTS[:4], GOOD_ANSWERS[:4])
         assert outcomes == [1.0, None, 1.0, 1.0]
-        assert judge.report["judge/unparsable"] == 3 + 3  # one answer of three, three of one
+        assert (
+            judge.report["judge/unparsable"] == 3 + 3
+        )  # one bad answer for each of three prompts, three for the fourth
         assert judge.report["judge/unjudged"] == 1
         assert Counter(request["temperature"] for request in server.requests) == {0.0: 4, 0.9: 5}
         metrics, records = Evaluation(NoSource(), judge)(PROMPTS[:4], GOOD_ANSWERS[:4])
@@ -122,7 +124,7 @@ def test_the_cache_knows_all_that_determines_an_answer_and_nothing_else(tmp_path
             ({"client": {"concurrency": 2, "timeout": 9.0}, "price": {"input": 1.0}}, 0),
             ({"model": "other"}, 4),
             ({"sampling": {"temperature": 0.0, "max_tokens": 7}}, 4),
-            ({"seed": 1, "order": "both"}, 4),  # the other order is new, the one that was drawn is known
+            ({"seed": 1, "order": "both"}, 4),  # the order drawn before is in the cache, the other one is new
         ]:
             before = len(server.requests)
             judge = make_llm_pool(server, tmp_path, **keys)

@@ -1,4 +1,4 @@
-"""Settings of LLM judges: mistakes found before a model is loaded, prompts, and how verdicts are read."""
+"""Settings of LLM judges: mistakes found before a model is loaded, prompts, and parsing of verdicts."""
 
 import re
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_the_prompts_ask_for_what_the_default_pattern_reads(name: str) -> None:
     asked = re.findall(r'"(Verdict: \w+)"', text)
     assert {parse(verdict) for verdict in asked} >= {1.0, 0.0}
     assert None not in {parse(verdict) for verdict in asked}
-    assert parse(text) is None  # a model that repeats the question says nothing
+    assert parse(text) is None  # a model that repeats the question gives no verdict
     for said, value in [("**Verdict: 2**", 0.0), ("I think 1.\n\nVERDICT: 1.", 1.0), ("verdict - Draw", 0.5)]:
         assert parse(said) == value
     for said in ("1", "Verdict: 12", "The verdict is 1 or 2"):

@@ -1,4 +1,4 @@
-"""Simulated preferences through the command: a whole run, the cache, and mistakes found early."""
+"""Simulated preferences through the command: a whole run, the cache, and mistakes found before a run starts."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
 from tests.helpers.command_line import TINY, error_sentence, run_in_process
 
-# so small a model says nothing: only where its answers end makes one better than the other
+# so small a model makes no sense: one of its answers is better than another only by where it ends
 FARM = ["preferences=simulated", "preferences.pairs=30", "preferences.max_new_tokens=40"]
 
 

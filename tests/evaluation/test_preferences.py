@@ -1,4 +1,4 @@
-"""Simulated preferences: which prompts are asked, what becomes of a verdict, what survives a break, a whole run."""
+"""Simulated preferences: which prompts are used, what a verdict becomes, and what survives an interruption."""
 
 import math
 import shutil
@@ -38,7 +38,7 @@ def simulated(**keys: Any) -> Simulated:
 
 
 class Words:
-    """A data set of prompts alone."""
+    """A data set that has prompts only."""
 
     def __init__(self, **prompts: list[str]):
         self.prompts, self.splits = prompts, tuple(prompts)
@@ -144,7 +144,7 @@ def test_a_coin_decides_ties_if_so_wanted() -> None:
 
 
 class Scripted:
-    """Answers that are numbered; the judge likes longer ones, does not understand `?`, and fails when told to."""
+    """A model with scripted answers and a judge that prefers longer ones, cannot judge `?`, and fails if `broken`."""
 
     def __init__(self, broken: bool = False):
         self.parts: list[int] = []
@@ -176,7 +176,7 @@ def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, mon
     with pytest.raises(Interrupted):
         making.make(tmp_path, ASKED, first.answer, lambda: first)
     assert first.parts == [0, 1, 2]
-    (tmp_path / "samples" / "00000003.json").unlink()  # as if killed in the middle
+    (tmp_path / "samples" / "00000003.json").unlink()  # as after a kill in the middle
     second = Scripted()
     found = making.make(tmp_path, ASKED, second.answer, lambda: second)
     assert second.parts == [1]
@@ -221,7 +221,7 @@ def test_a_pool_reads_bare_instructions_and_its_keys_are_named_in_full(tmp_path:
         return f"Verdict: {places[0]}" if places else "no idea"
 
     found, requests = make(tmp_path / "a", likes_y)
-    assert len(requests) == 7  # nobody is asked about the identical pair
+    assert len(requests) == 7  # the judge is not asked about the identical pair
     assert all("Do " in request for request in requests)
     assert found["preferences/comparisons"] == found["preferences/validation_comparisons"] == 1
     assert found["preferences/unjudged"] == 4

@@ -1,4 +1,4 @@
-"""Finished models that are damaged afterwards, and summaries that are none: noticed, named, kept aside, built again."""
+"""Damage to finished models and summaries is detected and named; the files are moved aside and built again."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ WEIGHTS = b"\x40\0\0\0\0\0\0\0" + HEADER + bytes(range(100))
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process."""
+    """Forget what this process has checked, as a new process would."""
     monkeypatch.setattr(checksums, "_sound", {})
 
 
@@ -37,7 +37,7 @@ def build(folder: Path, stage: str = "sft", sealed: bool = True) -> None:
 
 
 def zeros(folder: Path) -> None:
-    """In the middle, of the same size, with its time kept."""
+    """Change a byte in the middle of a file; keep its size and its modification time."""
     path = folder / "model" / "model.safetensors"
     stat = path.stat()
     with path.open("r+b") as file:

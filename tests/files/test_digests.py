@@ -1,4 +1,4 @@
-"""Digests of files by content, whatever their times say."""
+"""Digests of files depend on their content, not on their modification times."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Digests are kept at once, as if every file were old."""
+    """Cache digests at once, as if every file were old."""
     monkeypatch.setattr(digests, "RACY_SECONDS", -1.0)
     return tmp_path / "known"
 

@@ -1,4 +1,4 @@
-"""The line files of a run, as a kill or an odd text leaves them; checkpoints that are looked at, not judged."""
+"""JSON-lines files torn by a kill or with odd characters, and checkpoints that are inspected only."""
 
 import json
 import logging

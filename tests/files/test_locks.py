@@ -1,4 +1,4 @@
-"""Locks where the file system has none, as on some network file systems: lock files, touched while they are held."""
+"""Lock files, touched while held, for file systems without locks (such as some network file systems)."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from rlhf.files import locks
 
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
 def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system refuses every lock."""
+    """A file system that refuses every lock."""
 
     def refuse(*_: Any) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -81,7 +81,7 @@ def test_a_lock_file_of_a_process_killed_here_is_taken_over_at_once(no_locks: No
     assert (tmp_path / "lock.held").exists()
     started = time.monotonic()
     locks.acquire(tmp_path / "lock", "").release()
-    assert time.monotonic() - started < 5  # and not the five minutes of LEASE_SECONDS
+    assert time.monotonic() - started < 5  # instead of the five minutes of LEASE_SECONDS
 
 
 @pytest.mark.parametrize("no_locks", [errno.ENOLCK], indirect=True)

@@ -1,4 +1,4 @@
-"""`rlhf-chat`: what it says is what the run's policy says, its scores are the run's, and a base is in memory once."""
+"""`rlhf-chat`: its answers and scores are those of the run's models, and a shared base is in memory once."""
 
 import io
 import os
@@ -27,7 +27,7 @@ from rlhf.models.sequences import Sequences
 from rlhf.rollout.native import NativeEngine
 from tests.helpers.finished_runs import finished_outputs
 
-PROMPT, IDS = "w9 w7", [[5, 9, 7, 6]]  # in the data set's template
+PROMPT, IDS = "w9 w7", [[5, 9, 7, 6]]  # rendered with the data set's template
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_answers_grow_a_token_at_a_time_and_do_not_depend_on_the_company(runs: S
 
 
 def test_whole_models_and_copies_of_the_sft_model(runs: SimpleNamespace, tmp_path: Path) -> None:
-    copy = shutil.copytree(runs.sft, tmp_path / "outputs/study/stage-sft")  # what stage=sft leaves
+    copy = shutil.copytree(runs.sft, tmp_path / "outputs/study/stage-sft")  # the output of stage=sft
     models = Models()
     parts = [models.policy(FinishedRun.open(folder)) for folder in (runs.sft, copy, runs.full)]
     assert parts[0].roles is parts[1].roles
@@ -216,7 +216,7 @@ def test_the_page_streams_a_column_for_each_run(runs: SimpleNamespace) -> None:
         str(runs.ppo),
         str(runs.sft),
     ]
-    # a process of its own: a generator whose types are checked is none to gradio
+    # in a process of its own: gradio does not recognise a generator that is wrapped by the type checker
     server = subprocess.Popen([*command, "--web", "--max-new-tokens", "6"], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -1,4 +1,4 @@
-"""`rlhf-export`: what it writes loads in plain transformers and computes the same, and its card can be read."""
+"""`rlhf-export`: exported models load in plain transformers and compute the same, and the model card is complete."""
 
 import json
 import threading
@@ -30,10 +30,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """The one sentence on stderr of an export that is refused."""
+    """Run an export that is refused and return its one-sentence error message."""
 
     def run(*arguments: object, code: int = 2) -> str:
-        capsys.readouterr()  # bars of the fixtures
+        capsys.readouterr()  # discard the progress bars of the fixtures
         with pytest.raises(SystemExit) as leaving:
             cli.main([str(argument) for argument in arguments])
         assert leaving.value.code == code
@@ -60,7 +60,7 @@ def test_a_merged_policy_has_the_logits_of_base_and_adapter(
         plain = AutoModelForCausalLM.from_pretrained(folder)
         torch.testing.assert_close(plain(input_ids=batch.ids).logits, expected, rtol=1e-4, atol=1e-5)
         reference = runs.roles.output("reference")(runs.roles.hidden("reference", batch))
-    assert (expected - reference).abs().max() > 0.1  # the adapter is no no-op
+    assert (expected - reference).abs().max() > 0.1  # the adapter changes the output
     assert AutoTokenizer.from_pretrained(folder)("w3 w9")["input_ids"] == [3, 9]
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -173,7 +173,7 @@ def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkey
     tensors = load_file(adapter)
     tensors.pop(min(tensors))
     save_file(tensors, adapter)
-    (runs.ppo / "checksums.json").unlink()  # as an earlier version left it
+    (runs.ppo / "checksums.json").unlink()  # as written by an earlier version
     assert "missing adapter keys" in refused(runs.ppo, tmp_path / "out")
     adapter.write_bytes(adapter.read_bytes()[:-8])
     assert "adapter_model.safetensors is not what was written" in refused(runs.ppo, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkey
     def stopped(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_card", stopped)  # the last thing that is written
+    monkeypatch.setattr(cli, "_card", stopped)  # the last file that is written
     with pytest.raises(SystemExit) as leaving:
         export(runs.full, tmp_path / "out")
     assert leaving.value.code == 130
@@ -192,7 +192,7 @@ def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkey
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as an upload of small files needs; what came is in `received`."""
+    """The part of the Hub's API that an upload of small files needs; uploaded files are in `received`."""
 
     received: dict[str, object]
 
@@ -248,7 +248,7 @@ def test_a_push_that_fails_keeps_the_folder(
     runs: SimpleNamespace, tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    said = refused(runs.ppo, tmp_path / "out", "--push", "me/it", code=1)  # tests are offline
+    said = refused(runs.ppo, tmp_path / "out", "--push", "me/it", code=1)  # the tests run offline
     assert "me/it could not be pushed (" in said
     assert f"`hf upload me/it {tmp_path}/out` tries again" in said
     assert (tmp_path / "out/model.safetensors").exists()

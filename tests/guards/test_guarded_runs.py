@@ -1,4 +1,4 @@
-"""Guards across a kill, a stop and a resumed run, and what the report says of them."""
+"""Guards in killed, stopped and resumed runs, and their warnings in the report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.helpers.training import changed_weights, copy_weights, quiet_trainer
 def whole_run(
     settings: Settings, folders: SimpleNamespace, folder: Path, score: Callable = count_low_words
 ) -> tuple[PPO, Path]:
-    """`train_ppo`, from the start or from where `folder` was left."""
+    """Call `train_ppo` from the start, or from the last checkpoint in `folder`."""
     stage = make_ppo(settings, folders, folder / "samples.jsonl")
     stage.scorer.function = score  # type: ignore[attr-defined]
     stage.evaluator = lambda prompts, responses: ({"eval/win_rate": 0.5}, [{"win": 0.5} for _ in responses])
@@ -47,7 +47,7 @@ def timeless(folder: Path) -> list[Line]:
 
 @pytest.mark.long
 def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """Windows, counts and starts cross the kill; evaluations too."""
+    """Windows, counts and start values of the guards survive the kill, those of evaluations too."""
     every = GuardsSettings(
         entropy_rise=LimitGuard("warn", 3, 0.5), spike=LimitGuard("warn", 2, 0.9),
         length_cap=LimitGuard("warn", 4, 0.0), linear_range=LimitGuard("warn", 2, 1.0),
@@ -60,7 +60,7 @@ def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace,
     def dying(prompts: list[str], responses: list[str]) -> list[float]:
         nonlocal calls
         calls += 1
-        if calls == 8:  # five steps and three evaluations: the sixth step is not reached
+        if calls == 8:  # after five steps and three evaluations, in the sixth step
             raise RuntimeError("the power is gone")
         return count_low_words(prompts, responses)
 
@@ -128,7 +128,7 @@ def test_the_command_stops_with_its_own_exit_code_and_leaves_the_reason(
     assert StepCheckpoints.reached(folder / "checkpoints") == 1
     assert "continuing from step 1" in (
         milder := run_in_subprocess(tmp_path, *arguments, code=3)
-    )  # the same folder: two more
+    )  # the same folder: two more steps
     assert "3 steps in a row" in milder
     assert "is the same run" not in milder
     assert StepCheckpoints.reached(folder / "checkpoints") == 3

@@ -1,4 +1,4 @@
-"""Guards in real training: skipped updates, target KL, and nothing changed where nothing is found."""
+"""Guards in real training: skipped updates, target KL, and unchanged results where nothing is found."""
 
 import math
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def test_a_reward_that_is_no_number_once_costs_one_step(
 def test_only_the_minibatch_with_the_bad_row_is_skipped(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without whitening a bad reward stays in its row: that minibatch is left out, the other is learned from."""
+    """Without whitening, a bad reward affects its own row only: that minibatch is skipped, the other is used."""
     settings = settings_with_guards(
         single_guard("non_finite", "warn", 3), steps=1, whiten_rewards=False, whiten_advantages=False
     )
@@ -71,12 +71,12 @@ def test_only_the_minibatch_with_the_bad_row_is_skipped(
     assert all(math.isfinite(row[f"ppo/{key}"]) for key in ("policy_loss", "value_loss", "grad_norm", "first_ratio"))
     with safe_open(tmp_path / "inspect/step-000001.safetensors", "pt") as file:
         rows = file.get_tensor("skipped_rows").tolist()
-        assert 0 in rows  # the row that failing_at spoils
+        assert 0 in rows  # the row with the bad score
         assert len(rows) == 6
 
 
 def test_a_bad_score_does_not_outlive_its_step() -> None:
-    """Neither in the moments that scores are divided by, nor in them when the first scores of all are bad."""
+    """Running moments of the scores ignore bad scores, also when the very first scores are bad."""
     good, bad = torch.tensor([1.0, 3.0]), torch.tensor([math.nan, math.inf])
     spoiled, clean = (ppo.ScoreNormalizer("standardize", None) for _ in range(2))
     spoiled(bad)
@@ -95,10 +95,10 @@ def test_an_unknown_kl_leaves_the_coefficient_alone(
         tmp_path / "s",
         kl=ppo.AdaptiveKL(0.05, 6.0, 0.1),
     )
-    assess = stage.make_experience
+    make_experience = stage.make_experience
 
     def spoiled(*args: Any) -> Any:
-        experience = assess(*args)
+        experience = make_experience(*args)
         experience.ref_logprobs[0, 0] = math.nan
         return experience
 
@@ -146,10 +146,10 @@ def test_target_kl_ends_the_updates_of_a_step(folders: SimpleNamespace, tmp_path
     assert sum(refused) == sum("ppo/stopped_at_kl" in row for row in rows) > 0
     assert 2 < len(seen) < made
     assert rows[0]["ppo/stopped_at_kl"] > 1.5 * target
-    assert rows[0]["ppo/approx_kl"] < 1.5 * target  # of the updates that were made
+    assert rows[0]["ppo/approx_kl"] < 1.5 * target  # over the updates that were made
     far = make_ppo(ppo_settings(**options, target_kl=1e9), folders, tmp_path / "samples")
     train(far, tmp_path / "far")
-    assert not changed_weights(copy_weights(free.roles), far.roles)  # a target that is never reached changes nothing
+    assert not changed_weights(copy_weights(free.roles), far.roles)  # a target that is never exceeded changes nothing
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
@@ -177,7 +177,7 @@ def test_supervised_stages_skip_too(
     with record_gradients() as seen:
         lines = fit(stage, stage.encode(rows), batches, tmp_path)  # type: ignore[arg-type]
     assert [all(grad is None for grad in step) for step in seen] == [False, True, False]
-    assert stage.trainer.global_step == 3  # a refused step counts: batches and checkpoints stay in step
+    assert stage.trainer.global_step == 3  # a skipped update counts as a step: batches and checkpoints stay aligned
     assert [line["step"] for line in lines if SKIPPED in line] == [2]
     assert all(bool(p.isfinite().all()) for p in stage.roles.parameters())
     assert (tmp_path / "inspect/step-000002.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Guards: each on a made-up stream at its threshold, then in real training: skipping, stopping, resuming."""
+"""Guards: each on made-up metrics around its threshold; their settings and options."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ from tests.helpers.guard_settings import Line, single_guard
 
 
 def see(guards: Guards, lines: Iterable[Line]) -> list[int]:
-    """The numbers of the lines, from 1, at which something was found."""
+    """The line numbers, from 1, at which a guard found something."""
     return [step for step, line in enumerate(lines, 1) if guards.see(step, line)]
 
 
@@ -31,7 +31,7 @@ def stream(key: str, *values: float) -> list[Line]:
 
 
 def evaluations(*rows: tuple[float, ...]) -> list[Line]:
-    """(reward, win rate, KL) each, with a standard error of 0.03."""
+    """Evaluation metrics from rows of (reward, win rate, KL); the win rate has a standard error of 0.03."""
     names = ("eval/reward", "eval/win_rate", "eval/true_kl")
     return [{**dict(zip(names, row, strict=True)), "eval/win_rate_se": 0.03} for row in rows]
 
@@ -45,7 +45,7 @@ STREAMS: list[tuple[str, int, float | None, list[Line], list[int]]] = [
     ("large_kl", 2, 0.5, stream("ppo/k1", 0.1, 0.8, 0.3, 0.69, 0.4), [3, 5]),
     ("repetition", 2, 0.2, stream("ppo/repetition", 0.1, 0.1, 0.3, 0.29, 0.4), [5]),
     ("length_cap", 2, 0.3, stream("ppo/missing_eos", 0.0, 0.2, 0.4, 0.39, 0.5), [5]),
-    ("length_cap", 2, 0.3, stream("ppo/missing_eos", 1.0, 1.0, 1.0, 1.0), []),  # a data set without ends
+    ("length_cap", 2, 0.3, stream("ppo/missing_eos", 1.0, 1.0, 1.0, 1.0), []),  # no response ever ends
     ("entropy_collapse", 2, 0.3, stream("ppo/entropy", 1.0, 1.0, 0.31, 0.3, 0.28), [5]),
     ("entropy_rise", 2, 1.5, stream("ppo/entropy", 1.0, 1.0, 1.5, 1.5, 1.51), [5]),
     ("explained_variance", 3, 0.0, stream("ppo/explained_variance", -1, -1, 0.1, -1, -1, -1e-3, -1, 0.0), [6, 7]),
@@ -53,7 +53,7 @@ STREAMS: list[tuple[str, int, float | None, list[Line], list[int]]] = [
     ("spike", 3, 10.0, stream("sft/loss", 2.0, 2.1, 1.9, 20.5), [4]),
     ("overoptimization", 1, 3.0, evaluations((0.0, 0.2, 0), (0.5, 0.5, 0.1), (0.6, 0.38, 0.2)), []),
     ("overoptimization", 1, 3.0, evaluations((0.0, 0.2, 0), (0.5, 0.5, 0.1), (0.6, 0.37, 0.2)), [3]),
-    ("overoptimization", 1, 3.0, evaluations((0.0, 0.2, 0), (0.5, 0.5, 0.1), (0.4, 0.1, 0.2)), []),  # merely worse
+    ("overoptimization", 1, 3.0, evaluations((0.0, 0.2, 0), (0.5, 0.5, 0.1), (0.4, 0.1, 0.2)), []),
     ("overoptimization", 2, 3.0, evaluations((0.0, 0.5, 0), (0.5, 0.1, 0.1), (0.6, 0.1, 0.2)), [3]),
     ("linear_range", 1, 0.5, evaluations((0.0, 0.2, 0), (9.0, 0.2, 1e-3), (0.4, 0.2, 0.04), (0.42, 0.2, 0.16)), []),
     ("linear_range", 1, 0.5, evaluations((0.0, 0.2, 0), (9.0, 0.2, 1e-3), (0.4, 0.2, 0.04), (0.39, 0.2, 0.16)), [4]),
@@ -72,7 +72,7 @@ def test_a_guard_finds_what_is_beyond_its_limit_and_nothing_else(
         assert found["first_step"] == expected[0]
         assert "usual cause: " in found["message"]
         assert "; try " in found["message"]
-    guards.check()  # a warning never stops
+    guards.check()  # a warning never stops the run
     assert not see(Guards(single_guard(name, "off", over, limit)), lines)
 
 
@@ -90,11 +90,11 @@ def test_gold_utility_counts_like_the_win_rate() -> None:
 
 
 def test_evaluations_on_the_same_prompts_are_paired() -> None:
-    """Every prompt a little worse: no more than chance for independent evaluations, and plain for paired ones."""
+    """Every prompt a little worse: within chance for independent evaluations, but significant for paired ones."""
     before = [{"step": 0, "win": [0, 1, 0, 1], "gold_utility": [1.0, 2.0, 3.0, 4.0]}]
     before += [{"step": 5, "win": [1, 1, 0.5, None], "gold_utility": [1.0, 4.0, 9.0, 16.0]}]
     now = {"win": [0, 1, 0, 1], "gold_utility": [0.8, 3.9, 8.8, 15.9]}
-    # wins 1, 0, ½ over three prompts: mean ½, sd ½, se ½ / √3
+    # falls of 1, 0, ½ over three prompts: mean ½, sd ½, se ½ / √3
     # utility .2, .1, .2, .1: mean .15, sd .057735, se half of it
     expected = {
         "eval/win_rate_fall": 0.5, "eval/win_rate_fall_se": 0.288675,
@@ -116,7 +116,7 @@ def test_what_is_no_number_is_no_value() -> None:
 
 def test_skips_in_a_row_stop_the_run_even_under_warn() -> None:
     guards = Guards(single_guard("non_finite", "warn", 3))
-    for step in (4, 5, 7, 8):  # step 6 was made
+    for step in (4, 5, 7, 8):  # step 6 was not skipped
         guards.see(step, {SKIPPED: 2.0})
         guards.check()
     guards.see(9, {SKIPPED: 1.0, "ppo/reward": math.nan})

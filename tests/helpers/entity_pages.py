@@ -1,4 +1,4 @@
-"""Pages of made-up people, as FActScore's knowledge."""
+"""Pages about made-up people, a knowledge source for FActScore."""
 
 PAGES = {
     "Ada Lind": "Ada Lind was born in Oslo. She painted ships. She died in 1950.",

@@ -1,4 +1,4 @@
-"""Guards switched on one at a time, and scores that a guard has to find."""
+"""Settings with a single guard, and scorers that return bad scores."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Line = dict[str, float]
 
 
 def single_guard(name: str, action: str, over: int, limit: float | None = None) -> GuardsSettings:
-    """All guards off but one."""
+    """Settings in which all guards but one are off."""
     option = GuardSettings(action, over) if limit is None else LimitGuard(action, over, limit)
     return GuardsSettings(**{name: option})
 
@@ -26,7 +26,7 @@ def settings_with_guards(guards: GuardsSettings, **options: Any) -> Settings:
 def scores_bad_at_calls(
     *calls: int, value: float = math.nan, rows: slice = slice(1)
 ) -> Callable[[list[str], list[str]], list[float]]:
-    """A score that is no number for some of the rollouts at some of its calls, counted from 1."""
+    """A scorer that returns `value` for the rollouts `rows` at the given calls, which are counted from 1."""
     made = 0
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""A pool of LLM judges at a local endpoint, and a judge who prefers good answers."""
+"""Pools of LLM judges at a local endpoint, and a scripted judge that prefers good answers."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ PARTS = re.compile(r"Answer 1:\n(.*?)\n\nAnswer 2:\n(.*?)\n\nWhich", re.DOTALL)
 
 
 def shown_outputs(request: dict[str, Any]) -> tuple[str, str]:
-    """The two outputs, in the order in which the judge saw them."""
+    """The two outputs in a request, in the order in which the judge saw them."""
     found = PARTS.search(text_of(request))
     assert found is not None
     return found[1], found[2]

@@ -1,4 +1,4 @@
-"""Estimates of a run's memory, from overrides of the default configuration."""
+"""Estimates of a run's memory from overrides of the default configuration."""
 
 from rlhf.models.memory import Memory, estimate
 from tests.helpers.composed_config import composed_settings

@@ -1,4 +1,4 @@
-"""Rows of a question and an answer, and their reader."""
+"""Rows with a question and an answer, and a reader that makes records of them."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Engines and samples for tests of rollouts."""
+"""Prompts, a scripted engine and calls of engines for tests of rollouts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from rlhf.rollout.engine import Generated
 
 
 class EchoEngine:
-    """An engine that answers a prompt with its own words, so that one process and two roll out the same."""
+    """An engine that derives a response from its prompt alone, so that one process and two get the same rollouts."""
 
     def generate(self, roles: Roles, role: str, prompts: Sequence[Sequence[int]], limit: int, *_: Any) -> Generated:
         rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Stack Exchange dumps of made-up posts."""
+"""Stack Exchange dumps with made-up posts, and data sets on them."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def write_dump(folder: Path, *rows: dict[str, Any], name: str = "Posts.xml") -> 
 
 
 def stack_exchange(root: Path, only: str = "", **options: Any) -> StackExchange:
-    """All questions in the split `only`, or `SHARES`."""
+    """A data set with all questions in the split `only`, or divided by `SHARES`."""
     shares = {only: 1} if only else SHARES
     return StackExchange(
         **{"root": str(root), "template": TEMPLATE, "sources": "Posts.xml", "shares": shares} | options

@@ -1,4 +1,4 @@
-"""The `rlhf` command in processes of its own."""
+"""The `rlhf` command in separate processes."""
 
 import json
 import os
@@ -17,8 +17,8 @@ QUICK = ["debug=quick", "logger=csv", "model.config.num_hidden_layers=1", "model
 
 
 def run_in_subprocess(folder: Path, *arguments: str, code: int = 0) -> str:
-    """Run the command in a process of its own, below `folder`."""
-    flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them in front
+    """Run the command in a separate process in `folder`; return its output. Asserts the exit code `code`."""
+    flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants flags first
     overrides = [f"output_dir={folder}/outputs", *(argument for argument in arguments if argument not in flags)]
     done = subprocess.run(
         [sys.executable, "-m", "rlhf", *flags, *overrides],
@@ -44,7 +44,7 @@ def cached_weights(folder: Path, stage: str) -> dict[str, Tensor]:
 
 
 def stop_after_a_step(folder: Path, to_child: bool, options: Sequence[str]) -> int:
-    """Start, wait for a step more than there is, send SIGTERM to the launcher or to its second process."""
+    """Start a run, send SIGTERM to the launcher or its second process after the next step; return the exit code."""
     command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *options]
     before = last_step(folder)
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""What a stage leaves behind, loaded by plain transformers and peft."""
+"""Models written by stages, loaded by plain transformers and peft."""
 
 from collections.abc import Callable
 from pathlib import Path

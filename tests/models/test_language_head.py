@@ -32,7 +32,7 @@ def logprobs_of(logits: torch.Tensor, texts: Sequences) -> torch.Tensor:
 def test_logprobs_and_their_gradient_are_the_models_own(
     transformed: PreTrainedModel, make_texts: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks of a few tokens; the bare output embedding gives something else."""
+    """Computed in chunks of a few tokens; the output embedding alone would give other values."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 7 * 60)
     roles, texts = Roles(transformed), make_texts(4, seed=1)
     weight = transformed.get_input_embeddings().weight
@@ -82,7 +82,7 @@ def test_a_plain_head_is_used_as_it_is(make_model: Callable) -> None:
 
 
 def test_a_cap_is_found_where_logits_are_far_below_it() -> None:
-    """As in a new model, whose logits it changes by less than rounding, until they have grown."""
+    """A cap on the logits of a new model changes them by less than rounding, until they have grown."""
     model = tiny_architecture("gemma2", **TRANSFORMED["gemma2"] | {"final_logit_softcapping": 30.0})
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1e-3)
@@ -113,7 +113,7 @@ def test_logits_that_come_from_elsewhere_are_refused() -> None:
 
 
 def test_states_narrower_than_the_layers(make_texts: Callable) -> None:
-    """As in OPT-350M, whose layers are twice as wide as its embeddings."""
+    """Hidden states wider than the embeddings, as in OPT-350M, where they are twice as wide."""
     options = {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
     roles, texts = Roles(tiny_architecture("opt", **options)), make_texts(3, seed=1)
     assert width_of(roles.trunk("reference")) == roles.hidden_size == 16

@@ -1,4 +1,4 @@
-"""The estimate before a run: by hand, in its proportions, and as a refusal."""
+"""The estimate of a run's memory: by hand, against settings, and as a reason to refuse a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_weights_and_adapters_by_hand() -> None:
     assert estimate_of("ppo.value_model=trunk_head").trained == TRAINED * policy
     assert estimate_of("lora=none").trained == 2 * TRAINED * (linear + rest)
     assert estimate_of("quantization=int8").weights == 4 * rest + linear + 4 * reward
-    assert estimate_of(shares=4).weights == 4 * rest + linear + 4 * reward  # of float32, a quarter
+    assert estimate_of(shares=4).weights == 4 * rest + linear + 4 * reward  # a quarter of the float32 size
 
 
 def test_what_makes_it_smaller() -> None:
@@ -52,7 +52,7 @@ def test_a_recipe_fits_the_card_that_it_names(
 
 
 def test_the_default_run_within_a_fifth() -> None:
-    """Measured: 0.73 to 0.76 GiB at commit cbdcac0, the peak of PPO at four seeds."""
+    """Measured peak of PPO: 0.73 to 0.76 GiB for four seeds at commit cbdcac0."""
     assert estimate_of().peak / 2**30 == pytest.approx(0.75, rel=0.2)
 
 

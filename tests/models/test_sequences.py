@@ -1,4 +1,4 @@
-"""Batches, packing and heads: what is predicted where, and that padding, packing and chunking change nothing."""
+"""Batches, packing and heads: which token is predicted where; padding, packing and chunking change nothing."""
 
 import itertools
 import math
@@ -89,7 +89,7 @@ def test_length_buckets_cover_each_row_once_within_the_budget(lengths: list[int]
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 200))
 def test_no_other_buckets_pad_less(lengths: list[int], budget: int) -> None:
-    """Against all ways to cut the sorted rows."""
+    """The result is the best of all ways to cut the sorted rows."""
 
     def cost(groups: list[list[int]]) -> float:
         return sum(len(group) * max(group) + budget / PER_GROUP for group in groups)
@@ -114,7 +114,7 @@ def test_concatenate_undoes_a_grouping() -> None:
 
 
 def logprobs_alone(model: nn.Module, batch: Sequences) -> dict[tuple[int, ...], list[float]]:
-    """Each row by itself through plain transformers: text → log-probs of its targets."""
+    """Log-probs of each row's targets, from plain transformers on that row alone: text → log-probs."""
     result = {}
     for i, length in enumerate(batch.lengths.tolist()):
         text = batch.ids[i, :length]
@@ -138,7 +138,7 @@ def test_padding_and_company_change_no_logprob(
     roles, batch = make_roles(kind), make_texts(9, seed=1)
     alone = [x for row in logprobs_alone(make_model(kind), batch).values() for x in row]
     torch.testing.assert_close(logprobs_of(roles, batch), torch.tensor(alone), rtol=1e-5, atol=1e-5)
-    batch.ids[~spans(torch.zeros_like(batch.lengths), batch.lengths, batch.ids.shape[1])] = 7  # other padding
+    batch.ids[~spans(torch.zeros_like(batch.lengths), batch.lengths, batch.ids.shape[1])] = 7  # different padding
     torch.testing.assert_close(logprobs_of(roles, batch), torch.tensor(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_packed_is_unpacked(
     assert len(packed) < len(batch) / 2
     assert int(packed.lengths.max()) <= 48
     expected = logprobs_alone(make_model(kind), batch)
-    # walk the packed rows by their restarts, in the order in which token_stats gives the numbers
+    # walk the packed rows from restart to restart, in the order of token_stats
     got, seen = logprobs_of(roles, packed).tolist(), 0
     assert packed.position_ids is not None
     for i, length in enumerate(packed.lengths.tolist()):
@@ -185,7 +185,7 @@ def test_pack_keeps_every_token_once(rows: list[tuple[list[int], list[int]]], wi
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 @pytest.mark.parametrize(
     "elements", [2**24, 50, 7 * 50, 10]
-)  # one chunk, a token a chunk, 7 with a rest, less than one
+)  # one chunk, one token per chunk, 7 tokens with a remainder, less than one token
 def test_token_stats_is_a_plain_log_softmax(monkeypatch: pytest.MonkeyPatch, temperature: float, elements: int) -> None:
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", elements)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Sequences laid end to end are what each is alone, cost no padding, and only models that keep them apart run so."""
+"""Unpadded batches give the results of each sequence alone, and only with models that keep sequences apart."""
 
 from collections.abc import Callable
 
@@ -83,7 +83,7 @@ def test_nothing_is_computed_on_padding(
     base.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     roles.states("policy", batch, batch.predicting)
     even = Sequences.from_lists([[3, 4], [5, 6]], [[7, 8], [9, 10]])
-    roles.states("policy", even, even.predicting)  # one attention for all rows is cheaper where nothing is padding
+    roles.states("policy", even, even.predicting)  # without padding, one attention call for all rows is cheaper
     assert seen == [(1, int(batch.lengths.sum())), (2, 4)]
     assert int(batch.lengths.sum()) < batch.ids.numel()
     monkeypatch.setattr(type(roles), "device", torch.device("cuda"))

@@ -11,7 +11,7 @@ from tests.helpers.data_readers import (
     assert_one_sentence,
 )
 
-# overrides of the default configuration, and the sentence
+# overrides of the default configuration, and the error message
 CONFIGURED: list[tuple[str, str]] = [
     ("judge=null", "a config group was given no option but NoneType; allowed: group=option"),
     ("~judge", "judge=None has no _target_; allowed: finished_reward_model, gold, "),
@@ -74,7 +74,7 @@ CONFIGURED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("overrides", "expected"), CONFIGURED, ids=[row[0] for row in CONFIGURED])
 def test_a_bad_value_is_one_sentence_before_a_model_is_made(overrides: str, expected: str) -> None:
-    with pytest.raises(Exception) as failure:  # noqa: PT011  (explain says which are told to the user)
+    with pytest.raises(Exception) as failure:  # noqa: PT011  (`explain` decides which errors users see)
         compose_and_check(*overrides.split())
     assert_one_sentence(failure.value, expected)
 

@@ -1,4 +1,4 @@
-"""`ppo.microbatch_tokens=auto`: what is picked, and that a run goes on with what it began with."""
+"""`ppo.microbatch_tokens=auto`: which value is chosen, and that a resumed run keeps its value."""
 
 import logging
 from collections.abc import Callable
@@ -43,9 +43,9 @@ def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
         least, most = budget // 2 < text, budget >= text * chosen.ppo.minibatch_size
         assert least or peak(chosen, budget) <= AUTOMATIC * free
         assert most or peak(chosen, 2 * budget) > AUTOMATIC * free
-    assert all(one <= other for one, other in pairwise(budgets))  # more memory, never fewer tokens
-    assert budgets[0] // 2 < text <= budgets[0]  # a text goes through at once, whatever is free
-    assert budgets[-1] // 2 < text * chosen.ppo.minibatch_size <= budgets[-1]  # and more than a minibatch never does
+    assert all(one <= other for one, other in pairwise(budgets))  # more memory never means fewer tokens
+    assert budgets[0] // 2 < text <= budgets[0]  # at least one whole sequence, however little is free
+    assert budgets[-1] // 2 < text * chosen.ppo.minibatch_size <= budgets[-1]  # and never more than a minibatch
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "2.5", "null", "all", "[1]", "{a: 1}", "true"])
@@ -63,7 +63,7 @@ def test_other_stages_take_a_number() -> None:
 
 @pytest.fixture
 def make_run_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """A run of the default configuration where so many GiB are free."""
+    """Make a run of the default configuration on a machine with `gib` GiB of free memory."""
 
     def make(gib: float, *overrides: str) -> Run:
         monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
@@ -87,16 +87,16 @@ def test_a_run_goes_on_with_what_it_began_with(
     first = make_run_with_memory(2, auto)
     began = settled(first)
     assert f"auto: {began}; the run needs about" in caplog.text
-    assert settled(make_run_with_memory(0.9, auto)) == began  # another machine, or something else runs on it
+    assert settled(make_run_with_memory(0.9, auto)) == began  # less memory is free now
     assert f"auto: {began}, as the run began" in caplog.text
-    assert (
-        settled(make_run_with_memory(2, auto, "seed=1")) == began
-    )  # another configuration: what was kept is not looked at
+    assert settled(make_run_with_memory(2, auto, "seed=1")) == began  # another configuration: the kept value is ignored
     fewer = settled(make_run_with_memory(0.9, auto, "seed=2"))
     assert fewer < began
     assert settled(make_run_with_memory(2, auto, "seed=2")) == fewer
     assert settled(make_run_with_memory(2, auto, "seed=2"), fresh=True) == began
-    assert settled(make_run_with_memory(4, auto, "seed=3"), jobs=2) == began  # two at once have half of it each
+    assert (
+        settled(make_run_with_memory(4, auto, "seed=3"), jobs=2) == began
+    )  # two processes get half of the memory each
 
 
 def test_the_identity_says_auto(make_run_with_memory: Callable[..., Run]) -> None:
@@ -121,7 +121,7 @@ def test_a_number_stays_what_it_is(make_run_with_memory: Callable[..., Run]) -> 
 def test_what_cannot_be_estimated_is_refused(
     make_run_with_memory: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as without the Hub
+    monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as when the Hub cannot be reached
     with pytest.raises(ModelError, match=r"ppo.microbatch_tokens=auto needs .* cannot be read; allowed: a number"):
         preview.settle_budget(
             make_run_with_memory(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b")
@@ -130,7 +130,7 @@ def test_what_cannot_be_estimated_is_refused(
 
 @pytest.mark.slow
 def test_a_run_continued_where_less_is_free(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends with the same bits. What would be picked is shown before, what was picked is told in the summary."""
+    """The run ends with the same bits. A dry run shows the value that would be chosen, the summary the one that was."""
     arguments = [*TINY, "ppo.microbatch_tokens=auto", "ppo.minibatch_size=8", f"output_dir={tmp_path}"]
     ample, scarce = 8, 0.75
 
@@ -159,4 +159,4 @@ def test_a_run_continued_where_less_is_free(command: Callable, tmp_path: Path, m
     other = next(tmp_path.glob("fewer/*"))
     assert read_json(other / "summary.json")["microbatch_tokens"] == fewer
     adapters = [(folder / "model/adapter_model.safetensors").read_bytes() for folder in (stopped, other)]
-    assert adapters[0] != adapters[1]  # or nothing would have been shown
+    assert adapters[0] != adapters[1]  # otherwise the test shows nothing

@@ -19,7 +19,7 @@ from rlhf.pipeline import cache
 
 @contextmanager
 def as_another_user() -> Iterator[None]:
-    """Root may write everywhere: be nobody instead."""
+    """Become the user nobody if root, who may write everywhere."""
     if os.geteuid() != 0:
         yield
         return
@@ -31,7 +31,7 @@ def as_another_user() -> Iterator[None]:
 
 
 def passable(folder: Path) -> None:
-    """Anybody may go through pytest's folders to this one."""
+    """Let every user pass through pytest's folders to this one."""
     top = Path(tempfile.gettempdir())
     for parent in (folder, *folder.parents):
         if top in parent.parents:
@@ -47,7 +47,7 @@ def test_a_cache_of_another_user_is_read_and_never_written(tmp_path: Path) -> No
     mine = cache.ensure(tmp_path / "cache" / "sft-1", built)
     (tmp_path / "cache").chmod(0o555)
     with as_another_user():
-        assert cache.ensure(mine, built) == mine  # no lock is needed to read
+        assert cache.ensure(mine, built) == mine  # reading needs no lock
         with pytest.raises(PermissionError) as failure:
             cache.ensure(tmp_path / "cache" / "sft-2", built)
     assert "sft-2.lock" in of_the_machine(failure.value)
@@ -61,7 +61,7 @@ def test_what_is_missing_in_a_cache_of_another_user_is_said_before_anything_is_b
     folder.parent.chmod(0o555)
     with as_another_user(), pytest.raises(ConfigError, match=f"sft-2 is missing .* {folder.parent} cannot be written"):
         cache.check_writable([folder])
-    folder.parent.chmod(0o777)  # and yet somebody else has begun to build it
+    folder.parent.chmod(0o777)  # another user has begun to build it
     for begun in (folder.parent / "sft-2.lock", folder.parent / ".sft-2.building"):
         begun.touch(0o644)
         with as_another_user(), pytest.raises(ConfigError, match=f"{begun.name} cannot be written"):
@@ -73,7 +73,7 @@ def test_a_finished_run_is_worth_more_than_its_pointer(tmp_path: Path, caplog: p
     passable(tmp_path)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o555)
-    for _ in range(2):  # without, and with, a folder of pointers
+    for _ in range(2):  # without and with a folder for pointers
         with as_another_user():
             cache.register_run(tmp_path, "abc", tmp_path / "run")
         assert "Permission denied, so that this run will not be found" in caplog.text
@@ -94,7 +94,7 @@ def test_another_users_model_is_checked_and_no_note_is_left(tmp_path: Path) -> N
     with as_another_user():
         assert not cache.missing(folder)
     assert not (folder / "checksums.json").exists()
-    assert not cache.missing(folder)  # this process knows it already
+    assert not cache.missing(folder)  # this process has checked it already
 
 
 def test_a_copy_of_a_read_only_model_belongs_to_who_made_it(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_copy_of_a_read_only_model_belongs_to_who_made_it(tmp_path: Path) -> N
 
 
 def test_a_cache_folder_of_a_group_is_written_by_all_of_it(tmp_path: Path) -> None:
-    """With a umask of 002 in a folder that passes its group on, a lock and a result belong to the whole group."""
+    """With a umask of 002 in a setgid folder, locks and results can be written by the whole group."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o2775)
     before = os.umask(0o002)

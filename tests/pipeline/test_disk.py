@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or somebody else's: one sentence, exit code 1, and afterwards the same bits."""
+"""Full and read-only disks: one sentence, exit code 1, and the same bits once there is space again."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from tests.helpers.run_results import assert_identical, collect_results
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs, which only root may mount."""
+    """Mount a tmpfs; skip the test without the right to."""
     folder.mkdir(exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
@@ -41,7 +41,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
-    """Leave not a byte of the disk."""
+    """Fill the disk to the last byte."""
     with (folder / "filler").open("wb", buffering=0) as file:
         for size in (2**20, 2**12, 1):
             with suppress(OSError):
@@ -54,7 +54,7 @@ def of_ppo(_: Any, trainer: Any, stage: Any) -> bool:
     return isinstance(stage, PPO) and stage.steps_done > 1
 
 
-# what is about to be written when the disk fills up: owner, method, and when
+# what is written when the disk is filled: owner, method, and the condition on its arguments
 MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "a line of metrics": (JsonLines, "log_metrics", lambda _, metrics, step=0: "sft/loss" in metrics),
     "a checkpoint of SFT": (StepCheckpoints, "save", lambda _, trainer, stage: stage.steps_done > 2),
@@ -84,7 +84,7 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_bit(command: Callab
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond so many bytes: a full disk where none can be mounted."""
+    """Limit the size of files that this process writes: simulates a full disk without mounting one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -121,7 +121,7 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
         assert of_the_machine(outer) == of_the_machine(error)
     for error in (FileNotFoundError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("(os error x)")):
         assert of_the_machine(error) is None
-    try:  # as Hydra wraps what a constructor raises, and rlhf.pipeline.config.instantiate unwraps it
+    try:  # Hydra wraps errors of constructors, and rlhf.pipeline.config.instantiate unwraps them
         try:
             raise ConfigError("flip=2") from None
         except ConfigError as cause:
@@ -136,7 +136,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_sentence(command: Callab
     outputs = tmp_path / "outputs"
     outputs.mkdir()
     outputs.chmod(0o555)
-    with mounted(outputs, "ro,size=1m") if os.geteuid() == 0 else nullcontext():  # root may write everywhere else
+    with mounted(outputs, "ro,size=1m") if os.geteuid() == 0 else nullcontext():  # root may write in any other folder
         code, out, error = command(*TINY, f"output_dir={outputs}")
     assert code == 1
     reason = "Read-only file system" if os.geteuid() == 0 else "Permission denied"
@@ -144,7 +144,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_sentence(command: Callab
 
 
 def test_a_checkpoint_is_written_beside_what_it_becomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # a $TMPDIR that takes nothing
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # a $TMPDIR that cannot be written
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, max_epochs=1, callbacks=[StepCheckpoints(tmp_path / "checkpoints", 1)],

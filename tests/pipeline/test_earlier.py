@@ -1,4 +1,4 @@
-"""Runs that share a folder: none is deleted, each comes back."""
+"""Different runs in one folder: none is deleted, each can be resumed."""
 
 import json
 from contextlib import suppress
@@ -21,7 +21,7 @@ def outputs(tmp_path: Path) -> Path:
 def write_run_files(
     folder: Path, identity: str, steps: int = 3, finished: bool = True, **config: Any
 ) -> dict[str, bytes]:
-    """What a run leaves; returns its files."""
+    """Write the files of a run and return their contents."""
     (folder / MODEL).mkdir(parents=True)
     (folder / "checkpoints").mkdir()
     (folder / ".hydra").mkdir(exist_ok=True)
@@ -38,12 +38,12 @@ def write_run_files(
 
 
 def said(weights: Path) -> str:
-    """The identity that `write_run_files` made weights of."""
+    """The identity that `write_run_files` encoded in the weights."""
     return bytes(load_file(weights)["weight"].tolist()).decode()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The files of the run that is present in a folder."""
+    """Contents of the files of the current run in a folder, without earlier runs, hidden files and logs."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -99,7 +99,7 @@ def test_a_run_that_left_no_note_is_kept_too(outputs: Path) -> None:
 
 @pytest.mark.parametrize("killed_after", range(6))
 def test_a_kill_while_it_moves_loses_nothing(outputs: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At whichever move it happens, in either direction: the next start goes on."""
+    """Whichever move is interrupted, in either direction, the next start completes it."""
     folder = outputs / "mine/default"
     first = write_run_files(folder, "aaa")
     replace = earlier.os.replace
@@ -131,7 +131,7 @@ def test_runs_that_share_its_model_go_on_sharing_it(outputs: Path) -> None:
     assert said(weights) == "aaa"
     assert cache.find_run(outputs, "aaa") == (folder / EARLIER / "aaa").resolve()
     earlier.note(other, "aaa", {}, [])
-    earlier.settle(other, "ccc", outputs, False, "it")  # and the link itself may move
+    earlier.settle(other, "ccc", outputs, False, "it")  # the link itself may be moved
     assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
     earlier.settle(folder, "aaa", outputs, False, "it")
     assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"

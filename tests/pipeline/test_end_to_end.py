@@ -1,4 +1,4 @@
-"""The whole pipeline through the command itself: what a run leaves, cache, sweeps, resuming, loading back."""
+"""The whole pipeline through the command: files of a run, the cache, sweeps, resuming, loading the models."""
 
 import json
 import shutil
@@ -127,10 +127,10 @@ def test_an_interrupted_run_continues_to_the_same_bits(workplace: Path) -> None:
     arguments = [*QUICK, "ppo.steps=3", "ppo.eval_every=1", "name=straight"]
     run_in_subprocess(workplace, *arguments)
     straight = next((workplace / "outputs/straight").glob("*"))
-    # what a kill after step 2 leaves: no summary, no model, the checkpoint of step 2
+    # as after a kill behind step 2: no summary, no model, the checkpoint of step 2
     run_in_subprocess(
         workplace, *arguments[:-1], "name=broken", "resume=never"
-    )  # or it would be taken over from `straight`
+    )  # otherwise the result of `straight` would be reused
     broken = next((workplace / "outputs/broken").glob("*"))
     for name in ("summary.json", "model/adapter_model.safetensors", "checkpoints/step-000003.ckpt"):
         (broken / name).unlink()

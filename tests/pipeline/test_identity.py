@@ -1,4 +1,4 @@
-"""What an identity counts, and what it does not."""
+"""Identities of runs and cached models: what they depend on, and what they ignore."""
 
 import os
 import shutil
@@ -63,7 +63,7 @@ def test_a_file_counts_by_its_content(rows: Path, tmp_path: Path) -> None:
 
 
 def test_a_word_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that happens to be called as an option is."""
+    """A folder that has the same name as an option."""
     monkeypatch.chdir(tmp_path)
     config = {"generation": {"engine": "native"}, "sft": {"schedule": "linear"}}
     before = identity.digest(config)
@@ -113,7 +113,7 @@ def test_keys_of_lightning_are_left_out_and_those_of_other_trainers_not() -> Non
 
 
 def test_the_farm_says_which_keys_concern_which_splits() -> None:
-    """What it says holds for the rows: a key that does not concern a split does not change it."""
+    """A key that does not concern a split changes neither the split's rows nor its identity."""
     small = {"demonstrations": 6, "comparisons": 6, "prompts": 6, "eval_prompts": 6}
     changed = {"demonstrations": 7, "comparisons": 7, "prompts": 7, "eval_prompts": 7,
                "label_noise": 0.9, "max_response_tokens": 3}  # fmt: skip
@@ -136,7 +136,7 @@ def test_alpacas_evaluation_concerns_what_it_excludes() -> None:
         assert ("eval" in identity.of_data(files, source, ("sft",))) == excluded
 
 
-# Key by key: does the SFT model, the reward model, the run change with it?
+# overrides, and which of SFT model, reward model and run they change
 DECIDED = [
     ("ppo.steps=7", "run"),
     ("seed=1", "run"),
@@ -150,7 +150,7 @@ DECIDED = [
     ("data.seed=4", "sft, reward, run"),
     ("sft.seed=4", "sft, reward, run"),
     ("model.config.hidden_size=64", "sft, reward, run"),
-    ("guards=off", "sft, reward, run"),  # what is not finite is then trained on
+    ("guards=off", "sft, reward, run"),  # non-finite values would be trained on
     ("+trainer.slow=1 trainer._target_=mine.Trainer", "sft, reward, run"),
     ("guards=strict", ""),
     ("trainer.devices=2", ""),
@@ -185,7 +185,7 @@ def test_a_trainers_key_that_changes_training_is_refused(tmp_path: Path, key: st
 
 
 def test_a_stage_needs_no_data_of_later_stages(tmp_path: Path) -> None:
-    """SFT on demonstrations alone, although the default scorer would need comparisons."""
+    """SFT needs demonstrations only, although the default scorer would need comparisons."""
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     alone = ("data=alpaca", f"data.root={tmp_path}", "data.sft=rows.jsonl", "judge=reward_model", "model=custom",
              "model.name_or_path=a/b", *(f"data.{split}=null" for split in
@@ -234,7 +234,7 @@ def folders_of(modules: tuple[str, ...]) -> set[str]:
 def test_editing_a_file_rebuilds_what_it_decides(
     edited: str, rebuilt: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a copy of the package, with a line more in one of its files."""
+    """Identities of a copy of the package with one line added to one of its files."""
 
     def names() -> dict[str, str]:
         run = composed_run(tmp_path)

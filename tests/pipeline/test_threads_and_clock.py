@@ -1,4 +1,4 @@
-"""How many threads a run has, and how long it took whatever the clock on the wall says."""
+"""The number of threads of a run, and its duration when the system clock is changed."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from rlhf.tracking.summary import write_summary
 @pytest.mark.parametrize(
     ("said", "now", "jobs", "processes", "expected"),
     [
-        ("1", 1, 1, 1, 1),  # a sweep's job has the bits of the single run
+        ("1", 1, 1, 1, 1),  # a job of a sweep gets the bits of the single run
         ("3", 3, 4, 1, 3),
-        (None, 6, 1, 1, 6),  # the machine to itself: as torch chose for the single run
+        (None, 6, 1, 1, 6),  # alone on the machine: as many threads as torch chooses for the single run
         (None, 6, 4, 1, 2),
         (None, 1, 2, 1, 1),
-        ("4", 4, 2, 4, 1),  # joblib sets the variable for a job, not for the processes of a job
+        ("4", 4, 2, 4, 1),  # joblib sets the variable for a job, not for the processes that a job starts
         ("1", 1, 1, 2, 1),
     ],
 )

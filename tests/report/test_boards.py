@@ -1,4 +1,4 @@
-"""A sweep's W&B workspace and report, built offline from a real sweep; putting them there was never run here."""
+"""A sweep's W&B workspace and report, built offline from a real sweep; uploading them is not tested."""
 
 import json
 import os
@@ -38,7 +38,7 @@ FIGURES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two rows, logged offline."""
+    """A sweep with two rows, logged offline."""
     place = tmp_path_factory.mktemp("boards")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def every(node: Any, key: str) -> Iterator[Any]:
-    """All values of a key, however deep."""
+    """All values of a key at any depth."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name == key:
@@ -68,7 +68,7 @@ def every(node: Any, key: str) -> Iterator[Any]:
 
 
 def metrics_of(spec: Any) -> set[str]:
-    """What the panels of a specification draw."""
+    """The metrics that the panels of a specification draw."""
     drawn = {metric for metrics in every(spec, "metrics") for metric in metrics}
     axes = {axis for key in ("xAxis", "yAxis") for axis in every(spec, key)}
     return {name.removeprefix("summary:").removesuffix(".last") for name in drawn | axes} - {"_step"}
@@ -116,7 +116,7 @@ def test_the_figures_are_panels_with_their_axes(folder: Path) -> None:
 
 
 def test_json_there_and_back(folder: Path) -> None:
-    """The library's own models read what was written, and write the same again."""
+    """The library's own models read the specification and write the same again."""
     report = folder / "report"
     written = read_json(report / WORKSPACE)
     workspace = ws.Workspace._from_model(View.model_validate(written))
@@ -154,7 +154,7 @@ def run_sync(*arguments: str | Path, **environment: str) -> subprocess.Completed
 
 @pytest.fixture
 def sent(tmp_path: Path) -> Path:
-    """A sweep whose runs wait for nothing."""
+    """Folders of a sweep with nothing to synchronise."""
     logger = {"_target_": "rlhf.tracking.dashboards.wandb_logger", "project": "p", "group": "made_up", "entity": None}
     write_run(tmp_path / "s/a", "lora_kl", 1, config={"seed": 1, "name": "made_up", "logger": logger})
     return tmp_path / "s"

@@ -1,4 +1,4 @@
-"""The report: its statistics against closed forms and by simulation, its files from made-up runs."""
+"""The report: tables, figures, page and command, from made-up runs."""
 
 import csv
 import json
@@ -86,7 +86,7 @@ def test_comparisons_are_one_family(sweep: Sweep) -> None:
 
 
 class Links(HTMLParser):
-    """Collects what a page loads or links to, and whether its tags close."""
+    """Collects the links of a page and asserts that its tags are closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_config_difference() -> None:
 
 
 def test_bare_runs_make_a_report_too(tmp_path: Path) -> None:
-    """Older runs know neither overrides nor outcomes, and have no judge."""
+    """Runs without overrides, outcomes, samples and judge, as older versions wrote them."""
     write_run(tmp_path / "s" / "seed-1", "lora_kl", 1)
     folder = tmp_path / "s" / "seed-1"
     summary = json.loads((folder / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""Runs as the report reads them: rows and seeds, warnings, damaged files."""
+"""Reading of runs for the report: rows and seeds, warnings, damaged files."""
 
 import html
 import json
@@ -93,7 +93,7 @@ def reconfigured(folder: Path, **config: Any) -> None:
 
 
 def test_runs_of_other_configurations_are_no_seeds_of_a_row(tmp_path: Path) -> None:
-    """An edited experiment leaves the overrides as they were: three steps are never averaged with eight."""
+    """Editing an experiment does not change the overrides: runs of three and of eight steps must not be averaged."""
     folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     for seed, steps in ((1, 8), (2, 3), (3, 8)):
         reconfigured(folder / f"variant-lora_kl_seed-{seed}", ppo={"steps": steps, "lr": 0.1})

@@ -13,7 +13,7 @@ from rlhf.report.fitting import initial_line
 def draw(
     rng: np.random.Generator, seeds: int, prompts: int, seed_sd: float, row_sd: float, gap: float, hard: st.Array
 ) -> st.Array:
-    """Wins of a row in a world where prompts are of different difficulty and seeds of different luck."""
+    """Simulated wins [seeds, prompts] of a row: a probit model with effects of prompts (`hard`), row, and seeds."""
     own, luck = rng.normal(0, row_sd, prompts), rng.normal(0, seed_sd, (seeds, 1))
     return (rng.random((seeds, prompts)) < stats.norm.cdf(gap - 0.4 + hard + own + luck)).astype(float)
 
@@ -21,13 +21,13 @@ def draw(
 def draw_two(
     rng: np.random.Generator, seeds: int, prompts: int, seed_sd: float, row_sd: float, gap: float
 ) -> tuple[st.Array, st.Array]:
-    """Two rows on the same prompts."""
+    """Simulated wins of two rows on the same prompts."""
     hard = rng.normal(0, 0.8, prompts)
     first, second = (draw(rng, seeds, prompts, seed_sd, row_sd, level, hard) for level in (gap, 0.0))
     return first, second
 
 
-# paired, seeds of each row, spread over seeds of each row, spread of a row's own difficulties: how often 95 % hold
+# paired, seeds and seed effects (sd) of each row, sd of row × prompt effects, true coverage of the 95 % intervals
 REGIMES = [
     (True, (3, 3), (0.05, 0.05), 0.5, 0.97),
     (True, (3, 3), (0.2, 0.2), 0.2, 0.93),
@@ -43,7 +43,7 @@ REGIMES = [
 def test_intervals_cover_what_is_said_of_them(
     paired: bool, seeds: tuple[int, int], spread: tuple[float, float], row_sd: float, expected: float
 ) -> None:
-    """Regime by regime: an average over them would hide the one that covers least."""
+    """Coverage for each regime: an average over regimes would hide the lowest."""
     rng, hits, prompt_hits = np.random.default_rng(11), [], []
     levels = [
         level / math.sqrt(1 + 0.8**2 + sd**2 + row_sd**2) for level, sd in zip((-0.25, -0.4), spread, strict=True)
@@ -60,12 +60,12 @@ def test_intervals_cover_what_is_said_of_them(
         if paired:
             prompt_hits.append(abs(told.mean - truth) <= 1.96 * st.judge_error(a - b, draws=400))
     assert abs(np.mean(hits) - expected) <= 0.025
-    # what counting the instructions alone would give: intervals that are too narrow
+    # intervals from the instructions alone would be too narrow
     assert spread[0] < 0.1 or not paired or np.mean(prompt_hits) < 0.93
 
 
 def test_the_range_of_seeds_needed_holds_the_truth_as_often_as_it_says() -> None:
-    """The gap is held at its true value, so that only the spread has to be estimated."""
+    """The gap is fixed at its true value, so that only the variance has to be estimated."""
     rng, truth, hits = np.random.default_rng(4), (1.96 + 0.84) ** 2 * (0.03**2 + 0.05**2) / 0.05**2, []
     for _ in range(300):
         a, b = (
@@ -154,7 +154,7 @@ def test_seeds_needed_is_the_formula_and_keeps_its_promise() -> None:
 
 
 def test_seeds_needed_counts_the_seeds_of_each_row_on_its_own() -> None:
-    """Three seeds of variance 0.02² against twelve of 0.06²: a run of each adds 0.02² + 0.06² to the variance."""
+    """Three seeds with variance 0.02² against twelve with 0.06²: one run of each adds 0.02² + 0.06² to the variance."""
     rng = np.random.default_rng(0)
     a, b = (
         np.repeat((luck - luck.mean()) / luck.std(ddof=1) * spread + level, 50).reshape(-1, 50)

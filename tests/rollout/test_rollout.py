@@ -1,4 +1,4 @@
-"""Both engines against transformers' own `generate`, and the log-probs they report against plain forward passes."""
+"""Both engines against transformers' own `generate`, and their log-probs against plain forward passes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from tests.helpers.rollouts import EOS, KINDS, LIMIT, PAD, PROMPTS, generate, re
 
 
 def forced(model: nn.Module, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
-    """Log-probs of a response, by a plain forward pass of a plain model on that row alone."""
+    """Log-probs of a response [time], from a forward pass of a plain model on that row alone."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
     table = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
@@ -41,7 +41,7 @@ def roles(request: pytest.FixtureRequest, make_roles: Callable) -> Roles:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_generate(make_roles: Callable, kind: str, attention: str) -> None:
-    """Row by row without any padding is the reference; ragged batches must agree with it, with HF's own too."""
+    """The reference is `generate` row by row without padding; ragged batches of both engines must agree with it."""
     roles = make_roles(kind, attn_implementation=attention)
     model = roles.copy_trunk("policy")
     expected = []
@@ -76,7 +76,7 @@ def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: flo
 def test_values_of_a_head_on_the_policys_trunk(
     make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read off while sampling, whichever rows are done and dropped: what a pass over the texts finds."""
+    """Values captured while sampling equal those of a pass over the sequences, though finished rows are dropped."""
     monkeypatch.setattr("rlhf.rollout.native.CHECK_EVERY", 2)
     roles, prompts = make_roles(), [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS]
     settings = GenerationSettings(max_new_tokens=LIMIT, batch_size=5)
@@ -85,7 +85,7 @@ def test_values_of_a_head_on_the_policys_trunk(
     def sampled() -> Rollouts:
         return rollout(engine, roles, "policy", make_tokenizer(), prompts, settings, torch.Generator().manual_seed(3))
 
-    assert sampled().values is None  # the value function is an adapter of its own
+    assert sampled().values is None  # the value function is a separate adapter
     roles.table["value"] = roles.table["policy"]
     roles.add_head("value", zero=False)
     found = sampled()
@@ -97,7 +97,7 @@ def test_values_of_a_head_on_the_policys_trunk(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_of_what_generate_sampled(roles: Roles, temperature: float) -> None:
-    """`generate` tells the scores it sampled with: our scoring pass must find the same log-probs."""
+    """`generate` returns the scores that it sampled from: our scoring pass must find the same log-probs."""
     prompts = [[5, 9, 7], [40, 41, 3], [6, 8, 8], [49, 3, 12]]
     ids, model = torch.tensor(prompts), roles.copy_trunk("policy")
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_scores_of_what_generate_sampled(roles: Roles, temperature: float) -> No
 
 
 def test_transformers_engine_samples_as_generate_does(roles: Roles) -> None:
-    """With equally long prompts there is no padding: the same seed through plain `generate` gives the same tokens."""
+    """Prompts of equal length need no padding, so that plain `generate` with the same seed gives the same tokens."""
     prompts = [[5, 9, 7], [40, 41, 3]] * 4
     got = response_rows(generate(TransformersEngine(EOS, PAD), roles, prompts, temperature=0.7))
     ids = torch.tensor(prompts)
@@ -142,7 +142,7 @@ def test_dropping_rows_changes_no_token(roles: Roles, monkeypatch: pytest.Monkey
     whole = generate(NativeEngine(EOS), roles, max_new_tokens=40)
     assert (
         len({n for n in whole.lengths.tolist() if n < 40}) > 3
-    )  # rows end at different times, so that some are dropped
+    )  # rows end at different steps, so that some are dropped
     monkeypatch.setattr(native, "CHECK_EVERY", every)
     other = generate(NativeEngine(EOS), roles, max_new_tokens=40)
     assert response_rows(other) == response_rows(whole)
@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_ids(make_roles: Callable, engine: object) 
     first, again, other = (response_rows(generate(engine, roles, generator=seeded_generator(s))) for s in (3, 3, 4))
     assert first == again
     assert first != other
-    assert torch.equal(torch.random.get_rng_state(), before)  # and the global stream is left alone
+    assert torch.equal(torch.random.get_rng_state(), before)  # and the global generator is not used
 
 
 @pytest.mark.parametrize("engine", [NativeEngine(EOS), TransformersEngine(EOS, PAD)])
@@ -180,17 +180,17 @@ def test_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
         logits = roles.copy_trunk(role)(input_ids=torch.tensor([[5, 9, 7]])).logits[0, -1]
     expected = (logits / 1.3).softmax(-1) * rows
     counts = torch.bincount(got, minlength=50).float()
-    bins = torch.cumsum(expected >= 5, 0) * (expected >= 5)  # the rare tokens share bin 0
+    bins = torch.cumsum(expected >= 5, 0) * (expected >= 5)  # rare tokens share bin 0
     observed, wanted = (torch.zeros(51).index_add(0, bins, x) for x in (counts, expected))
     kept = wanted > 0
     statistic, freedom = float(((observed - wanted)[kept] ** 2 / wanted[kept]).sum()), int(kept.sum()) - 1
     assert freedom > 5
-    assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p ≈ 0.001 one-sided, and the seed is fixed
+    assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p ≈ 0.001, one-sided; the seed is fixed
 
 
 @given(st.floats(0, 1, exclude_max=True, width=32), st.integers(0, 2**30), st.sampled_from([0.1, 1.0, 3.0]))
 def test_choose_inverts_the_distribution(draw: float, seed: int, temperature: float) -> None:
-    """Never a token of probability 0; the token whose share of [0, 1) holds the draw."""
+    """The token whose share of [0, 1) contains the draw, never one of probability 0."""
     logits = torch.randn(1, 12, generator=seeded_generator(seed)) * 4
     logits[0, [0, 5, 11]] = -torch.inf
     token, logprob = _choose(logits, temperature, torch.tensor([draw]), True)
@@ -249,7 +249,7 @@ def test_captured_log_probs_serve_as_old_ones_only_where_that_is_exact(
         return known, serve_as_old(replace(settings, engine=name), roles)
 
     assert captured(torch.float32, "auto") == (True, True)
-    assert captured(torch.bfloat16, "auto") == (True, False)  # to be compared with what is scored again
+    assert captured(torch.bfloat16, "auto") == (True, False)  # will be compared with scores computed again
     assert captured(torch.float32, "auto", "vllm") == (True, False)
     assert captured(torch.bfloat16, "always") == (True, True)
     assert captured(torch.float32, "never") == (False, False)

@@ -1,4 +1,4 @@
-"""A model that is not what it is taken for is refused, in a sentence, before anything is trained."""
+"""The trial of a model before training: unsuitable models are refused in one sentence."""
 
 from collections.abc import Callable
 

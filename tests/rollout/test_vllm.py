@@ -1,4 +1,4 @@
-"""`generation.engine=vllm` as far as it goes without vLLM and a GPU: what it refuses, and the adapter it hands over."""
+"""`generation.engine=vllm`, as far as testable without vLLM and a GPU: refusals, and the adapter that it exports."""
 
 import importlib.util
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def test_without_vllm_or_a_gpu(command: Callable, monkeypatch: pytest.MonkeyPatc
 
 @torch.no_grad()
 def test_the_adapter_handed_over_is_the_policy(folders: SimpleNamespace, make_texts: Callable, tmp_path: Path) -> None:
-    """On the folder that the roles know as the SFT model plain peft computes what the role does, also after a step."""
+    """Plain peft computes the same as the role on the folder of the SFT model, also after an update."""
     stage, batch = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl"), make_texts(4, seed=0)
     roles = stage.roles.eval()
     assert roles.trunk("reference").name_or_path == str(folders.sft)

@@ -1,4 +1,4 @@
-"""Scores put together, cut and brought to one unit; a classifier of our own; the best of several answers."""
+"""Sums of scorers, clipping and normalization of scores, a user's own classifier, and best-of-n."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ def test_scores_are_scaled_cut_or_left() -> None:
 
 
 def test_resuming_goes_on_counting(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """The checkpoint holds the moments: four steps, and two steps continued, see the same scores."""
+    """Checkpoints contain the running moments: four steps and two plus two resumed steps see the same scores."""
     from rlhf.pipeline.checkpoints import StepCheckpoints
 
     settings = ppo_settings(score_normalization="standardize", score_clip=1.5, steps=4, checkpoint_every=2)

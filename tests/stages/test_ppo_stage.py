@@ -1,4 +1,4 @@
-"""PPO through a real Lightning trainer: the first ratio, what moves and what stays, penalties, resuming."""
+"""PPO with a real Lightning trainer: the first ratio, which weights change, penalties, resuming."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,19 +32,19 @@ def test_the_first_ratio_is_one(
 ) -> None:
     settings = ppo_settings(lora=replace(LORA, dropout=dropout), epochs=1, minibatch_size=12, steps=3)
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    losses, assessed = (
+    losses, experiences = (
         record_calls(monkeypatch, ppo, "policy_losses"),
         record_calls(monkeypatch, stage, "make_experience"),
     )
     metrics = train(stage, tmp_path)
-    assert len(losses) > 6  # several micro-batches a step, one optimiser step each: no ratio but the first of a batch
+    assert len(losses) > 6  # several micro-batches per update: the ratio of the first update of a rollout is 1
     for (logprobs, old, *_), _ in losses:
         torch.testing.assert_close(logprobs.detach(), old, rtol=1e-5, atol=1e-5)
     assert [row["ppo/first_ratio"] for row in metrics] == pytest.approx([1.0] * 3, abs=1e-5)
     assert [row["ppo/ratio"] for row in metrics] == pytest.approx([1.0] * 3, abs=1e-5)
-    (rollouts, *_), experience = assessed[0]
+    (rollouts, *_), experience = experiences[0]
     gap = (experience.old_logprobs - rollouts.logprobs).abs().max()
-    assert gap > 0.1 if dropout else gap == 0  # the masks are really there
+    assert gap > 0.1 if dropout else gap == 0  # dropout masks are really applied
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -59,10 +59,10 @@ def test_samples_of_another_distribution_are_seen_though_scoring_again_hides_the
     monkeypatch.setattr(stage.engine, "generate", lambda *args: generate(*args[:4], temperature, args[5]))
     (row,) = train(stage, tmp_path)
     gap, sound = row["ppo/sampling_gap"], temperature == 0.9
-    if precision == "float32":  # captured log-probs are the old ones
+    if precision == "float32":  # captured log-probs are the old log-probs
         assert gap == row["ppo/first_log_ratio"]
         assert gap < 1e-5 if sound else gap > 0.3
-    else:  # scored again: the first ratio is 1 whatever was sampled from
+    else:  # scored again: the first ratio is 1 whatever was sampled
         assert row["ppo/first_log_ratio"] == pytest.approx(0, abs=1e-3)
         assert 1e-4 < gap < 0.1 if sound else gap > 0.3
 
@@ -83,7 +83,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, case: str) -> None:
-    """Policy and value both move, with a reference pass before each update; nothing else ever does."""
+    """Only policy and value adapters change, although reference passes run before each update."""
     stage = make_ppo(ppo_settings(**CASES[case]), folders, tmp_path / "samples")
     roles, before = stage.roles, copy_weights(stage.roles)
     with record_gradients() as seen:
@@ -91,7 +91,7 @@ def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, ca
     assert len(seen) == 2 * 2 * 2  # steps · epochs · minibatches
     trained = {name for name, p in roles.named_parameters() if p.requires_grad}
     moved = changed_weights(before, roles)
-    assert moved == trained - {"trunks.value.lm_head.weight"}  # which a value function has no use for
+    assert moved == trained - {"trunks.value.lm_head.weight"}  # a value function does not use it
     assert sum(grad is not None for grad in seen[0]) == len(moved)
     head = "heads.value.weight"
     policy = {name for name in moved if ".policy." in name}
@@ -99,7 +99,7 @@ def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, ca
     assert policy
     if case == "adapters":
         assert value == {head} | {name for name in before if ".lora_" in name and ".value." in name}
-        # a head of zeros passes nothing on to its adapter before its own first step; after it everything has a gradient
+        # a zero head passes no gradient to its adapter before its first update; after it everything has a gradient
         assert all(grad is not None and grad.abs().max() > 0 for grad in seen[1])
     elif case == "trunk_head":
         assert value == {head}
@@ -116,7 +116,7 @@ def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, ca
 def test_the_value_starts_as_the_reward_model(
     folders: SimpleNamespace, tmp_path: Path, make_texts: Callable, reward: bool
 ) -> None:
-    """Also where its rank and scale are not the reward adapter's: the same hidden states, a head of zeros."""
+    """The value adapter starts with the reward model's hidden states and a zero head, at any rank and scale."""
     lora = replace(LORA, r=6, alpha=30.0)
     roles = make_ppo(ppo_settings(lora=lora), folders, tmp_path / "s", reward, warm=False).roles
     batch = make_texts(3, seed=0)
@@ -137,11 +137,11 @@ def test_exact_penalties_by_brute_force(
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 7 * 50)
     stage = make_ppo(ppo_settings(name, "logits", steps=1), folders, tmp_path / "samples")
     save_adapter(stage.roles, "policy", lora_config(LORA), folders.sft, tokenizer, tmp_path / "policy")
-    assessed = record_calls(monkeypatch, stage, "make_experience")
+    experiences = record_calls(monkeypatch, stage, "make_experience")
     train(stage, tmp_path)
     policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     reference = AutoModelForCausalLM.from_pretrained(folders.sft).eval()
-    experience = assessed[0][1]
+    experience = experiences[0][1]
     batch = experience.sequences
     for i, (start, end) in enumerate(zip(batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)):
         ids = batch.ids[i : i + 1, :end]
@@ -178,9 +178,9 @@ def test_missing_eos_costs_the_penalty(
     for penalty in (0.0, 1.5):
         settings = ppo_settings(steps=1, whiten_rewards=False, missing_eos_penalty=penalty)
         stage = make_ppo(settings, folders, tmp_path / "samples")
-        assessed = record_calls(monkeypatch, stage, "make_experience")
+        experiences = record_calls(monkeypatch, stage, "make_experience")
         train(stage, tmp_path / str(penalty))
-        (rollouts, *_), experience = assessed[0]
+        (rollouts, *_), experience = experiences[0]
         shaped.append(experience.rewards)
     assert 0 < int(rollouts.ended.sum()) < 12
     expected = torch.zeros_like(shaped[0])
@@ -201,7 +201,7 @@ def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout:
     straight, whole = run(tmp_path / "a")
     saved = tmp_path / "a" / "checkpoints"
     assert sorted(path.name for path in saved.glob("*.ckpt")) == ["step-000002.ckpt", "step-000004.ckpt"]
-    torch.manual_seed(99)  # the global stream must not matter
+    torch.manual_seed(99)  # the global generator must not matter
     resumed, rest = run(tmp_path / "b", 2, ckpt_path=saved / "step-000002.ckpt")
     assert [row["step"] for row in rest] == [3, 4]
     for a, b in zip(whole[2:], rest, strict=True):
@@ -216,7 +216,7 @@ def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout:
 
 
 def test_as_published_takes_more_and_smaller_steps(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """The published fault, in small: 12 rollouts in minibatches of 6, of which it makes 3 steps of 2 rows each."""
+    """The fault of the published code, in small: 12 rollouts in minibatches of 6 become 3 updates of 2 rows each."""
     counts, first = {}, {}
     for accumulation in ("exact", "as_published"):
         settings = ppo_settings(accumulation=accumulation, published_rows=2, steps=1)

@@ -1,4 +1,4 @@
-"""Gradients of all three stages against plain torch and transformers, the schedule, the order of the rows."""
+"""Gradients of all three stages against plain torch and transformers, schedules, and the order of rows."""
 
 import math
 from dataclasses import replace
@@ -58,7 +58,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_sft_gradient_is_that_of_transformers(
     folders: SimpleNamespace, tmp_path: Path, loss_on: str, packing: bool, microbatch_tokens: int
 ) -> None:
-    """Many micro-batches or one, packed or not: the gradient of one padded batch with Hugging Face's own loss."""
+    """The gradient equals that of one padded batch with Hugging Face's loss, for any micro-batches and packing."""
     stage = sft_stage(folders, loss_on=loss_on, packing=packing, microbatch_tokens=microbatch_tokens, log_every=1)
     got, metrics = one_step(stage, DEMONSTRATIONS, tmp_path)
 
@@ -83,7 +83,7 @@ def test_sft_adapter_trains_alone(folders: SimpleNamespace, tmp_path: Path) -> N
     one_step(stage, DEMONSTRATIONS, tmp_path)
     assert changed_weights(before, stage.roles) == {
         name for name in before if "lora_B" in name
-    }  # A follows once B is not 0
+    }  # A has a gradient once B is not 0
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -94,7 +94,7 @@ def test_checkpointed_activations_are_made_again(
     stage, calls = make(folders, replace(LORA, dropout=0.5), microbatch_tokens=100000), []
     if checkpointed:
         stage.roles.checkpoint_activations()
-    assert stage.roles.unpadded  # tried out before the calls are counted
+    assert stage.roles.unpadded  # compatibility is tried before the calls are counted
     projection = stage.roles.trunk("reference").model.layers[0].self_attn.q_proj
     projection.register_forward_hook(lambda module, *_: calls.append(module.lora_dropout.training))
     one_step(stage, rows, tmp_path)
@@ -158,19 +158,19 @@ def test_baseline_is_the_mean_score_of_demonstrations(folders: SimpleNamespace) 
 def test_ppo_gradient_by_plain_autograd(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    """Tiny micro-batches, one micro-batch, and the clipped losses written out on each row alone: one gradient."""
+    """Tiny micro-batches, one micro-batch, and clipped losses written out row by row give the same gradient."""
     results = {}
     for budget in (24, 100000):
         options = {"microbatch_tokens": budget, "steps": 1, "epochs": 2, "minibatch_size": 12, "value_model": value}
         stage = make_ppo(ppo_settings(max_grad_norm=NO_CLIPPING, lr=0.05, **options), folders, tmp_path / "samples")
         stage.roles.heads["value"].weight.data.normal_(generator=torch.Generator().manual_seed(5))
-        assessed, updated = (
+        experiences, losses = (
             record_calls(monkeypatch, stage, "make_experience"),
             record_calls(monkeypatch, stage, "microbatch_loss"),
         )
         with record_gradients() as seen:
             train(stage, tmp_path / str(budget))
-        results[budget] = seen[0], assessed[0][1], len(updated)
+        results[budget] = seen[0], experiences[0][1], len(losses)
     (tiny, experience, many), (whole, _, few) = results[24], results[100000]
     assert many > 2 * 4
     assert few == 2
@@ -222,7 +222,7 @@ def test_no_step_trains_at_rate_zero(folders: SimpleNamespace, tmp_path: Path) -
 
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 5), st.integers(0, 12))
 def test_seeded_batches(rows: int, size: int, seed: int, start: int) -> None:
-    """A pure function of (seed, step), and a permutation every epoch, also where a batch straddles two."""
+    """Batches depend only on (seed, step) and are a permutation in each epoch, also if a batch straddles two epochs."""
     steps = 15
     whole = list(SeededBatches(rows, size, seed, steps))
     assert len(whole) == steps

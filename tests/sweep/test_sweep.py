@@ -1,4 +1,4 @@
-"""Sweeps: what is planned, what is made again, what a failure does, what is taken over, how far it is."""
+"""Sweeps: plans, repeated and failing runs, reused results, and progress."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.helpers.subprocess_runs import QUICK, run_in_subprocess
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two variants and two seeds, one of whose runs failed: it does not stop the others."""
+    """A sweep of two variants and two seeds with one failed run, which did not stop the others."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "mine.py").write_text(
         "from pathlib import Path\n"
@@ -67,7 +67,7 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert "4 of 4 runs done" in said
     assert not list(study.glob(f"*/{FAILED}"))
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
-    # under another name the same configuration is the same run
+    # the same configuration under another name is the same run
     said = sweep(workplace, "variant=lora_none", "name=other")
     assert said.count("taken over from it") == 2
     taken = next((workplace / "outputs/other").glob("*seed-1*"))
@@ -75,22 +75,22 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert (taken / "metrics.jsonl").read_bytes() == (origin / "metrics.jsonl").read_bytes()
     assert (taken / read_json(taken / SUMMARY)["same_as"]).resolve() == origin.resolve()
     assert (taken / "model/adapter_model.safetensors").exists()
-    assert read_json(taken / SUMMARY)["config"]["name"] == "other"  # so that its report has its own layout
-    # one more seed: one more run
+    assert read_json(taken / SUMMARY)["config"]["name"] == "other"  # another name, for another layout of the report
+    # one more seed means one more run per variant
     assert sweep(workplace, "variant=lora_none", "seed=1,2,3", "dry_run=true").count("missing  ") == 1
 
 
 @pytest.mark.long
 @pytest.mark.skipif("RLHF_KILLS" not in os.environ, reason="RLHF_KILLS is not set")
 def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None:
-    """SIGKILL to the command and its jobs, twice, at random moments; then the command once more."""
+    """The command and its jobs get SIGKILL at random moments, twice; then the command runs once more."""
     random = Random(0)
     command = ["-m", *TINY, "name=study", "variant=lora_kl,full_none", "seed=1,2", "hydra/launcher=joblib"]
     folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
     for folder in folders.values():
         folder.mkdir()
     run_in_subprocess(folders["undisturbed"], *command)
-    for begun in (1, 3):  # that many of the four runs
+    for begun in (1, 3):  # so many of the four runs
         process = subprocess.Popen(
             [sys.executable, "-m", "rlhf", *command], cwd=folders["killed"], start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
