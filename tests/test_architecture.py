@@ -58,13 +58,13 @@ def floor_of(module: str) -> int:
     return FLOOR[module.split(".")[1]]
 
 
-def test_every_folder_has_its_floor() -> None:
+def test_every_folder_has_a_floor() -> None:
     inside = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert inside == set(FLOOR)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_nothing_imports_what_stands_above_it(file: Path) -> None:
+def test_no_module_imports_from_a_higher_floor(file: Path) -> None:
     own = module_of(file)
     if own != "rlhf":
         assert not {module for module in imports(file) if floor_of(module) > floor_of(own)}
@@ -75,7 +75,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("folder", ["tracking", "report", "sweep"])
-def test_stages_know_nothing_of(folder: str) -> None:
+def test_stages_do_not_import_from(folder: str) -> None:
     assert not {
         module
         for file in (PACKAGE / "stages").glob("*.py")

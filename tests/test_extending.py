@@ -50,7 +50,7 @@ def run(chosen: str) -> Path:
     return made.parent
 
 
-def test_a_divergence() -> None:
+def test_a_divergence_of_the_page_trains() -> None:
     folder = run("divergence=huber kl.coef=0.05")
     lines = [line for line in read_metrics(folder) if "ppo/penalty" in line]
     assert len(lines) == 3
@@ -66,20 +66,20 @@ def test_an_unknown_option_is_answered_with_ones_own(capfd: pytest.CaptureFixtur
     assert "jensen_shannon" in said
 
 
-def test_a_function_as_reward(parts: ModuleType) -> None:
+def test_a_function_of_the_page_is_a_reward(parts: ModuleType) -> None:
     samples = read_lines(run("scorer.function=mine.parts.brevity") / "samples.jsonl")
     assert samples
     for row in samples:
         assert row["reward"] == pytest.approx(parts.brevity([row["prompt"]], [row["response"]])[0])
 
 
-def test_a_scorer_with_parameters() -> None:
+def test_a_scorer_of_the_page_has_parameters() -> None:
     samples = read_lines(run("scorer=length_near scorer.target=6") / "samples.jsonl")
     assert samples
     assert all(row["reward"] == pytest.approx(-abs(row["tokens"] - 6) / 10) for row in samples)
 
 
-def test_a_judge(parts: ModuleType) -> None:
+def test_a_judge_of_the_page_judges(parts: ModuleType) -> None:
     folder = run("judge=overlap")
     samples = [row for row in read_lines(folder / "samples.jsonl") if row["step"] == 3]
     prompts = [Prompt(row["prompt"], row["reference_output"]) for row in samples]
@@ -90,7 +90,7 @@ def test_a_judge(parts: ModuleType) -> None:
     assert summary["metrics"]["eval/win_rate"] == sum(outcomes) / 4
 
 
-def test_a_data_set() -> None:
+def test_a_data_set_of_the_page_trains() -> None:
     folder = run("data=sums judge=gold")
     samples = read_lines(folder / "samples.jsonl")
     assert len(samples) == 2 * 4
@@ -101,7 +101,7 @@ def test_a_data_set() -> None:
 
 
 @pytest.mark.long
-def test_a_study(capfd: pytest.CaptureFixture) -> None:
+def test_a_study_of_the_page_runs(capfd: pytest.CaptureFixture) -> None:
     (words,) = [words for words in COMMANDS if words[-1] == "experiments=short"]
     small = [*words, *TINY, "seed=1"]  # the command line overrides the file
     assert run_in_process(*small) == 0

@@ -135,7 +135,7 @@ def difference(a: Array, b: Array, paired: bool, draws: int = DRAWS) -> Differen
     Percentiles of bootstrapped means of three seeds are far too narrow, so the interval is Student's t on the
     bootstrap's standard error, whose degrees of freedom are estimated too. With few seeds the intervals cover 93 to
     97 %, least where seeds are paired or the row with fewer seeds scatters more (measured in
-    tests/report/test_report.py).
+    tests/report/test_statistics.py).
     """
     parts = components(a, b, paired, draws)
     mean, error = float(a.mean() - b.mean()), math.sqrt(parts.total)

@@ -59,7 +59,7 @@ def test_evaluation_rows_need_no_output(tmp_path):
     assert [bool(row["reference_output"]) for row in source.load("eval")] == [True, False, False]
 
 
-def test_an_empty_output_is_no_reference(tmp_path):
+def test_an_empty_output_makes_no_reference(tmp_path):
     source = alpaca(tmp_path, prompts=[demonstration("A", output="")], eval=[demonstration("B", output="")])
     with pytest.raises(DataError, match=r"^eval: no row of eval\.json can be used \(1 × empty `output`\)\.$"):
         source.load("eval")
@@ -67,7 +67,7 @@ def test_an_empty_output_is_no_reference(tmp_path):
 
 
 @pytest.mark.parametrize("preference", [1, 2, 1.0, 2.0, "1", " 2", "1.0", 1.02, 1.98, 1.4999, "1.98"])
-def test_preference_chooses(tmp_path, preference):
+def test_the_preference_selects_the_chosen_output(tmp_path, preference):
     rows = alpaca(tmp_path, preference=[comparison(preference)]).load("preference")
     chosen, rejected = ("one", "two") if float(preference) < 1.5 else ("two", "one")
     assert rows.to_list() == [{"prompt": "Q: Do (it)\nA:", "chosen": chosen, "rejected": rejected}]
@@ -215,7 +215,7 @@ print(source.load("sft")._fingerprint)
 
 @pytest.mark.real
 @pytest.mark.skipif("RLHF_REAL_DATA" not in os.environ, reason="RLHF_REAL_DATA names no folder")
-def test_real_files():
+def test_the_real_files_can_be_read():
     real = os.environ["RLHF_REAL_DATA"]
     source = composed_data("alpaca", f"data.root={real}")
     source.check()

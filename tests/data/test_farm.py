@@ -96,7 +96,7 @@ def test_prompt_and_instruction_are_judged_alike():
         assert FARM.reference(row["instruction"]) == row["reference_output"]
 
 
-def test_coverage_pays_less_and_less_but_always():
+def test_coverage_has_diminishing_but_positive_returns():
     sentences = true_sentences()
     utilities = [FARM.utility(BIO, " ".join(sentences[:count])) for count in range(1, 9)]
     gains = [after - before for before, after in itertools.pairwise(utilities)]
@@ -112,7 +112,7 @@ def test_the_best_length_is_moderate():
     assert len(TOKENIZER.encode(answer(BIO + "\n", ORACLE))) < FARM.max_response_tokens
 
 
-def test_what_is_asked_bounds_what_pays():
+def test_more_facts_than_asked_for_do_not_pay():
     two = f"List two facts about {MIRA.name}."
     utilities = [FARM.utility(two, " ".join(true_sentences()[:count])) for count in range(1, 5)]
     assert max(utilities) == utilities[1]
@@ -147,7 +147,7 @@ def test_a_fact_is_counted_once_however_it_is_put():
     assert FARM.facts(BIO, f"{MIRA.name} {first}. {MIRA.again} {second}.") == Facts(1, 1)
 
 
-def test_determinism_in_this_process_and_in_another():
+def test_a_farm_is_the_same_in_this_process_and_in_another():
     settings = {"people": 12, "demonstrations": 50, "comparisons": 50, "prompts": 20, "eval_prompts": 20}
     backwards = Farm(**settings)
     for split in reversed(SPLITS):

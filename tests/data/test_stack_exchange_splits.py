@@ -41,7 +41,7 @@ def test_shares_have_no_overlap_when_one_grows():
     assert {pair for pair in both if not pair[0]} == {(None, "eval")}
 
 
-def test_several_dumps_and_max_rows(tmp_path):
+def test_several_dumps_are_read_in_order_up_to_max_rows(tmp_path):
     write_dump(tmp_path, question(1), answer(2, 1, 0))
     write_dump(tmp_path, question(1, "Other"), answer(2, 1, 0, "site"), name="Other.xml")
     both = ["Posts.xml", "Other.xml"]
@@ -150,7 +150,7 @@ def test_memory_does_not_grow_with_the_dump(tmp_path):
 
 @pytest.mark.real
 @pytest.mark.skipif("RLHF_REAL_DATA" not in os.environ, reason="RLHF_REAL_DATA names no folder")
-def test_real_dumps():
+def test_the_real_dumps_can_be_read():
     folder = Path(os.environ["RLHF_REAL_DATA"], "stack_exchange")
     dumps = [
         f"{site}_Posts.xml.gz"

@@ -67,11 +67,11 @@ def _means(rank: int) -> None:
         torch.testing.assert_close(shared(column[own]), alone(column)[own])
 
 
-def test_sums_and_decisions() -> None:
+def test_collectives_in_two_processes_agree() -> None:
     run_in_two_processes(_pieces)
 
 
-def test_alone_everything_is_the_identity() -> None:
+def test_collectives_in_a_single_process_are_the_identity() -> None:
     x = torch.ones(3)
     collectives.all_reduce_([x])
     assert collectives.all_reduce_sum(x) is x
@@ -83,7 +83,7 @@ def test_alone_everything_is_the_identity() -> None:
     [({}, 1), ({"devices": 3}, 3), ({"devices": "2"}, 2), ({"devices": [0, 2, 3]}, 3),
      ({"devices": "auto", "accelerator": "cpu"}, 1), ({"devices": "auto"}, max(1, torch.cuda.device_count()))],
 )  # fmt: skip
-def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
+def test_the_number_of_processes_follows_from_the_trainer(trainer: dict, expected: int) -> None:
     assert processes.wanted(OmegaConf.create(trainer)) == expected
 
 
@@ -211,7 +211,9 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
         ([*DEVICES, "ppo=as_published", "ppo.rollout_batch_size=64", "ppo.minibatch_size=64"], "as_published"),
     ],
 )
-def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:
+def test_settings_that_two_processes_cannot_share_are_refused(
+    command: Callable, arguments: list[str], words: str
+) -> None:
     code, _, said = command("debug=quick", *arguments)
     assert code == 2
     assert words in said

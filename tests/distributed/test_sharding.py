@@ -213,13 +213,15 @@ def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tm
         (["ppo.value_model=full"], "allowed: adapter"),
     ],
 )
-def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:
+def test_settings_that_shards_cannot_serve_are_refused(command: Callable, arguments: list[str], words: str) -> None:
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU, "lora@sft.lora=r8", *arguments)
     assert code == 2
     assert words in error_sentence(said)
 
 
-def test_a_torch_that_shards_all_or_nothing(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_cannot_shard_the_base_alone_is_refused(
+    command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As with torch 2.6, whose `fully_shard` cannot leave out the adapters."""
     monkeypatch.setattr("rlhf.pipeline.capabilities.fully_shard", lambda module, *, mesh=None: module)
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU)

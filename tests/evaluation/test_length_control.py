@@ -23,7 +23,7 @@ def lengths(seed: int, number: int, longer: float, spread: float = 100.0) -> tup
 
 
 @pytest.mark.parametrize("longer", [-80.0, 0.0, 80.0])
-def test_where_length_alone_decides_it_is_a_half(longer: float) -> None:
+def test_a_judge_that_only_prefers_length_gives_one_half(longer: float) -> None:
     raws, controlled = [], []
     for seed in range(
         20
@@ -37,7 +37,7 @@ def test_where_length_alone_decides_it_is_a_half(longer: float) -> None:
     assert np.std(controlled) < 0.08
 
 
-def test_where_length_sways_a_judge_by_chance_it_is_a_half_too() -> None:
+def test_a_judge_swayed_by_length_at_random_gives_one_half() -> None:
     ours, theirs = lengths(1, 4000, 80.0)
     difference = np.subtract(ours, theirs)
     chance = 1 / (1 + np.exp(-2 * np.tanh(difference / difference.std(ddof=1))))
@@ -47,14 +47,14 @@ def test_where_length_sways_a_judge_by_chance_it_is_a_half_too() -> None:
 
 
 @pytest.mark.parametrize("quality", [0.2, 0.5, 0.9])
-def test_where_quality_alone_decides_it_is_the_raw_win_rate(quality: float) -> None:
+def test_a_judge_that_ignores_length_gives_the_raw_win_rate(quality: float) -> None:
     ours, theirs = lengths(3, 4000, 60.0)
     outcomes = (np.random.default_rng(4).random(4000) < quality).astype(float).tolist()
     raw = sum(outcomes) / 4000
     assert length_adjusted_win_rate(outcomes, ours, theirs).value == pytest.approx(raw, abs=0.015)
 
 
-def test_where_both_decide_it_is_what_quality_gives_at_equal_length() -> None:
+def test_a_judge_of_both_gives_the_win_rate_at_equal_length() -> None:
     ours, theirs = lengths(5, 8000, 100.0)
     scaled = np.tanh(np.subtract(ours, theirs) / np.subtract(ours, theirs).std(ddof=1))
     chance = 1 / (1 + np.exp(-(-0.8 + 1.5 * scaled)))

@@ -22,7 +22,7 @@ from tests.helpers.openai_server import serving, text_of
 from tests.helpers.scorer_context import NoSource
 
 
-def test_the_better_one_wins_wherever_it_stands_and_both_places_occur(tmp_path: Path) -> None:
+def test_the_better_answer_wins_in_either_position_and_both_occur(tmp_path: Path) -> None:
     with serving(prefers_good) as server:
         assert make_llm_pool(server, tmp_path)(PROMPTS, GOOD_ANSWERS) == [1.0] * 40
         first = sum(shown_outputs(request)[0].startswith("good") for request in server.requests)
@@ -31,7 +31,7 @@ def test_the_better_one_wins_wherever_it_stands_and_both_places_occur(tmp_path: 
         assert make_llm_pool(server, tmp_path)(PROMPTS, [f"bad {i}" for i in range(40)]) == [0.0] * 40
 
 
-def test_a_judge_who_looks_at_the_place_only_is_seen_through(tmp_path: Path) -> None:
+def test_a_judge_that_looks_at_the_position_only_is_neutralised(tmp_path: Path) -> None:
     with serving(lambda request, number: "Verdict: 1") as server:
         assert make_llm_pool(server, tmp_path, order="both")(PROMPTS, GOOD_ANSWERS) == [0.5] * 40
         once = make_llm_pool(server, tmp_path)(PROMPTS, GOOD_ANSWERS)
@@ -39,7 +39,7 @@ def test_a_judge_who_looks_at_the_place_only_is_seen_through(tmp_path: Path) -> 
     assert 0.25 < sum(filter(None, once)) / 40 < 0.75
 
 
-def test_the_order_depends_on_seed_and_prompt_and_on_no_process() -> None:
+def test_the_order_depends_on_seed_and_prompt_and_not_on_the_process() -> None:
     code = "from rlhf.evaluation.client import uniform; print([uniform(3, 'order', f'Q {i}') for i in range(5)])"
     here = [uniform(3, "order", f"Q {i}") for i in range(5)]
     for hash_seed in ("1", "2"):
@@ -85,7 +85,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("bad", MALFORMED, ids=str)
-def test_what_cannot_be_read_is_counted_and_asked_again_and_never_scored(tmp_path: Path, bad: Any) -> None:
+def test_unparsable_answers_are_counted_and_asked_again_but_never_scored(tmp_path: Path, bad: Any) -> None:
     def half(request: dict[str, Any], number: int) -> Any:
         if "Question 1?" in text_of(request):
             return bad
@@ -108,7 +108,7 @@ def test_what_cannot_be_read_is_counted_and_asked_again_and_never_scored(tmp_pat
     assert [x == x for x in kept.tolist()] == [True, False, True, True]
 
 
-def test_if_nothing_can_be_read_nothing_is_reported(tmp_path: Path) -> None:
+def test_nothing_is_reported_if_no_answer_can_be_parsed(tmp_path: Path) -> None:
     with (
         serving(lambda request, number: "no idea") as server,
         pytest.raises(ConfigError, match=r"of 4 answers, each asked 2 times, not one could be read"),
@@ -133,7 +133,7 @@ def test_the_cache_knows_all_that_determines_an_answer_and_nothing_else(tmp_path
             assert judge.report["judge/from_cache"] == judge.report["judge/answers"] - new
 
 
-def test_tokens_and_cost(tmp_path: Path) -> None:
+def test_tokens_and_cost_are_added_up(tmp_path: Path) -> None:
     with serving(prefers_good) as server:
         keys: dict[str, Any] = {"price": {"input": 2.0, "output": 8.0}}
         judge = make_llm_pool(server, tmp_path, **keys)
@@ -147,7 +147,7 @@ def test_tokens_and_cost(tmp_path: Path) -> None:
         assert judge.report["judge/paid"] == 0
 
 
-def test_so_many_requests_at_once_and_no_more(tmp_path: Path) -> None:
+def test_concurrency_limits_simultaneous_requests(tmp_path: Path) -> None:
     with serving(prefers_good, seconds=0.05) as server:
         make_llm_pool(server, tmp_path, client={"concurrency": 4})(PROMPTS[:16], GOOD_ANSWERS[:16])
         assert server.most == 4

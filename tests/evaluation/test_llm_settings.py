@@ -16,7 +16,7 @@ from tests.helpers.llm_judges import prefers_good
 from tests.helpers.openai_server import serving, text_of
 
 
-def test_what_decides_the_answers_is_who_answers_and_files_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answers_depend_on_the_endpoint_and_on_files_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     fetched = {"timeout": 1.0, "retries": 0, "concurrency": 1, "ping": False, "cache": "x", "api_key_env": "KEY"}
     assert answering(fetched) == answering({}) == ""
@@ -41,7 +41,7 @@ def test_what_decides_the_answers_is_who_answers_and_files_of_the_users(monkeypa
         ("1", None),
     ],
 )  # fmt: skip
-def test_verdicts_are_read_after_the_thoughts(said: str, value: float | None) -> None:
+def test_verdicts_are_read_after_the_reasoning(said: str, value: float | None) -> None:
     assert reader(PoolSettings().answer, "judge.answer")(spoken(said)) == value
 
 
@@ -76,7 +76,7 @@ def test_a_mistake_is_one_sentence_without_a_key_in_it(keys: dict[str, Any], sen
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_extra_names_the_command_and_nobody_at_the_door_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_and_an_endpoint_without_a_server_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"model": "m", "pool": {"one": {"prompt": "compare"}}, "client": {"api_key_env": None}}
     with serving(prefers_good) as server:
         keys["client"] = {"api_key_env": None, "base_url": server.url}

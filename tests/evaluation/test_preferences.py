@@ -170,7 +170,7 @@ ASKED = {
 }
 
 
-def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_kept_when_the_judge_breaks_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preferences, "PAIRS_AT_ONCE", 3)
     making, first = simulated(flip=1.0), Scripted(broken=True)
     with pytest.raises(Interrupted):
@@ -198,7 +198,7 @@ def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, mon
     assert [row["outcome"] for row in rows] == [0.0, None, 0.5, None, 0.0, 0.0]
 
 
-def test_no_comparison_at_all_is_said(tmp_path: Path) -> None:
+def test_preferences_without_any_comparison_are_an_error(tmp_path: Path) -> None:
     script = Scripted()
     asked = {**ASKED, "preference_validation": [Prompt("same 0")]}
     with pytest.raises(DataError, match="preference_validation: none of the simulated preferences can be used"):

@@ -121,7 +121,7 @@ def test_a_copy_is_checked_once_and_noted(tmp_path: Path, monkeypatch: pytest.Mo
     assert damage(tmp_path / "b") is None
 
 
-def test_a_damaged_finished_run_is_a_sentence_for_whoever_uses_it(tmp_path: Path) -> None:
+def test_a_damaged_finished_run_is_one_sentence_for_every_command(tmp_path: Path) -> None:
     runs = finished_outputs(tmp_path)
     assert FinishedRun.open(runs.ppo).base == runs.sft / "model"
     path = runs.sft / "model" / "model.safetensors"
@@ -140,7 +140,7 @@ def test_a_damaged_finished_run_is_a_sentence_for_whoever_uses_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"a', "17"])
-def test_a_summary_that_is_none_names_its_file(content: str, tmp_path: Path) -> None:
+def test_a_malformed_summary_is_refused_with_its_path(content: str, tmp_path: Path) -> None:
     (tmp_path / SUMMARY).write_text(content)
     with pytest.raises(DamagedError, match=str(tmp_path / SUMMARY)):
         read_summary(tmp_path)

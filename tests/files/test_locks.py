@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(locks, name, seconds)
 
 
-def test_without_locks_a_file_is_one_and_keeps_others_out(
+def test_a_lock_file_excludes_others_where_locks_are_missing(
     no_locks: None, quick: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "sft-1.lock"
@@ -99,7 +99,7 @@ def test_a_lock_file_of_another_host_is_taken_over_once_it_is_silent(
     assert " on elsewhere" in caplog.text
 
 
-def test_who_lost_its_lock_file_leaves(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_lost_its_lock_file_stops(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: left.set())
     lock = locks._lease(tmp_path / "lock.held")
@@ -110,7 +110,7 @@ def test_who_lost_its_lock_file_leaves(quick: None, tmp_path: Path, monkeypatch:
     lock.release()
 
 
-def test_other_failures_of_a_lock_are_no_reason_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_lock_errors_do_not_lead_to_lock_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -76,7 +76,7 @@ def test_answers_grow_a_token_at_a_time_and_do_not_depend_on_the_company(runs: S
     assert last(alone, sampling) == steps[-1][1:]
 
 
-def test_whole_models_and_copies_of_the_sft_model(runs: SimpleNamespace, tmp_path: Path) -> None:
+def test_full_models_and_copies_of_the_sft_model_can_chat(runs: SimpleNamespace, tmp_path: Path) -> None:
     copy = shutil.copytree(runs.sft, tmp_path / "outputs/study/stage-sft")  # the output of stage=sft
     models = Models()
     parts = [models.policy(FinishedRun.open(folder)) for folder in (runs.sft, copy, runs.full)]
@@ -116,7 +116,7 @@ def test_prompts_are_put_into_the_template_of_the_data() -> None:
     assert template_of({"template": texts}, nowhere)("Who {are} you?") == "Q: Who {are} you?\nA:"
 
 
-def test_gold_utility_where_the_data_set_knows_it(runs: SimpleNamespace) -> None:
+def test_gold_utility_is_shown_if_the_data_set_has_it(runs: SimpleNamespace) -> None:
     voice = open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0)[0]
     farm = Farm(eval_prompts=2)
     voice.utility = farm.utility
@@ -125,7 +125,7 @@ def test_gold_utility_where_the_data_set_knows_it(runs: SimpleNamespace) -> None
     assert "gold utility" not in voice._scores("Who knows?", [5], "No.", [9])
 
 
-def test_in_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:
+def test_chat_reads_prompts_from_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:
     lines = [PROMPT, "", "/seed x", "/what", "w3 " * 200, "/temperature 0", PROMPT, "/quit", "w3"]
     command = [sys.executable, "-c", "from rlhf.finished.chat.cli import main; main()", str(runs.ppo), str(runs.sft)]
     done = subprocess.run(

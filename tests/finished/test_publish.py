@@ -88,7 +88,7 @@ def test_a_reward_model_scores_as_in_the_run(runs: SimpleNamespace, make_texts: 
     assert "demonstrations have 0.500 on average" in card.text
 
 
-def test_an_adapter_by_itself_after_the_outputs_were_moved(
+def test_an_adapter_is_exported_after_the_outputs_were_moved(
     make_texts: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = move_outputs(finished_outputs(tmp_path / "outputs"), tmp_path / "moved")
@@ -138,7 +138,7 @@ def test_the_card_names_the_hubs_data_and_no_place_of_this_machine() -> None:
     assert told == {"root": "data", "sft": ["a/b.json", "d"]}
 
 
-def test_the_licence_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_card_names_the_licence_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
     runs = finished_outputs(tmp_path / "outputs", "model=custom", f"model.name_or_path={tmp_path}/base")
@@ -167,7 +167,7 @@ def test_mistakes_are_told_in_a_sentence(
     assert not out.exists()
 
 
-def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_nothing(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = finished_outputs(tmp_path / "outputs")
     adapter = runs.ppo / "model/adapter_model.safetensors"
     tensors = load_file(adapter)

@@ -24,7 +24,7 @@ from tests.helpers.training import changed_weights, copy_weights, fit, record_gr
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_reward_that_is_no_number_once_costs_one_step(
+def test_a_single_non_finite_reward_costs_one_step(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     stage = make_ppo(

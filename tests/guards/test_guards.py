@@ -109,7 +109,7 @@ def test_evaluations_on_the_same_prompts_are_paired() -> None:
     assert see(Guards(single_guard("overoptimization", "warn", 1, 3.0)), [best, last | found]) == [2]
 
 
-def test_what_is_no_number_is_no_value() -> None:
+def test_non_finite_values_are_ignored() -> None:
     lines = stream("ppo/entropy", 1.0, math.nan, 1.0, math.inf, 0.1, 0.1)
     assert see(Guards(single_guard("entropy_collapse", "warn", 2, 0.3)), lines) == [6]
 
@@ -136,7 +136,7 @@ def test_a_warning_is_said_once_and_counted_always(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("name", [item.name for item in fields(GuardsSettings)])
-def test_replaying_half_of_a_stream_is_having_seen_it(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_replaying_the_first_lines_restores_a_guards_state(name: str, caplog: pytest.LogCaptureFixture) -> None:
     for other, over, limit, lines, _ in STREAMS:
         if other == name:
             numbered = [{"step": step, "time": 0.0, **line} for step, line in enumerate(lines, 1)]
@@ -171,7 +171,7 @@ def composed_guards(*overrides: str) -> GuardsSettings:
     return composed_settings(*overrides).guards
 
 
-def test_the_options_say_what_they_are_called() -> None:
+def test_guard_options_do_what_they_are_called() -> None:
     actions = {}
     for option in ("default", "strict", "off"):
         guards = composed_guards(f"guards={option}")

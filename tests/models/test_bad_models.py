@@ -136,7 +136,7 @@ def test_texts_that_are_cut_and_prompts_that_are_left_out_are_counted(caplog: py
     assert_one_sentence(failure.value, "no prompt has at most model.max_prompt_tokens=0 tokens")
 
 
-def test_what_cannot_be_got_yet_is_no_mistake_and_what_is_one_is_told_early(tmp_path: Path, model: Path) -> None:
+def test_a_model_not_yet_downloaded_is_accepted_and_a_mistake_is_found_early(tmp_path: Path, model: Path) -> None:
     assert skeleton(ModelSettings("x", "owner/not-here", max_prompt_tokens=8)) is None
     assert "q_proj" in linear_names(skeleton(ModelSettings("x", str(model), max_prompt_tokens=8)))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')

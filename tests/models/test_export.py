@@ -21,7 +21,7 @@ def logits_of(roles: Roles, role: str, batch: Sequences) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
-def test_exported_policy_loads_with_plain_peft(
+def test_an_exported_policy_loads_with_plain_peft(
     make_roles: Callable,
     make_lora: Callable,
     make_texts: Callable,
@@ -45,7 +45,7 @@ def test_exported_policy_loads_with_plain_peft(
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_exported_reward_loads_with_plain_peft(
+def test_an_exported_reward_model_loads_with_plain_peft(
     make_roles: Callable,
     make_lora: Callable,
     make_texts: Callable,
@@ -65,7 +65,7 @@ def test_exported_reward_loads_with_plain_peft(
     assert torch.equal(saved_head(tmp_path / "adapter"), roles.heads["reward"].weight)
 
 
-def test_adapter_round_trip(
+def test_a_saved_adapter_loads_unchanged(
     make_model: Callable, make_roles: Callable, make_lora: Callable, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     roles = make_roles()

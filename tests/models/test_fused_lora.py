@@ -35,7 +35,7 @@ def layer(**options: Any) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("needs_input", [True, False])
 @pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
-def test_values_and_gradients_are_pefts(shape: tuple, needs_input: bool) -> None:
+def test_values_and_gradients_equal_pefts(shape: tuple, needs_input: bool) -> None:
     peft, ours = layer()
     assert type(peft) is Linear
     assert type(ours) is FusedLinear
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_pefts(shape: tuple, needs_input: bool) -> None
         torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_differences() -> None:
+def test_gradients_agree_with_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w, a, b = (
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (4, 3), (2, 3), (4, 2))
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_differences() -> None:
 
 
 @pytest.mark.parametrize("case", ["dropout", "dora", "bfloat16", "autocast", "trained base", "switched off"])
-def test_what_is_not_plain_is_left_to_peft(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_unusual_layers_are_left_to_peft(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     peft, ours = layer(**{"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.get(case, {}))
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
     if case == "bfloat16":

@@ -31,7 +31,7 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) ->
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from([1, 1, 2, 3, 3, 3, 17]), min_size=1, max_size=8))
-def test_each_sequence_is_what_it_is_alone(lengths: list[int]) -> None:
+def test_each_sequence_is_computed_as_if_alone(lengths: list[int]) -> None:
     """Values and all three gradients, for runs of equal lengths (computed as a batch) and for others."""
     inputs = states(sum(lengths))
     out = isolated_attention(*inputs, bounds_of(lengths), SCALE)
@@ -44,7 +44,7 @@ def test_each_sequence_is_what_it_is_alone(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [5], [3, 3, 7, 1]])
-def test_what_the_compiler_is_told_of_it_is_true(lengths: list[int], dtype: torch.dtype) -> None:
+def test_the_operators_registered_with_the_compiler_are_correct(lengths: list[int], dtype: torch.dtype) -> None:
     """Shapes, dtypes and strides of results and gradients; nothing is changed in place."""
     inputs = [x.detach().transpose(1, 2).requires_grad_() for x in states(sum(lengths), dtype=dtype)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

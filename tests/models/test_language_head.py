@@ -112,7 +112,7 @@ def test_logits_that_come_from_elsewhere_are_refused() -> None:
         head_of(model)
 
 
-def test_states_narrower_than_the_layers(make_texts: Callable) -> None:
+def test_logprobs_agree_for_states_narrower_than_the_layers(make_texts: Callable) -> None:
     """Hidden states wider than the embeddings, as in OPT-350M, where they are twice as wide."""
     options = {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
     roles, texts = Roles(tiny_architecture("opt", **options)), make_texts(3, seed=1)

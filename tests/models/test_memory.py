@@ -10,7 +10,7 @@ from tests.helpers.composed_config import composed_settings
 from tests.helpers.memory_estimates import VOCABULARY, estimate_of
 
 
-def test_weights_and_adapters_by_hand() -> None:
+def test_weights_and_adapters_agree_with_hand_computation() -> None:
     hidden, inner, layers = 96, 256, 4
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     rest = VOCABULARY * hidden + (2 * layers + 1) * hidden
@@ -25,7 +25,7 @@ def test_weights_and_adapters_by_hand() -> None:
     assert estimate_of(shares=4).weights == 4 * rest + linear + 4 * reward  # a quarter of the float32 size
 
 
-def test_what_makes_it_smaller() -> None:
+def test_savings_make_the_estimate_smaller() -> None:
     plain = estimate_of()
     assert estimate_of("ppo.microbatch_tokens=1024").updating < plain.updating
     assert estimate_of("model.gradient_checkpointing=true").updating < plain.updating / 2
@@ -51,7 +51,7 @@ def test_a_recipe_fits_the_card_that_it_names(
     assert 0.8 * card < (needed.peak - needed.program) / 2**30 < 0.95 * card
 
 
-def test_the_default_run_within_a_fifth() -> None:
+def test_the_estimate_of_the_default_run_is_within_a_fifth() -> None:
     """Measured peak of PPO: 0.73 to 0.76 GiB for four seeds at commit cbdcac0."""
     assert estimate_of().peak / 2**30 == pytest.approx(0.75, rel=0.2)
 

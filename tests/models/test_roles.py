@@ -74,7 +74,7 @@ def test_reference_is_the_base_bit_for_bit(
     assert torch.equal(logits_of(roles, "reference", batch), expected)
 
 
-def test_scalars_read_the_last_token(make_roles: Callable, make_texts: Callable) -> None:
+def test_scalar_heads_read_the_last_token(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch = make_roles(), make_texts(5, seed=3)
     with torch.no_grad():
         scores = roles.last_token_scores("reward", batch)
@@ -109,7 +109,7 @@ def test_switching_leaves_everything_as_it_was(make_roles: Callable, how: str) -
     assert flags == {name: p.requires_grad for name, p in roles.named_parameters()}
 
 
-def test_a_reference_pass_freezes_nobody(make_roles: Callable, make_texts: Callable) -> None:
+def test_a_reference_pass_freezes_no_parameter(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch = make_roles(), make_texts(3, seed=0)
     with torch.no_grad():
         roles.hidden("reference", batch)
@@ -159,7 +159,7 @@ def test_merged_and_copied_match_acting(make_roles: Callable, make_texts: Callab
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_drifts_by_nothing(make_roles: Callable, dtype: torch.dtype) -> None:
+def test_merging_and_unmerging_does_not_drift(make_roles: Callable, dtype: torch.dtype) -> None:
     roles: Roles = make_roles()
     trunk = roles.trunk("policy")
     for name, parameter in trunk.named_parameters():

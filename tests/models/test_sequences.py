@@ -33,7 +33,7 @@ def build(rows: list[tuple[list[int], list[int]]], whole_text: bool = False) -> 
 
 
 @given(lists, st.booleans())
-def test_alignment_against_a_loop(rows: list[tuple[list[int], list[int]]], whole_text: bool) -> None:
+def test_targets_are_aligned_as_in_a_plain_loop(rows: list[tuple[list[int], list[int]]], whole_text: bool) -> None:
     batch = build(rows, whole_text)
     positions, targets = [], []
     for i, (prompt, response) in enumerate(rows):
@@ -71,7 +71,7 @@ def test_rows_are_cut_to_the_longest(rows: list[tuple[list[int], list[int]]], da
     assert torch.equal(part.lengths, expected.lengths)
 
 
-def test_spans_by_hand() -> None:
+def test_spans_agree_with_hand_computation() -> None:
     expected = [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
     assert spans(torch.tensor([1, 2, 0]), torch.tensor([3, 2, 4]), 4).int().tolist() == expected
 
@@ -132,7 +132,7 @@ def logprobs_of(roles: object, batch: Sequences) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
-def test_padding_and_company_change_no_logprob(
+def test_padding_and_other_rows_change_no_logprob(
     make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str
 ) -> None:
     roles, batch = make_roles(kind), make_texts(9, seed=1)
@@ -145,7 +145,7 @@ def test_padding_and_company_change_no_logprob(
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
 @pytest.mark.parametrize("whole_text", [False, True])
-def test_packed_is_unpacked(
+def test_packing_changes_no_logprob(
     make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str, training: bool, whole_text: bool
 ) -> None:
     roles, batch = make_roles(kind).train(training), make_texts(11, seed=2)
@@ -222,7 +222,7 @@ def test_scalar_head_is_float32_under_autocast() -> None:
     assert head(hidden.bfloat16()).dtype == torch.float32
 
 
-def test_scalar_head_starts() -> None:
+def test_a_scalar_head_starts_at_zero_or_with_a_small_deviation() -> None:
     torch.manual_seed(0)
     assert ScalarHead(64, zero=True).weight.abs().max() == 0
     weights = ScalarHead(4096, zero=False).weight

@@ -56,12 +56,12 @@ def lines(folder: Path, *values: float | None, torn: str = "") -> None:
         ((0.1,), "max", None),
     ],
 )
-def test_which_evaluation_is_the_best(tmp_path: Path, values: tuple, mode: str, step: int | None) -> None:
+def test_the_best_evaluation_is_the_last_of_equals(tmp_path: Path, values: tuple, mode: str, step: int | None) -> None:
     lines(tmp_path, *values, torn='{"step": 50, "time/evaluate": 1.0, "eval/win_rate": 0.9')
     assert Best(tmp_path, "eval/win_rate", mode).step() == step
 
 
-def test_nothing_is_the_best_of_nothing(tmp_path: Path) -> None:
+def test_without_evaluations_there_is_no_best_checkpoint(tmp_path: Path) -> None:
     assert Best(tmp_path, "eval/win_rate", "max").step() is None
 
 

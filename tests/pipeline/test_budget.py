@@ -31,7 +31,7 @@ def peak(chosen: Settings, tokens: int) -> int:
 
 
 @pytest.mark.parametrize("options", [(), ("ppo.minibatch_size=16", "lora=none"), ("model.max_prompt_tokens=200",)])
-def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
+def test_the_largest_fitting_budget_is_chosen(options: tuple[str, ...]) -> None:
     chosen = composed_settings("ppo.microbatch_tokens=auto", *options)
     text = chosen.model.max_prompt_tokens + chosen.generation.max_new_tokens
     budgets = []
@@ -56,7 +56,7 @@ def test_other_values_are_refused_in_a_sentence(value: str) -> None:
     assert str(refused.value).endswith("is not allowed; allowed: a whole number above 0, or auto")
 
 
-def test_other_stages_take_a_number() -> None:
+def test_other_stages_accept_numbers_only() -> None:
     with pytest.raises(ConfigError, match=r"sft.microbatch_tokens: Value 'auto'"):
         composed_settings("sft.microbatch_tokens=auto")
 
@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_what_it_began_with(
     )  # two processes get half of the memory each
 
 
-def test_the_identity_says_auto(make_run_with_memory: Callable[..., Run]) -> None:
+def test_the_identity_contains_auto_and_not_the_chosen_value(make_run_with_memory: Callable[..., Run]) -> None:
     auto = "ppo.microbatch_tokens=auto"
     one = make_run_with_memory(2, auto)
     picked, before = settled(one), make_run_with_memory(2, auto).identity
@@ -110,7 +110,7 @@ def test_the_identity_says_auto(make_run_with_memory: Callable[..., Run]) -> Non
     )
 
 
-def test_a_number_stays_what_it_is(make_run_with_memory: Callable[..., Run]) -> None:
+def test_a_number_is_not_changed(make_run_with_memory: Callable[..., Run]) -> None:
     assert settled(make_run_with_memory(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
     run = make_run_with_memory(2, "ppo.microbatch_tokens=300")
     before = (run.folder / BUDGET).read_bytes()
@@ -129,7 +129,9 @@ def test_what_cannot_be_estimated_is_refused(
 
 
 @pytest.mark.slow
-def test_a_run_continued_where_less_is_free(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_can_continue_where_less_memory_is_free(
+    command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run ends with the same bits. A dry run shows the value that would be chosen, the summary the one that was."""
     arguments = [*TINY, "ppo.microbatch_tokens=auto", "ppo.minibatch_size=8", f"output_dir={tmp_path}"]
     ample, scarce = 8, 0.75

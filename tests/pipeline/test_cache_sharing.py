@@ -69,7 +69,9 @@ def test_what_is_missing_in_a_cache_of_another_user_is_said_before_anything_is_b
         begun.unlink()
 
 
-def test_a_finished_run_is_worth_more_than_its_pointer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_finishes_although_its_pointer_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     passable(tmp_path)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o555)
@@ -97,7 +99,7 @@ def test_another_users_model_is_checked_and_no_note_is_left(tmp_path: Path) -> N
     assert not cache.missing(folder)  # this process has checked it already
 
 
-def test_a_copy_of_a_read_only_model_belongs_to_who_made_it(tmp_path: Path) -> None:
+def test_a_copy_of_a_read_only_model_is_writable(tmp_path: Path) -> None:
     source, target = tmp_path / "sft-1", tmp_path / "run"
     (source / "model").mkdir(parents=True)
     for name in ("summary.json", "model/config.json"):

@@ -93,7 +93,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_what_cannot_be_written_whole_is_not_there_and_the_old_one_stays(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_completely_keeps_its_old_content(tmp_path: Path) -> None:
     path, lines = tmp_path / "summary.json", tmp_path / "metrics.jsonl"
     write_json(path, {"whole": True})
     lines.write_text(json.dumps({"step": 1, "text": "x" * 9000}) + "\n")
@@ -108,7 +108,7 @@ def test_what_cannot_be_written_whole_is_not_there_and_the_old_one_stays(tmp_pat
     assert sorted(tmp_path.iterdir()) == [lines, path]
 
 
-def test_only_failures_of_the_machine_are_taken_for_one() -> None:
+def test_only_failures_of_the_machine_are_reported_as_such() -> None:
     told = {
         OSError(errno.ENOSPC, "No space left on device", "outputs/x"): "No space left on device: outputs/x (",
         PermissionError(errno.EACCES, "Permission denied", "/cache"): "Permission denied: /cache (",

@@ -137,7 +137,7 @@ def test_runs_that_share_its_model_go_on_sharing_it(outputs: Path) -> None:
     assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
 
 
-def test_what_moves_is_told_by_how_it_differs(outputs: Path) -> None:
+def test_the_message_about_a_move_names_the_differences(outputs: Path) -> None:
     folder = outputs / "mine/default"
     write_run_files(folder, "aaa", steps=3, name="mine")
     said = earlier.describe(folder, {"ppo": {"steps": 8}, "name": "other"}, ("name",))

@@ -62,7 +62,7 @@ def test_a_file_counts_by_its_content(rows: Path, tmp_path: Path) -> None:
     assert identity.digest({"data": {"root": str(moved), "sft": "rows.jsonl[:5]"}}) != before
 
 
-def test_a_word_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_option_values_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that has the same name as an option."""
     monkeypatch.chdir(tmp_path)
     config = {"generation": {"engine": "native"}, "sft": {"schedule": "linear"}}
@@ -84,7 +84,7 @@ def test_a_users_own_code_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_who_answers_counts_and_how_he_is_reached_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_behind_an_endpoint_counts_and_connection_settings_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(**client: Any) -> Any:
         return identity.decisive({"judge": {"model": "m", "client": {"timeout": 1, **client}}})
 
@@ -97,7 +97,7 @@ def test_who_answers_counts_and_how_he_is_reached_does_not(monkeypatch: pytest.M
     assert judged() == judged(base_url="http://a/v1") != before
 
 
-def test_labels_and_how_often_is_saved_do_not_count() -> None:
+def test_names_and_checkpoint_intervals_do_not_count() -> None:
     one = {"sft": {"lr": 1, "checkpoint_every": 5}, "model": {"name": "tiny"}}
     other = {"sft": {"lr": 1, "checkpoint_every": 50}, "model": {"name": "small"}}
     assert identity.decisive(one) == identity.decisive(other)
@@ -164,7 +164,7 @@ DECIDED = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), DECIDED)
-def test_what_a_key_decides(tmp_path: Path, overrides: str, expected: str) -> None:
+def test_a_key_changes_the_identities_that_depend_on_it(tmp_path: Path, overrides: str, expected: str) -> None:
     def names(run: Run) -> dict[str, str]:
         return {"sft": run.sft_folder.name, "reward": run.reward_folder.name, "run": run.identity}
 
@@ -251,7 +251,7 @@ def test_editing_a_file_rebuilds_what_it_decides(
     assert {stage for stage in before if before[stage] != after[stage]} == rebuilt
 
 
-def test_a_change_of_what_trains_it_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_the_training_code_gives_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = composed_run(tmp_path), composed_run(tmp_path)
     names = before.sft_folder, before.reward_folder
     monkeypatch.setattr(identity.inspect, "getsource", lambda function: function.__name__ * 2)

@@ -190,7 +190,7 @@ def test_code_beside_a_model_is_not_run_unless_asked_for(tmp_path: Path, part: s
     assert not trace.exists()
 
 
-def test_nothing_of_ours_unpickles() -> None:
+def test_no_code_of_the_package_unpickles() -> None:
     package = Path(__import__("rlhf").__file__).parent
     for path in package.rglob("*.py"):
         for line in path.read_text().splitlines():

@@ -52,7 +52,7 @@ def test_a_summary_says_threads_and_a_clock_set_back_makes_no_time_negative(
     assert summary["threads"] == 1
 
 
-def test_no_run_has_less_than_nothing_left(tmp_path: Path) -> None:
+def test_remaining_time_is_never_negative(tmp_path: Path) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("ppo: {steps: 10}")
     lines = [{"step": i, "time": t, "ppo/reward": 0.0} for i, t in ((1, 50.0), (2, 60.0), (3, 0.0), (4, 10.0))]

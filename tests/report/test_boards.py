@@ -115,7 +115,7 @@ def test_the_figures_are_panels_with_their_axes(folder: Path) -> None:
     assert Boards.of(folder).front() == []
 
 
-def test_json_there_and_back(folder: Path) -> None:
+def test_specifications_survive_a_round_trip_through_the_library(folder: Path) -> None:
     """The library's own models read the specification and write the same again."""
     report = folder / "report"
     written = read_json(report / WORKSPACE)
@@ -161,7 +161,7 @@ def sent(tmp_path: Path) -> Path:
 
 
 @pytest.mark.long
-def test_without_a_key_one_sentence_and_the_specifications(sent: Path) -> None:
+def test_without_a_key_the_specifications_are_written_and_one_sentence_says_so(sent: Path) -> None:
     done = run_sync(sent, "--boards")
     assert done.returncode == 2, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("rlhf-sync: ")]
@@ -180,7 +180,7 @@ def test_a_dry_run_writes_and_does_not_ask(sent: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.long
-def test_without_a_server_one_sentence(sent: Path) -> None:
+def test_a_missing_server_is_reported_in_one_sentence(sent: Path) -> None:
     done = run_sync(sent, "--boards", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -41,21 +41,21 @@ TABLE = Table(
 )
 
 
-def test_markdown() -> None:
+def test_a_table_renders_as_markdown() -> None:
     assert TABLE.markdown() == (
         "| row | rate (%) | gap | kind |\n| --- | ---: | ---: | --- |\n"
         "| a_b & c | 31.2 ± 1.5 | −1.25 to +0.50 | x |\n| d\\|e | −0.5 | – | ± |\n\n50 % of it.\n"
     )
 
 
-def test_csv() -> None:
+def test_a_table_renders_as_csv() -> None:
     assert TABLE.csv() == (
         "row,rate (%),rate (%) se,gap low,gap high,kind\na_b & c,31.25,1.5,-1.25,0.5,x\nd|e,-0.5,,,,±\n"
     )
     assert Table(["a", "b"], []).csv() == "a,b\n"
 
 
-def test_latex() -> None:
+def test_a_table_renders_as_latex() -> None:
     assert TABLE.latex() == (
         "\\begin{table}\n\\centering\n\\caption{50 \\% of it.}\n\\begin{tabular}{lrrl}\n\\toprule\n"
         "row & rate (\\%) & gap & kind \\\\\n\\midrule\n"
@@ -121,7 +121,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_report([write_sweep(tmp_path_factory.mktemp("report") / "s", LAYOUT)]).parent
 
 
-def test_every_file_is_there(report: Path) -> None:
+def test_a_report_has_all_its_files(report: Path) -> None:
     figures = [f"figures/{name}.{kind}" for name in ("curve", "path", "root") for kind in ("csv", "png", "svg")]
     tables = [f"{name}.{kind}" for name in ("differences", "table") for kind in ("csv", "md", "tex")]
     files = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
@@ -135,7 +135,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_numbers_behind_the_figures(report: Path) -> None:
+def test_the_csv_files_hold_the_numbers_of_the_figures(report: Path) -> None:
     sweep = load([report.parent])
     lines = read_csv(report / "figures" / "curve.csv")
     assert len(lines) == 3 * len(STEPS)
@@ -160,7 +160,7 @@ def test_the_page_needs_nothing_beside_it(report: Path) -> None:
         assert words in text
 
 
-def test_config_difference() -> None:
+def test_config_difference_lists_changed_and_absent_keys() -> None:
     reference = {"seed": 1, "lora": {"r": 8, "alpha": 64}, "ppo": {"steps": 50}, "logger": {"dir": "a"}}
     ours = {"seed": 2, "lora": {"r": 0}, "ppo": {"steps": 50, "lr": None}, "logger": {"dir": "b"}}
     assert config_difference(ours, reference) == ["lora.r=0", "ppo.lr=null", "lora.alpha: absent"]
@@ -196,7 +196,9 @@ def test_a_run_that_diverged_does_not_stop_the_report(tmp_path: Path) -> None:
     assert "variant-lora_none_seed-3 has values that are no numbers in eval/win_rate" in text
 
 
-def test_the_command(sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_table_and_writes_the_report(
+    sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main([str(sweep_folder), "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().out
     assert "variant=lora_kl" in shown

@@ -37,7 +37,7 @@ def test_rows_are_runs_that_differ_in_their_seed(sweep: Sweep) -> None:
             assert outcomes.mean(axis=1) == pytest.approx(row.values(metric))
 
 
-def test_labels() -> None:
+def test_labels_are_taken_from_the_layout() -> None:
     names = {"variant=kl": "KL", "none": "no penalty", "variant=kl, lora.r=8": "both"}
     assert label(["variant=kl"], names) == "KL"
     assert label(["divergence=none", "lora.r=4"], names) == "no penalty, lora.r=4"
@@ -45,7 +45,7 @@ def test_labels() -> None:
     assert label([], names) == "PPO"
 
 
-def test_a_resumed_run_and_a_torn_line(tmp_path: Path) -> None:
+def test_repeated_steps_and_torn_lines_are_handled(tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "a", "lora_kl", 1)
     with (tmp_path / "sweep" / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "time": 9.0, "eval/win_rate": 0.75}\n{"step": 60, "ti')

@@ -40,7 +40,7 @@ REGIMES = [
 
 
 @pytest.mark.parametrize(("paired", "seeds", "spread", "row_sd", "expected"), REGIMES)
-def test_intervals_cover_what_is_said_of_them(
+def test_intervals_have_their_stated_coverage(
     paired: bool, seeds: tuple[int, int], spread: tuple[float, float], row_sd: float, expected: float
 ) -> None:
     """Coverage for each regime: an average over regimes would hide the lowest."""
@@ -121,7 +121,7 @@ def test_without_prompt_effects_the_interval_is_students() -> None:
     assert st.difference(a, b, paired=False).p_value == pytest.approx(welch.pvalue, abs=0.003)
 
 
-def test_one_seed_is_told_by_its_prompts_alone() -> None:
+def test_one_seed_is_compared_by_its_prompts_alone() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.random((1, 60)), rng.random((1, 60)) - 0.5
     told, theirs = st.difference(a, b, paired=False), stats.ttest_rel(a[0], b[0])
@@ -180,13 +180,13 @@ def test_instructions_are_asked_for_where_seeds_cannot_help() -> None:
     assert need.instructions == pytest.approx(2 * 7.85 * variance / float(a.mean()) ** 2, rel=0.05)
 
 
-def test_holm() -> None:
+def test_holm_rejects_as_in_hand_computed_examples() -> None:
     assert st.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
     assert st.holm([0.001, 0.02, math.nan]) == [True, True, False]
     assert st.holm([]) == []
 
 
-def test_a_straight_beginning_is_found_and_its_end() -> None:
+def test_the_initial_straight_line_and_its_end_are_found() -> None:
     rng, at = np.random.default_rng(0), np.arange(0, 13) / 10
 
     def groups(curve: np.ndarray) -> list[np.ndarray]:

@@ -26,9 +26,7 @@ def gap(roles: Roles, prompts: list[list[int]], row: int = 0, fixed: bool = Fals
 
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("kind", LOCAL)
-def test_sampled_logprobs_whatever_else_is_in_the_batch(
-    kind: str, fixed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampled_logprobs_do_not_depend_on_the_batch(kind: str, fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences longer than the window, with prompts of different lengths and rows that are dropped as they end."""
     monkeypatch.setattr(native, "CHECK_EVERY", 1)
     roles = Roles(tiny_architecture(kind, **LOCAL[kind]))

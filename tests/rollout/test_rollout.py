@@ -73,7 +73,7 @@ def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: flo
         assert (scored[i, len(row) :] == 0).all()
 
 
-def test_values_of_a_head_on_the_policys_trunk(
+def test_values_captured_on_the_policys_trunk_are_those_of_a_pass(
     make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values captured while sampling equal those of a pass over the sequences, though finished rows are dropped."""
@@ -96,7 +96,7 @@ def test_values_of_a_head_on_the_policys_trunk(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_of_what_generate_sampled(roles: Roles, temperature: float) -> None:
+def test_scores_of_generate_agree_with_the_scoring_pass(roles: Roles, temperature: float) -> None:
     """`generate` returns the scores that it sampled from: our scoring pass must find the same log-probs."""
     prompts = [[5, 9, 7], [40, 41, 3], [6, 8, 8], [49, 3, 12]]
     ids, model = torch.tensor(prompts), roles.copy_trunk("policy")
@@ -173,7 +173,7 @@ def test_eos_is_kept_and_never_appended(make_roles: Callable, engine: object) ->
 
 
 @pytest.mark.parametrize("role", ["policy", "reference"])
-def test_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
+def test_sampled_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
     roles, rows = make_roles(), 4000
     got = generate(NativeEngine(EOS), roles, [[5, 9, 7]] * rows, role=role, max_new_tokens=1, temperature=1.3).ids[:, 0]
     with torch.no_grad():

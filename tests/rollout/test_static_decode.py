@@ -43,7 +43,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[Any]]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_tokens_and_logprobs(
+def test_fixed_shapes_give_the_same_tokens_and_logprobs(
     make_roles: Callable, seen: list, monkeypatch: pytest.MonkeyPatch, kind: str, temperature: float
 ) -> None:
     """All steps of a batch see the same shapes at the same addresses, until the batch shrinks to a power of two."""
@@ -67,7 +67,7 @@ def test_the_same_tokens_and_logprobs(
     assert len(seen[0][1]) == 1
 
 
-def test_in_bfloat16_under_autocast(make_roles: Callable) -> None:
+def test_the_first_tokens_agree_in_bfloat16(make_roles: Callable) -> None:
     """Rounding depends on shapes in bfloat16, so that only the first tokens must agree."""
     roles = make_roles().bfloat16()
     roles.compute_dtype = torch.bfloat16
@@ -75,7 +75,7 @@ def test_in_bfloat16_under_autocast(make_roles: Callable) -> None:
     assert torch.equal(fixed.ids[:, :2], growing.ids[:, :2])
 
 
-def test_what_was_in_the_buffers_does_not_matter() -> None:
+def test_the_old_content_of_buffers_does_not_matter() -> None:
     """Unfilled memory can hold NaN, and the masked product is NaN then: `fix` sets it to zero."""
     cache, place = BufferCache(1, 6), torch.tensor([2])
     states = torch.randn(3, 2, 2, 4, generator=seeded_generator())
@@ -94,13 +94,13 @@ def test_what_was_in_the_buffers_does_not_matter() -> None:
     assert (keys[:, :, 4:] == 0).all()
 
 
-def test_eager_attention_grows(make_roles: Callable, seen: list) -> None:
+def test_eager_attention_uses_a_growing_cache(make_roles: Callable, seen: list) -> None:
     roles = make_roles(attn_implementation="eager")
     assert response_rows(generate(FIXED, roles)) == response_rows(generate(GROWING, roles))
     assert not seen
 
 
-def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_decoding_that_cannot_be_captured_runs_without_graphs(caplog: pytest.LogCaptureFixture) -> None:
     def step() -> torch.Tensor:
         return torch.ones(1)
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     assert "no CUDA graph of the decoding step" in caplog.text
 
 
-def test_a_gpu_and_the_setting_choose_it(
+def test_the_device_and_the_setting_select_fixed_shapes(
     make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roles, tokenizer = make_roles(), make_tokenizer()
@@ -126,7 +126,7 @@ def test_a_gpu_and_the_setting_choose_it(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_graphs_on_a_gpu(make_roles: Callable, caplog: pytest.LogCaptureFixture) -> None:
+def test_graphs_on_a_gpu_give_the_same_tokens(make_roles: Callable, caplog: pytest.LogCaptureFixture) -> None:
     """Generating again with another adapter does not reuse the first graphs."""
     roles = make_roles().to("cuda")
     for _ in range(2):

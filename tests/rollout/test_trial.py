@@ -15,7 +15,7 @@ XGLM = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", *sorted(TRANSFORMED.keys() - STATEFUL.keys()), *LOCAL])
-def test_what_is_right_passes_and_leaves_no_trace(kind: str) -> None:
+def test_a_suitable_model_passes_unchanged(kind: str) -> None:
     roles = Roles(tiny_architecture(kind, **LOCAL.get(kind) or TRANSFORMED.get(kind, {})))
     roles.train()
     before = torch.random.get_rng_state()

@@ -36,14 +36,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_what_it_cannot_do_is_refused(overrides: str, expected: str) -> None:
+def test_unsupported_settings_are_refused(overrides: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as refused:
         compose_and_check(*CHOSEN, *overrides.split())
     assert str(refused.value).startswith(("generation.", "evaluation."))
     assert "\n" not in str(refused.value)
 
 
-def test_without_vllm_or_a_gpu(command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_package_or_gpu_is_one_sentence(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     real = importlib.util.find_spec
     for found, expected in (
         (None, "rlhf: generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'\n"),
@@ -82,7 +84,7 @@ def test_the_adapter_handed_over_is_the_policy(folders: SimpleNamespace, make_te
     assert not torch.allclose(*seen)
 
 
-def test_roles_without_an_adapter(folders: SimpleNamespace, tmp_path: Path) -> None:
+def test_roles_without_an_adapter_export_none(folders: SimpleNamespace, tmp_path: Path) -> None:
     settings = ppo_settings()
     assert not write_adapter(make_ppo(settings, folders, tmp_path / "a").roles, "reference", tmp_path / "none")
     settings.lora = replace(settings.lora, r=0)

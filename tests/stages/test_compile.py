@@ -49,7 +49,7 @@ def _compare(_: int, options: dict, backend: str, checkpointing: bool, folders: 
         ({}, "inductor", False),
     ],
 )
-def test_the_same_updates(
+def test_compiled_blocks_make_the_same_updates(
     folders: SimpleNamespace, tmp_path: Path, options: dict, backend: str, checkpointing: bool
 ) -> None:
     """Runs in a separate process without shape checks, which the compiler cannot trace."""
@@ -82,12 +82,12 @@ def _decode(_: int, folders: SimpleNamespace, folder: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_same_tokens(folders: SimpleNamespace, tmp_path: Path) -> None:
+def test_compiled_decoding_gives_the_same_tokens(folders: SimpleNamespace, tmp_path: Path) -> None:
     """Decoding is one compiled program for all batch sizes and positions, whatever is merged into the weights."""
     torch.multiprocessing.spawn(_decode, (folders, tmp_path))
 
 
-def test_what_cannot_be_compiled(command: Callable) -> None:
+def test_settings_that_cannot_be_compiled_are_refused(command: Callable) -> None:
     code, _, said = command("debug=quick", "model.compile=true", "trainer=fsdp", "trainer.devices=2")
     assert code == 2
     assert "model.compile=true" in error_sentence(said)

@@ -82,7 +82,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, case: str) -> None:
+def test_only_policy_and_value_adapters_change(folders: SimpleNamespace, tmp_path: Path, case: str) -> None:
     """Only policy and value adapters change, although reference passes run before each update."""
     stage = make_ppo(ppo_settings(**CASES[case]), folders, tmp_path / "samples")
     roles, before = stage.roles, copy_weights(stage.roles)
@@ -127,7 +127,7 @@ def test_the_value_starts_as_the_reward_model(
 
 
 @pytest.mark.parametrize("name", ["exact_kl", "exact_jensen_shannon"])
-def test_exact_penalties_by_brute_force(
+def test_exact_penalties_agree_with_brute_force(
     folders: SimpleNamespace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -156,7 +156,7 @@ def test_exact_penalties_by_brute_force(
         assert (experience.penalty[i, end - start :] == 0).all()
 
 
-def test_without_divergence_no_reference_pass(
+def test_without_divergence_there_is_no_reference_pass(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ppo_settings("none", "none", steps=4, reference_every=2, epochs=1)
@@ -190,7 +190,7 @@ def test_missing_eos_costs_the_penalty(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout: float) -> None:
+def test_a_resumed_run_continues_with_the_same_bits(folders: SimpleNamespace, tmp_path: Path, dropout: float) -> None:
     settings = ppo_settings(lora=replace(LORA, dropout=dropout), steps=4)
 
     def run(folder: Path, start: int = 0, **options: Any) -> tuple[PPO, list[dict[str, float]]]:

@@ -134,7 +134,7 @@ def test_reward_gradient_is_that_of_transformers(
     assert_close(got, expected)
 
 
-def test_what_length_alone_gets_right() -> None:
+def test_the_length_baseline_counts_longer_chosen_responses() -> None:
     rows = [Comparison("p", "long answer", "short"), Comparison("p", "ab", "longer"), Comparison("p", "ab", "cd")]
     assert longer_accuracy(rows) == 0.5
     assert longer_accuracy(rows[:1]) == 1
@@ -155,7 +155,7 @@ def test_baseline_is_the_mean_score_of_demonstrations(folders: SimpleNamespace) 
 
 
 @pytest.mark.parametrize("value", ["adapter", "trunk_head"])
-def test_ppo_gradient_by_plain_autograd(
+def test_the_ppo_gradient_is_that_of_plain_autograd(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     """Tiny micro-batches, one micro-batch, and clipped losses written out row by row give the same gradient."""
@@ -210,7 +210,7 @@ def test_ppo_gradient_by_plain_autograd(
         ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
     ],
 )
-def test_the_schedule_by_hand(schedule: str, rates: list[float]) -> None:
+def test_the_schedule_agrees_with_hand_computation(schedule: str, rates: list[float]) -> None:
     stage = Stage(OptimizerSettings(lr=0.1, warmup_steps=2, schedule=schedule), 6)
     assert [stage.rate(step) for step in range(6)] == pytest.approx(rates)
 
@@ -221,7 +221,7 @@ def test_no_step_trains_at_rate_zero(folders: SimpleNamespace, tmp_path: Path) -
 
 
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 5), st.integers(0, 12))
-def test_seeded_batches(rows: int, size: int, seed: int, start: int) -> None:
+def test_seeded_batches_depend_on_seed_and_step_only(rows: int, size: int, seed: int, start: int) -> None:
     """Batches depend only on (seed, step) and are a permutation in each epoch, also if a batch straddles two epochs."""
     steps = 15
     whole = list(SeededBatches(rows, size, seed, steps))

@@ -117,7 +117,7 @@ def test_a_dry_run_shows_a_trial_and_leaves_no_study(command: Callable) -> None:
 # -- its parts ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_job_tells() -> None:
+def test_a_job_reports_its_objectives() -> None:
     metrics = {"eval/win_rate": 0.5, "eval/true_kl": 0.1, "eval/reward": float("nan")}
     assert result(metrics, {}) == 0.5
     assert result(metrics, {"eval/true_kl": "minimize"}) == 0.1
@@ -152,7 +152,7 @@ def test_trials_without_a_result_are_asked_for_again_and_once() -> None:
     assert [study.ask(space).params for _ in range(2)] == [failed.params, killed.params]
 
 
-def test_the_front_by_hand() -> None:
+def test_the_pareto_front_agrees_with_hand_computation() -> None:
     # the first dominates the second, none dominates the fourth, the last two are equal
     points = np.array([[0.5, -0.1], [0.4, -0.2], [0.3, -0.05], [0.9, -0.9], [0.1, -0.01], [0.1, -0.01]])
     assert unbeaten(points).tolist() == [True, False, True, True, True, True]

@@ -290,5 +290,5 @@ def test_tasks_that_do_not_fit_the_trainer_are_refused_at_submission(arguments: 
         ({"nodes": 2, "tasks_per_node": 4}, {"devices": "auto", "num_nodes": 2}),
     ],
 )
-def test_tasks_that_fit_the_trainer(launcher: dict, trainer: dict) -> None:
+def test_tasks_that_fit_the_trainer_are_accepted(launcher: dict, trainer: dict) -> None:
     slurm.check_tasks({"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, **launcher}, trainer)

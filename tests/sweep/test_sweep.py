@@ -122,7 +122,7 @@ def make_plan(folder: Path, done: int, running: int, failed: int, waiting: int) 
             write_json(folder / name / FAILED, {"error": "no memory"})
 
 
-def test_states_and_time_left(tmp_path: Path) -> None:
+def test_states_and_remaining_time_are_reported(tmp_path: Path) -> None:
     make_plan(tmp_path, done=2, running=1, failed=1, waiting=3)
     runs = states(tmp_path)
     assert [run.state for run in runs] == ["done"] * 2 + ["running"] + ["failed"] + ["waiting"] * 3
@@ -135,7 +135,7 @@ def test_states_and_time_left(tmp_path: Path) -> None:
     assert states(tmp_path)[2].state == "begun"
 
 
-def test_status_command(tmp_path: Path) -> None:
+def test_the_status_command_prints_all_runs(tmp_path: Path) -> None:
     make_plan(tmp_path, done=2, running=0, failed=1, waiting=0)
     code = "from rlhf.sweep.status import status; status()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), "--watch"], capture_output=True, text=True)
@@ -148,7 +148,7 @@ def test_status_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_jobs", "expected"), [(3, 3), (-1, os.cpu_count()), (None, 1)])
-def test_parallel_jobs(n_jobs: int | None, expected: int) -> None:
+def test_the_number_of_parallel_jobs_follows_from_the_launcher(n_jobs: int | None, expected: int) -> None:
     from omegaconf import OmegaConf
 
     assert parallel_jobs(OmegaConf.create({"n_jobs": n_jobs})) == expected

@@ -191,7 +191,7 @@ def test_the_lineage_leads_from_sft_to_the_report(study: SimpleNamespace) -> Non
     assert "<title>" in (report.folder / "files" / page).read_text()
 
 
-def test_nothing_was_left_out(study: SimpleNamespace) -> None:
+def test_no_file_is_left_out_of_wandb(study: SimpleNamespace) -> None:
     """Files that W&B cannot take are reported in a warning only; here there is none."""
     logs = [path.read_text() for path in study.outputs.rglob("*.log") if "wandb" not in path.parts]
     assert any("guard explained_variance" in text for text in logs)
