@@ -215,7 +215,7 @@ def test_padding_has_no_effect(name: str, garbage: float) -> None:
     assert (got_gradient[:, ~mask] == 0).all()
 
 
-# -- the coefficient -------------------------------------------------------------------------------------------------
+# -- the KL coefficient ----------------------------------------------------------------------------------------------
 
 
 def test_adaptive_kl_agrees_with_hand_computation() -> None:

@@ -25,7 +25,7 @@ from tests.helpers.training import copy_weights, record_gradients
 DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
 
-# -- the pieces ------------------------------------------------------------------------------------------------------
+# -- collectives -----------------------------------------------------------------------------------------------------
 
 
 def _pieces(rank: int) -> None:
@@ -39,9 +39,8 @@ def _pieces(rank: int) -> None:
     assert [t.flatten()[0].item() for t in mixed] == [3.0, 11, 1.0]
     assert collectives.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert collectives.on_rank_zero(lambda: f"said by {rank}") == "said by 0"
-    assert (
-        collectives.on_rank_zero(lambda: collectives.on_rank_zero(collectives.size)) == 1
-    )  # nested calls run on rank 0 alone and must not wait for others
+    # a nested call runs on rank 0 alone and must not wait for the other process
+    assert collectives.on_rank_zero(lambda: collectives.on_rank_zero(collectives.size)) == 1
     with pytest.raises(Interrupted, match="by 0"):
         collectives.on_rank_zero(lambda: _fail(rank))
     _means(rank)
@@ -87,7 +86,7 @@ def test_the_number_of_processes_follows_from_the_trainer(trainer: dict, expecte
     assert processes.wanted(OmegaConf.create(trainer)) == expected
 
 
-# -- the updates -----------------------------------------------------------------------------------------------------
+# -- updates ---------------------------------------------------------------------------------------------------------
 
 
 def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **trainer: Any) -> tuple[Any, Any, Any]:
@@ -199,7 +198,7 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
     assert_identical(a, b)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def _sharded(settings: Settings, folders: SimpleNamespace, folder: Path) -> PPO:
     return stage
 
 
-# -- the pieces ------------------------------------------------------------------------------------------------------
+# -- sharded modules --------------------------------------------------------------------------------------------------
 
 
 def _halves(rank: int, folders: SimpleNamespace, folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_each_holds_half_and_samples_for_as_long_as_it_takes(folders: SimpleName
     run_in_two_processes(_halves, folders, tmp_path)
 
 
-# -- the updates -----------------------------------------------------------------------------------------------------
+# -- updates ---------------------------------------------------------------------------------------------------------
 
 
 VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -200,7 +200,7 @@ def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tm
     assert_identical(a, b)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class Words:
         return Dataset.from_dict({"prompt": self.prompts[split]})
 
 
-# -- what is asked -----------------------------------------------------------------------------------------------------
+# -- which prompts are used --------------------------------------------------------------------------------------------
 
 
 def texts(rows: Sequence[Prompt]) -> list[str]:
@@ -91,7 +91,7 @@ def test_judges_read_the_instruction_without_its_template(name: str) -> None:
     assert simulated().questions(source, template)["preference"][0].instruction == "Go!"
 
 
-# -- what becomes of a verdict -----------------------------------------------------------------------------------------
+# -- from verdicts to labels -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_coin_decides_ties_if_so_wanted() -> None:
     }  # fmt: skip
 
 
-# -- the making --------------------------------------------------------------------------------------------------------
+# -- sampling and judging ----------------------------------------------------------------------------------------------
 
 
 class Scripted:

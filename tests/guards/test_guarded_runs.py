@@ -18,9 +18,10 @@ from rlhf.report.runs import load
 from rlhf.settings import GuardsSettings, LimitGuard, Settings
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import read_metrics
-from tests.helpers.guard_settings import Line, scores_bad_at_calls, settings_with_guards, single_guard
+from tests.helpers.guard_settings import scores_bad_at_calls, settings_with_guards, single_guard
 from tests.helpers.made_up_sweeps import write_run
 from tests.helpers.ppo_stages import PROMPTS, count_low_words, make_ppo
+from tests.helpers.run_results import without_times
 from tests.helpers.subprocess_runs import QUICK, run_in_subprocess
 from tests.helpers.training import changed_weights, copy_weights, quiet_trainer
 
@@ -40,11 +41,6 @@ def whole_run(
     return stage, folder
 
 
-def timeless(folder: Path) -> list[Line]:
-    clock = ("time", "ppo/rollouts_per_second")
-    return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in read_metrics(folder)]
-
-
 @pytest.mark.long
 def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace, tmp_path: Path) -> None:
     """Windows, counts and start values of the guards survive the kill, those of evaluations too."""
@@ -57,7 +53,7 @@ def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace,
     assert {"entropy_rise", "spike"} <= straight.guards.findings.keys()
     calls = 0
 
-    def dying(prompts: list[str], responses: list[str]) -> list[float]:
+    def fail_in_step_six(prompts: list[str], responses: list[str]) -> list[float]:
         nonlocal calls
         calls += 1
         if calls == 8:  # after five steps and three evaluations, in the sixth step
@@ -65,11 +61,12 @@ def test_killed_and_resumed_the_guards_decide_the_same(folders: SimpleNamespace,
         return count_low_words(prompts, responses)
 
     with pytest.raises(RuntimeError, match="power"):
-        whole_run(settings, folders, tmp_path / "killed", dying)
+        whole_run(settings, folders, tmp_path / "killed", fail_in_step_six)
     assert StepCheckpoints.reached(tmp_path / "killed/checkpoints") == 4
     resumed, again = whole_run(settings, folders, tmp_path / "killed")
-    assert timeless(again) == timeless(folder)
-    assert any(key.startswith("guard/") for line in timeless(again)[-4:] for key in line)
+    expected, found = ([without_times(line) for line in read_metrics(where)] for where in (folder, again))
+    assert found == expected
+    assert any(key.startswith("guard/") for line in found[-4:] for key in line)
     assert resumed.guards.summary() == straight.guards.summary()
     assert not changed_weights(copy_weights(straight.roles), resumed.roles)
 

@@ -15,7 +15,7 @@ from rlhf.models.tokenizing import encode, encode_pairs, keep_template
 from rlhf.models.tokens import give_pad
 from tests.helpers.tiny_tokenizers import END, byte_level, gpt2, llama
 
-# -- text is text ------------------------------------------------------------------------------------------------------
+# -- special tokens in texts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [gpt2, llama], ids=["bytes", "sentencepiece"])

@@ -134,7 +134,7 @@ def test_transformers_engine_samples_as_generate_does(roles: Roles) -> None:
     assert got == [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
 
 
-# -- what must not matter --------------------------------------------------------------------------------------------
+# -- independence of batch, order and global state -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("every", [1, 1000])

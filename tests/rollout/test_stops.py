@@ -58,7 +58,7 @@ def rows_of(engine: Any, roles: Roles, temperature: float = 1.0) -> list[list[in
     return [ids[:length] for ids, length in zip(made.ids.tolist(), made.lengths.tolist(), strict=True)]
 
 
-# -- which ids ---------------------------------------------------------------------------------------------------------
+# -- stop ids ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pyte
         }  # fmt: skip
 
 
-# -- what is scored ----------------------------------------------------------------------------------------------------
+# -- scores ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["own", "finished"])
@@ -190,7 +190,7 @@ def test_a_reward_model_learns_no_end_that_was_not_sampled() -> None:
     assert RewardModeling.encode(stage, rows) == [(([5], [7, EOS]), ([5], [8, 9]))]  # type: ignore[arg-type]
 
 
-# -- in plain transformers ---------------------------------------------------------------------------------------------
+# -- exported models in plain transformers -----------------------------------------------------------------------------
 
 
 def tiny_gpt2(tokenizer: Any, **options: Any) -> PreTrainedModel:

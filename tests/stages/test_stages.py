@@ -81,9 +81,8 @@ def test_sft_adapter_trains_alone(folders: SimpleNamespace, tmp_path: Path) -> N
     stage = sft_stage(folders, LORA, microbatch_tokens=32)
     before = copy_weights(stage.roles)
     one_step(stage, DEMONSTRATIONS, tmp_path)
-    assert changed_weights(before, stage.roles) == {
-        name for name in before if "lora_B" in name
-    }  # A has a gradient once B is not 0
+    trained = {name for name in before if "lora_B" in name}  # A has a gradient once B is not 0
+    assert changed_weights(before, stage.roles) == trained
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -151,7 +150,7 @@ def test_baseline_is_the_mean_score_of_demonstrations(folders: SimpleNamespace) 
     assert stage.baseline(DEMONSTRATIONS) == pytest.approx(sum(scores) / len(scores), abs=1e-5)
 
 
-# -- PPO's gradient --------------------------------------------------------------------------------------------------
+# -- the gradient of PPO ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["adapter", "trunk_head"])

@@ -114,7 +114,7 @@ def test_a_dry_run_shows_a_trial_and_leaves_no_study(command: Callable) -> None:
     assert not list(Path("outputs").rglob(PLAN))
 
 
-# -- its parts ---------------------------------------------------------------------------------------------------------
+# -- parts of a search -------------------------------------------------------------------------------------------------
 
 
 def test_a_job_reports_its_objectives() -> None:
