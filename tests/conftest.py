@@ -7,9 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # also for the programs that tests start: more threads than cores would be far slower
-)
+# Also for the programs that tests start: more threads than cores would be far slower.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from importlib.util import find_spec
 
@@ -30,10 +29,7 @@ install_import_hook(SHAPED, "tests.helpers.typechecker.checked")
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.roles import Roles

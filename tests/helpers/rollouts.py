@@ -33,15 +33,11 @@ def seeded_generator(seed: int = 0) -> torch.Generator:
 
 
 def generate(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
-    options = {
-        "role": "policy",
-        "max_new_tokens": LIMIT,
-        "temperature": 1.0,
-        "generator": seeded_generator(),
-        **options,
-    }
-    return engine.generate(roles, prompts=prompts, **options)  # type: ignore[attr-defined]
+    """Sample from the policy at temperature 1 with a fixed seed, unless options say otherwise."""
+    defaults = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded_generator()}
+    return engine.generate(roles, prompts=prompts, **(defaults | options))  # type: ignore[attr-defined]
 
 
 def response_rows(generated: Generated) -> list[list[int]]:
+    """The token ids of each response, without padding."""
     return [ids[:n] for ids, n in zip(generated.ids.tolist(), generated.lengths.tolist(), strict=True)]

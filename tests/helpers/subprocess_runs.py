@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.helpers.command_line import TINY
@@ -32,13 +33,13 @@ def run_in_subprocess(folder: Path, *arguments: str, code: int = 0) -> str:
 
 
 def run_tiny(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with the overrides `TINY` in a separate process; the exit code is not checked."""
     command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
 
 
 def cached_weights(folder: Path, stage: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
+    """The weights of the cached model of a stage (`sft` or `reward`)."""
     path = next(folder.glob(f"outputs/cache/{stage}-*/model/*.safetensors"))
     return load_file(path)
 
@@ -57,5 +58,6 @@ def stop_after_a_step(folder: Path, to_child: bool, options: Sequence[str]) -> i
 
 
 def last_step(folder: Path) -> int:
+    """The last step in the metrics of the run in a folder, or 0."""
     lines = [line for path in folder.glob("outputs/rlhf/*/metrics.jsonl") for line in path.read_text().splitlines()]
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
