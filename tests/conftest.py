@@ -1,4 +1,4 @@
-"""Tiny models, roles and a word-level tokenizer; every shape annotation of the package is checked at run time."""
+"""Fixtures shared by all tests. Shape annotations of the package are checked at run time."""
 # ruff: noqa: E402
 
 import os
@@ -7,17 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start too: more threads than cores are far slower
+# Also for the programs that tests start: more threads than cores would be far slower.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from importlib.util import find_spec
 
 from jaxtyping import install_import_hook
 
-import tests.helpers.typechecker  # noqa: F401  (the hook looks it up and does not import it)
+import tests.helpers.typechecker  # noqa: F401  (the hook looks it up but does not import it)
 
 PACKAGE = Path(find_spec("rlhf").origin).parent  # type: ignore[union-attr, arg-type]
-# the modules that annotate shapes, and no others: a check that users do not have would hide what a mistake tells them,
-# and that of the farm's many rows would triple their time
+# Only modules that annotate shapes: elsewhere the check would replace the error messages that users get to see,
+# and checking the many rows of the farm would triple the time they take.
 SHAPED = [
     ".".join(["rlhf", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
     for file in PACKAGE.rglob("*.py")
@@ -28,16 +29,13 @@ install_import_hook(SHAPED, "tests.helpers.typechecker.checked")
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from tests.helpers.command_line import rlhf
-from tests.helpers.tiny_models import random_texts, tiny_lora, tiny_model, tiny_roles, word_tokenizer
+from tests.helpers.command_line import run_in_process
+from tests.helpers.tiny_models import random_sequences, tiny_lora, tiny_model, tiny_roles, word_tokenizer
 
 torch.set_num_threads(1)
 
@@ -59,7 +57,7 @@ def make_lora() -> Callable[..., LoraConfig]:
 
 @pytest.fixture(scope="session")
 def make_texts() -> Callable[..., Sequences]:
-    return random_texts
+    return random_sequences
 
 
 @pytest.fixture
@@ -74,7 +72,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """An SFT model and a reward adapter as earlier stages leave them, and a policy adapter to start from."""
+    """Folders of an SFT model and a reward adapter as earlier stages write them, and policy weights to start from."""
     folder, roles, tokenizer = tmp_path_factory.mktemp("models"), tiny_roles(), word_tokenizer()
     save_model(roles.copy_trunk("reference"), tokenizer, folder / "sft")
     for role in ("reward", "policy"):
@@ -89,17 +87,17 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_p
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        code = rlhf(*arguments)
+        code = run_in_process(*arguments)
         captured = capfd.readouterr()
         return code, captured.out, captured.err
 
     return run
 
 
-# files of few, long tests: begun first, so that no worker is left alone with one of them
+# Files with few but long tests start first, so that no worker ends up alone with one of them.
 LONG = ("test_crash.py", "test_slurm.py", "test_sweep.py", "test_end_to_end.py", "test_disk.py", "test_shared.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first."""
+    """Run the files with the longest tests first."""
     items.sort(key=lambda item: item.path.name not in LONG)

@@ -1,4 +1,4 @@
-"""The one-way flow: data → models → rollout → evaluation → stages → pipeline → report; no import back, no circle."""
+"""Imports go one way: data → models → rollout → evaluation → stages → pipeline → report. Other rules for the source."""
 
 import ast
 import subprocess
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import rlhf
 from rlhf import root
 
 PACKAGE = Path(__import__("rlhf").__file__).parent
-# Folders and single files, from the ground up. What stands on a floor may import what stands below it, and what stands
-# on the same floor as long as there is no circle.
+# Folders and single files, from the bottom up. A module may import from lower floors and from its own floor, as long as
+# there is no circle.
 FLOORS = [
     ["errors", "__init__"],
     ["settings", "schema", "seeding", "files"],
@@ -41,7 +42,7 @@ def module_of(file: Path) -> str:
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of ours that a file imports, at its top or inside of functions."""
+    """The modules of the package that a file imports, at its top or inside functions."""
     known, found = {module_of(other) for other in FILES}, set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -57,13 +58,13 @@ def floor_of(module: str) -> int:
     return FLOOR[module.split(".")[1]]
 
 
-def test_every_folder_has_its_floor() -> None:
+def test_every_folder_has_a_floor() -> None:
     inside = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert inside == set(FLOOR)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_nothing_imports_what_stands_above_it(file: Path) -> None:
+def test_no_module_imports_from_a_higher_floor(file: Path) -> None:
     own = module_of(file)
     if own != "rlhf":
         assert not {module for module in imports(file) if floor_of(module) > floor_of(own)}
@@ -74,7 +75,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("folder", ["tracking", "report", "sweep"])
-def test_stages_know_nothing_of(folder: str) -> None:
+def test_stages_do_not_import_from(folder: str) -> None:
     assert not {
         module
         for file in (PACKAGE / "stages").glob("*.py")
@@ -96,7 +97,7 @@ def test_test_modules_share_code_only_through_the_helpers() -> None:
         found[str(file.relative_to(tests))] = {
             name for name in names if name.startswith((".", "tests.")) and not name.startswith("tests.helpers.")
         }
-    # `from tests.helpers import killed_runs` is `tests.helpers.killed_runs` here
+    # `from tests.helpers import x` is listed as `tests.helpers.x`
     assert not {file: names for file, names in found.items() if names}
 
 
@@ -119,3 +120,31 @@ def test_the_wheel_carries_the_configuration(tmp_path: Path) -> None:
         assert inside
         assert {f"rlhf/_root/{name}" for name in inside} <= set(names)
     assert "rlhf/py.typed" in names
+
+
+def test_every_text_file_is_opened_with_its_encoding() -> None:
+    for path in sorted((root() / "rlhf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                assert any(word.arg == "encoding" for word in node.keywords), f"{path}:{node.lineno}"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file as text, which uses the locale's encoding by default."""
+    called = call.func
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    owner = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
+    if name in ("read_text", "write_text"):
+        return len(call.args) == (name == "write_text")
+    if name != "open" or owner in ("gzip", "os", "cls", "FinishedRun"):
+        return False
+    mode = call.args[0 if owner else 1 :][:1]
+    return not (mode and "b" in ast.unparse(mode[0]))
+
+
+def test_the_base_install_needs_none_of_the_extra() -> None:
+    for file in Path(rlhf.__file__).parent.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & {"openai", "diskcache", "bm25s", "pysbd"}, file

@@ -1,4 +1,4 @@
-"""The benchmark scripts run to their end at toy size and print the tables they promise (peer.py needs an install)."""
+"""The benchmark scripts run at toy size and print their tables (peer.py needs an installed package)."""
 
 import subprocess
 import sys
@@ -24,6 +24,6 @@ def test_the_toy_size_runs_to_its_end(script: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root())
     assert done.returncode == 0, done.stderr[-2000:]
     assert COLUMNS[script] in done.stdout
-    # a part that fails is named on standard error while the others go on
+    # failing parts are named on standard error while the others go on
     assert "RuntimeError" not in done.stderr
     assert " failed" not in done.stderr

@@ -1,4 +1,4 @@
-"""Every estimator against numbers worked out by hand, and the properties that the paper's argument rests on."""
+"""Every divergence estimator against hand-computed numbers, and the properties that the paper relies on."""
 
 import math
 
@@ -19,7 +19,7 @@ logits = st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6)
 
 
 def one(function: object, logprob: float, ref_logprob: float) -> float:
-    """The estimator of a single token."""
+    """An estimator applied to a single token."""
     return float(function(torch.tensor([[logprob]]), torch.tensor([[ref_logprob]])))  # type: ignore[operator]
 
 
@@ -50,24 +50,24 @@ def distributions(rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0)
         (d.negative_kl, -0.693147, 0.693147),
     ],
 )
-def test_sampled_estimators_by_hand(function: object, up: float, down: float) -> None:
+def test_sampled_estimators_agree_with_hand_computation(function: object, up: float, down: float) -> None:
     assert one(function, math.log(0.5), math.log(0.25)) == pytest.approx(up, abs=1e-6)
     assert one(function, math.log(0.25), math.log(0.5)) == pytest.approx(down, abs=1e-6)
     assert one(function, math.log(0.3), math.log(0.3)) == pytest.approx(0, abs=1e-7)
 
 
 def test_bregman_is_bounded() -> None:
-    # δ = −10: e^10 − 1 − 10 = 22026.4658 − 11 = 22015.4658, and no more for any smaller δ
+    # δ = −10: e^10 − 1 − 10 = 22026.4658 − 11 = 22015.4658, and the same for any smaller δ
     assert one(d.bregman, -11.0, -1.0) == pytest.approx(22015.4658, rel=1e-6)
     assert one(d.bregman, -1000.0, -1.0) == pytest.approx(22015.4658, rel=1e-6)
     # δ = −9.5 is below the bound: e^9.5 − 10.5 = 13359.7268 − 10.5
     assert one(d.bregman, -10.5, -1.0) == pytest.approx(13349.2268, rel=1e-6)
-    # no bound where the reference is the unlikely one: δ = 20 gives e^−20 − 1 + 20
+    # no bound where the reference finds the token unlikely: δ = 20 gives e^−20 − 1 + 20
     assert one(d.bregman, -1.0, -21.0) == pytest.approx(19.0, rel=1e-6)
 
 
 @given(logprob, logprob)
-def test_sampled_properties(a: float, b: float) -> None:
+def test_sampled_estimators_have_the_papers_properties(a: float, b: float) -> None:
     delta = a - b
     assert one(d.bregman, a, b) >= 0
     assert one(d.squared_error, a, b) >= 0
@@ -86,7 +86,7 @@ def test_small_deltas_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("function", SAMPLED)
-def test_sampled_are_finite_and_pure(function: object) -> None:
+def test_sampled_estimators_are_finite_and_pure(function: object) -> None:
     a = torch.tensor([[-1e4, -1e-30, 0.0, -100.0, -1e4]])
     b = torch.tensor([[-1e-30, -1e4, 0.0, -1e4, -1e4]])
     before = a.clone(), b.clone()
@@ -97,7 +97,7 @@ def test_sampled_are_finite_and_pure(function: object) -> None:
     assert torch.equal(b, before[1])
 
 
-def test_exact_by_hand() -> None:
+def test_exact_divergences_agree_with_hand_computation() -> None:
     # p = (½, ½), q = (¼, ¾): KL = ½ ln 2 + ½ ln ⅔ = .346574 − .202733 = 0.143841
     # m = (.375, .625): ½ [½ ln(.5/.375) + ½ ln(.5/.625)] + ½ [¼ ln(.25/.375) + ¾ ln(.75/.625)]
     #   = ½ [.143841 − .111572] + ½ [−.101366 + .136741] = .0161346 + .0176874 = 0.0338221
@@ -106,7 +106,7 @@ def test_exact_by_hand() -> None:
     assert float(d.exact_jensen_shannon(p, q)) == pytest.approx(0.0338221, abs=1e-6)
 
 
-def test_exact_agree_with_torch_distributions() -> None:
+def test_exact_divergences_agree_with_torch_distributions() -> None:
     a, b = distributions(5, 37)
     p, q = Categorical(logits=a), Categorical(logits=b)
     m = Categorical(probs=(p.probs + q.probs) / 2)
@@ -125,7 +125,7 @@ def test_exact_kl_is_what_the_unbiased_estimators_estimate(estimator: object) ->
 
 
 @given(logits, logits, st.floats(-50, 50, width=32))
-def test_exact_properties(a: list[float], b: list[float], shift: float) -> None:
+def test_exact_divergences_have_their_properties(a: list[float], b: list[float], shift: float) -> None:
     p, q = torch.tensor([[a]]), torch.tensor([[b]])
     assert float(d.exact_kl(p, q)) >= -1e-5
     assert float(d.exact_kl(p, p + shift)) == pytest.approx(0, abs=1e-4)
@@ -136,19 +136,19 @@ def test_exact_properties(a: list[float], b: list[float], shift: float) -> None:
 
 
 @pytest.mark.parametrize("function", EXACT)
-def test_exact_with_tokens_ruled_out(function: object) -> None:
-    """A token of probability 0 adds nothing, as if the vocabulary did not hold it."""
+def test_exact_divergences_ignore_tokens_of_probability_zero(function: object) -> None:
+    """A token of probability 0 contributes nothing, as if it were not in the vocabulary."""
     a, b = distributions(3, 8)
     a[..., 2] = b[..., 2] = -torch.inf
     kept = [0, 1, 3, 4, 5, 6, 7]
     result = function(a, b)  # type: ignore[operator]
     torch.testing.assert_close(result, function(a[..., kept], b[..., kept]))  # type: ignore[operator]
-    a[..., 4] = -torch.inf  # only the policy rules it out: still finite
+    a[..., 4] = -torch.inf  # ruled out by the policy only: still finite
     assert function(a, b).isfinite().all()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("function", EXACT)
-def test_exact_extremes_and_purity(function: object) -> None:
+def test_exact_divergences_are_finite_at_extremes_and_pure(function: object) -> None:
     a = torch.tensor([[[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]]])
     b = torch.tensor([[[-1e4, 1e4, 0.0], [1e4, 0.0, 0.0]]])
     before = a.clone(), b.clone()
@@ -161,6 +161,6 @@ def test_exact_extremes_and_purity(function: object) -> None:
 
 
 @pytest.mark.parametrize("function", EXACT)
-def test_exact_in_bfloat16_are_computed_in_float32(function: object) -> None:
+def test_exact_divergences_in_bfloat16_are_computed_in_float32(function: object) -> None:
     a, b = (x.bfloat16() for x in distributions(2, 9))
     assert torch.equal(function(a, b), function(a.float(), b.float()))  # type: ignore[operator]

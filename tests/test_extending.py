@@ -1,4 +1,4 @@
-"""docs/extending.md: its examples, written to files and run by its own commands."""
+"""The examples of docs/extending.md, written to files and run with the page's commands."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ from rlhf.data.records import Prompt
 from rlhf.files import SUMMARY, read_lines
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 
 pytestmark = pytest.mark.slow
 PAGE = (root() / "docs" / "extending.md").read_text()
@@ -24,7 +24,7 @@ COMMANDS = [line.split()[1:] for kind, text in BLOCKS for line in text.splitline
 
 @pytest.fixture(scope="module", autouse=True)
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The page's files, below the current folder; `mine/parts.py`, imported."""
+    """Write the page's files to the current folder; return `mine/parts.py`, imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("extending"))
         patch.syspath_prepend(".")
@@ -41,45 +41,45 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 
 def run(chosen: str) -> Path:
-    """Run the page's command that ends so, as small as it gets; its new folder."""
+    """Run the page's command that ends with `chosen`, at a tiny size; return the new run folder."""
     (words,) = [words for words in COMMANDS if " ".join(words).endswith(chosen)]
     tiny = [word for word in TINY if not word.startswith("data.") or "data=" not in chosen]
     before = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}"))
-    assert rlhf(*words, *tiny) == 0
+    assert run_in_process(*words, *tiny) == 0
     (made,) = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}")) - before
     return made.parent
 
 
-def test_a_divergence() -> None:
+def test_a_divergence_of_the_page_trains() -> None:
     folder = run("divergence=huber kl.coef=0.05")
     lines = [line for line in read_metrics(folder) if "ppo/penalty" in line]
     assert len(lines) == 3
-    # near the reference it is δ²/2, and k3 is that to the second order
+    # near the reference it is δ²/2, as k3 is to second order
     assert lines[-1]["ppo/penalty"] == pytest.approx(lines[-1]["ppo/k3"], rel=0.2)
     assert lines[-1]["ppo/penalty"] > 0
 
 
 def test_an_unknown_option_is_answered_with_ones_own(capfd: pytest.CaptureFixture) -> None:
-    assert rlhf("--config-dir", "mine/conf", "divergence=nothing") == 2
+    assert run_in_process("--config-dir", "mine/conf", "divergence=nothing") == 2
     said = capfd.readouterr().err
     assert "huber" in said
     assert "jensen_shannon" in said
 
 
-def test_a_function_as_reward(parts: ModuleType) -> None:
+def test_a_function_of_the_page_is_a_reward(parts: ModuleType) -> None:
     samples = read_lines(run("scorer.function=mine.parts.brevity") / "samples.jsonl")
     assert samples
     for row in samples:
         assert row["reward"] == pytest.approx(parts.brevity([row["prompt"]], [row["response"]])[0])
 
 
-def test_a_scorer_with_parameters() -> None:
+def test_a_scorer_of_the_page_has_parameters() -> None:
     samples = read_lines(run("scorer=length_near scorer.target=6") / "samples.jsonl")
     assert samples
     assert all(row["reward"] == pytest.approx(-abs(row["tokens"] - 6) / 10) for row in samples)
 
 
-def test_a_judge(parts: ModuleType) -> None:
+def test_a_judge_of_the_page_judges(parts: ModuleType) -> None:
     folder = run("judge=overlap")
     samples = [row for row in read_lines(folder / "samples.jsonl") if row["step"] == 3]
     prompts = [Prompt(row["prompt"], row["reference_output"]) for row in samples]
@@ -90,7 +90,7 @@ def test_a_judge(parts: ModuleType) -> None:
     assert summary["metrics"]["eval/win_rate"] == sum(outcomes) / 4
 
 
-def test_a_data_set() -> None:
+def test_a_data_set_of_the_page_trains() -> None:
     folder = run("data=sums judge=gold")
     samples = read_lines(folder / "samples.jsonl")
     assert len(samples) == 2 * 4
@@ -101,10 +101,10 @@ def test_a_data_set() -> None:
 
 
 @pytest.mark.long
-def test_a_study(capfd: pytest.CaptureFixture) -> None:
+def test_a_study_of_the_page_runs(capfd: pytest.CaptureFixture) -> None:
     (words,) = [words for words in COMMANDS if words[-1] == "experiments=short"]
-    small = [*words, *TINY, "seed=1"]  # the command line wins over the file
-    assert rlhf(*small) == 0
+    small = [*words, *TINY, "seed=1"]  # the command line overrides the file
+    assert run_in_process(*small) == 0
     assert len(list(Path("outputs/short").glob(f"*/{SUMMARY}"))) == 2
     report = Path("outputs/short/report")
     page = (report / "report.html").read_text()
@@ -113,7 +113,7 @@ def test_a_study(capfd: pytest.CaptureFixture) -> None:
     assert list((report / "figures").glob("length.*"))
     assert "win rate" in (report / "table.md").read_text()
     capfd.readouterr()
-    assert rlhf(*small, "dry_run=true") == 0
+    assert run_in_process(*small, "dry_run=true") == 0
     assert "2 of 2 runs done" in capfd.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""PPO's formulas against hand-computed numbers, against slow definitions, and against garbage in the padding."""
+"""PPO's formulas against hand-computed numbers and slow definitions, and with garbage in the padding."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def mask_of(lengths: list[int], time: int) -> Tensor:
 
 @st.composite
 def batches(draw: st.DrawFn, tensors: int = 2) -> tuple[list[Tensor], Tensor]:
-    """Random [batch, time] tensors and a ragged mask with at least one token a row."""
+    """Random [batch, time] tensors and a ragged mask with at least one token per row."""
     time, rows = draw(st.integers(1, 7)), draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, time), min_size=rows, max_size=rows))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -32,7 +32,7 @@ def batches(draw: st.DrawFn, tensors: int = 2) -> tuple[list[Tensor], Tensor]:
 # -- masked means and whitening --------------------------------------------------------------------------------------
 
 
-def test_masked_mean_by_hand() -> None:
+def test_masked_mean_agrees_with_hand_computation() -> None:
     # (1 + 2 + 6) / 3 = 3: the 100 is padding
     assert float(ppo.masked_mean(torch.tensor([[1.0, 2.0], [6.0, 100.0]]), mask_of([2, 1], 2))) == 3
 
@@ -43,16 +43,16 @@ def test_empty_mask_is_an_error(function: Callable) -> None:
         function(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool))
 
 
-def test_whiten_by_hand() -> None:
+def test_whiten_agrees_with_hand_computation() -> None:
     # 1, 3, 5: mean 3, variance 8/3, so ±2 / √(8/3) = ±1.224745
     x, mask = row(1.0, 3.0, 5.0, 77.0), mask_of([3], 4)
     torch.testing.assert_close(ppo.whiten(x, mask), row(-1.224745, 0.0, 1.224745, 0.0))
     torch.testing.assert_close(ppo.whiten(x, mask, keep_mean=True), row(1.775255, 3.0, 4.224745, 0.0))
-    assert ppo.whiten(row(2.0, 2.0), mask_of([2], 2)).abs().max() == 0  # no spread: 0, not NaN
+    assert ppo.whiten(row(2.0, 2.0), mask_of([2], 2)).abs().max() == 0  # zero variance gives 0, not NaN
 
 
 @given(batches(1))
-def test_whiten_properties(batch: tuple[list[Tensor], Tensor]) -> None:
+def test_whiten_gives_zero_mean_and_unit_variance(batch: tuple[list[Tensor], Tensor]) -> None:
     (x,), mask = batch
     for keep in (False, True):
         white = ppo.whiten(x, mask, keep)
@@ -66,7 +66,7 @@ def test_whiten_properties(batch: tuple[list[Tensor], Tensor]) -> None:
 # -- rewards ---------------------------------------------------------------------------------------------------------
 
 
-def test_shape_rewards_by_hand() -> None:
+def test_shape_rewards_agrees_with_hand_computation() -> None:
     scores, penalty = torch.tensor([2.0, -1.0]), torch.tensor([[0.5, 1.0, 9.0], [0.1, 0.2, 0.3]])
     # β = 0.1: row 0 has 2 tokens: −.05, −.1 + 2; row 1 has 3: −.01, −.02, −.03 − 1
     expected = torch.tensor([[-0.05, 1.9, 0.0], [-0.01, -0.02, -1.03]])
@@ -89,7 +89,7 @@ def test_shape_rewards_conserves_the_sum(batch: tuple[list[Tensor], Tensor], coe
 # -- advantages ------------------------------------------------------------------------------------------------------
 
 
-def test_gae_by_hand() -> None:
+def test_gae_agrees_with_hand_computation() -> None:
     # γ = ½, λ = ½, rewards 1, 0, 2, values 1, 2, 3 (and 0 after the end)
     # δ₂ = 2 + 0 − 3 = −1; δ₁ = 0 + 1.5 − 2 = −.5; δ₀ = 1 + 1 − 1 = 1
     # A₂ = −1; A₁ = −.5 + .25 · (−1) = −.75; A₀ = 1 + .25 · (−.75) = .8125; returns = A + V
@@ -99,7 +99,7 @@ def test_gae_by_hand() -> None:
 
 
 @given(batches(2), st.floats(0, 1), st.floats(0, 1))
-def test_gae_against_its_definition(batch: tuple[list[Tensor], Tensor], gamma: float, lam: float) -> None:
+def test_gae_agrees_with_its_definition(batch: tuple[list[Tensor], Tensor], gamma: float, lam: float) -> None:
     """A_t = Σ_l (γλ)^l δ_{t+l}, written out in O(T²) plain Python."""
     (rewards, values), mask = batch
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
@@ -134,7 +134,7 @@ def test_without_discount_returns_are_the_reward_to_go(batch: tuple[list[Tensor]
         (1.1, 2.0, -2.2, -2.2),  # inside the range
     ],
 )
-def test_policy_loss_by_hand(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+def test_policy_loss_agrees_with_hand_computation(ratio: float, advantage: float, loss: float, gradient: float) -> None:
     logprobs = row(-1.0 + math.log(ratio)).requires_grad_()
     result = ppo.policy_losses(logprobs, row(-1.0), row(advantage), 0.2).sum()
     result.backward()
@@ -152,7 +152,7 @@ def test_policy_loss_by_hand(ratio: float, advantage: float, loss: float, gradie
         (3.5, 1.125, 1.5),  # beyond the return: ½ max(1.5², .8²)
     ],
 )
-def test_value_loss_by_hand(value: float, loss: float, gradient: float) -> None:
+def test_value_loss_agrees_with_hand_computation(value: float, loss: float, gradient: float) -> None:
     values = row(value).requires_grad_()
     result = ppo.value_losses(values, row(1.0), row(2.0), 0.2).sum()
     result.backward()
@@ -161,9 +161,18 @@ def test_value_loss_by_hand(value: float, loss: float, gradient: float) -> None:
     assert float(values.grad) == pytest.approx(gradient, abs=1e-5)
 
 
-def test_explained_variance_by_hand() -> None:
+def test_losses_are_means_over_the_mask() -> None:
+    # ratio 1 everywhere: −mean of the advantages 1, 2, 3 inside the mask
+    zeros, advantages, mask = torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 99.0]]), mask_of([2, 1], 2)
+    assert float(ppo.policy_loss(zeros, zeros, advantages, mask, 0.2)) == pytest.approx(-2)
+    assert float(ppo.value_loss(zeros, zeros, advantages, mask, 0.2)) == pytest.approx((1 + 4 + 9) / 6)
+
+
+def test_explained_variance_agrees_with_hand_computation() -> None:
     returns, mask = row(1.0, 2.0, 3.0, 50.0), mask_of([3], 4)
-    assert float(ppo.explained_variance(returns + 5, returns, mask)) == pytest.approx(1)  # a constant off is forgiven
+    assert float(ppo.explained_variance(returns + 5, returns, mask)) == pytest.approx(
+        1
+    )  # a constant offset does not count
     assert float(ppo.explained_variance(torch.full((1, 4), 7.0), returns, mask)) == pytest.approx(0)
     # residuals of (3, 2, 1): −2, 0, 2, variance 8/3 against 2/3: 1 − 4 = −3
     assert float(ppo.explained_variance(row(3.0, 2.0, 1.0, 0.0), returns, mask)) == pytest.approx(-3)
@@ -184,7 +193,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor | tuple[Tensor, ...]]]] = {
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e9, -1e9])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_padding_has_no_effect(name: str, garbage: float) -> None:
-    """Neither on a result nor on a gradient, whatever stands there."""
+    """Padding has no effect on results or gradients, whatever values it holds."""
     count, function = FUNCTIONS[name]
     mask = mask_of([3, 1, 4], 5)
     clean = torch.randn(count, 3, 5, generator=torch.Generator().manual_seed(0)) * mask
@@ -204,10 +213,10 @@ def test_padding_has_no_effect(name: str, garbage: float) -> None:
     assert (got_gradient[:, ~mask] == 0).all()
 
 
-# -- the coefficient -------------------------------------------------------------------------------------------------
+# -- the KL coefficient ----------------------------------------------------------------------------------------------
 
 
-def test_adaptive_kl_by_hand() -> None:
+def test_adaptive_kl_agrees_with_hand_computation() -> None:
     kl = ppo.AdaptiveKL(0.2, target=6.0, k_beta=0.1)
     kl.update(6.6)  # 6.6 / 6 − 1 = .1: .2 · (1 + .1 · .1) = .202
     assert kl.coef == pytest.approx(0.202)
@@ -224,7 +233,7 @@ def test_fixed_kl_stays() -> None:
 
 
 def test_whitening_that_keeps_the_mean_pays_for_length() -> None:
-    """Whitened sums are the rewards' own in other units, and a term in the length, its sign opposite to the mean's."""
+    """Sums of whitened rewards are the scaled sums plus a term in the length, with the sign opposite to the mean's."""
     rewards = torch.tensor([[0.0, 0.9, 0.0, 0.0], [0.0, 0.0, 0.0, 0.3]])
     mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
     # mean (.9 + .3) / 6 = .2; variance (.81 + .09) / 6 − .04 = .11, s = .331662; lengths 2 and 4 have a deviation of 1

@@ -1,4 +1,4 @@
-"""What an estimator pulls as a reward: by hand, against sampling-free autograd, and the table in the documentation."""
+"""The restoring pull of estimators used as rewards: by hand, against exact autograd, and the table in the docs."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[1] / "docs"
     ("first", "expected"),
     [(0.5, (1, 0.630930, 0.143841, 0.089761, 0.047952)), (0.1, (1, 0.165956, -0.366984, -0.517065, -0.122729))],
 )
-def test_two_tokens_by_hand(first: float, expected: tuple[float, ...]) -> None:
+def test_the_pull_on_two_tokens_agrees_with_hand_computation(first: float, expected: tuple[float, ...]) -> None:
     policy, reference = (torch.tensor([[p, 1 - p]], dtype=torch.double).log() for p in (first, 0.25))
     pulls = [restoring_pull(getattr(divergence, name), policy, reference) for name in ESTIMATORS]
     assert pulls == pytest.approx(expected, abs=1e-5)

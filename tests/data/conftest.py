@@ -1,4 +1,4 @@
-"""Data sets are converted into a folder that belongs to one test."""
+"""Each test of a data set has a cache folder of its own."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which `datasets` keeps the Arrow files of this test."""
+    """The folder in which `datasets` caches the Arrow files of this test."""
     folder = tmp_path / "cache"
     folder.mkdir()
     datasets.disable_progress_bars()

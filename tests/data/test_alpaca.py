@@ -1,4 +1,4 @@
-"""The Alpaca format: fields, templates, leaks and, where they are there, the real files."""
+"""The Alpaca format: fields, templates, leaks between splits, and the real files if they are available."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TEMPLATE = {"with_input": "Q: {instruction} ({input})\nA:", "without_input": "Q:
 
 
 def alpaca(root: Path, **options: Any) -> Alpaca:
-    """An `Alpaca` whose splits given as rows are written to files first."""
+    """Make an `Alpaca`; splits given as lists of rows are written to files first."""
     for split in set(options) & set(SPLITS):
         if isinstance(options[split], list) and isinstance(options[split][0], dict):
             (root / f"{split}.json").write_text(json.dumps(options[split]))
@@ -59,7 +59,7 @@ def test_evaluation_rows_need_no_output(tmp_path):
     assert [bool(row["reference_output"]) for row in source.load("eval")] == [True, False, False]
 
 
-def test_an_empty_output_is_no_reference(tmp_path):
+def test_an_empty_output_makes_no_reference(tmp_path):
     source = alpaca(tmp_path, prompts=[demonstration("A", output="")], eval=[demonstration("B", output="")])
     with pytest.raises(DataError, match=r"^eval: no row of eval\.json can be used \(1 × empty `output`\)\.$"):
         source.load("eval")
@@ -67,7 +67,7 @@ def test_an_empty_output_is_no_reference(tmp_path):
 
 
 @pytest.mark.parametrize("preference", [1, 2, 1.0, 2.0, "1", " 2", "1.0", 1.02, 1.98, 1.4999, "1.98"])
-def test_preference_chooses(tmp_path, preference):
+def test_the_preference_selects_the_chosen_output(tmp_path, preference):
     rows = alpaca(tmp_path, preference=[comparison(preference)]).load("preference")
     chosen, rejected = ("one", "two") if float(preference) < 1.5 else ("two", "one")
     assert rows.to_list() == [{"prompt": "Q: Do (it)\nA:", "chosen": chosen, "rejected": rejected}]
@@ -107,7 +107,7 @@ def test_evaluation_instructions_are_never_trained_on(tmp_path):
         assert source.load(split)["prompt"] == ["Q: Write a novel\nA:"]
         assert source.report[split].counts == {"instruction is in the evaluation set": 2}
     assert len(source.load("preference_validation")) == 3
-    assert len(source.load("eval")) == 1  # and still all three were excluded
+    assert len(source.load("eval")) == 1  # all three are excluded nevertheless
     assert len(alpaca(tmp_path, sft="sft.json", eval="eval.json", exclude_eval_instructions=False).load("sft")) == 3
 
 
@@ -194,7 +194,7 @@ def test_default_templates_are_alpaca_s_to_the_letter(tmp_path):
 
 
 def test_another_process_finds_the_cache(tmp_path, datasets_cache):
-    """Evaluation instructions are part of the key, and the order of a set of texts differs between processes."""
+    """The cache key contains the evaluation instructions, a set whose order differs between processes."""
     held_out = [demonstration(str(number)) for number in range(50)]
     source = alpaca(tmp_path, sft=[demonstration("A")], eval=held_out)
     program = f"""
@@ -215,7 +215,7 @@ print(source.load("sft")._fingerprint)
 
 @pytest.mark.real
 @pytest.mark.skipif("RLHF_REAL_DATA" not in os.environ, reason="RLHF_REAL_DATA names no folder")
-def test_real_files():
+def test_the_real_files_can_be_read():
     real = os.environ["RLHF_REAL_DATA"]
     source = composed_data("alpaca", f"data.root={real}")
     source.check()

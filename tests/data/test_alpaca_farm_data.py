@@ -1,4 +1,4 @@
-"""AlpacaFarm's repository, as a local copy and by name on the Hub."""
+"""AlpacaFarm's data sets, from a local copy and by their name on the Hub."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ FILES = {
 
 
 def copy(root: Path, **rows: list[dict[str, Any]]) -> Path:
-    """A copy of the repository with its layout and its fields."""
+    """Write a folder with the layout and fields of AlpacaFarm's repository."""
     demonstration = [{"instruction": "Add.", "input": "1 2", "output": "3"}]
     comparison = {"instruction": "Say hi.", "input": "", "output_1": "hi", "output_2": "no", "preference": 1}
     held_out = {
@@ -43,7 +43,7 @@ def copy(root: Path, **rows: list[dict[str, Any]]) -> Path:
     return root
 
 
-def test_a_local_copy(tmp_path):
+def test_a_local_copy_has_all_splits(tmp_path):
     data = composed_data("alpaca_farm", f"data.root={copy(tmp_path)}")
     data.check()
     assert set(data.splits) == set(FILES)
@@ -57,7 +57,7 @@ def test_a_local_copy(tmp_path):
     assert "### Input" not in data.load("eval")["prompt"][0]
 
 
-def test_other_preferences_and_files_by_name(tmp_path):
+def test_other_preference_files_can_be_chosen_by_name(tmp_path):
     copy(tmp_path)
     os.rename(tmp_path / FILES["preference"], tmp_path / "alpaca_noisy_multi_preference.json")
     data = composed_data("alpaca_farm", f"data.root={tmp_path}", "data.preference=alpaca_noisy_multi_preference.json")
@@ -79,7 +79,7 @@ def test_a_missing_file_of_a_copy_is_named_at_once(tmp_path):
 
 
 def test_the_hub_s_files_are_asked_for_by_name(tmp_path, monkeypatch):
-    """`load_dataset` reads a local copy in place of the Hub: the same arguments, another root."""
+    """Let `load_dataset` read a local copy instead of the Hub: the same arguments with another root."""
     copy(tmp_path)
     asked = []
 
@@ -115,7 +115,7 @@ def test_without_a_hub_the_failure_is_one_sentence(monkeypatch):
         ("hf://datasets/o/n/b.csv", Path("hf://datasets/x/y"), "csv", "hf://datasets/o/n/b.csv"),
     ],
 )
-def test_files_on_the_hub(spec, root, builder, url):
+def test_files_on_the_hub_are_loaded(spec, root, builder, url):
     source = Source.parse(f"{spec}[2:5]", root)
     assert source == Source(f"{url}[2:5]", None, {"path": builder, "data_files": url}, 2, 5)
 
@@ -127,7 +127,7 @@ def test_a_root_on_the_hub_leaves_other_sources_as_they_are(spec):
 
 @pytest.mark.real
 @pytest.mark.skipif("RLHF_REAL_DATA" not in os.environ, reason="RLHF_REAL_DATA names no folder")
-def test_real_evaluation_set(tmp_path):
+def test_the_real_evaluation_set_can_be_read(tmp_path):
     real = Path(os.environ["RLHF_REAL_DATA"], "alpaca_eval", "text_davinci_003_model_outputs.json.gz")
     copy(tmp_path, eval=json.loads(gzip.decompress(real.read_bytes())))
     data = composed_data("alpaca_farm", f"data.root={tmp_path}")

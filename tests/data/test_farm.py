@@ -1,4 +1,4 @@
-"""The farm's truth against its own judge, its determinism, its texts through its tokenizer, its writers' standing."""
+"""The farm: true utility against its judge, determinism, texts through the tokenizer, ranking of its writers."""
 
 import functools
 import hashlib
@@ -30,12 +30,12 @@ BIO = f"Tell me a bio of {MIRA.name}."
 
 @functools.cache
 def rows_of(split: Split) -> list[dict[str, str]]:
-    """The rows of a split, made once."""
+    """The rows of a split, generated once."""
     return FARM.load(split).to_list()
 
 
 def digest(farm: Farm) -> str:
-    """One number for everything a farm says."""
+    """A digest of all rows of a farm."""
     text = repr([farm.load(split).to_dict() for split in farm.splits]) + repr(sorted(farm.tokenizer().get_vocab()))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -45,7 +45,7 @@ def answer(prompt: str, writer: Writer, seed: int = 0) -> str:
 
 
 def true_sentences() -> list[str]:
-    """One sentence for each attribute of the first person."""
+    """One sentence for each attribute of the first person in the farm."""
     clauses = [attribute.clauses(MIRA.truth[attribute.name])[0] for attribute in FARM.world.attributes["person"]]
     return [f"{MIRA.opening if place == 0 else MIRA.continuation} {clause}." for place, clause in enumerate(clauses)]
 
@@ -71,7 +71,7 @@ def test_farm_is_a_data_source_with_the_columns_of_the_records():
 
 def test_bad_requests_are_explained():
     with pytest.raises(DataError, match="no split 'test'"):
-        inspect.unwrap(Farm.load)(FARM, "test")  # past the type checker of the tests
+        inspect.unwrap(Farm.load)(FARM, "test")  # bypass the run-time type checker
     with pytest.raises(DataError, match="empty"):
         Farm(people=4, prompts=0).load("prompts")
     with pytest.raises(DataError, match="different prompts"):
@@ -96,7 +96,7 @@ def test_prompt_and_instruction_are_judged_alike():
         assert FARM.reference(row["instruction"]) == row["reference_output"]
 
 
-def test_coverage_pays_less_and_less_but_always():
+def test_coverage_has_diminishing_but_positive_returns():
     sentences = true_sentences()
     utilities = [FARM.utility(BIO, " ".join(sentences[:count])) for count in range(1, 9)]
     gains = [after - before for before, after in itertools.pairwise(utilities)]
@@ -112,7 +112,7 @@ def test_the_best_length_is_moderate():
     assert len(TOKENIZER.encode(answer(BIO + "\n", ORACLE))) < FARM.max_response_tokens
 
 
-def test_what_is_asked_bounds_what_pays():
+def test_more_facts_than_asked_for_do_not_pay():
     two = f"List two facts about {MIRA.name}."
     utilities = [FARM.utility(two, " ".join(true_sentences()[:count])) for count in range(1, 5)]
     assert max(utilities) == utilities[1]
@@ -147,7 +147,7 @@ def test_a_fact_is_counted_once_however_it_is_put():
     assert FARM.facts(BIO, f"{MIRA.name} {first}. {MIRA.continuation} {second}.") == Facts(1, 1)
 
 
-def test_determinism_in_this_process_and_in_another():
+def test_a_farm_is_the_same_in_this_process_and_in_another():
     settings = {"people": 12, "demonstrations": 50, "comparisons": 50, "prompts": 20, "eval_prompts": 20}
     backwards = Farm(**settings)
     for split in reversed(SPLITS):
@@ -223,7 +223,7 @@ def test_demonstrations_are_middling():
     assert 0.88 < true / stated < 0.95
     lengths = [FARM.facts(row["prompt"], row["response"]).stated for row in rows]
     assert statistics.median(lengths) == 2
-    assert 0.04 < statistics.mean(length >= 5 for length in lengths) < 0.2  # some write at length
+    assert 0.04 < statistics.mean(length >= 5 for length in lengths) < 0.2  # some writers are verbose
 
 
 def test_win_rates_leave_room_to_improve():

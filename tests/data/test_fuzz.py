@@ -1,4 +1,4 @@
-"""Anything at all in a file or as a value: a row kept or counted, one sentence, and never another exception."""
+"""Arbitrary files and values: rows are kept or counted, errors are one sentence, and nothing else is ever raised."""
 
 import copy
 import gzip
@@ -24,7 +24,7 @@ from rlhf.pipeline.config import data_source, settings_of
 from tests.helpers.composed_config import composed
 from tests.helpers.data_readers import FILES, GOOD, PAIR, SPLIT, alpaca, dump, imdb, pairs, preference
 
-MORE = int(os.environ.get("RLHF_FUZZ", "1"))  # how many times as many examples
+MORE = int(os.environ.get("RLHF_FUZZ", "1"))  # multiplies the number of examples
 FUZZ = settings(max_examples=30 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
 SUFFIXES = ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet", "xml", "xml.gz"]
 READERS = [alpaca, preference, imdb, pairs]
@@ -41,7 +41,7 @@ rows = st.dictionaries(names, texts | values, max_size=8) | st.fixed_dictionarie
 
 
 def read(reader: Callable, name: str, content: bytes) -> tuple[list[dict[str, str]], Any]:
-    """(records, report), or ([], the sentence)."""
+    """Read a file: (records, report), or ([], error message) if it is refused."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_bytes(content)
         try:
@@ -76,7 +76,7 @@ def as_jsonl(some: list[Any]) -> bytes:
 @FUZZ
 @given(reader=st.sampled_from(READERS), some=st.lists(rows | values, max_size=8), listed=st.booleans())
 def test_every_json_row_is_kept_or_counted(reader: Callable, some: list[Any], listed: bool) -> None:
-    some = [*some, PAIR if reader is pairs else GOOD]  # one good row, so that there is a report
+    some = [*some, PAIR if reader is pairs else GOOD]  # one good row, so that a report exists
     name, content = ("x.json", json.dumps(some).encode()) if listed else ("x.jsonl", as_jsonl(some))
     records, report = read(reader, name, content)
     assert not isinstance(report, str), report
@@ -163,7 +163,7 @@ CONFIGS = [
     unlocked("data=stack_exchange", "judge=none", "scorer=sentiment", "data.root=/nope"),
     unlocked("data=imdb", "judge=none", "scorer=gold"),
 ]
-# the size of the world and of a model from scratch may be anything: huge ones would take hours, not fail
+# left out: sizes of the simulated world and of models built from scratch, where huge values take hours and do not fail
 KEYS = [
     [key for key in leaf_keys(config) if not key.startswith(("data.people", "model.config.num_hidden", "data._t"))]
     for config in CONFIGS

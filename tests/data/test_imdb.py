@@ -1,4 +1,4 @@
-"""Reviews: cleaning, splits apart, prompts that their references continue, labels; the real reviews where they are."""
+"""IMDb: cleaning, disjoint splits, prompts continued by their references, labels; the real reviews if available."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ SHARES = {"sft": 0.6, "prompts": 0.3, "eval": 0.1}
 
 
 def reviews(root: Path, rows: list[Any], only: str = "", **options: Any) -> Imdb:
-    """All reviews in the split `only`, or `SHARES`."""
+    """Make an `Imdb` with all reviews in the split `only`, or train_and_held_out by `SHARES`."""
     (root / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shares = {only: 1} if only else SHARES
     return Imdb(**{"root": str(root), "reviews": "reviews.jsonl", "shares": shares} | options)
@@ -35,7 +35,7 @@ MANY = [
 ]
 
 
-def test_markup_goes(tmp_path):
+def test_markup_is_removed(tmp_path):
     raw = " Good.<br /><br />Bad?<br>\tUgly <BR/> end <i>x</i> \n"
     assert reviews(tmp_path, [review(raw)], "sft").load("sft").to_list() == [
         {"prompt": "", "response": "Good.\n\nBad?\nUgly\nend <i>x</i>"}
@@ -56,7 +56,7 @@ def test_prompts_are_first_words_and_references_continue_them(tmp_path):
     assert other != [row["prompt"] for row in rows]
 
 
-def test_a_word_is_left_to_write(tmp_path):
+def test_at_least_one_word_is_left_to_the_reference(tmp_path):
     rows = reviews(tmp_path, [review("Just  this\nfilm"), review("One two")], "eval", prompt_words=[8, 8]).load("eval")
     assert rows["prompt"] == ["Just  this", "One"]
     assert rows["reference_output"] == ["\nfilm", " two"]
@@ -64,7 +64,7 @@ def test_a_word_is_left_to_write(tmp_path):
 
 def test_a_summary_is_told_of_bad_rows(tmp_path):
     data = reviews(tmp_path, [*MANY, MANY[0], MANY[7], review("short")], "sft")
-    assert skipped_rows(data, "sft") == {}  # nothing was read yet
+    assert skipped_rows(data, "sft") == {}  # nothing has been read yet
     data.load("sft")
     assert skipped_rows(data, "sft") == {"duplicate of an earlier row": 2, "`text` is shorter than two words": 1}
 
@@ -85,13 +85,13 @@ def test_no_review_is_in_two_splits(tmp_path):
     assert data.report["eval"].counts == {"duplicate of an earlier row": 2}
 
 
-def test_labels(tmp_path):
+def test_labels_in_several_notations_are_read(tmp_path):
     rows = [review("a b", 0), review("c d", 1), review("e f", "pos"), review("g h", "Negative"), review("i j", "1"),
             review("k l", -1), {"text": "m n"}, review("o p", 2), review("q r", True), review("s t", 0.5)]  # fmt: skip
     data = reviews(tmp_path, rows, "sft")
     labelled = {row["text"]: row["label"] for row in data.labelled("sft").to_list()}
     assert labelled == {"a b": 0, "c d": 1, "e f": 1, "g h": 0, "i j": 1}
-    assert len(data.load("sft")) == 7  # unknown labels do not matter there
+    assert len(data.load("sft")) == 7  # labels do not matter in that split
     assert data.report["sft"].counts == {"`label` is neither 0 nor 1": 3}
     with pytest.raises(DataError, match=r"^sft: none of the 1 reviews falls into its share and is labelled\.$"):
         reviews(tmp_path, [{"text": "m n"}], "sft").labelled("sft")
@@ -114,7 +114,7 @@ def test_an_empty_split_is_fatal(tmp_path):
         data.load("eval")
 
 
-def test_csv(tmp_path):
+def test_reviews_can_come_from_a_csv_file(tmp_path):
     with (tmp_path / "reviews.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "label"], ['A "b",\nc', 0], ["None of it", 1]])
     data = Imdb(root=str(tmp_path), reviews="reviews.csv", shares={"sft": 1})
@@ -128,7 +128,7 @@ def test_max_rows_takes_the_first(tmp_path):
 
 
 def test_an_empty_prompt_trains_on_the_whole_review(make_tokenizer):
-    """All tokens but the first, which nothing predicts, and the end are targets, packed or not."""
+    """The targets are the end and all tokens but the first, which nothing predicts, with or without packing."""
     from rlhf.models.sequences import Sequences
 
     rows = [Demonstration("", "w3 w4 w5"), Demonstration("", "w6 w7")]
@@ -167,7 +167,7 @@ def test_check_names_the_path(tmp_path):
 
 @pytest.mark.real
 @pytest.mark.skipif("RLHF_REAL_DATA" not in os.environ, reason="RLHF_REAL_DATA names no folder")
-def test_real_reviews():
+def test_the_real_reviews_can_be_read():
     data = composed_data("imdb", f"data.root={os.environ['RLHF_REAL_DATA']}", "data.reviews=imdb/imdb_train.jsonl.gz")
     data.check()
     counts = {split: len(data.load(split)) for split in data.splits}

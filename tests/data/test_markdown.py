@@ -1,4 +1,4 @@
-"""HTML whose meaning must not be lost on the way to Markdown."""
+"""HTML to Markdown: elements whose meaning must not be lost."""
 
 import pytest
 
@@ -30,3 +30,15 @@ KEPT = {
 @pytest.mark.parametrize(("html", "markdown"), KEPT.items())
 def test_html_keeps_its_meaning(html: str, markdown: str) -> None:
     assert to_markdown(html) == markdown
+
+
+def test_markdown_keeps_code_and_formulas():
+    html = (
+        "<p>Let <em>$a_1 * b_2$</em> &lt; <code>x_y</code>:</p>\n<pre class='lang-c'><code>    int *p;\n\n"
+        "if (a &lt; b &amp;&amp; c) {\n\treturn 1;\n}\n</code></pre>\n<ul><li>one</li></ul>"
+        "<p><a href='http://a.b/c_d'>link</a><br>end</p>"
+    )
+    assert to_markdown(html) == (
+        "Let *$a_1 * b_2$* < `x_y`:\n\n```\n    int *p;\n\nif (a < b && c) {\n\treturn 1;\n}\n```\n\n* one\n\n"
+        "[link](http://a.b/c_d)  \nend"
+    )

@@ -1,4 +1,4 @@
-"""What can be said about a source before it is read."""
+"""Data sources: what is checked before anything is read."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from rlhf.data.sources import Source
 from rlhf.errors import DataError
 
 
-def test_what_can_be_seen_without_reading_is_seen_by_check(tmp_path):
+def test_check_finds_what_can_be_found_without_reading(tmp_path):
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "empty.json").touch()
     (tmp_path / "notes.txt").write_text("x")
@@ -30,6 +30,6 @@ def test_malformed_slice_is_refused(tmp_path, window):
 
 
 @pytest.mark.parametrize("spec", [None, 7, "", {}, {"path": None}, ["rows.jsonl"]])
-def test_what_is_no_source_is_refused(tmp_path, spec):
-    with pytest.raises(DataError, match="is not a data source"):
+def test_malformed_sources_are_refused(tmp_path, spec):
+    with pytest.raises(DataError, match="is no data source"):
         Source.parse(spec, tmp_path)

@@ -1,4 +1,4 @@
-"""Two real processes on one run: what they add up, the updates they make together, and how they leave."""
+"""Two real processes on one run: collectives, joint updates, and stopping and resuming."""
 
 import json
 from collections.abc import Callable
@@ -14,34 +14,33 @@ from rlhf import ppo
 from rlhf.distributed import collectives, processes, strategies
 from rlhf.errors import Interrupted
 from rlhf.stages.minibatches import split_minibatches
-from tests.helpers.command_line import sentence
+from tests.helpers.command_line import error_sentence
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
-from tests.helpers.process_groups import together
-from tests.helpers.rollouts import Parrot
-from tests.helpers.run_results import assert_same, remains_of
-from tests.helpers.subprocess_runs import cached, run, stop
-from tests.helpers.training import gradients, weights
+from tests.helpers.process_groups import run_in_two_processes
+from tests.helpers.rollouts import EchoEngine
+from tests.helpers.run_results import assert_identical, collect_run_results
+from tests.helpers.subprocess_runs import cached_weights, run_tiny, stop_after_a_step
+from tests.helpers.training import copy_weights, record_gradients
 
 DEVICES = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
 
-# -- the pieces ------------------------------------------------------------------------------------------------------
+# -- collectives -----------------------------------------------------------------------------------------------------
 
 
 def _pieces(rank: int) -> None:
     assert (collectives.rank(), collectives.size(), collectives.is_rank_zero()) == (rank, 2, rank == 0)
     x = torch.tensor([1.0, 2.0]) * (rank + 1)
     assert collectives.all_reduce_sum(x).tolist() == [3, 6]
-    assert x.tolist() == [rank + 1, 2 * (rank + 1)]  # a sum of its own
+    assert x.tolist() == [rank + 1, 2 * (rank + 1)]  # the result is a new tensor
     mixed = [torch.full((2, 3), 1.0 + rank), torch.tensor(5 + rank), torch.ones(4) * rank]
-    collectives.BUCKET = 7  # so that one does not hold them all
+    collectives.BUCKET = 7  # too small for all tensors, so that several buckets are needed
     collectives.all_reduce_(mixed)
     assert [t.flatten()[0].item() for t in mixed] == [3.0, 11, 1.0]
     assert collectives.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert collectives.on_rank_zero(lambda: f"said by {rank}") == "said by 0"
-    assert (
-        collectives.on_rank_zero(lambda: collectives.on_rank_zero(collectives.size)) == 1
-    )  # it asks nobody who does not listen
+    # a nested call runs on rank 0 alone and must not wait for the other process
+    assert collectives.on_rank_zero(lambda: collectives.on_rank_zero(collectives.size)) == 1
     with pytest.raises(Interrupted, match="by 0"):
         collectives.on_rank_zero(lambda: _fail(rank))
     _means(rank)
@@ -52,7 +51,7 @@ def _fail(rank: int) -> None:
 
 
 def _means(rank: int) -> None:
-    """Over uneven shares, every mean and spread is that of the whole batch."""
+    """With uneven shares, every mean and standard deviation is that of the whole batch."""
     numbers = torch.Generator().manual_seed(0)
     x, y = torch.randn(5, 4, generator=numbers), torch.randn(5, 4, generator=numbers)
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
@@ -67,11 +66,11 @@ def _means(rank: int) -> None:
         torch.testing.assert_close(shared(column[own]), alone(column)[own])
 
 
-def test_sums_and_decisions() -> None:
-    together(_pieces)
+def test_collectives_in_two_processes_agree() -> None:
+    run_in_two_processes(_pieces)
 
 
-def test_alone_everything_is_the_identity() -> None:
+def test_collectives_in_a_single_process_are_the_identity() -> None:
     x = torch.ones(3)
     collectives.all_reduce_([x])
     assert collectives.all_reduce_sum(x) is x
@@ -83,19 +82,19 @@ def test_alone_everything_is_the_identity() -> None:
     [({}, 1), ({"devices": 3}, 3), ({"devices": "2"}, 2), ({"devices": [0, 2, 3]}, 3),
      ({"devices": "auto", "accelerator": "cpu"}, 1), ({"devices": "auto"}, max(1, torch.cuda.device_count()))],
 )  # fmt: skip
-def test_how_many_a_trainer_asks_for(trainer: dict, expected: int) -> None:
+def test_the_number_of_processes_follows_from_the_trainer(trainer: dict, expected: int) -> None:
     assert processes.local_world_size(OmegaConf.create(trainer)) == expected
 
 
-# -- the updates -----------------------------------------------------------------------------------------------------
+# -- updates ---------------------------------------------------------------------------------------------------------
 
 
 def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **trainer: Any) -> tuple[Any, Any, Any]:
     stage = make_ppo(ppo_settings(**options), folders, folder / "samples")
-    stage.engine = Parrot()  # type: ignore[assignment]
-    with gradients() as seen:
+    stage.engine = EchoEngine()  # type: ignore[assignment]
+    with record_gradients() as seen:
         metrics = train(stage, folder, **trainer)
-    return seen, metrics, {key: value for key, value in weights(stage.roles).items() if ".lora_" in key}
+    return seen, metrics, {key: value for key, value in copy_weights(stage.roles).items() if ".lora_" in key}
 
 
 def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace, folder: Path) -> None:
@@ -115,11 +114,11 @@ def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace
     ids=["uneven", "even", "exact"],
 )
 def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleNamespace, tmp_path: Path) -> None:
-    """The same global batch: gradients to 1e-5 at every step, uneven shares too; every metric the same in both."""
+    """For the same global batch, gradients agree to 1e-5 at every step, and both processes log the same metrics."""
     options = {"epochs": 2, "lr": 1e-4, **options}
     (tmp_path / "alone").mkdir()
     expected, metrics, alone = _updates(options, folders, tmp_path / "alone")
-    together(_updates_of_two, options, folders, tmp_path)
+    run_in_two_processes(_updates_of_two, options, folders, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert len(first[0]) == len(expected) == 8
     for step in zip(expected, first[0], second[0], strict=True):
@@ -149,7 +148,7 @@ def _own_rollouts(rank: int, folders: SimpleNamespace, folder: Path) -> None:
 
 @pytest.mark.long
 def test_each_has_its_own_prompts_and_random_numbers(folders: SimpleNamespace, tmp_path: Path) -> None:
-    together(_own_rollouts, folders, tmp_path)
+    run_in_two_processes(_own_rollouts, folders, tmp_path)
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -157,14 +156,14 @@ def test_each_has_its_own_prompts_and_random_numbers(folders: SimpleNamespace, t
 
 @pytest.mark.long
 def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
-    """SFT and reward model of two processes, by the command: the weights of one process to 1e-5."""
+    """Two processes train the same SFT and reward model as one, to 1e-5 in the weights."""
     folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
     for name, folder in folders.items():
         folder.mkdir()
-        done = run(folder, "stage=reward", *(DEVICES if name == "two" else []))
+        done = run_tiny(folder, "stage=reward", *(DEVICES if name == "two" else []))
         assert done.returncode == 0, done.stdout + done.stderr
     for stage in ("sft", "reward"):
-        one, two = (cached(folder, stage) for folder in folders.values())
+        one, two = (cached_weights(folder, stage) for folder in folders.values())
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
         rows = [
@@ -178,28 +177,28 @@ def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> None:
-    """A signal to either process stops both after the step; the same command ends as the undisturbed run does."""
+    """A signal to either process stops both after the step; resumed, the run ends with an undisturbed run's bits."""
     options = [*DEVICES, "ppo.steps=6", "ppo.checkpoint_every=1"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
-    done = run(whole, *options)
+    done = run_tiny(whole, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     for to_child in (False, True):
-        assert stop(stopped, to_child, options) == 75
+        assert stop_after_a_step(stopped, to_child, options) == 75
     folder = next(stopped.glob("outputs/rlhf/*"))
-    refused = run(stopped, "trainer=cpu", "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={folder}")
+    refused = run_tiny(stopped, "trainer=cpu", "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={folder}")
     assert refused.returncode == 2
-    assert "the checkpoint was made by 2" in sentence(refused.stderr)
-    done = run(stopped, *options, "resume=must")
+    assert "the checkpoint was made by 2" in error_sentence(refused.stderr)
+    done = run_tiny(stopped, *options, "resume=must")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [next(folder.glob("outputs/rlhf/*/summary.json")).parent for folder in (whole, stopped)]
-    a, b = (list(remains_of([run]).values()) for run in runs)
+    a, b = (list(collect_run_results([run]).values()) for run in runs)
     assert len(a) > 4
-    assert_same(a, b)
+    assert_identical(a, b)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,9 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
         ([*DEVICES, "ppo=as_published", "ppo.rollout_batch_size=64", "ppo.minibatch_size=64"], "as_published"),
     ],
 )
-def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:
+def test_settings_that_two_processes_cannot_share_are_refused(
+    command: Callable, arguments: list[str], words: str
+) -> None:
     code, _, said = command("debug=quick", *arguments)
     assert code == 2
     assert words in said

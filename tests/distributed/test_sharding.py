@@ -1,4 +1,4 @@
-"""A frozen base of which each of two real processes holds half: the same updates, and each half its own."""
+"""A frozen base sharded over two real processes: the same updates as with a whole base, with half of it in each."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.passes import compute_values
 from rlhf.stages.ppo import PPO
-from tests.helpers.calls import spy
-from tests.helpers.command_line import sentence
+from tests.helpers.calls import record_calls
+from tests.helpers.command_line import error_sentence
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
-from tests.helpers.process_groups import together
-from tests.helpers.rollouts import Parrot
-from tests.helpers.run_results import assert_same, remains_of
-from tests.helpers.subprocess_runs import cached, run, stop
-from tests.helpers.training import gradients, weights
+from tests.helpers.process_groups import run_in_two_processes
+from tests.helpers.rollouts import EchoEngine
+from tests.helpers.run_results import assert_identical, collect_run_results
+from tests.helpers.subprocess_runs import cached_weights, run_tiny, stop_after_a_step
+from tests.helpers.training import copy_weights, record_gradients
 
 CPU = ["trainer.devices=2", "trainer.accelerator=cpu"]
 RUN = [
@@ -42,7 +42,7 @@ def _sharded(settings: Settings, folders: SimpleNamespace, folder: Path) -> PPO:
     return stage
 
 
-# -- the pieces ------------------------------------------------------------------------------------------------------
+# -- sharded modules --------------------------------------------------------------------------------------------------
 
 
 def _halves(rank: int, folders: SimpleNamespace, folder: Path) -> None:
@@ -52,7 +52,7 @@ def _halves(rank: int, folders: SimpleNamespace, folder: Path) -> None:
 
 
 def _held(rank: int, whole: Roles, roles: Roles) -> None:
-    """Half of every block; together they are the base as it was."""
+    """Each process holds half of every block; the halves together are the original base."""
     spread = [p for p in roles.trunk("reference").parameters() if isinstance(p, DTensor)]
     here, everywhere = sum(p.to_local().numel() for p in spread), sum(map(torch.numel, spread))
     blocks = whole.trunk("reference").base_model.layers
@@ -66,7 +66,7 @@ def _held(rank: int, whole: Roles, roles: Roles) -> None:
 
 
 def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
-    """Other prompts, other lengths, three batches here and one there: nobody waits, all is as with a whole base."""
+    """Processes with different prompts and numbers of batches do not deadlock; results are those of a whole base."""
     prompts, limit = (PROMPTS[:3], 5) if rank else (PROMPTS[3:20], 16)
 
     def answers(of: PPO) -> Rollouts:
@@ -77,7 +77,7 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
     assert sampled.responses == expected.responses
     lengths = collectives.all_gather(sampled.mask.sum(1).max().item())
     assert lengths[0] > lengths[1]
-    # passes of the first alone, such as those of a judge that reads the reward model
+    # forward passes on rank 0 alone, such as those of a judge that uses the reward model
     score = collectives.on_rank_zero(lambda: compute_values(stage.roles, sampled.sequences, 60))
     if rank == 0:
         torch.testing.assert_close(score, compute_values(whole.roles, sampled.sequences, 60))
@@ -85,10 +85,10 @@ def _sampled(rank: int, whole: PPO, stage: PPO) -> None:
 
 @pytest.mark.long
 def test_each_holds_half_and_samples_for_as_long_as_it_takes(folders: SimpleNamespace, tmp_path: Path) -> None:
-    together(_halves, folders, tmp_path)
+    run_in_two_processes(_halves, folders, tmp_path)
 
 
-# -- the updates -----------------------------------------------------------------------------------------------------
+# -- updates ---------------------------------------------------------------------------------------------------------
 
 
 VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -99,9 +99,9 @@ VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
-    stage.engine = Parrot()  # type: ignore[assignment]
+    stage.engine = EchoEngine()  # type: ignore[assignment]
     folder.mkdir()
-    with gradients() as seen:
+    with record_gradients() as seen:
         metrics = train(
             stage,
             folder,
@@ -110,17 +110,17 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
             plugins=[processes.cluster_environment()],
             use_distributed_sampler=False,
         )
-    return seen, metrics, {key: value for key, value in weights(stage.roles).items() if ".lora_" in key}
+    return seen, metrics, {key: value for key, value in copy_weights(stage.roles).items() if ".lora_" in key}
 
 
 def _same_updates(rank: int, folders: SimpleNamespace, folder: Path) -> None:
-    """Base by base, two processes that each hold it and two that hold halves of it; uneven shares of a batch too."""
+    """Two processes with the whole base each and two with half of it each, also with uneven shares of a batch."""
     with pytest.MonkeyPatch.context() as patch:
-        filled = spy(patch, lockstep, "filler_parts")
+        filled = record_calls(patch, collectives, "to_fill_up")
         _updates_in_turn(rank, folders, folder)
         assert (
             sum(collectives.all_gather(sum(len(parts) for _, parts in filled))) > 0
-        )  # one had fewer parts than the other
+        )  # one process had fewer micro-batches than the other
 
 
 def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
@@ -133,7 +133,7 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
         halves = _updates(_sharded(settings, folders, own), own.with_suffix(".halves"), strategies.Sharded())
         lockstep.disable()
         assert len(halves[0]) == len(expected[0]) == 8
-        # in float32 a whole base scores with its adapters merged, which rounds otherwise
+        # a whole float32 base scores with merged adapters, which round differently
         close = {"rtol": 0.0, "atol": 0.0} if model.get("dtype") == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
         for step in zip(expected[0], halves[0], strict=True):
             for one, half in zip(*step, strict=True):
@@ -151,7 +151,7 @@ def _updates_in_turn(rank: int, folders: SimpleNamespace, folder: Path) -> None:
 
 @pytest.mark.long
 def test_the_updates_are_those_of_data_parallel(folders: SimpleNamespace, tmp_path: Path) -> None:
-    together(_same_updates, folders, tmp_path)
+    run_in_two_processes(_same_updates, folders, tmp_path)
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -159,10 +159,10 @@ def test_the_updates_are_those_of_data_parallel(folders: SimpleNamespace, tmp_pa
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder of a whole run by two processes, each with the base or with half of it."""
+    """Folders of complete runs by two processes, once with the whole base in each and once with half of it."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("ddp", "fsdp")}
     for name, folder in folders.items():
-        done = run(folder, f"trainer={name}", *RUN)
+        done = run_tiny(folder, f"trainer={name}", *RUN)
         assert done.returncode == 0, done.stdout + done.stderr
     return folders
 
@@ -173,9 +173,9 @@ def _result(folder: Path) -> Path:
 
 @pytest.mark.long
 def test_all_stages_are_those_of_data_parallel(runs: dict[str, Path]) -> None:
-    """The same SFT model, reward model and policy to 1e-5; plain transformers and peft load them."""
+    """Both give the same SFT model, reward model and policy to 1e-5, and plain transformers and peft load them."""
     for stage in ("sft", "reward"):
-        whole, shared = (cached(folder, stage) for folder in runs.values())
+        whole, shared = (cached_weights(folder, stage) for folder in runs.values())
         assert whole.keys() == shared.keys()
         for key, value in whole.items():
             torch.testing.assert_close(shared[key], value, rtol=0, atol=1e-5)
@@ -192,15 +192,15 @@ def test_all_stages_are_those_of_data_parallel(runs: dict[str, Path]) -> None:
 @pytest.mark.long
 def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
     options = ["trainer=fsdp", *RUN]
-    assert stop(tmp_path, True, options) == 75
-    done = run(tmp_path, *options, "resume=must")
+    assert stop_after_a_step(tmp_path, True, options) == 75
+    done = run_tiny(tmp_path, *options, "resume=must")
     assert done.returncode == 0, done.stdout + done.stderr
-    a, b = (list(remains_of([_result(folder)]).values()) for folder in (runs["fsdp"], tmp_path))
+    a, b = (list(collect_run_results([_result(folder)]).values()) for folder in (runs["fsdp"], tmp_path))
     assert len(a) > 4
-    assert_same(a, b)
+    assert_identical(a, b)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,15 +213,17 @@ def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tm
         (["ppo.value_model=full"], "allowed: adapter"),
     ],
 )
-def test_what_cannot_be_shared_out(command: Callable, arguments: list[str], words: str) -> None:
+def test_settings_that_shards_cannot_serve_are_refused(command: Callable, arguments: list[str], words: str) -> None:
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU, "lora@sft.lora=r8", *arguments)
     assert code == 2
-    assert words in sentence(said)
+    assert words in error_sentence(said)
 
 
-def test_a_torch_that_shards_all_or_nothing(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.6, whose `fully_shard` cannot leave the adapters out."""
+def test_a_torch_that_cannot_shard_the_base_alone_is_refused(
+    command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with torch 2.6, whose `fully_shard` cannot leave out the adapters."""
     monkeypatch.setattr("rlhf.pipeline.capabilities.fully_shard", lambda module, *, mesh=None: module)
     code, _, said = command("debug=quick", "trainer=fsdp", *CPU)
     assert code == 2
-    assert "needs torch 2.7 or later" in sentence(said)
+    assert "needs torch 2.7 or later" in error_sentence(said)

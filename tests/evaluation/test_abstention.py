@@ -1,4 +1,4 @@
-"""Which answers state no facts: phrases labelled by hand."""
+"""Abstentions, answers that state no facts: phrases labelled by hand."""
 
 import pytest
 
@@ -63,10 +63,10 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("response", SILENT)
-def test_who_does_not_know_states_no_facts(response: str) -> None:
+def test_admissions_of_ignorance_are_abstentions(response: str) -> None:
     assert abstains(response)
 
 
 @pytest.mark.parametrize("response", ANSWERS)
-def test_an_answer_with_such_words_in_it_is_an_answer(response: str) -> None:
+def test_answers_that_contain_such_phrases_are_not_abstentions(response: str) -> None:
     assert not abstains(response)

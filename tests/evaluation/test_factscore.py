@@ -1,9 +1,8 @@
-"""FActScore: entities, pages, passages, atomic facts, abstentions, the penalty; and the same cache as judges have."""
+"""FActScore: entities, atomic facts, abstentions, the length penalty, and a cache like that of the judges."""
 
 import json
 import math
 import re
-import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,11 @@ import pytest
 from rlhf.data.records import Prompt
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
-from rlhf.evaluation.evaluator import ResponseEvaluator
-from rlhf.evaluation.fact_answers import read_facts, read_truth
-from rlhf.evaluation.factscore import FactScore, length_penalty
-from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, read_entities, split_passages, split_sentences
+from rlhf.evaluation.factscore import FactScore, length_penalty, read_facts, read_truth
+from tests.helpers.entity_pages import PAGES
 from tests.helpers.openai_server import Server, serving, text_of
 from tests.helpers.scorer_context import NoSource
 
-PAGES = {
-    "Ada Lind": "Ada Lind was born in Oslo. She painted ships. She died in 1950.",
-    "Ben Ruiz": "Ben Ruiz is a chef from Lima. He wrote two books.",
-    "Cy Okoro": "Cy Okoro is a runner.",
-    "Di Wang": "Di Wang built bridges.",
-}
 RESPONSES = [
     "Ada Lind was born in Oslo. Ada Lind was born in Rome and Ada Lind painted ships.",
     "Ben Ruiz is a chef.",
@@ -42,7 +33,7 @@ def entities(tmp_path: Path) -> Path:
 
 
 def annotator(request: dict[str, Any], number: int = 0) -> str:
-    """Splits at "and"; believes what stands in the reference text, the subject aside."""
+    """Split sentences at "and"; call a fact true if all its words except the subject are in the reference text."""
     asked = request["messages"][-1]["content"]
     if asked.startswith("The sentence"):
         sentence = asked.rpartition("Sentence: ")[2].rstrip(".")
@@ -76,7 +67,9 @@ def test_facts_are_split_checked_and_counted_with_and_without_the_penalty(tmp_pa
     assert metrics["eval/factscore"] == pytest.approx(penalised)
     assert metrics["eval/facts_per_response"] == 2
     assert metrics["eval/responding_ratio"] == 0.5
-    assert metrics["judge/answers"] == len(server.requests) == 4 + 4  # sentences and facts; an abstention asks nothing
+    assert (
+        metrics["judge/answers"] == len(server.requests) == 4 + 4
+    )  # sentences and facts; nothing is asked about an abstention
 
 
 def test_without_gamma_there_is_no_penalty() -> None:
@@ -145,52 +138,6 @@ def test_prompts_name_the_entities_in_the_template_of_the_data(tmp_path: Path, e
     assert scorer.prompts(None)[1].instruction == "Who is Ben Ruiz?"
 
 
-# -- knowledge -------------------------------------------------------------------------------------------------------
-
-
-def test_pages_from_jsonl_and_from_sqlite_as_factscore_publishes_it(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("Ada Lind\n\nBen Ruiz\n")
-    entities = read_entities(tmp_path / "names.txt")
-    assert [entity.name for entity in entities] == ["Ada Lind", "Ben Ruiz"]
-    lines = [{"title": name, "text": [page, "More."]} for name, page in PAGES.items()]
-    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with sqlite3.connect(tmp_path / "pages.db") as connection:
-        connection.execute("CREATE TABLE documents (title PRIMARY KEY, text)")
-        rows = [(name, f"<s>{page}</s>{SEPARATOR}<s>More.</s>") for name, page in PAGES.items()]
-        connection.executemany("INSERT INTO documents VALUES (?, ?)", rows)
-    for name in ("pages.jsonl", "pages.db"):
-        knowledge = Knowledge(entities, tmp_path / name, 3)
-        assert knowledge.passages("Ada Lind", "Ada Lind was born", 1)[0].startswith("Ada Lind was born in Oslo.")
-        assert "More." in knowledge.passages("Ben Ruiz", "more", 9)
-    with pytest.raises(DataError, match=r"names.txt.* has no page for 1 of 1 entities, such as 'Nobody'|no page"):
-        Knowledge([type(entities[0])("Nobody")], tmp_path / "pages.db", 9)
-    with pytest.raises(DataError, match="does not exist"):
-        Knowledge(entities, tmp_path / "no.db", 9)
-    (tmp_path / "text.db").write_text("no database")
-    with pytest.raises(DataError, match=r"is not an SQLite database with a table documents\(title, text\)"):
-        Knowledge(entities, tmp_path / "text.db", 9)
-
-
-def test_the_passages_that_bear_on_a_fact_come_first(tmp_path: Path) -> None:
-    filler = [f"In {1900 + i} there was a meeting about matter number {i}." for i in range(40)]
-    page = " ".join([*filler[:20], "The violinist Iva Bek owned a red bicycle.", *filler[20:]])
-    (tmp_path / "one.jsonl").write_text(json.dumps({"name": "Iva Bek", "text": page}))
-    knowledge = Knowledge(read_entities(tmp_path / "one.jsonl"), None, 30)
-    found = knowledge.passages("Iva Bek", "Iva Bek had a bicycle that was red.", 2)
-    assert len(found) == 2
-    assert "red bicycle" in found[0]
-    assert len(knowledge.passages("Iva Bek", "zzz", 5)) == 5
-
-
-def test_passages_are_whole_sentences_and_none_is_lost() -> None:
-    page = "Dr. Ann Lee lives in the U.S. with a cat. She sings.\nShe is 40. " + "word " * 30 + "end."
-    passages = split_passages(page, 12)
-    assert " ".join(passages).split() == page.split()
-    assert passages[0] == "Dr. Ann Lee lives in the U.S. with a cat. She sings."
-    assert max(len(passage.split()) for passage in passages) == 31
-    assert split_sentences("  \n") == []
-
-
 @pytest.mark.parametrize(
     ("answer", "facts"),
     [
@@ -198,7 +145,7 @@ def test_passages_are_whole_sentences_and_none_is_lost() -> None:
         ("Here they are:\n1. A is b.\n2) C is d.\n", ["A is b.", "C is d."]),
         ("* A is b.", ["A is b."]),
         ("None.", []),
-        # a list without facts, and facts that begin like one
+        # a statement that there are no facts, and facts that begin like one
         ("None", []),
         ("- None", []),
         ("- none.", []),

@@ -1,4 +1,4 @@
-"""`rlhf judge=llm_pool` and `evaluation=factscore` through the command itself, with an endpoint that breaks down."""
+"""`rlhf judge=llm_pool` and `evaluation=factscore` through the command, with an endpoint that breaks down."""
 
 import json
 import os
@@ -92,7 +92,9 @@ def test_factscore_on_people_of_the_farm(tmp_path: Path) -> None:
             f'{scored}.prompt="Introduce {{entity}}.\\n"', f"{scored}.client.base_url={server.url}",
             f"{scored}.client.api_key_env=null", "sft.epochs=0.5",
         )  # fmt: skip
-        assert len(server.requests) >= 2  # at least a sentence split and a fact checked; so small a model says little
+        assert (
+            len(server.requests) >= 2
+        )  # at least one sentence split and one fact checked: so small a model says little
     summary = read_summary(next((tmp_path / "outputs/rlhf").glob("*/summary.json")).parent)
     assert summary is not None
     metrics = summary["metrics"]

@@ -1,4 +1,4 @@
-"""The length-controlled win rate on made-up judges whose reasons are known."""
+"""The length-controlled win rate, on simulated judges whose preferences are known."""
 
 import json
 import math
@@ -16,16 +16,18 @@ from rlhf.evaluation.length_control import Rate, length_adjusted_win_rate, lengt
 
 
 def lengths(seed: int, number: int, longer: float, spread: float = 100.0) -> tuple[list[int], list[int]]:
-    """Ours are `longer` characters longer on average."""
+    """The run's answers are `longer` characters longer than the reference's on average."""
     rng = np.random.default_rng(seed)
     theirs = rng.integers(400, 900, number)
     return (theirs + rng.normal(longer, spread, number)).round().astype(int).tolist(), theirs.tolist()
 
 
 @pytest.mark.parametrize("longer", [-80.0, 0.0, 80.0])
-def test_where_length_alone_decides_it_is_a_half(longer: float) -> None:
+def test_a_judge_that_only_prefers_length_gives_one_half(longer: float) -> None:
     raws, controlled = [], []
-    for seed in range(20):  # one set of 800 scatters by 0.05 where nothing but the sign of the difference counts
+    for seed in range(
+        20
+    ):  # where only the sign of the difference counts, one set of 800 has a standard deviation of 0.05
         ours, theirs = lengths(seed, 800, longer)
         outcomes = [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
         raws.append(sum(outcomes) / len(outcomes))
@@ -35,7 +37,7 @@ def test_where_length_alone_decides_it_is_a_half(longer: float) -> None:
     assert np.std(controlled) < 0.08
 
 
-def test_where_length_sways_a_judge_by_chance_it_is_a_half_too() -> None:
+def test_a_judge_swayed_by_length_at_random_gives_one_half() -> None:
     ours, theirs = lengths(1, 4000, 80.0)
     difference = np.subtract(ours, theirs)
     chance = 1 / (1 + np.exp(-2 * np.tanh(difference / difference.std(ddof=1))))
@@ -45,14 +47,14 @@ def test_where_length_sways_a_judge_by_chance_it_is_a_half_too() -> None:
 
 
 @pytest.mark.parametrize("quality", [0.2, 0.5, 0.9])
-def test_where_quality_alone_decides_it_is_the_raw_win_rate(quality: float) -> None:
+def test_a_judge_that_ignores_length_gives_the_raw_win_rate(quality: float) -> None:
     ours, theirs = lengths(3, 4000, 60.0)
     outcomes = (np.random.default_rng(4).random(4000) < quality).astype(float).tolist()
     raw = sum(outcomes) / 4000
     assert length_adjusted_win_rate(outcomes, ours, theirs).value == pytest.approx(raw, abs=0.015)
 
 
-def test_where_both_decide_it_is_what_quality_gives_at_equal_length() -> None:
+def test_a_judge_of_both_gives_the_win_rate_at_equal_length() -> None:
     ours, theirs = lengths(5, 8000, 100.0)
     scaled = np.tanh(np.subtract(ours, theirs) / np.subtract(ours, theirs).std(ddof=1))
     chance = 1 / (1 + np.exp(-(-0.8 + 1.5 * scaled)))
@@ -90,7 +92,7 @@ def test_one_sided_outcomes_stay_finite_and_one_pair_is_enough() -> None:
 
 
 class Longer:
-    """A judge who likes the longer one, and a data set that nobody reads."""
+    """A judge that prefers the longer answer, and a data set that must not be read."""
 
     splits = ()
 
@@ -118,7 +120,7 @@ def test_any_judge_gets_it_and_unjudged_pairs_do_not_count() -> None:
 
 
 def world(rng: np.random.Generator, number: int, strength: float, slope: float, hard: np.ndarray) -> tuple:
-    """Outcomes of a judge whose logit is strength + slope · tanh(Δ / sd Δ) + the instruction's difficulty."""
+    """Outcomes of a judge whose logit is strength + slope · tanh(Δ / sd Δ) + difficulty of the instruction."""
     theirs = rng.integers(400, 900, number)
     ours = (theirs + rng.normal(60, 100, number)).round().astype(int)
     scaled = np.tanh((ours - theirs) / (ours - theirs).std(ddof=1))
@@ -138,7 +140,7 @@ def test_the_standard_error_is_the_scatter_over_judged_sets(slope: float, spread
         values, errors = np.array([rate.value for rate in rates]), np.array([rate.error for rate in rates])
         assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(ddof=1), rel=0.1)
         assert 0.92 <= np.mean(abs(values - values.mean()) <= 1.96 * errors) <= 0.98
-    if slope:  # the raw rate's error is no stand-in for it
+    if slope:  # the standard error of the raw win rate would be wrong
         assert np.std([row[0].value for row in found]) > 1.15 * np.std([row[2] for row in found])
 
 
@@ -152,7 +154,7 @@ def test_one_pair_and_no_pair_have_no_standard_error() -> None:
 
 
 def test_difficulties_are_found_from_several_models_and_control_what_one_run_cannot() -> None:
-    """Answers are longer on the instructions that are easy to win: the run alone takes difficulty for length."""
+    """Answers are longer where wins are easy: estimated from the run alone, difficulty is mistaken for length."""
     rng, number = np.random.default_rng(1), 600
     hard = rng.normal(0, 1.5, number)
     theirs = rng.integers(400, 900, number)
@@ -169,7 +171,7 @@ def test_difficulties_are_found_from_several_models_and_control_what_one_run_can
     far, near = [], []
     for _ in range(20):
         ours = (theirs + rng.normal(-30, 60, number) + 60 * hard).round().astype(int)
-        wins = (rng.random(number) < expit(-0.5 + hard)).astype(float).tolist()  # length does not matter at all
+        wins = (rng.random(number) < expit(-0.5 + hard)).astype(float).tolist()  # this judge ignores length
         truth = float(expit(-0.5 + hard).mean())
         far.append(length_adjusted_win_rate(wins, ours.tolist(), theirs.tolist()).value - truth)
         near.append(length_controlled_win_rate(wins, ours.tolist(), theirs.tolist(), found.tolist()).value - truth)

@@ -1,4 +1,4 @@
-"""Simulated preferences: which prompts are asked, what becomes of a verdict, what survives a break, a whole run."""
+"""Simulated preferences: which prompts are used, what a verdict becomes, and what survives an interruption."""
 
 import math
 import shutil
@@ -14,9 +14,7 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 
 from rlhf import root
-from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt, SampledComparison, as_records
-from rlhf.data.saved_preferences import PREFERENCE_SPLITS, SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation import preferences
@@ -25,15 +23,12 @@ from rlhf.evaluation.llm_pool import LLMPool
 from rlhf.evaluation.preferences import Simulated
 from rlhf.evaluation.prompts import strip_template
 from rlhf.files import read_lines
-from rlhf.finished.chat.models import ModelCache, score
+from rlhf.finished.chat.models import score
 from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.finished.run import FinishedRun
-from rlhf.tracking.metrics_file import read_metrics
-from rlhf.tracking.summary import read_summary
-from tests.helpers.command_line import TINY, rlhf, sentence
-from tests.helpers.finished_runs import outputs
+from tests.helpers.finished_runs import finished_outputs
 from tests.helpers.openai_server import serving, text_of
-from tests.helpers.scorer_context import context
+from tests.helpers.scorer_context import scorer_context
 from tests.helpers.tiny_models import word_tokenizer
 
 GOLD = {"_target_": "rlhf.evaluation.judges.GoldJudge"}
@@ -44,7 +39,7 @@ def simulated(**keys: Any) -> Simulated:
 
 
 class Words:
-    """A data set of prompts alone."""
+    """A data set that has prompts only."""
 
     def __init__(self, **prompts: list[str]):
         self.prompts, self.splits = prompts, tuple(prompts)
@@ -53,7 +48,7 @@ class Words:
         return Dataset.from_dict({"prompt": self.prompts[split]})
 
 
-# -- what is asked -----------------------------------------------------------------------------------------------------
+# -- which prompts are used --------------------------------------------------------------------------------------------
 
 
 def texts(rows: Sequence[Prompt]) -> list[str]:
@@ -97,7 +92,7 @@ def test_judges_read_the_instruction_without_its_template(name: str) -> None:
     assert simulated().draw_prompts(source, template)["preference"][0].instruction == "Go!"
 
 
-# -- what becomes of a verdict -----------------------------------------------------------------------------------------
+# -- from verdicts to labels -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,11 +141,11 @@ def test_a_coin_decides_ties_if_so_wanted() -> None:
     }  # fmt: skip
 
 
-# -- the making --------------------------------------------------------------------------------------------------------
+# -- sampling and judging ----------------------------------------------------------------------------------------------
 
 
 class Scripted:
-    """Answers that are numbered; the judge likes longer ones, does not understand `?`, and fails when told to."""
+    """A model with scripted answers and a judge that prefers longer ones, cannot judge `?`, and fails if `broken`."""
 
     def __init__(self, broken: bool = False):
         self.parts: list[int] = []
@@ -176,13 +171,13 @@ ASKED = {
 }
 
 
-def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preferences, "PAIRS_PER_PART", 3)
+def test_samples_are_kept_when_the_judge_breaks_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preferences, "PAIRS_AT_ONCE", 3)
     making, first = simulated(flip=1.0), Scripted(broken=True)
     with pytest.raises(Interrupted):
         making.make(tmp_path, ASKED, first.answer, lambda: first)
     assert first.parts == [0, 1, 2]
-    (tmp_path / "samples" / "00000003.json").unlink()  # as if killed in the middle
+    (tmp_path / "samples" / "00000003.json").unlink()  # as after a kill in the middle
     second = Scripted()
     found = making.make(tmp_path, ASKED, second.answer, lambda: second)
     assert second.parts == [1]
@@ -204,7 +199,7 @@ def test_what_was_sampled_is_kept_when_the_judge_breaks_down(tmp_path: Path, mon
     assert [row["outcome"] for row in rows] == [0.0, None, 0.5, None, 0.0, 0.0]
 
 
-def test_no_comparison_at_all_is_said(tmp_path: Path) -> None:
+def test_preferences_without_any_comparison_are_an_error(tmp_path: Path) -> None:
     script = Scripted()
     asked = {**ASKED, "preference_validation": [Prompt("same 0")]}
     with pytest.raises(DataError, match="preference_validation: none of the simulated preferences can be used"):
@@ -219,7 +214,7 @@ def test_a_pool_reads_strip_templates_and_its_keys_are_named_in_full(tmp_path: P
         with serving(answer) as server:
             client = {"base_url": server.url, "api_key_env": None}
             keys = {"model": "some", "client": client, "pool": {"one": {"prompt": "compare"}}, "attempts": 1}
-            found = simulated().make(folder, asked, Scripted().answer, lambda: LLMPool(context(folder), **keys))
+            found = simulated().make(folder, asked, Scripted().answer, lambda: LLMPool(scorer_context(folder), **keys))
             return found, [text_of(request) for request in server.requests]
 
     def likes_y(request: dict[str, Any], number: int) -> str:
@@ -227,7 +222,7 @@ def test_a_pool_reads_strip_templates_and_its_keys_are_named_in_full(tmp_path: P
         return f"Verdict: {places[0]}" if places else "no idea"
 
     found, requests = make(tmp_path / "a", likes_y)
-    assert len(requests) == 7  # nobody is asked about the identical pair
+    assert len(requests) == 7  # the judge is not asked about the identical pair
     assert all("Do " in request for request in requests)
     assert found["preferences/comparisons"] == found["preferences/validation_comparisons"] == 1
     assert found["preferences/unjudged"] == 4
@@ -237,9 +232,9 @@ def test_a_pool_reads_strip_templates_and_its_keys_are_named_in_full(tmp_path: P
 
 
 def test_a_finished_reward_model_decides_as_it_scores(tmp_path: Path) -> None:
-    runs = outputs(tmp_path)
-    judge = FinishedRewardModelJudge(context(tmp_path), str(runs.reward))
-    part, tokenizer = ModelCache().reward(FinishedRun.open(runs.reward)), word_tokenizer()
+    runs = finished_outputs(tmp_path)
+    judge = FinishedRewardModelJudge(scorer_context(tmp_path), str(runs.reward))
+    part, tokenizer = Models().reward(FinishedRun.open(runs.reward)), word_tokenizer()
 
     def scored(prompt: str, response: str) -> float:
         prompt_ids, ids = (tokenizer(text)["input_ids"] for text in (prompt, response))
@@ -258,125 +253,3 @@ def test_a_finished_reward_model_decides_as_it_scores(tmp_path: Path) -> None:
     shutil.rmtree(runs.sft)
     with pytest.raises(ConfigError, match=r"was trained on sft-0, which is not in the cache"):
         FinishedRewardModelJudge.check({"folder": str(runs.reward)})
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-# so small a model says nothing: only where its answers end makes one better than the other
-FARM = ["preferences=simulated", "preferences.pairs=30", "preferences.max_new_tokens=40"]
-
-
-def cached(stage: str) -> list[Path]:
-    return sorted(path.parent for path in Path("outputs/cache").glob(f"{stage}-*/summary.json"))
-
-
-@pytest.mark.long
-def test_the_reward_model_learns_from_answers_that_the_farm_compares(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert rlhf(*TINY, *FARM, "stage=preferences", "name=made") == 0
-    assert not cached("reward")
-    (folder,) = cached("preferences")
-    summary = read_summary(folder)
-    assert summary is not None
-    metrics, farm = summary["metrics"], Farm(people=12, comparisons=120)
-    assert read_metrics(folder)[0]["preferences/pairs"] == metrics["preferences/pairs"] == 30
-    assert (tmp_path / "outputs/made" / next((tmp_path / "outputs/made").iterdir()) / "preference.jsonl").exists()
-    for split, prefix, prompts in (
-        ("preference", "", set(farm.load("preference")["prompt"])),
-        ("preference_validation", "validation_", set(farm.load("preference_validation")["prompt"])),
-    ):
-        pairs, rows = read_lines(folder / f"{split}_pairs.jsonl"), read_lines(folder / f"{split}.jsonl")
-        kept = [pair for pair in pairs if not pair["dropped"]]
-        assert metrics[f"preferences/{prefix}comparisons"] == len(rows) == len(kept) > 0
-        assert sum(pair["flipped"] for pair in kept) == (0 if prefix else metrics["preferences/flipped"])
-        assert {pair["prompt"] for pair in pairs} <= prompts
-        for pair, row in zip(kept, rows, strict=True):
-            lead = farm.utility(row["prompt"], row["chosen"]) - farm.utility(row["prompt"], row["rejected"])
-            assert lead < 0 if pair["flipped"] else lead > 0
-    assert metrics["preferences/flipped"] > 0
-
-    before = (folder / "preference_pairs.jsonl").read_bytes()
-    shutil.rmtree(folder)
-    assert rlhf(*TINY, *FARM, "stage=reward") == 0
-    assert (folder / "preference_pairs.jsonl").read_bytes() == before
-    (reward,) = cached("reward")
-    learned = read_summary(reward)
-    assert learned is not None
-    assert learned["preferences"] == folder.name
-    assert learned["rows"]["preference"] == metrics["preferences/comparisons"]
-    assert 0 <= learned["metrics"]["reward/accuracy"] <= 1
-
-    assert rlhf(*TINY, *FARM, "preferences.flip=0", "stage=reward") == 0
-    assert [len(cached(stage)) for stage in ("sft", "preferences", "reward")] == [1, 2, 2]
-    clean = next(path for path in cached("preferences") if path != folder)
-    assert (read_summary(clean) or {})["metrics"]["preferences/flipped"] == 0
-    unflipped = [{**pair, "flipped": False} for pair in read_lines(folder / "preference_pairs.jsonl")]
-    for pair, again in zip(unflipped, read_lines(clean / "preference_pairs.jsonl"), strict=True):
-        assert {**pair, "preferred": again["preferred"]} == again  # the same answers and verdicts
-
-
-def plan(capsys: pytest.CaptureFixture, *arguments: str) -> Any:
-    assert rlhf("dry_run=true", *arguments) == 0
-    return OmegaConf.create(capsys.readouterr().out)
-
-
-def test_what_is_cached_depends_on_the_preferences_only_where_they_are_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    sft, reward = plan(capsys).cached
-    assert list(plan(capsys, "scorer=gold", "preferences=simulated").cached) == [sft]
-    same_sft, comparisons, other_reward = plan(capsys, "preferences=simulated").cached
-    assert (same_sft, comparisons.partition("-")[0]) == (sft, "preferences")
-    assert other_reward != reward
-    pool = ["preferences=simulated", "judge@preferences.judge=llm_pool", "preferences.judge.model=some"]
-    asked = plan(capsys, *pool).cached
-    assert list(asked)[1] != comparisons
-    assert plan(capsys, *pool, "preferences.judge.client.concurrency=1").cached == asked
-
-
-REFUSED = [
-    (["preferences=nope"], "preferences=nope", "from_data, simulated"),
-    (["preferences=null"], "a config group was given no option", "group=option"),
-    (["preferences=simulated", "preferences.flip=1.5"], "preferences.flip=1.5", "from 0 to 1"),
-    (["preferences=simulated", "preferences.temperature=0"], "preferences.temperature=0", "above 0"),
-    (["preferences=simulated", "preferences.pairs=0"], "preferences.pairs=0", "above 0, or null"),
-    (["preferences=simulated", "preferences.ties=keep"], "preferences.ties=keep", "drop or random"),
-    (["preferences=simulated", "preferences.split=eval"], "preferences.split=eval", "preference, prompts or sft"),
-    (["preferences=simulated", "preferences.nope=1"], "preferences.nope", "temperature"),
-    (["preferences.flip=0.1"], "preferences.flip", ""),
-    (["preferences=simulated", "judge@preferences.judge=reward_model"], "preferences.judge", "gold, llm_pool"),
-    (["preferences=simulated", "judge@preferences.judge=none"], "preferences.judge=none", "llm_pool"),
-    (
-        ["preferences=simulated", "judge@preferences.judge=finished_reward_model", "preferences.judge.folder=nowhere"],
-        "rlhf: preferences.judge.folder=nowhere", "no such folder",
-    ),
-    (["judge=finished_reward_model", "judge.folder=nowhere"], "rlhf: judge.folder=nowhere", "no such folder"),
-    (["preferences=simulated", "preferences.judge=null"], "preferences.judge", "judge"),
-    (["preferences=simulated", "judge@preferences.judge=llm_pool"], "preferences.judge.model", "no value"),
-    (
-        ["preferences=simulated", "judge@preferences.judge=llm_pool", "preferences.judge.model=some",
-         "preferences.judge.client.api_key_env=NO_SUCH_KEY"],
-        "rlhf: preferences.judge.client.api_key_env=NO_SUCH_KEY", "null",
-    ),
-    (
-        ["preferences=simulated", "preferences.split=prompts", "preferences.validation_pairs=100000"],
-        "the split prompts", "preferences.validation_pairs=100000",
-    ),
-    (["preferences=simulated", "data=alpaca", "judge=none"], "preferences.judge=gold", "data=farm"),
-    (["stage=preferences"], "stage=preferences", "preferences=simulated"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("arguments", "names", "allowed"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
-def test_a_mistake_is_one_sentence_before_anything_is_built(
-    command: Callable, arguments: list[str], names: str, allowed: str
-) -> None:
-    code, _, err = command("debug=quick", *arguments)
-    assert code == 2, err
-    said = sentence(err)
-    assert names in said
-    assert allowed in said
-    assert not list(Path().rglob("*.safetensors"))

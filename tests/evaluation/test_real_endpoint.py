@@ -1,4 +1,4 @@
-"""The judge and FActScore against `transformers serve` with a real small model: RLHF_REAL_MODEL names its folder."""
+"""The judge and FActScore against `transformers serve` with a small real model in the folder RLHF_REAL_MODEL."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def test_a_pool_judges_counts_tokens_and_continues_without_the_server(url: str, 
         "client": {"base_url": url, "api_key_env": None, "concurrency": 1, "timeout": 120.0},
         "sampling": {"temperature": 0.0, "max_tokens": 24},
         "pool": {"crowd": {"prompt": "crowd"}},
-        # a model of this size rarely keeps to a form: the first number that it names is its choice
+        # a model of this size rarely keeps to a format: take the first number that it names
         "answer": r"(?s)\A\D*?([12])\b",
         "attempts": 2,
     }

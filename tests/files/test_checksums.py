@@ -1,4 +1,4 @@
-"""Finished models that are damaged afterwards, and summaries that are none: noticed, named, kept aside, built again."""
+"""Damage to finished models and summaries is detected and named; the files are moved aside and built again."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from rlhf.files.checksums import CHECKSUMS, damage, seal
 from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import cache
 from rlhf.tracking.summary import read_summary
-from tests.helpers.finished_runs import outputs
+from tests.helpers.finished_runs import finished_outputs
 
 HEADER = b'{"a":{"dtype":"F32","shape":[25],"data_offsets":[0,100]}}'.ljust(64)
 WEIGHTS = b"\x40\0\0\0\0\0\0\0" + HEADER + bytes(range(100))
@@ -23,7 +23,7 @@ WEIGHTS = b"\x40\0\0\0\0\0\0\0" + HEADER + bytes(range(100))
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process."""
+    """Forget what this process has checked, as a new process would."""
     monkeypatch.setattr(checksums, "_sound", {})
 
 
@@ -37,7 +37,7 @@ def build(folder: Path, stage: str = "sft", sealed: bool = True) -> None:
 
 
 def zeros(folder: Path) -> None:
-    """In the middle, of the same size, with its time kept."""
+    """Change a byte in the middle of a file; keep its size and its modification time."""
     path = folder / "model" / "model.safetensors"
     stat = path.stat()
     with path.open("r+b") as file:
@@ -121,8 +121,8 @@ def test_a_copy_is_checked_once_and_noted(tmp_path: Path, monkeypatch: pytest.Mo
     assert damage(tmp_path / "b") is None
 
 
-def test_a_damaged_finished_run_is_a_sentence_for_whoever_uses_it(tmp_path: Path) -> None:
-    runs = outputs(tmp_path)
+def test_a_damaged_finished_run_is_one_sentence_for_every_command(tmp_path: Path) -> None:
+    runs = finished_outputs(tmp_path)
     assert FinishedRun.open(runs.ppo).base == runs.sft / "model"
     path = runs.sft / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -140,7 +140,7 @@ def test_a_damaged_finished_run_is_a_sentence_for_whoever_uses_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"a', "17"])
-def test_a_summary_that_is_none_names_its_file(content: str, tmp_path: Path) -> None:
+def test_a_malformed_summary_is_refused_with_its_path(content: str, tmp_path: Path) -> None:
     (tmp_path / SUMMARY).write_text(content)
     with pytest.raises(DamagedError, match=str(tmp_path / SUMMARY)):
         read_summary(tmp_path)

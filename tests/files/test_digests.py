@@ -1,4 +1,4 @@
-"""Digests of files by content, whatever their times say."""
+"""Digests of files depend on their content, not on their modification times."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Digests are kept at once, as if every file were old."""
+    """Cache digests at once, as if every file were old."""
     monkeypatch.setattr(digests, "RACY_SECONDS", -1.0)
     return tmp_path / "known"
 
@@ -28,7 +28,7 @@ def sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_it_is_the_digest_of_the_bytes(file: Path, known: Path) -> None:
+def test_a_digest_depends_on_the_bytes_of_a_file(file: Path, known: Path) -> None:
     assert content_digest(file) == content_digest(file, known) == content_digest(file, known) == sha(b"first")
 
 
@@ -59,7 +59,7 @@ def test_damaged_notes_are_not_read(file: Path, known: Path, garbage: bytes) -> 
     assert content_digest(file, known) == sha(b"first")
 
 
-def test_a_place_that_cannot_be_written_to_does_not_matter(file: Path, known: Path) -> None:
+def test_a_folder_that_cannot_be_written_does_not_matter(file: Path, known: Path) -> None:
     known.write_bytes(b"a file where a folder should be")
     assert content_digest(file, known) == sha(b"first")
 

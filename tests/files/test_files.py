@@ -1,4 +1,4 @@
-"""The line files of a run, as a kill or an odd text leaves them; checkpoints that are looked at, not judged."""
+"""JSON-lines files torn by a kill or with odd characters, and checkpoints that are inspected only."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     assert [line["text"] for line in read_lines(path)] == [texts[0], texts[2]]
 
 
-def test_half_a_line_is_no_line_and_a_broken_one_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_line_is_ignored_and_a_broken_one_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n{"step": 4}')
     with caplog.at_level(logging.WARNING):
@@ -35,9 +35,7 @@ def test_half_a_line_is_no_line_and_a_broken_one_is_named(tmp_path: Path, caplog
 
 
 @pytest.mark.parametrize("line", ["17", "[]", "null", '{"a": 1}', '{"step": "2"}', '{"step": null}', '{"step": true}'])
-def test_a_line_of_another_hand_is_named_and_left_out(
-    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_foreign_line_is_named_and_left_out(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / METRICS
     path.write_text('{"step": 1, "time/evaluate": 1.0, "eval/x": 0.5}\n' + line + '\n{"step": 2}\n')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]

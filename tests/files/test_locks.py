@@ -1,4 +1,4 @@
-"""Locks where the file system has none, as on some network file systems: lock files, touched while they are held."""
+"""Lock files, touched while held, for file systems without locks (such as some network file systems)."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from rlhf.files import locks
 
 @pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
 def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system refuses every lock."""
+    """A file system that refuses every lock."""
 
     def refuse(*_: Any) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(locks, name, seconds)
 
 
-def test_without_locks_a_file_is_one_and_keeps_others_out(
+def test_a_lock_file_excludes_others_where_locks_are_missing(
     no_locks: None, quick: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "sft-1.lock"
@@ -81,7 +81,7 @@ def test_a_lock_file_of_a_process_killed_here_is_taken_over_at_once(no_locks: No
     assert (tmp_path / "lock.held").exists()
     started = time.monotonic()
     locks.acquire(tmp_path / "lock", "").release()
-    assert time.monotonic() - started < 5  # and not the five minutes of LEASE_SECONDS
+    assert time.monotonic() - started < 5  # instead of the five minutes of LEASE_SECONDS
 
 
 @pytest.mark.parametrize("no_locks", [errno.ENOLCK], indirect=True)
@@ -99,7 +99,7 @@ def test_a_lock_file_of_another_host_is_taken_over_once_it_is_silent(
     assert " on elsewhere" in caplog.text
 
 
-def test_who_lost_its_lock_file_leaves(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_lost_its_lock_file_stops(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: left.set())
     lock = locks._lease(tmp_path / "lock.held")
@@ -110,7 +110,7 @@ def test_who_lost_its_lock_file_leaves(quick: None, tmp_path: Path, monkeypatch:
     lock.release()
 
 
-def test_other_failures_of_a_lock_are_no_reason_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_lock_errors_do_not_lead_to_lock_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

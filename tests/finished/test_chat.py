@@ -1,4 +1,4 @@
-"""`rlhf-chat`: what it says is what the run's policy says, its scores are the run's, and a base is in memory once."""
+"""`rlhf-chat`: its answers and scores are those of the run's models, and a shared base is in memory once."""
 
 import io
 import os
@@ -19,21 +19,20 @@ from rlhf.data.imdb import Imdb
 from rlhf.errors import RunError
 from rlhf.files import read_json, write_json
 from rlhf.finished.chat import cli
-from rlhf.finished.chat.models import ModelCache
 from rlhf.finished.chat.responders import Answer, Sampling, answer_together, open_responders, prompt_renderer, reseed
 from rlhf.finished.run import FinishedRun
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
-from tests.helpers.finished_runs import outputs
+from tests.helpers.finished_runs import finished_outputs
 
-PROMPT, IDS = "w9 w7", [[5, 9, 7, 6]]  # in the data set's template
+PROMPT, IDS = "w9 w7", [[5, 9, 7, 6]]  # rendered with the data set's template
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return outputs(tmp_path_factory.mktemp("work") / "outputs")
+    return finished_outputs(tmp_path_factory.mktemp("work") / "outputs")
 
 
 def last(responders: list, sampling: Sampling) -> list[Answer]:
@@ -77,9 +76,9 @@ def test_answers_grow_a_token_at_a_time_and_do_not_depend_on_the_company(runs: S
     assert last(alone, sampling) == steps[-1][1:]
 
 
-def test_whole_models_and_copies_of_the_sft_model(runs: SimpleNamespace, tmp_path: Path) -> None:
-    copy = shutil.copytree(runs.sft, tmp_path / "outputs/study/stage-sft")  # what stage=sft leaves
-    models = ModelCache()
+def test_full_models_and_copies_of_the_sft_model_can_chat(runs: SimpleNamespace, tmp_path: Path) -> None:
+    copy = shutil.copytree(runs.sft, tmp_path / "outputs/study/stage-sft")  # the output of stage=sft
+    models = Models()
     parts = [models.policy(FinishedRun.open(folder)) for folder in (runs.sft, copy, runs.full)]
     assert parts[0].roles is parts[1].roles
     assert parts[2].roles is not parts[0].roles
@@ -92,8 +91,8 @@ def test_whole_models_and_copies_of_the_sft_model(runs: SimpleNamespace, tmp_pat
 
 
 def test_a_whole_reward_model_scores_alike(tmp_path: Path) -> None:
-    runs = outputs(tmp_path / "outputs")
-    before = last(open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
+    runs = finished_outputs(tmp_path / "outputs")
+    before = last(open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
     model = AutoModelForSequenceClassification.from_pretrained(runs.sft / "model", num_labels=1)
     model.base_model.load_state_dict(runs.roles.copy_trunk("reward").base_model.state_dict())
     head = runs.roles.heads["reward"].weight.data
@@ -117,8 +116,8 @@ def test_prompts_are_put_into_the_template_of_the_data() -> None:
     assert prompt_renderer({"template": texts}, nowhere)("Who {are} you?") == "Q: Who {are} you?\nA:"
 
 
-def test_gold_utility_where_the_data_set_knows_it(runs: SimpleNamespace) -> None:
-    responder = open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0)[0]
+def test_gold_utility_is_shown_if_the_data_set_has_it(runs: SimpleNamespace) -> None:
+    voice = open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0)[0]
     farm = Farm(eval_prompts=2)
     responder.utility = farm.utility
     row = farm.load("eval")[0]
@@ -126,7 +125,7 @@ def test_gold_utility_where_the_data_set_knows_it(runs: SimpleNamespace) -> None
     assert "gold utility" not in responder._scores("Who knows?", [5], "No.", [9])
 
 
-def test_in_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:
+def test_chat_reads_prompts_from_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:
     lines = [PROMPT, "", "/seed x", "/what", "w3 " * 200, "/temperature 0", PROMPT, "/quit", "w3"]
     command = [sys.executable, "-c", "from rlhf.finished.chat.cli import main; main()", str(runs.ppo), str(runs.sft)]
     done = subprocess.run(
@@ -190,7 +189,7 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_a_broken_adapter_is_named(tmp_path: Path) -> None:
-    runs = outputs(tmp_path / "outputs")
+    runs = finished_outputs(tmp_path / "outputs")
     (runs.ppo / "model/adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"ppo is damaged: model/adapter_model\.safetensors is not what was written"):
         open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0)
@@ -217,7 +216,7 @@ def test_the_page_streams_a_column_for_each_run(runs: SimpleNamespace) -> None:
         str(runs.ppo),
         str(runs.sft),
     ]
-    # a process of its own: a generator whose types are checked is none to gradio
+    # in a process of its own: gradio does not recognise a generator that is wrapped by the type checker
     server = subprocess.Popen([*command, "--web", "--max-new-tokens", "6"], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

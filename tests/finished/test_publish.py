@@ -1,4 +1,4 @@
-"""`rlhf-export`: what it writes loads in plain transformers and computes the same, and its card can be read."""
+"""`rlhf-export`: exported models load in plain transformers and compute the same, and the model card is complete."""
 
 import json
 import threading
@@ -20,20 +20,20 @@ from rlhf.files import read_json
 from rlhf.finished.export import cli
 from rlhf.finished.export.card import hub_datasets, shareable
 from rlhf.models.sequences import Sequences
-from tests.helpers.finished_runs import config, move, outputs
+from tests.helpers.finished_runs import finished_outputs, move_outputs, run_config
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return outputs(tmp_path_factory.mktemp("work") / "outputs")
+    return finished_outputs(tmp_path_factory.mktemp("work") / "outputs")
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """The one sentence on stderr of an export that is refused."""
+    """Run an export that is refused and return its one-sentence error message."""
 
     def run(*arguments: object, code: int = 2) -> str:
-        capsys.readouterr()  # bars of the fixtures
+        capsys.readouterr()  # discard the progress bars of the fixtures
         with pytest.raises(SystemExit) as leaving:
             cli.main([str(argument) for argument in arguments])
         assert leaving.value.code == code
@@ -60,7 +60,7 @@ def test_a_merged_policy_has_the_logits_of_base_and_adapter(
         plain = AutoModelForCausalLM.from_pretrained(folder)
         torch.testing.assert_close(plain(input_ids=batch.ids).logits, expected, rtol=1e-4, atol=1e-5)
         reference = runs.roles.output("reference")(runs.roles.hidden("reference", batch))
-    assert (expected - reference).abs().max() > 0.1  # the adapter is no no-op
+    assert (expected - reference).abs().max() > 0.1  # the adapter changes the output
     assert AutoTokenizer.from_pretrained(folder)("w3 w9")["input_ids"] == [3, 9]
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -88,10 +88,10 @@ def test_a_reward_model_scores_as_in_the_run(runs: SimpleNamespace, make_texts: 
     assert "demonstrations score 0.500 on average" in card.text
 
 
-def test_an_adapter_by_itself_after_the_outputs_were_moved(
+def test_an_adapter_is_exported_after_the_outputs_were_moved(
     make_texts: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = move(outputs(tmp_path / "outputs"), tmp_path / "moved")
+    runs = move_outputs(finished_outputs(tmp_path / "outputs"), tmp_path / "moved")
     folder = export(runs.ppo, tmp_path / "adapter", "--adapter")
     assert {path.suffix for path in folder.iterdir()} == {".json", ".md", ".safetensors"}
     assert not (folder / "model.safetensors").exists()
@@ -121,27 +121,27 @@ def test_the_card_says_what_was_trained_how(
     assert {"rlhf", "ppo", "lora"} <= set(card.data.tags)
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("win_rate", 0.5), ("reward", 0.25)]
     settings = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
-    assert settings["ppo"]["steps"] == config()["ppo"]["steps"]
+    assert settings["ppo"]["steps"] == run_config()["ppo"]["steps"]
     for text in ("| win rate | 0.25 | 0.5 |", "clamped_kl, coefficient 0.05", "w5 {instruction} w6", "| reward model |",
                  "transformers"):  # fmt: skip
         assert text in card.text, text
 
 
 def test_the_card_names_the_hubs_data_and_no_place_of_this_machine() -> None:
-    assert list(hub_datasets(config("data=alpaca_farm")["data"])) == ["tatsu-lab/alpaca_farm"] * 5
-    assert list(hub_datasets(config("data=imdb")["data"])) == ["stanfordnlp/imdb"]
-    assert not list(hub_datasets(config("data=alpaca")["data"]))
-    assert not list(hub_datasets(config("data=stack_exchange", "data.sources=dumps/Posts.xml")["data"]))
+    assert list(hub_datasets(run_config("data=alpaca_farm")["data"])) == ["tatsu-lab/alpaca_farm"] * 5
+    assert list(hub_datasets(run_config("data=imdb")["data"])) == ["stanfordnlp/imdb"]
+    assert not list(hub_datasets(run_config("data=alpaca")["data"]))
+    assert not list(hub_datasets(run_config("data=stack_exchange", "data.sources=dumps/Posts.xml")["data"]))
     told = shareable(
         {"root": "/home/someone/data", "client": {"base_url": "http://inside"}, "sft": ["a/b.json", "~/c/d"]}
     )
     assert told == {"root": "data", "sft": ["a/b.json", "d"]}
 
 
-def test_the_licence_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_card_names_the_licence_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    runs = outputs(tmp_path / "outputs", "model=custom", f"model.name_or_path={tmp_path}/base")
+    runs = finished_outputs(tmp_path / "outputs", "model=custom", f"model.name_or_path={tmp_path}/base")
     cli.main([str(runs.sft), str(tmp_path / "out"), "--dry-run"])
     said = capsys.readouterr().out
     assert ModelCard(said).data.license == "apache-2.0"
@@ -167,13 +167,13 @@ def test_mistakes_are_told_in_a_sentence(
     assert not out.exists()
 
 
-def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = outputs(tmp_path / "outputs")
+def test_a_failed_export_leaves_nothing(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = finished_outputs(tmp_path / "outputs")
     adapter = runs.ppo / "model/adapter_model.safetensors"
     tensors = load_file(adapter)
     tensors.pop(min(tensors))
     save_file(tensors, adapter)
-    (runs.ppo / "checksums.json").unlink()  # as an earlier version left it
+    (runs.ppo / "checksums.json").unlink()  # as written by an earlier version
     assert "missing adapter keys" in refused(runs.ppo, tmp_path / "out")
     adapter.write_bytes(adapter.read_bytes()[:-8])
     assert "adapter_model.safetensors is not what was written" in refused(runs.ppo, tmp_path / "out")
@@ -181,18 +181,18 @@ def test_what_is_broken_leaves_nothing(tmp_path: Path, refused: Callable, monkey
     def stopped(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_card", stopped)  # the last thing that is written
+    monkeypatch.setattr(cli, "_card", stopped)  # the last file that is written
     with pytest.raises(SystemExit) as leaving:
         export(runs.full, tmp_path / "out")
     assert leaving.value.code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     (runs.sft / "summary.json").unlink()
-    moved = move(runs, tmp_path / "moved")
+    moved = move_outputs(runs, tmp_path / "moved")
     assert "not in the cache beside it" in refused(moved.other, tmp_path / "out")
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as an upload of small files needs; what came is in `received`."""
+    """The part of the Hub's API that an upload of small files needs; uploaded files are in `received`."""
 
     received: dict[str, object]
 
@@ -248,7 +248,7 @@ def test_a_push_that_fails_keeps_the_folder(
     runs: SimpleNamespace, tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    said = refused(runs.ppo, tmp_path / "out", "--push", "me/it", code=1)  # tests are offline
+    said = refused(runs.ppo, tmp_path / "out", "--push", "me/it", code=1)  # the tests run offline
     assert "me/it could not be pushed (" in said
     assert f"`hf upload me/it {tmp_path}/out` tries again" in said
     assert (tmp_path / "out/model.safetensors").exists()

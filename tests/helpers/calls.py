@@ -1,4 +1,4 @@
-"""Calls of a function, recorded or preceded by another call."""
+"""Patched functions: calls are recorded, or preceded by another call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 
-def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple, Any]]:
-    """(arguments, result) of each call; the call itself is the real one."""
+def record_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tuple, Any]]:
+    """Record (positional arguments, result) of each call of `owner.name`, which still does what it did."""
     real, calls = getattr(owner, name), []
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -22,7 +22,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[tu
 
 @contextmanager
 def before_call(owner: Any, name: str, act: Callable[..., None]) -> Iterator[None]:
-    """`act` is called with the arguments before the real thing is."""
+    """Call `act` with the positional arguments before each call of `owner.name`."""
     real = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The `rlhf` command on runs as small as they get, in this process or in one of its own."""
+"""The `rlhf` command in this process, and overrides for runs as small as possible."""
 
 import sys
 
@@ -16,8 +16,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def rlhf(*arguments: str) -> int:
-    """Run the command in this process and folder; the exit code."""
+def run_in_process(*arguments: str) -> int:
+    """Run `rlhf` with these arguments in this process and the current folder; return the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["rlhf", *arguments])
         try:
@@ -27,8 +27,8 @@ def rlhf(*arguments: str) -> int:
     return 0
 
 
-def sentence(said: str) -> str:
-    """The one sentence that a failed command ends in."""
+def error_sentence(said: str) -> str:
+    """The one-sentence error message in the output of a failed command; asserts that there is no traceback."""
     assert "Traceback" not in said, said
     told = [line for line in said.splitlines() if line.startswith("rlhf: ")]
     assert len(told) == 1, said

@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import rlhf.sweep.resolvers  # noqa: F401  (`conf` uses them)
+import rlhf.sweep.resolvers  # noqa: F401  (registers the resolvers that `conf` uses)
 from rlhf import root
 from rlhf.data.records import DataSource
 from rlhf.pipeline.checks import check
@@ -16,7 +16,7 @@ from rlhf.settings import Settings
 
 
 def composed(*overrides: str, name: str = "config", with_hydra: bool = False) -> DictConfig:
-    """`conf/<name>.yaml` with the overrides; `with_hydra` keeps Hydra's own node."""
+    """Compose `conf/<name>.yaml` with overrides; `with_hydra` keeps the node `hydra`."""
     with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
         return compose(name, list(overrides), return_hydra_config=with_hydra)
 
@@ -27,7 +27,7 @@ def composed_settings(*overrides: str) -> Settings:
 
 
 def composed_data(option: str, *overrides: str) -> DataSource:
-    """The data set of `conf/data/<option>.yaml`; the overrides begin with `data.`."""
+    """The data set of `conf/data/<option>.yaml`; overrides start with `data.`."""
     return instantiate(composed(*overrides, name=f"data/{option}").data, _convert_="all")
 
 

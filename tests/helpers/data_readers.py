@@ -1,4 +1,4 @@
-"""Readers of one file each, good rows for them, and files that they refuse or read in part."""
+"""Readers of a single data file, good rows for them, and files that they refuse or read in part."""
 
 import gzip
 import json
@@ -23,8 +23,8 @@ GOOD = {"instruction": "Do", "output": "Done.", "output_1": "one", "output_2": "
         "text": "A good film.", "label": 1}  # fmt: skip
 
 
-def one_sentence(error: BaseException, expected: str) -> None:
-    """What the command would print: one line, and it names the thing."""
+def assert_one_sentence(error: BaseException, expected: str) -> None:
+    """Assert that the command would print one line for this error, and that it matches the pattern `expected`."""
     said = explain(error)
     assert said is not None, f"a traceback would reach the user: {error!r}"
     assert "\n" not in said
@@ -70,12 +70,12 @@ CHAT = [{"role": "user", "content": "Hi"}]
 POST = b'<row Id="1" PostTypeId="1" Score="1" Body="Why?"/>'
 
 
-def shown(value: object) -> str:
-    """A row's name, the same in every process."""
+def readable_id(value: object) -> str:
+    """A test id for a table entry that is the same in every process."""
     return getattr(value, "__name__", str(value)[:40])
 
 
-# a whole file: which reader, its name, its bytes, and the sentence, or how many rows are kept and how many counted
+# reader, file name, content, and the error message or the numbers of rows kept and skipped
 FILES: list[tuple[Callable, str, bytes, str | tuple[int, int]]] = [
     (alpaca, "x.jsonl", b"", "x.jsonl is empty"),
     (alpaca, "x.jsonl", b"\n \n", "x.jsonl has no rows"),
@@ -126,7 +126,7 @@ FILES: list[tuple[Callable, str, bytes, str | tuple[int, int]]] = [
 ]
 
 
-def checked_and_loaded(source: DataSource, split: str) -> int:
-    """How many rows there are to use."""
+def usable_rows(source: DataSource, split: str) -> int:
+    """Check and load a split; return its number of rows."""
     source.check()
     return len(source.load(split))

@@ -1,4 +1,4 @@
-"""Outputs with finished runs in them, as small as they get: an SFT and a reward model in the cache, runs on them."""
+"""Output folders with tiny finished runs: an SFT and a reward model in the cache, and PPO runs that use them."""
 
 import shutil
 import time
@@ -22,16 +22,16 @@ METRICS = {
 }
 
 
-def config(*overrides: str) -> dict[str, Any]:
-    """The resolved configuration of a run on tiny models, whose data set is words in a template."""
+def run_config(*overrides: str) -> dict[str, Any]:
+    """The resolved configuration of a run on tiny models with a template of single words."""
     config = composed("data=alpaca", "evaluation.max_new_tokens=6", *overrides)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return {**plain, "data": {**plain["data"], "template": TEMPLATE}}
 
 
-def outputs(folder: Path, *overrides: str) -> SimpleNamespace:
-    """`sft` and `reward` in the cache, `ppo` on them, `other` with another policy, `full` without an adapter."""
-    roles, tokenizer, settings = tiny_roles(), word_tokenizer(), config(*overrides)
+def finished_outputs(folder: Path, *overrides: str) -> SimpleNamespace:
+    """Write `sft` and `reward` in the cache, `ppo` on them, `other` with another policy, `full` without an adapter."""
+    roles, tokenizer, settings = tiny_roles(), word_tokenizer(), run_config(*overrides)
     runs = SimpleNamespace(sft=folder / "cache/sft-0", reward=folder / "cache/reward-0", roles=roles)
     runs.ppo, runs.other, runs.full = (folder / "study" / name for name in ("ppo", "other", "full"))
     base = runs.sft / "model"
@@ -53,8 +53,8 @@ def outputs(folder: Path, *overrides: str) -> SimpleNamespace:
     return runs
 
 
-def move(runs: SimpleNamespace, folder: Path) -> SimpleNamespace:
-    """All outputs, somewhere else."""
+def move_outputs(runs: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    """Move all outputs to another folder; return the new paths."""
     shutil.move(runs.sft.parent.parent, folder)
     places = {
         name: folder / path.relative_to(runs.sft.parent.parent) for name, path in vars(runs).items() if name != "roles"

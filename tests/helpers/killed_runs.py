@@ -1,9 +1,9 @@
-"""The `rlhf` command in a process of its own, which sends itself a signal at a chosen moment.
+"""The `rlhf` command in a separate process that sends itself a signal at a chosen moment.
 
-A moment is a function (`package.module:Class.method`) that is called, or a change to the disk that is about to be made:
-`write`, `rename` or `remove`, a blank and a pattern for the path. At the n-th time, some seconds later, a real signal
-comes. Nothing else is different from `python -m rlhf`, but that the imports are made already: each process is forked
-from one that has done nothing else (multiprocessing's forkserver), or most of a kill's time would go into them.
+A moment is a call of a function (`package.module:Class.method`) or a change of the disk that is about to happen:
+`write`, `rename` or `remove`, a space and a pattern for the path. At its n-th occurrence, plus a delay in seconds, a
+real signal is sent. The only other difference from `python -m rlhf` is that imports are already done: each process is
+forked from a server that has done nothing else (multiprocessing's forkserver), because imports take most of the time.
 """
 
 import functools
@@ -28,7 +28,7 @@ FORKS.set_forkserver_preload(
 
 
 def start(folder: Path, arguments: Sequence[str], *moment: Any) -> BaseProcess:
-    """The command below `folder`, with the arguments of a `Moment` to die at; what it says goes into `said.log`."""
+    """Start the command in `folder`; `moment` are arguments of `Moment`. Its output goes to `said.log`."""
     process = FORKS.Process(target=_run, args=(folder, arguments, moment))
     process.start()
     return process
@@ -46,12 +46,12 @@ def _run(folder: Path, arguments: Sequence[str], moment: Sequence[Any]) -> None:
 
 
 class Moment:
-    """Counts, and at the n-th time leaves `died.log` and sends the signal."""
+    """Count occurrences; at the n-th, write `died.log` and send signal `number` to this process after `seconds`."""
 
     def __init__(self, where: str, nth: int, seconds: float, number: int):
         self.where, self.left, self.seconds, self.number = where, nth, seconds, number
 
-    def come(self) -> None:
+    def count(self) -> None:
         self.left -= 1
         if self.left:
             return
@@ -65,18 +65,18 @@ class Moment:
     def kill(self) -> None:
         os.kill(os.getpid(), self.number)
 
-    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """An audit hook."""
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Audit hook: count disk events that match `where`."""
         verb, _, pattern = self.where.partition(" ")
         if EVENTS.get(event) != verb or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             return
         path = arguments[1] if event == "os.rename" else arguments[0]
         if not isinstance(path, int) and fnmatch(os.fsdecode(path), pattern):
-            self.come()
+            self.count()
 
     def watch(self) -> None:
         if " " in self.where:
-            sys.addaudithook(self.hear)
+            sys.addaudithook(self.audit)
             return
         module, _, path = self.where.partition(":")
         owner, _, name = path.rpartition(".")
@@ -86,7 +86,7 @@ class Moment:
     def wrapped(self, function: Callable) -> Callable:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.come()
+            self.count()
             return function(*args, **kwargs)
 
         return call

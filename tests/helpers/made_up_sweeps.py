@@ -14,7 +14,7 @@ PROMPTS, STEPS = 120, (0, 10, 20, 30, 40, 50)
 
 
 def write_run(folder: Path, variant: str, seed: int, layout: Mapping[str, Any] | None = None, **changes: Any) -> None:
-    """A run folder as rlhf.pipeline.run leaves it, with smooth made-up curves."""
+    """Write a run folder like those of rlhf.pipeline.run, with made-up curves; `changes` override its summary."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng((seed, sum(map(ord, variant))))
     hard = np.random.default_rng(0).normal(0, 0.15, PROMPTS)

@@ -1,4 +1,4 @@
-"""A tiny HTTP server that speaks the OpenAI protocol over a real socket and answers what it is told to."""
+"""A tiny HTTP server that speaks the OpenAI protocol over a real socket and gives scripted answers."""
 
 import json
 import threading
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | tuple[int, Any]  # an answer's text; or an HTTP status with a JSON body, or with a raw one
+Reply = str | tuple[int, Any]  # the text of an answer, or an HTTP status with a JSON or raw body
 
 
 @dataclass
 class Server:
-    """Where it listens, what it was sent, and how many requests were under way at once."""
+    """The address of the server, the requests that it got, and the largest number (`most`) of concurrent ones."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -26,13 +26,13 @@ class Server:
 
 
 def text_of(request: dict[str, Any]) -> str:
-    """All messages of a request."""
+    """The text of all messages of a request."""
     return "\n".join(message["content"] for message in request["messages"])
 
 
 @contextmanager
 def serving(respond: Callable[[dict[str, Any], int], Reply], seconds: float = 0.0) -> Iterator[Server]:
-    """`respond(request, number)` answers, 10 tokens in, 5 out, after `seconds`; errors ask to be retried at once."""
+    """Serve `respond(request, number)` after `seconds`, as 10 + 5 tokens; errors ask for an immediate retry."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -65,7 +65,7 @@ def serving(respond: Callable[[dict[str, Any], int], Reply], seconds: float = 0.
             if status != 200:
                 self.send_header("retry-after-ms", "1")
             self.end_headers()
-            with suppress(BrokenPipeError, ConnectionResetError):  # who asked did not wait
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client did not wait
                 self.wfile.write(raw)
 
         def log_message(self, *args: Any) -> None:

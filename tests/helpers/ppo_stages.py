@@ -1,4 +1,4 @@
-"""Stages put together as rlhf.pipeline.run does, run through a real trainer, and watched."""
+"""PPO stages on tiny models, put together as rlhf.pipeline.run does, with settings for a few steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ LORA = LoraSettings(r=4, alpha=8.0, dropout=0.0, target_modules=["q_proj", "k_pr
 
 
 def count_low_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A score that a policy can raise: the share of words below w20."""
+    """A scorer that a policy can learn from: the share of words below w20 in each response."""
     words = [response.split() or ["w49"] for response in responses]
     return [sum(int(word.strip("<>w") or 49) < 20 for word in row if word[0] == "w") / len(row) for row in words]
 
@@ -59,7 +59,7 @@ def no_metrics(prompts: Sequence[Any], responses: Sequence[str]) -> tuple[dict, 
 def make_ppo(
     settings: Settings, folders: SimpleNamespace, samples: Path, reward: bool = True, warm: bool = True, kl: Any = None
 ) -> PPO:
-    """As rlhf.pipeline.run does; `warm` starts from an adapter that is no no-op."""
+    """Make a PPO stage as rlhf.pipeline.run does; with `warm`, the policy starts from a non-zero adapter."""
     tokenizer = folders.tokenizer
     torch.manual_seed(0)
     roles = ppo_roles(settings, tokenizer, folders.sft, folders.reward if reward else None, None)
@@ -73,3 +73,9 @@ def make_ppo(
 def train(stage: PPO, folder: Path, start: int = 0, **options: Any) -> list[dict[str, float]]:
     batches = SeededBatches(len(PROMPTS), stage.ppo.rollout_batch_size, stage.config.seed, stage.ppo.steps, start)
     return fit(stage, PROMPTS, batches, folder, **options)
+
+
+def remove_reward_signal(experience: Any) -> None:
+    """Set advantages to 0 and returns to the old values, so that only a divergence in the loss has a gradient."""
+    experience.advantages = torch.zeros_like(experience.advantages)
+    experience.returns = experience.old_values

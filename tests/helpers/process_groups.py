@@ -1,4 +1,4 @@
-"""Functions run by two processes of one group."""
+"""Functions that run in two processes of one torch.distributed group."""
 
 import os
 import socket
@@ -10,8 +10,8 @@ import torch
 from rlhf.distributed import processes
 
 
-def together(work: Callable, *arguments: Any) -> None:
-    """`work(rank, …)` in two processes of one group."""
+def run_in_two_processes(work: Callable, *arguments: Any) -> None:
+    """Run `work(rank, *arguments)` in two processes of one group; raises what either of them raises."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

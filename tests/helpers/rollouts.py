@@ -1,4 +1,4 @@
-"""Engines and samples for tests of rollouts."""
+"""Prompts, a scripted engine and calls of engines for tests of rollouts."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Generated, GenerationRequest
 
 
-class Parrot:
-    """An engine that answers a prompt with its own words, so that one process and two roll out the same."""
+class EchoEngine:
+    """An engine that derives a response from its prompt alone, so that one process and two get the same rollouts."""
 
     def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:
         rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in request.prompts]
@@ -27,15 +27,16 @@ KINDS = ["llama", "tied", "neox"]
 PROMPTS = [[5, 9, 7], [3], [11, 4, 4, 30, 8, 22, 17], [40, 41], [6, 6, 6, 6, 6], [49, 3, 12, 13]] * 4
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def seeded_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sample(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
-    options = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded(), **options}
-    role = options.pop("role")
-    return engine.generate(roles, role, GenerationRequest(prompts, **options))  # type: ignore[arg-type, attr-defined]
+def generate(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
+    """Sample from the policy at temperature 1 with a fixed seed, unless options say otherwise."""
+    defaults = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded_generator()}
+    return engine.generate(roles, prompts=prompts, **(defaults | options))  # type: ignore[attr-defined]
 
 
-def rows_of(generated: Generated) -> list[list[int]]:
+def response_rows(generated: Generated) -> list[list[int]]:
+    """The token ids of each response, without padding."""
     return [ids[:n] for ids, n in zip(generated.ids.tolist(), generated.lengths.tolist(), strict=True)]

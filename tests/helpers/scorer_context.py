@@ -1,4 +1,4 @@
-"""A scorer context on tiny models, for judges."""
+"""Scorer contexts on tiny models, for scorers and judges."""
 
 import functools
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.helpers.tiny_models import tiny_roles, word_tokenizer
 
 
 class NoSource:
-    """A data set that nobody reads."""
+    """A data set that must not be read."""
 
     splits = ()
 
@@ -19,9 +19,9 @@ class NoSource:
 
 
 @functools.cache
-def models() -> Roles:
+def shared_roles() -> Roles:
     return tiny_roles()
 
 
-def context(folder: Path) -> Context:
-    return Context(NoSource(), word_tokenizer(), models(), cache=folder)
+def scorer_context(folder: Path) -> Context:
+    return Context(NoSource(), word_tokenizer(), shared_roles(), cache=folder)

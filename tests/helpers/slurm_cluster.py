@@ -1,4 +1,4 @@
-"""A real SLURM on loopback: munged, slurmctld and slurmd of the distribution's packages, below one temporary folder."""
+"""A real SLURM on loopback: munged, slurmctld and slurmd from the distribution's packages, in one temporary folder."""
 
 import os
 import shutil
@@ -18,8 +18,8 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# cred_expire: a job put back may start after so many seconds (120 by default): not before a node that died and came
-# back was sent what the controller still had for it, among that "end this job"
+# cred_expire: seconds (120 by default) before a requeued job may start: not before a node that died and came
+# back has received the controller's pending messages, among them "end this job"
 AuthInfo=cred_expire=12,socket={folder}/munge.socket
 CryptoType=crypto/munge
 SlurmctldPort={controller_port}
@@ -51,17 +51,17 @@ PartitionName=high Nodes=localhost PriorityTier=10 DefMemPerCPU=500
 """
 
 
-def missing() -> str | None:
-    """The first program that is not installed."""
+def missing_program() -> str | None:
+    """The first of the required programs that is not installed."""
     sbin = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     return next((program for program in PROGRAMS if shutil.which(program, path=sbin) is None), None)
 
 
 class Cluster:
-    """One node with two CPUs; a partition `low`, whose jobs those of `high` send back to the queue after a minute."""
+    """One node with two CPUs; jobs of the partition `high` preempt and requeue those of `low` after a minute."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has at most 107 characters
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path: socket paths have at most 107 characters
         self.folder.chmod(0o755)
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
@@ -94,11 +94,11 @@ class Cluster:
             )
 
     def kill_node(self) -> None:
-        """As a power failure does: the node's daemon and all that it runs are gone at once.
+        """Kill the node's daemon and all processes on the node at once, as a power failure does.
 
-        All are stopped before the first is killed: an `srun` that sees its step's daemon die tells the controller,
-        which keeps "kill step 0 of this job" for the dead node and, a minute later, kills with it the job started anew.
-        Children die before their parents: the kernel wakes a stopped process group that loses its last parent.
+        All are stopped before the first is killed: an `srun` that sees the daemon of its step die tells the controller,
+        which keeps "kill step 0 of this job" for the dead node and kills the restarted job with it a minute later.
+        Children are killed before parents: the kernel wakes a stopped process group when its last parent dies.
         """
         slurmd = self.processes.pop("slurmd")
         slurmd.send_signal(signal.SIGSTOP)
@@ -106,16 +106,16 @@ class Cluster:
         while found := {pid: born for pid, born in self._on_the_node() if pid not in stopped}:
             for pid in found:
                 _send(pid, signal.SIGSTOP)
-            stopped |= found  # and again: what was being started while these were looked for
+            stopped |= found  # repeat: new processes may have started during the search
         for pid in sorted(stopped, key=lambda pid: (stopped[pid], pid), reverse=True):
             _send(pid, signal.SIGKILL)
         slurmd.kill()
         slurmd.wait()
 
     def _on_the_node(self) -> Iterator[tuple[int, int]]:
-        """Step daemons and what runs in jobs, with the tick each was born in.
+        """Step daemons and processes of jobs: (process id, clock tick of its start).
 
-        They are known by this cluster's configuration in their environment.
+        They are recognised by this cluster's configuration in their environment.
         """
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -123,17 +123,17 @@ class Cluster:
                 if str(self.folder).encode() in environment and (
                     name.startswith("slurmstepd") or b"\0SLURM_JOB_ID=" in environment
                 ):
-                    # proc(5): the 22nd field of stat; the second, a name in brackets, may hold spaces
+                    # proc(5): field 22 of stat; field 2, a name in brackets, may contain spaces
                     yield int(place.name), int((place / "stat").read_text().rpartition(")")[2].split()[19])
 
     def run(self, *command: str, check: bool = True) -> str:
-        """A command of SLURM; what it prints."""
+        """Run a SLURM command and return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def stop(self) -> None:
-        """End all jobs, then the daemons."""
+        """Cancel all jobs, then stop the daemons."""
         self.run("scancel", "--user", self.environment.get("USER", "root"), check=False)
         wait_for(lambda: not self.run("squeue", "-h", check=False).strip(), 20, "an empty queue", strict=False)
         self.kill_node()
@@ -162,7 +162,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str, strict: bool = True) -> float:
-    """Poll until it holds; the seconds that took."""
+    """Poll until the condition holds; return the seconds that this took. Fails after `seconds` if `strict`."""
     started = time.time()
     while time.time() - started < seconds:
         if condition():

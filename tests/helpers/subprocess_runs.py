@@ -1,4 +1,4 @@
-"""The `rlhf` command in processes of its own."""
+"""The `rlhf` command in separate processes."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.helpers.command_line import TINY
@@ -16,9 +17,9 @@ from tests.helpers.command_line import TINY
 QUICK = ["debug=quick", "logger=csv", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"]
 
 
-def rlhf(folder: Path, *arguments: str, code: int = 0) -> str:
-    """Run the command in a process of its own, below `folder`."""
-    flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them in front
+def run_in_subprocess(folder: Path, *arguments: str, code: int = 0) -> str:
+    """Run the command in a separate process in `folder`; return its output. Asserts the exit code `code`."""
+    flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants flags first
     overrides = [f"output_dir={folder}/outputs", *(argument for argument in arguments if argument not in flags)]
     done = subprocess.run(
         [sys.executable, "-m", "rlhf", *flags, *overrides],
@@ -31,31 +32,32 @@ def rlhf(folder: Path, *arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_tiny(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with the overrides `TINY` in a separate process; the exit code is not checked."""
     command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
 
 
-def cached(folder: Path, stage: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
+def cached_weights(folder: Path, stage: str) -> dict[str, Tensor]:
+    """The weights of the cached model of a stage (`sft` or `reward`)."""
     path = next(folder.glob(f"outputs/cache/{stage}-*/model/*.safetensors"))
     return load_file(path)
 
 
-def stop(folder: Path, to_child: bool, options: Sequence[str]) -> int:
-    """Start, wait for a step more than there is, send SIGTERM to the launcher or to its second process."""
+def stop_after_a_step(folder: Path, to_child: bool, options: Sequence[str]) -> int:
+    """Start a run, send SIGTERM to the launcher or its second process after the next step; return the exit code."""
     command = [sys.executable, "-m", "rlhf", *TINY, f"output_dir={folder}/outputs", *options]
-    before = steps(folder)
+    before = last_step(folder)
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while steps(folder) <= before and process.poll() is None and time.monotonic() < deadline:
+    while last_step(folder) <= before and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]) if to_child else process.pid, signal.SIGTERM)
     return process.wait(timeout=120)
 
 
-def steps(folder: Path) -> int:
+def last_step(folder: Path) -> int:
+    """The last step in the metrics of the run in a folder, or 0."""
     lines = [line for path in folder.glob("outputs/rlhf/*/metrics.jsonl") for line in path.read_text().splitlines()]
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)

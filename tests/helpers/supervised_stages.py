@@ -1,4 +1,4 @@
-"""SFT and reward stages on tiny models, and random rows for them."""
+"""SFT and reward stages on tiny models, and random rows to train them on."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, with peaked distributions, so that every position and scale matters."""
+"""Tiny random models of many architectures, with peaked distributions so that every position and scale matters."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -16,7 +16,7 @@ HYBRID = {
     "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
     "mamba_chunk_size": 8,
 }  # fmt: skip
-# what scales or caps its logits
+# models that scale or cap their logits
 TRANSFORMED = {
     "granite": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.0625},
@@ -29,7 +29,7 @@ TRANSFORMED = {
     },
     "falcon_h1": {**HYBRID, "lm_head_multiplier": 0.1},
 }  # fmt: skip
-# where a token does not see all before it, or sees it by its place
+# models with local attention, or whose attention depends on distance
 LOCAL = {
     "mistral": WINDOW,
     "phi3": WINDOW,
@@ -45,7 +45,7 @@ LOCAL = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
 }
-# whose state takes in padding
+# models with a recurrent state, which padding would change
 STATEFUL = {
     "mamba": {"state_size": 8},
     "falcon_h1": HYBRID,
@@ -54,8 +54,8 @@ STATEFUL = {
 }
 
 
-def tiny(kind: str, **options: object) -> PreTrainedModel:
-    """A model of transformers' model type `kind`."""
+def tiny_architecture(kind: str, **options: object) -> PreTrainedModel:
+    """A random float32 model of transformers' model type `kind`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**SPECIAL, **SHAPE, **options})

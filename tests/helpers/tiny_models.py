@@ -26,7 +26,7 @@ TARGETS = {
 
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": EOS}
 
-# initial weights far larger than usual, so that distributions are peaked and every position matters
+# far larger initial weights than usual, so that distributions are peaked and every position matters
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "initializer_range": 0.25}
 
 
@@ -46,8 +46,8 @@ def tiny_model(kind: str = "llama", seed: int = 0, layers: int = 2, **options: o
     return model.eval()
 
 
-def randomise(parameters: dict[str, torch.nn.Parameter], seed: int, std: float = 0.2) -> None:
-    """Give B matrices weight, so that an adapter is no no-op."""
+def randomize_lora_b(parameters: dict[str, torch.nn.Parameter], seed: int, std: float = 0.2) -> None:
+    """Draw LoRA's B matrices, which are zero at first, so that the adapter changes the output."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in parameters.items():
         if "lora_B" in key:
@@ -59,13 +59,13 @@ def tiny_lora(kind: str = "llama", dropout: float = 0.0, r: int = 4) -> LoraConf
 
 
 def tiny_roles(kind: str = "llama", dropout: float = 0.0, **options: object) -> Roles:
-    """`policy`, `value` and `reward` as adapters that matter, on one base, with heads; policy and value train."""
+    """Non-zero adapters `policy`, `value` and `reward` on one base, with heads; policy and value are trainable."""
     roles = Roles(tiny_model(kind, **options))
     for seed, name in enumerate(("policy", "value", "reward")):
-        with torch.random.fork_rng():  # peft draws A from the global stream, whatever tests came before
+        with torch.random.fork_rng():  # peft draws A from the global generator, whose state depends on earlier tests
             torch.manual_seed(seed)
             roles.add_adapter("base", name, tiny_lora(kind, dropout))
-        randomise(roles.adapter_parameters("base", name), seed)
+        randomize_lora_b(roles.adapter_parameters("base", name), seed)
         roles.table[name] = Role("base", name)
     for seed, name in enumerate(("value", "reward")):
         head = roles.add_head(name, zero=False)
@@ -74,10 +74,10 @@ def tiny_roles(kind: str = "llama", dropout: float = 0.0, **options: object) -> 
     return roles.eval()
 
 
-def random_texts(
+def random_sequences(
     rows: int, seed: int, prompt: tuple[int, int] = (1, 9), response: tuple[int, int] = (1, 12)
 ) -> Sequences:
-    """Ragged random sequences of ordinary words."""
+    """Random sequences of ordinary words with different lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(low: int, high: int) -> list[int]:
@@ -88,7 +88,7 @@ def random_texts(
 
 
 def word_tokenizer(pad: str = "<pad>") -> PreTrainedTokenizerFast:
-    """One token a word (w3 is 3), no special tokens added; `pad="<eos>"` for a tokenizer whose pad token is its EOS."""
+    """One token per word (w3 is 3), no special tokens added; with `pad="<eos>"` the pad token is the EOS token."""
     vocabulary = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNK} | {f"w{i}": i for i in range(3, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

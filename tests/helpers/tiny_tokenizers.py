@@ -7,7 +7,7 @@ END, NAMES = "<|endoftext|>", ("<unk>", "<s>", "</s>")
 
 
 def byte_level(*special: str, **named: str) -> PreTrainedTokenizerFast:
-    """A token a byte, and the special ones behind them, as GPT-2, Qwen and Llama 3 have them."""
+    """One token per byte, followed by the special tokens, as in GPT-2, Qwen and Llama 3."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -20,7 +20,7 @@ def gpt2() -> PreTrainedTokenizerFast:
 
 
 def llama(eos: bool = False) -> PreTrainedTokenizerFast:
-    """Bytes and '▁', with BOS in front (and EOS behind), as sentencepiece's tokenizers of Llama 2 and Gemma."""
+    """Bytes and '▁', with BOS first (and EOS last), as in the sentencepiece tokenizers of Llama 2 and Gemma."""
     vocabulary = {name: i for i, name in enumerate([*NAMES, *(f"<0x{i:02X}>" for i in range(256)), "▁"])}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

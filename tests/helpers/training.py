@@ -1,6 +1,6 @@
-"""Stages trained by a real trainer on the CPU, and what a test looks at afterwards."""
+"""Training of stages with a real trainer on the CPU; gradients and weights to compare."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rlhf.tracking.metrics_file import JsonLines, read_metrics
 
 
 def quiet_trainer(folder: Path, **options: Any) -> lightning.Trainer:
-    """As the pipeline makes it, without bars."""
+    """A trainer like the pipeline's, without progress bars."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return lightning.Trainer(
         accelerator="cpu", logger=[JsonLines(folder)], inference_mode=False, num_sanity_val_steps=0,
@@ -26,7 +26,7 @@ def quiet_trainer(folder: Path, **options: Any) -> lightning.Trainer:
 
 
 def fit(stage: Stage, rows: Any, batches: SeededBatches, folder: Path, **options: Any) -> list[dict[str, float]]:
-    """Train on the CPU; the metrics logged."""
+    """Train a stage on the CPU and return the logged metrics; `ckpt_path` resumes from a checkpoint."""
     resume = {"ckpt_path": options.pop("ckpt_path"), "weights_only": True} if "ckpt_path" in options else {}
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=1, logger=[JsonLines(folder)], enable_progress_bar=False, inference_mode=False,
@@ -37,8 +37,8 @@ def fit(stage: Stage, rows: Any, batches: SeededBatches, folder: Path, **options
 
 
 @contextmanager
-def gradients() -> Iterator[list[list[Tensor | None]]]:
-    """The gradients that each optimiser step sees."""
+def record_gradients() -> Iterator[list[list[Tensor | None]]]:
+    """Record the gradients at each optimiser step: one list per step, with None for a missing gradient."""
     seen: list[list[Tensor | None]] = []
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -52,9 +52,21 @@ def gradients() -> Iterator[list[list[Tensor | None]]]:
         handle.remove()
 
 
-def weights(roles: Roles) -> dict[str, Tensor]:
+def copy_weights(roles: Roles) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in roles.named_parameters()}
 
 
-def changed(before: dict[str, Tensor], roles: Roles) -> set[str]:
+def changed_weights(before: dict[str, Tensor], roles: Roles) -> set[str]:
     return {name for name, p in roles.named_parameters() if not torch.equal(before[name], p)}
+
+
+def assert_gradients_close(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], atol: float) -> None:
+    """Compare gradients with relative tolerance 1e-3; more than four of the expected ones must be non-zero."""
+    compared = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        if theirs is not None and theirs.abs().max() > 0:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=atol)
+            compared += 1
+        elif ours is not None:
+            assert ours.abs().max() == 0
+    assert compared > 4

@@ -1,4 +1,4 @@
-"""The run-time type checker of the test suite: beartype, for which (as for mypy) an int is a float."""
+"""The run-time type checker of the tests: beartype, which accepts an int as a float, as mypy does."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""What an offline W&B run wrote, read back from its file: LevelDB's log format around W&B's own records."""
+"""Reader for the files of offline W&B runs: LevelDB's log format around W&B's own records."""
 
 import json
 import struct
@@ -10,11 +10,11 @@ from typing import Any
 from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK, HEADER = 32768, 7
-FULL, LAST = 1, 4  # kinds of fragment that end a record
+FULL, LAST = 1, 4  # fragment types that end a record
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Each block of 32 KiB holds fragments: checksum, length, kind; the first 7 bytes of the file are W&B's own."""
+    """Blocks of 32 KiB hold fragments: checksum, length, type, content. The first 7 bytes of the file are W&B's own."""
     data, position, content = path.read_bytes(), HEADER, b""
     while position + HEADER <= len(data):
         left = BLOCK - position % BLOCK
@@ -33,7 +33,7 @@ def records(path: Path) -> Iterator[Record]:
 
 @dataclass
 class OfflineRun:
-    """One run, all its records taken together; `history` are its logged rows, nested keys joined by dots."""
+    """One run, merged from all its records; `history` are the logged rows, with nested keys joined by dots."""
 
     folder: Path
     id: str = ""
@@ -53,7 +53,7 @@ class OfflineRun:
     used: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def values(self, key: str) -> list[tuple[Any, Any]]:
-        """(step, value) of a metric."""
+        """(step, value) for each logged value of a metric."""
         return [(row["step"], row[key]) for row in self.history if key in row]
 
     @property

@@ -1,4 +1,4 @@
-"""What differs between architectures: dropout, positions, adapters on transposed layers, memory, refusals."""
+"""Differences between architectures: dropout, positions, adapters on transposed layers, memory, refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from rlhf.scorers import Context
 from rlhf.scorers.classifier import ClassifierScorer
 from rlhf.settings import LoraSettings, ModelSettings
 from tests.helpers.composed_config import compose_and_check, composed_settings
-from tests.helpers.tiny_models import EOS, SPECIAL, randomise, word_tokenizer
+from tests.helpers.tiny_models import EOS, SPECIAL, randomize_lora_b, word_tokenizer
 
 H = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 NOISE = {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "layerdrop": 0.3}
 ROPE = {**H, "intermediate_size": 32, "max_position_embeddings": 40}
 MOE = {**ROPE, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
-# an architecture, its shape with as much noise in training as it knows, and for how many positions it has a table
+# model type, its shape with all kinds of dropout that it has, and the size of its position table
 KINDS: dict[str, tuple[dict[str, Any], int | None]] = {
     "opt": ({**H, **NOISE, "ffn_dim": 32, "max_position_embeddings": 40, "word_embed_proj_dim": 32}, 40),
     "xglm": ({"d_model": 32, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32, **NOISE}, None),
@@ -69,7 +69,7 @@ def model_at(folder: Path) -> ModelSettings:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_training_a_base_is_the_function_that_it_is_in_evaluation(tmp_path: Path, kind: str) -> None:
-    """Whatever the architecture calls its dropout, and wherever it reads the rate."""
+    """Dropout is found whatever the architecture calls it and wherever it reads the rate from."""
     save_model(made(kind, **KINDS[kind][0]), word_tokenizer(), tmp_path)
     model = load_causal_lm(model_at(tmp_path), word_tokenizer())
     with torch.no_grad():
@@ -151,21 +151,21 @@ STRANGE = {
 @pytest.mark.parametrize("kind", STRANGE)
 def test_the_memory_of_any_configuration_is_estimated(kind: str) -> None:
     own = composed_settings()
-    own.model.config, own.lora.r = STRANGE[kind], 0  # nothing is merged
+    own.model.config, own.lora.r = STRANGE[kind], 0  # no adapter is merged
     lm = skeleton(own.model, 500)
     needed = estimate(own, 500, reward_model=False)
     assert needed is not None
     assert needed.weights == 4 * sum(p.numel() for p in lm.parameters())
     tokens = min(own.generation.batch_size, own.ppo.rollout_batch_size) * (64 + own.generation.max_new_tokens)
-    cached = 0 if kind.startswith("mamba") else 2 * (2 * 16)  # of two layers, two heads each
-    assert needed.generating == 4 * 2 * tokens * cached  # keys and values in float32
+    cached = 0 if kind.startswith("mamba") else 2 * (2 * 16)  # two layers with two heads each
+    assert needed.generating == 4 * 2 * tokens * cached  # float32 keys and values
 
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 
 
 def test_an_adapter_on_transposed_layers_is_pefts_everywhere(tmp_path: Path) -> None:
-    """GPT-2's Conv1D: forward, merged for scoring and decoding, copied, exported."""
+    """GPT-2's Conv1D: the forward pass, merged for scoring and decoding, copied and exported."""
     save_model(made("gpt2", **KINDS["gpt2"][0]).eval(), word_tokenizer(), tmp_path / "base")
     base = load_causal_lm(model_at(tmp_path / "base"), word_tokenizer())
     assert linear_names(base) == set(TARGETS)
@@ -173,7 +173,7 @@ def test_an_adapter_on_transposed_layers_is_pefts_everywhere(tmp_path: Path) -> 
     config = lora_config(LoraSettings(r=4, alpha=8.0, target_modules=TARGETS))
     roles.add_adapter("base", "policy", config)
     roles.table["policy"] = Role("base", "policy")
-    randomise(roles.adapter_parameters("base", "policy"), 0)
+    randomize_lora_b(roles.adapter_parameters("base", "policy"), 0)
     roles.eval()
     save_adapter(roles, "policy", config, tmp_path / "base", word_tokenizer(), tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -216,7 +216,7 @@ TEXTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10 w11 <eos>", "w9 <eos>"]
 def test_a_published_reward_model_reads_each_text_as_if_it_were_alone(
     tmp_path: Path, kind: str, side: str, pad: str | None
 ) -> None:
-    """Without a pad token, with EOS for one, and padded on the left."""
+    """Without a pad token, with EOS as the pad token, and with padding on the left."""
     tokenizer = word_tokenizer()
     tokenizer.padding_side = side
     tokenizer.pad_token = pad

@@ -1,4 +1,4 @@
-"""What a stage leaves behind, loaded by plain transformers and peft."""
+"""Models written by stages, loaded by plain transformers and peft."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ from rlhf.errors import ModelError
 from rlhf.models.export import load_adapter, save_adapter, save_model, saved_head
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
+from tests.helpers.tiny_models import random_sequences, tiny_lora, tiny_roles
 
 
 def logits_of(roles: Roles, role: str, batch: Sequences) -> Tensor:
@@ -20,18 +21,18 @@ def logits_of(roles: Roles, role: str, batch: Sequences) -> Tensor:
         return roles.output(role)(roles.hidden(role, batch))
 
 
+def export(roles: Roles, role: str, kind: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the base model and the adapter of a role to `folder/base` and `folder/adapter`."""
+    save_model(roles.copy_trunk("reference"), tokenizer, folder / "base")
+    save_adapter(roles, role, tiny_lora(kind), folder / "base", tokenizer, folder / "adapter")
+
+
 @pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
-def test_exported_policy_loads_with_plain_peft(
-    make_roles: Callable,
-    make_lora: Callable,
-    make_texts: Callable,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    kind: str,
+def test_an_exported_policy_loads_with_plain_peft(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
 ) -> None:
-    roles, batch = make_roles(kind), make_texts(4, seed=0)
-    save_model(roles.copy_trunk("reference"), tokenizer, tmp_path / "base")
-    save_adapter(roles, "policy", make_lora(kind), tmp_path / "base", tokenizer, tmp_path / "adapter")
+    roles, batch = tiny_roles(kind), random_sequences(4, seed=0)
+    export(roles, "policy", kind, tokenizer, tmp_path)
     expected = logits_of(roles, "policy", batch)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     for model in (
@@ -45,17 +46,11 @@ def test_exported_policy_loads_with_plain_peft(
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_exported_reward_loads_with_plain_peft(
-    make_roles: Callable,
-    make_lora: Callable,
-    make_texts: Callable,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    kind: str,
+def test_an_exported_reward_model_loads_with_plain_peft(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
 ) -> None:
-    roles, batch = make_roles(kind), make_texts(4, seed=0)
-    save_model(roles.copy_trunk("reference"), tokenizer, tmp_path / "base")
-    save_adapter(roles, "reward", make_lora(kind), tmp_path / "base", tokenizer, tmp_path / "adapter")
+    roles, batch = tiny_roles(kind), random_sequences(4, seed=0)
+    export(roles, "reward", kind, tokenizer, tmp_path)
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
     model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     inside = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
@@ -65,7 +60,7 @@ def test_exported_reward_loads_with_plain_peft(
     assert torch.equal(saved_head(tmp_path / "adapter"), roles.heads["reward"].weight)
 
 
-def test_adapter_round_trip(
+def test_a_saved_adapter_loads_unchanged(
     make_model: Callable, make_roles: Callable, make_lora: Callable, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     roles = make_roles()

@@ -1,4 +1,4 @@
-"""The short way through a LoRA layer, activation checkpointing and merged scoring, each against the plain way."""
+"""Fused LoRA layers, activation checkpointing and scoring with merged adapters, each against the plain computation."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ BATCH = Sequences.from_lists([[3, 4, 5], [6, 7]], [[8, 9, 10], [11, 12, 13, 14, 
 
 
 def layer(**options: Any) -> tuple[nn.Module, nn.Module]:
-    """The same adapted linear layer by peft, and by us."""
+    """The same adapted linear layer twice: peft's and the fused one."""
     made = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -35,7 +35,7 @@ def layer(**options: Any) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("needs_input", [True, False])
 @pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
-def test_values_and_gradients_are_pefts(shape: tuple, needs_input: bool) -> None:
+def test_values_and_gradients_equal_pefts(shape: tuple, needs_input: bool) -> None:
     peft, ours = layer()
     assert type(peft) is Linear
     assert type(ours) is FusedLinear
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_pefts(shape: tuple, needs_input: bool) -> None
         torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_differences() -> None:
+def test_gradients_agree_with_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w, a, b = (
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (4, 3), (2, 3), (4, 2))
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_differences() -> None:
 
 
 @pytest.mark.parametrize("case", ["dropout", "dora", "bfloat16", "autocast", "trained base", "switched off"])
-def test_what_is_not_plain_is_left_to_peft(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_unusual_layers_are_left_to_peft(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     peft, ours = layer(**{"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.get(case, {}))
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
     if case == "bfloat16":
@@ -75,7 +75,7 @@ def test_what_is_not_plain_is_left_to_peft(monkeypatch: pytest.MonkeyPatch, case
         module.base_layer.weight.requires_grad_(case == "trained base")
         if case == "switched off":
             module._disable_adapters = True
-    monkeypatch.setattr(_FusedLora, "apply", None)  # calling it would fail
+    monkeypatch.setattr(_Sum, "apply", None)  # calling it fails the test
     results = []
     for module in (peft, ours):
         torch.manual_seed(5)
@@ -98,7 +98,7 @@ def ppo_gradients(roles: Roles) -> dict[str, torch.Tensor]:
 
 
 def test_checkpointed_activations_are_those_of_their_adapter(folders: SimpleNamespace, tmp_path: Any) -> None:
-    """The backward pass comes after both switches: what it computes again must be the role's, not the base's."""
+    """The backward pass runs after both role switches: it must recompute with the role's adapter, not the base."""
     roles = make_ppo(ppo_settings(lora=LORA), folders, tmp_path / "samples").roles
     plain = ppo_gradients(roles)
     roles.checkpoint_activations()
@@ -124,5 +124,5 @@ def test_scoring_is_the_same_function_and_leaves_no_trace(folders: SimpleNamespa
     assert not torch.allclose(expected, base, rtol=1e-2, atol=1e-2)
     assert roles.table == table
     assert all(torch.equal(before[name], value) for name, value in roles.state_dict().items())
-    with roles.scoring(role):  # gradients are needed: nothing is merged
+    with roles.scoring(role):  # gradients are needed, so that nothing is merged
         assert roles.table == table

@@ -1,4 +1,4 @@
-"""A GGUF file as the base: its weights and tokenizer, and a run on it from SFT to PPO."""
+"""A GGUF file as the base model: its weights and tokenizer, and a run from SFT to PPO."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from rlhf.data.farm import Farm
 from rlhf.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from rlhf.settings import ModelSettings
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 
 gguf = pytest.importorskip("gguf")
 FILE = "tiny.gguf"
-# names in the file ← names in transformers
+# names in the file: names in transformers
 NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -23,7 +23,7 @@ NAMES = {
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key matrix as llama.cpp rotates them: pairs beside each other instead of half a head apart."""
+    """Rows of a query or key matrix in llama.cpp's order: rotated pairs are adjacent instead of half a head apart."""
     return weight.view(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
@@ -42,7 +42,7 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, path
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    tokens[tokenizer.eos_token_id] = "<|endoftext|>"  # which transformers would add to a file without it
+    tokens[tokenizer.eos_token_id] = "<|endoftext|>"  # transformers would add it to a file without one
     writer.add_token_list(tokens)
     writer.add_token_types([3 if i in tokenizer.all_special_ids else 1 for i in range(len(tokenizer))])
     writer.add_token_merges([" ".join(pair) for pair in merges])
@@ -90,17 +90,17 @@ def test_weights_and_tokenizer_are_those_of_the_file(
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-    loaded.save_pretrained(tmp_path)  # transformers refuses to while a model is marked as quantised
+    loaded.save_pretrained(tmp_path)  # transformers refuses to save a model that is marked as quantised
 
 
 @pytest.mark.long
 def test_a_run_on_a_gguf_file_with_gradient_checkpointing(
     original: tuple[Path, LlamaForCausalLM, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both the long way to a base and the short way with memory, through all stages."""
+    """All stages, with gradient checkpointing, on a base model from a GGUF file."""
     monkeypatch.chdir(tmp_path)
     shape = [word for word in TINY if not word.startswith("model.")]
     base = ["model=custom", f"model.name_or_path={original[0]}", f"model.gguf_file={FILE}"]
-    assert rlhf(*shape, *base, "model.max_prompt_tokens=64", "model.gradient_checkpointing=true") == 0
+    assert run_in_process(*shape, *base, "model.max_prompt_tokens=64", "model.gradient_checkpointing=true") == 0
     (summary,) = tmp_path.glob("outputs/rlhf/*/summary.json")
     assert json.loads(summary.read_text())["metrics"]["eval/true_kl"] > 0

@@ -1,4 +1,4 @@
-"""Attention over each sequence in a row alone, against torch's over each by itself."""
+"""Attention within each of several sequences in one row, against torch's attention on each sequence alone."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SCALE = 0.3
 
 
 def states(time: int, heads: int = 2, width: int = 8, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Query, key and value [1, heads, time, width] as projections leave them in memory."""
+    """Query, key and value [1, heads, time, width] with the memory layout that projections produce."""
     generator = torch.Generator().manual_seed(time)
     made = torch.randn(3, 1, time, heads, width, generator=generator, dtype=dtype).transpose(2, 3)
     return [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in made]
@@ -31,8 +31,8 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) ->
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from([1, 1, 2, 3, 3, 3, 17]), min_size=1, max_size=8))
-def test_each_sequence_is_what_it_is_alone(lengths: list[int]) -> None:
-    """Runs of equal lengths, which go as a batch, and others; values and all three gradients."""
+def test_each_sequence_is_computed_as_if_alone(lengths: list[int]) -> None:
+    """Values and all three gradients, for runs of equal lengths (computed as a batch) and for others."""
     inputs = states(sum(lengths))
     out = isolated_attention(*inputs, bounds_of(lengths), SCALE)
     expected = one_by_one(*inputs, lengths).transpose(1, 2)
@@ -44,8 +44,8 @@ def test_each_sequence_is_what_it_is_alone(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [5], [3, 3, 7, 1]])
-def test_what_the_compiler_is_told_of_it_is_true(lengths: list[int], dtype: torch.dtype) -> None:
-    """Shapes, dtypes and strides of the results and of the gradients, and that nothing is changed in place."""
+def test_the_operators_registered_with_the_compiler_are_correct(lengths: list[int], dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides of results and gradients; nothing is changed in place."""
     inputs = [x.detach().transpose(1, 2).requires_grad_() for x in states(sum(lengths), dtype=dtype)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     close = {} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}

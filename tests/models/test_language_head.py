@@ -13,16 +13,15 @@ from rlhf.models.architecture import hidden_size_of
 from rlhf.models.logits import LanguageHead, head_of
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
-from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from rlhf.stages.passes import exact_divergence
-from tests.helpers.tiny_architectures import TRANSFORMED, tiny
+from tests.helpers.tiny_architectures import TRANSFORMED, tiny_architecture
 
 
 @pytest.fixture(params=TRANSFORMED)
 def transformed(request: pytest.FixtureRequest) -> PreTrainedModel:
     try:
-        return tiny(request.param, **TRANSFORMED[request.param])
+        return tiny_architecture(request.param, **TRANSFORMED[request.param])
     except ValueError as error:
         pytest.skip(str(error).splitlines()[0])
 
@@ -34,7 +33,7 @@ def logprobs_of(logits: torch.Tensor, texts: Sequences) -> torch.Tensor:
 def test_logprobs_and_their_gradient_are_the_models_own(
     transformed: PreTrainedModel, make_texts: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks of a few tokens; the bare output embedding gives something else."""
+    """Computed in chunks of a few tokens; the output embedding alone would give other values."""
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 7 * 60)
     roles, texts = Roles(transformed), make_texts(4, seed=1)
     weight = transformed.get_input_embeddings().weight
@@ -49,7 +48,7 @@ def test_logprobs_and_their_gradient_are_the_models_own(
 
 
 def test_exact_divergence_is_that_of_the_models_own_logits(make_texts: Callable) -> None:
-    model, other = (tiny("gemma2", **TRANSFORMED["gemma2"]) for _ in range(2))
+    model, other = (tiny_architecture("gemma2", **TRANSFORMED["gemma2"]) for _ in range(2))
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(1.5)
     roles, texts = Roles(model), make_texts(3, seed=2)
@@ -66,9 +65,8 @@ def test_exact_divergence_is_that_of_the_models_own_logits(make_texts: Callable)
 
 @pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2"])
 def test_sampled_logprobs_are_the_models_own(kind: str) -> None:
-    model, prompts = tiny(kind, **TRANSFORMED[kind]), [[5, 9, 7], [3, 4, 5, 6, 7, 8, 9]]
-    request = GenerationRequest(prompts, 12, 1.0, torch.Generator().manual_seed(0))
-    generated = NativeEngine(1).generate(Roles(model), "reference", request)
+    model, prompts = tiny_architecture(kind, **TRANSFORMED[kind]), [[5, 9, 7], [3, 4, 5, 6, 7, 8, 9]]
+    generated = NativeEngine(1).generate(Roles(model), "reference", prompts, 12, 1.0, torch.Generator().manual_seed(0))
     for row, prompt in enumerate(prompts):
         response = generated.ids[row, : generated.lengths[row]].tolist()
         with torch.no_grad():
@@ -81,24 +79,24 @@ def test_a_plain_head_is_used_as_it_is(make_model: Callable) -> None:
     for kind in ("llama", "tied", "neox"):
         model = make_model(kind)
         assert head_of(model) is model.get_output_embeddings()
-    assert isinstance(head_of(tiny("granite", logits_scaling=2.0)), LanguageHead)
+    assert isinstance(head_of(tiny_architecture("granite", logits_scaling=2.0)), LanguageHead)
 
 
 def test_a_cap_is_found_where_logits_are_far_below_it() -> None:
-    """As in a new model, whose logits it changes by less than rounding, until they have grown."""
-    model = tiny("gemma2", **TRANSFORMED["gemma2"] | {"final_logit_softcapping": 30.0})
+    """A cap on the logits of a new model changes them by less than rounding, until they have grown."""
+    model = tiny_architecture("gemma2", **TRANSFORMED["gemma2"] | {"final_logit_softcapping": 30.0})
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1e-3)
     assert isinstance(head_of(model), LanguageHead)
 
 
 def test_a_head_adds_no_parameter() -> None:
-    model = tiny("granite", logits_scaling=8.0)
+    model = tiny_architecture("granite", logits_scaling=8.0)
     assert sum(p.numel() for p in Roles(model).parameters()) == sum(p.numel() for p in model.parameters())
 
 
 def test_logits_that_come_from_elsewhere_are_refused() -> None:
-    model = tiny("llama")
+    model = tiny_architecture("llama")
     plain = type(model).forward
 
     class Strange(type(model)):  # type: ignore[misc]
@@ -115,10 +113,10 @@ def test_logits_that_come_from_elsewhere_are_refused() -> None:
         head_of(model)
 
 
-def test_states_narrower_than_the_layers(make_texts: Callable) -> None:
-    """As in OPT-350M, whose layers are twice as wide as its embeddings."""
+def test_logprobs_agree_for_states_narrower_than_the_layers(make_texts: Callable) -> None:
+    """Hidden states wider than the embeddings, as in OPT-350M, where they are twice as wide."""
     options = {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
-    roles, texts = Roles(tiny("opt", **options)), make_texts(3, seed=1)
+    roles, texts = Roles(tiny_architecture("opt", **options)), make_texts(3, seed=1)
     assert hidden_size_of(roles.trunk("reference")) == roles.hidden_size == 16
     roles.add_head("reference", zero=False)
     assert roles.last_token_scores("reference", texts).shape == (3,)

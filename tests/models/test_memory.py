@@ -1,4 +1,4 @@
-"""The estimate before a run: by hand, in its proportions, and as a refusal."""
+"""The estimate of a run's memory: by hand, against settings, and as a reason to refuse a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,31 +7,31 @@ import pytest
 
 from rlhf.models.memory import TRAINED, estimate
 from tests.helpers.composed_config import composed_settings
-from tests.helpers.memory_estimates import VOCABULARY, of
+from tests.helpers.memory_estimates import VOCABULARY, estimate_of
 
 
-def test_weights_and_adapters_by_hand() -> None:
+def test_weights_and_adapters_agree_with_hand_computation() -> None:
     hidden, inner, layers = 96, 256, 4
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     rest = VOCABULARY * hidden + (2 * layers + 1) * hidden
     policy = layers * 4 * 8 * 2 * hidden
     reward = layers * (4 * 16 * 2 * hidden + 3 * 16 * (hidden + inner))
-    memory = of()
+    memory = estimate_of()
     assert memory.weights == 4 * (linear + rest) + 4 * reward
     assert memory.trained == TRAINED * (policy + reward)  # the value adapter has the reward adapter's rank and targets
-    assert of("ppo.value_model=trunk_head").trained == TRAINED * policy
-    assert of("lora=none").trained == 2 * TRAINED * (linear + rest)
-    assert of("quantization=int8").weights == 4 * rest + linear + 4 * reward
-    assert of(shares=4).weights == 4 * rest + linear + 4 * reward  # of float32, a quarter
+    assert estimate_of("ppo.value_model=trunk_head").trained == TRAINED * policy
+    assert estimate_of("lora=none").trained == 2 * TRAINED * (linear + rest)
+    assert estimate_of("quantization=int8").weights == 4 * rest + linear + 4 * reward
+    assert estimate_of(shares=4).weights == 4 * rest + linear + 4 * reward  # a quarter of the float32 size
 
 
-def test_what_makes_it_smaller() -> None:
-    plain = of()
-    assert of("ppo.microbatch_tokens=1024").updating < plain.updating
-    assert of("model.gradient_checkpointing=true").updating < plain.updating / 2
-    assert of("ppo.value_model=trunk_head").updating < plain.updating
-    assert of("model.dtype=bfloat16").weights < plain.weights
-    assert of("generation.batch_size=8").generating < plain.generating
+def test_savings_make_the_estimate_smaller() -> None:
+    plain = estimate_of()
+    assert estimate_of("ppo.microbatch_tokens=1024").updating < plain.updating
+    assert estimate_of("model.gradient_checkpointing=true").updating < plain.updating / 2
+    assert estimate_of("ppo.value_model=trunk_head").updating < plain.updating
+    assert estimate_of("model.dtype=bfloat16").weights < plain.weights
+    assert estimate_of("generation.batch_size=8").generating < plain.generating
 
 
 LLAMA_7B = "{model_type:llama,hidden_size:4096,intermediate_size:11008,num_hidden_layers:32,num_attention_heads:32}"
@@ -51,9 +51,9 @@ def test_a_recipe_fits_the_card_that_it_names(
     assert 0.8 * card < (needed.peak - needed.program) / 2**30 < 0.95 * card
 
 
-def test_the_default_run_within_a_fifth() -> None:
-    """Measured: 0.73 to 0.76 GiB at commit cbdcac0, the peak of PPO at four seeds."""
-    assert of().peak / 2**30 == pytest.approx(0.75, rel=0.2)
+def test_the_estimate_of_the_default_run_is_within_a_fifth() -> None:
+    """Measured peak of PPO: 0.73 to 0.76 GiB for four seeds at commit cbdcac0."""
+    assert estimate_of().peak / 2**30 == pytest.approx(0.75, rel=0.2)
 
 
 def test_a_run_that_cannot_fit_is_refused_in_a_sentence(command: Callable, tmp_path: Path) -> None:

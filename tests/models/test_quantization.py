@@ -1,4 +1,4 @@
-"""int8 and nf4 bases on a CPU: every role runs, only adapters and heads move, gradients stay what they were."""
+"""int8 and nf4 base models on a CPU: every role runs, only adapters and heads train, gradients stay accurate."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_gradients_after_a_rollout_are_those_before_it(
 def test_a_quantised_base_is_close_to_the_exact_one(
     model: ModelSettings, tokenizer: PreTrainedTokenizerFast, option: str, tolerance: float
 ) -> None:
-    """Relative error of the hidden states: bitsandbytes' own rounding, not ours."""
+    """The relative error of the hidden states is that of bitsandbytes' rounding."""
     batch = Sequences.from_lists([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]])
     exact = Roles(load_causal_lm(model, tokenizer)).hidden("reference", batch)
     rounded = quantized_roles(model, tokenizer, option).hidden("reference", batch)

@@ -21,7 +21,7 @@ def logits_of(roles: Roles, role: str, batch: Sequences) -> Tensor:
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """All base weights (the LoRA's left out), copied."""
+    """Copies of all base weights, without those of LoRA."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" not in name}
 
 
@@ -32,7 +32,7 @@ def assert_same(before: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def peft_twin(kind: str, roles: Roles, make_model: Callable, make_lora: Callable) -> PeftModel:
-    """The same base and adapters through peft's own classes."""
+    """The same base and adapters in peft's own classes."""
     twin = get_peft_model(make_model(kind), make_lora(kind), adapter_name="policy")
     for name in ROLES[1:]:
         twin.add_adapter(name, make_lora(kind))
@@ -51,7 +51,7 @@ def test_roles_equal_plain_peft(
     twin = peft_twin(kind, roles, make_model, make_lora)
     seen = []
     with torch.no_grad():
-        for name in [*ROLES, "policy"]:  # and back again
+        for name in [*ROLES, "policy"]:  # and switched back
             twin.set_adapter(name)
             expected = twin(input_ids=batch.ids).logits
             torch.testing.assert_close(logits_of(roles, name, batch), expected, rtol=1e-5, atol=1e-5)
@@ -74,7 +74,7 @@ def test_reference_is_the_base_bit_for_bit(
     assert torch.equal(logits_of(roles, "reference", batch), expected)
 
 
-def test_scalars_read_the_last_token(make_roles: Callable, make_texts: Callable) -> None:
+def test_scalar_heads_read_the_last_token(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch = make_roles(), make_texts(5, seed=3)
     with torch.no_grad():
         scores = roles.last_token_scores("reward", batch)
@@ -109,7 +109,7 @@ def test_switching_leaves_everything_as_it_was(make_roles: Callable, how: str) -
     assert flags == {name: p.requires_grad for name, p in roles.named_parameters()}
 
 
-def test_a_reference_pass_freezes_nobody(make_roles: Callable, make_texts: Callable) -> None:
+def test_a_reference_pass_freezes_no_parameter(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch = make_roles(), make_texts(3, seed=0)
     with torch.no_grad():
         roles.hidden("reference", batch)
@@ -155,11 +155,11 @@ def test_merged_and_copied_match_acting(make_roles: Callable, make_texts: Callab
         torch.testing.assert_close(copied(input_ids=batch.ids).logits, expected, rtol=1e-4, atol=1e-5)
         for parameter in copied.parameters():
             parameter.zero_()
-    assert_same(before, roles)  # nothing shared with the copy
+    assert_same(before, roles)  # the copy shares no memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_drifts_by_nothing(make_roles: Callable, dtype: torch.dtype) -> None:
+def test_merging_and_unmerging_does_not_drift(make_roles: Callable, dtype: torch.dtype) -> None:
     roles: Roles = make_roles()
     trunk = roles.trunk("policy")
     for name, parameter in trunk.named_parameters():

@@ -1,4 +1,4 @@
-"""Batches, packing and heads: what is predicted where, and that padding, packing and chunking change nothing."""
+"""Batches, packing and heads: which token is predicted where; padding, packing and chunking change nothing."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ def build(rows: list[tuple[list[int], list[int]]], whole_text: bool = False) -> 
 
 
 @given(lists, st.booleans())
-def test_alignment_against_a_loop(rows: list[tuple[list[int], list[int]]], whole_text: bool) -> None:
+def test_targets_are_aligned_as_in_a_plain_loop(rows: list[tuple[list[int], list[int]]], whole_text: bool) -> None:
     batch = build(rows, whole_text)
     positions, targets = [], []
     for i, (prompt, response) in enumerate(rows):
@@ -71,7 +71,7 @@ def test_rows_are_cut_to_the_longest(rows: list[tuple[list[int], list[int]]], da
     assert torch.equal(part.lengths, expected.lengths)
 
 
-def test_spans_by_hand() -> None:
+def test_spans_agree_with_hand_computation() -> None:
     expected = [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
     assert spans(torch.tensor([1, 2, 0]), torch.tensor([3, 2, 4]), 4).int().tolist() == expected
 
@@ -89,7 +89,7 @@ def test_length_buckets_cover_each_row_once_within_the_budget(lengths: list[int]
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 200))
 def test_no_other_buckets_pad_less(lengths: list[int], budget: int) -> None:
-    """Against all ways to cut the sorted rows."""
+    """The result is the best of all ways to cut the sorted rows."""
 
     def cost(groups: list[list[int]]) -> float:
         return sum(len(group) * max(group) + budget / PER_GROUP for group in groups)
@@ -114,7 +114,7 @@ def test_concatenate_undoes_a_grouping() -> None:
 
 
 def logprobs_alone(model: nn.Module, batch: Sequences) -> dict[tuple[int, ...], list[float]]:
-    """Each row by itself through plain transformers: text → log-probs of its targets."""
+    """Log-probs of each row's targets, from plain transformers on that row alone: text → log-probs."""
     result = {}
     for i, length in enumerate(batch.lengths.tolist()):
         text = batch.ids[i, :length]
@@ -132,20 +132,20 @@ def logprobs_of(roles: object, batch: Sequences) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
-def test_padding_and_company_change_no_logprob(
+def test_padding_and_other_rows_change_no_logprob(
     make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str
 ) -> None:
     roles, batch = make_roles(kind), make_texts(9, seed=1)
     alone = [x for row in logprobs_alone(make_model(kind), batch).values() for x in row]
     torch.testing.assert_close(logprobs_of(roles, batch), torch.tensor(alone), rtol=1e-5, atol=1e-5)
-    batch.ids[~spans(torch.zeros_like(batch.lengths), batch.lengths, batch.ids.shape[1])] = 7  # other padding
+    batch.ids[~spans(torch.zeros_like(batch.lengths), batch.lengths, batch.ids.shape[1])] = 7  # different padding
     torch.testing.assert_close(logprobs_of(roles, batch), torch.tensor(alone), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "tied", "neox"])
 @pytest.mark.parametrize("whole_text", [False, True])
-def test_packed_is_unpacked(
+def test_packing_changes_no_logprob(
     make_model: Callable, make_roles: Callable, make_texts: Callable, kind: str, training: bool, whole_text: bool
 ) -> None:
     roles, batch = make_roles(kind).train(training), make_texts(11, seed=2)
@@ -155,7 +155,7 @@ def test_packed_is_unpacked(
     assert len(packed) < len(batch) / 2
     assert int(packed.lengths.max()) <= 48
     expected = logprobs_alone(make_model(kind), batch)
-    # walk the packed rows by their restarts, in the order in which token_stats gives the numbers
+    # walk the packed rows from restart to restart, in the order of token_stats
     got, seen = logprobs_of(roles, packed).tolist(), 0
     assert packed.position_ids is not None
     for i, length in enumerate(packed.lengths.tolist()):
@@ -185,7 +185,7 @@ def test_pack_keeps_every_token_once(rows: list[tuple[list[int], list[int]]], wi
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 @pytest.mark.parametrize(
     "elements", [2**24, 50, 7 * 50, 10]
-)  # one chunk, a token a chunk, 7 with a rest, less than one
+)  # one chunk, one token per chunk, 7 tokens with a remainder, less than one token
 def test_token_stats_is_a_plain_log_softmax(monkeypatch: pytest.MonkeyPatch, temperature: float, elements: int) -> None:
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", elements)
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def test_scalar_head_is_float32_under_autocast() -> None:
     assert head(hidden.bfloat16()).dtype == torch.float32
 
 
-def test_scalar_head_starts() -> None:
+def test_a_scalar_head_starts_at_zero_or_with_a_small_deviation() -> None:
     torch.manual_seed(0)
     assert ScalarHead(64, zero=True).weight.abs().max() == 0
     weights = ScalarHead(4096, zero=False).weight

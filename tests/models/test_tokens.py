@@ -1,4 +1,4 @@
-"""Text is text, special tokens are the tokenizer's and the template's, and the pad token is none that a text needs."""
+"""Special tokens: their names in texts stay text, templates may use them, and no text needs the pad token."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from rlhf.models.tokenizing import encode, encode_pairs, keep_template
 from rlhf.models.tokens import give_pad
 from tests.helpers.tiny_tokenizers import END, byte_level, gpt2, llama
 
-# -- text is text ------------------------------------------------------------------------------------------------------
+# -- special tokens in texts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [gpt2, llama], ids=["bytes", "sentencepiece"])
@@ -108,7 +108,7 @@ PADS = {
 
 
 @pytest.mark.parametrize(("tokenizer", "ends", "pad"), PADS.values(), ids=PADS)
-def test_the_pad_token_is_no_end_no_beginning_and_no_piece_of_a_text(
+def test_the_pad_token_is_neither_an_end_nor_a_beginning_nor_part_of_a_text(
     tokenizer: PreTrainedTokenizerFast, ends: tuple[str, ...], pad: str, tmp_path: Path
 ) -> None:
     size = len(tokenizer)
@@ -123,8 +123,8 @@ def test_the_pad_token_is_no_end_no_beginning_and_no_piece_of_a_text(
         assert known.decode(ids, skip_special_tokens=True) == text
 
 
-def test_where_only_an_eos_can_pad_no_classifier_is_told_so(make_model: Callable, tmp_path: Path) -> None:
-    """With a pad token that ends texts it would read each of them one token too early; now it refuses batches."""
+def test_a_classifier_does_not_get_the_eos_token_as_its_pad_token(make_model: Callable, tmp_path: Path) -> None:
+    """With EOS as the pad token, transformers would read the score one token too early; it refuses batches instead."""
     backend = Tokenizer(models.WordLevel({"<e>": 0, "a": 1}, unk_token="<e>"))
     tokenizer, model = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"), make_model()
     model.generation_config.eos_token_id = model.config.eos_token_id = 0

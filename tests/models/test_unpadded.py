@@ -1,4 +1,4 @@
-"""Sequences laid end to end are what each is alone, cost no padding, and only models that keep them apart run so."""
+"""Unpadded batches give the results of each sequence alone, and only with models that keep sequences apart."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,7 @@ def test_states_and_gradients_are_those_of_padded_rows(
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_under_autocast(make_roles: Callable, make_texts: Callable, base: torch.dtype) -> None:
+def test_unpadded_batches_agree_under_autocast(make_roles: Callable, make_texts: Callable, base: torch.dtype) -> None:
     roles, batch = make_roles().to(base), make_texts(9, seed=1)
     roles.compute_dtype = torch.bfloat16
     assert roles.unpadded
@@ -83,7 +83,7 @@ def test_nothing_is_computed_on_padding(
     base.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     roles.states("policy", batch, batch.predicting)
     even = Sequences.from_lists([[3, 4], [5, 6]], [[7, 8], [9, 10]])
-    roles.states("policy", even, even.predicting)  # one attention for all rows is cheaper where nothing is padding
+    roles.states("policy", even, even.predicting)  # without padding, one attention call for all rows is cheaper
     assert seen == [(1, int(batch.lengths.sum())), (2, 4)]
     assert int(batch.lengths.sum()) < batch.ids.numel()
     monkeypatch.setattr(type(roles), "device", torch.device("cuda"))
@@ -124,7 +124,7 @@ def test_models_that_keep_sequences_apart_run_so(kind: str, options: dict) -> No
         ("bloom", {"n_layer": 2, "n_head": 4}),
     ],
 )
-def test_others_are_left_as_they_were(kind: str, options: dict) -> None:
+def test_other_models_keep_their_attention(kind: str, options: dict) -> None:
     model = small(kind, **options)
     before = model.config._attn_implementation
     assert not unpadded.allow(model)
@@ -147,7 +147,7 @@ def test_eager_attention_is_left_alone(make_roles: Callable) -> None:
     assert roles.trunk("policy").config._attn_implementation == "eager"
 
 
-def test_trying_it_out_leaves_dropout_as_it_was(make_roles: Callable) -> None:
+def test_the_trial_does_not_change_dropout(make_roles: Callable) -> None:
     roles = make_roles(dropout=0.5)
     trained = [module for name, module in roles.named_modules() if "lora_dropout.policy" in name]
     for module in trained:

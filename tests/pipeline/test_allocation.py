@@ -1,4 +1,4 @@
-"""Memory that is used again and again comes from the system once."""
+"""The allocator reuses freed memory instead of asking the system again."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""The checkpoint of the best evaluation: which one it is, that it stays across kills, and what a run leaves of it."""
+"""The checkpoint of the best evaluation: how it is chosen, that it survives kills, and what a run exports of it."""
 
 import json
 import math
@@ -21,7 +21,6 @@ from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
 from rlhf.distributed.processes import SIGNALS
 from rlhf.errors import Interrupted
-from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.files import read_json
 from rlhf.files.digests import sha256
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
@@ -30,12 +29,12 @@ from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import evaluated_at
 from tests.helpers.command_line import TINY
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings
-from tests.helpers.run_results import assert_same
-from tests.helpers.training import quiet_trainer, weights
+from tests.helpers.run_results import assert_identical
+from tests.helpers.training import copy_weights, quiet_trainer
 
 
 def lines(folder: Path, *values: float | None, torn: str = "") -> None:
-    """Evaluations at the steps 0, 10, 20 …, one without the metric for None, each after a line of training."""
+    """Metrics of evaluations at steps 0, 10, 20 … after a line of training each; None leaves out the metric."""
     rows = [json.dumps({"step": 10 * i, "eval/win_rate": 0.99, "ppo/reward": 1.0}) for i in range(len(values))]
     for i, value in enumerate(values):
         found = {} if value is None else {"eval/win_rate": value}
@@ -48,7 +47,7 @@ def lines(folder: Path, *values: float | None, torn: str = "") -> None:
     [
         ((0.2, 0.3, 0.5, 0.4), "max", 20),
         ((0.2, 0.3, 0.5, 0.4), "min", 10),
-        ((0.9, 0.3, 0.5, 0.5), "max", 30),  # step 0 is no checkpoint; of equally good ones the last
+        ((0.9, 0.3, 0.5, 0.5), "max", 30),  # step 0 has no checkpoint; among equals the last one wins
         ((0.9, 0.3, 0.3, 0.5), "min", 20),
         ((0.1, math.nan, 0.2, math.inf), "max", 20),
         ((0.1, None, -0.2, None), "min", 20),
@@ -56,16 +55,16 @@ def lines(folder: Path, *values: float | None, torn: str = "") -> None:
         ((0.1,), "max", None),
     ],
 )
-def test_which_evaluation_is_the_best(tmp_path: Path, values: tuple, mode: str, step: int | None) -> None:
+def test_the_best_evaluation_is_the_last_of_equals(tmp_path: Path, values: tuple, mode: str, step: int | None) -> None:
     lines(tmp_path, *values, torn='{"step": 50, "time/evaluate": 1.0, "eval/win_rate": 0.9')
     assert Best(tmp_path, "eval/win_rate", mode).step() == step
 
 
-def test_nothing_is_the_best_of_nothing(tmp_path: Path) -> None:
+def test_without_evaluations_there_is_no_best_checkpoint(tmp_path: Path) -> None:
     assert Best(tmp_path, "eval/win_rate", "max").step() is None
 
 
-# what the judge says at steps 0, 2, 4, 6, 8, 9
+# win rates at steps 0, 2, 4, 6, 8, 9
 VERDICTS = {0: 0.9, 2: 0.3, 4: 0.6, 6: 0.5, 8: 0.6 - 1e-9, 9: 0.1}
 
 
@@ -80,18 +79,18 @@ def run(
     moment: tuple[int, str] | None = None,
     act: Callable[[], None] = lose_power,
 ) -> PPO:
-    """`train_ppo` from where `folder` was left, `act` at a moment; the policy at each evaluation goes into `seen`."""
+    """Call `train_ppo` on `folder` and `act` at a moment; the policy at each evaluation is put into `seen`."""
     options = {"steps": 9, "eval_every": 2, "checkpoint_every": 5, "epochs": 1, "rollout_batch_size": 6}
     stage = make_ppo(ppo_settings(**options), folders, folder / "samples.jsonl")
 
     def judge(prompts: Any, responses: Any) -> tuple[dict, list[dict]]:
         if moment == (stage.ppo_step, "evaluation"):
             act()
-        seen[stage.ppo_step] = weights(stage.roles)
+        seen[stage.ppo_step] = copy_weights(stage.roles)
         return {"eval/win_rate": VERDICTS[stage.ppo_step]}, [{"win": 0.5} for _ in responses]
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
-        if moment == (stage.ppo_step + 1, "step") and len(prompts) == 6:  # 4 in an evaluation
+        if moment == (stage.ppo_step + 1, "step") and len(prompts) == 6:  # an evaluation has 4
             act()
         return [float(len(response)) for response in responses]
 
@@ -108,7 +107,7 @@ def kept(folder: Path) -> list[int]:
 
 
 def states(folder: Path) -> dict[str, Any]:
-    """All checkpoints, without how often Lightning has gone through its loops, the broken-off ones included."""
+    """All checkpoints without Lightning's loop counters, which include interrupted passes."""
     files = sorted(folder.glob("checkpoints/*.ckpt"))
     return {path.name: {**torch.load(path, weights_only=True), "loops": None} for path in files}
 
@@ -136,12 +135,12 @@ def test_the_best_stays_beside_the_newest_through_every_kill(folders: SimpleName
         if moment[0] >= 7:
             assert 4 in kept(tmp_path / "killed"), moment
     run(folders, tmp_path / "killed", {})
-    assert_same(states(tmp_path / "killed"), states(tmp_path / "straight"))
+    assert_identical(states(tmp_path / "killed"), states(tmp_path / "straight"))
     assert Best(tmp_path / "killed", "eval/win_rate", "max").step() == 4
 
 
 def test_a_signal_is_heeded_in_every_evaluation_and_given_back(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """Lightning alone would lose a SIGTERM in an evaluation outside of training, and ever after."""
+    """Lightning alone would lose a SIGTERM that comes in an evaluation outside of training, and all later ones."""
     before = [signal.getsignal(number) for number in SIGNALS]
     for moment in ((0, "evaluation"), (2, "evaluation"), (3, "step")):
         with pytest.raises(Interrupted, match=f"stopped by SIGTERM after step {moment[0]}"):
@@ -150,7 +149,7 @@ def test_a_signal_is_heeded_in_every_evaluation_and_given_back(folders: SimpleNa
     assert kept(tmp_path) == [2, 3]
     seen: dict[int, dict[str, Tensor]] = {}
     run(folders, tmp_path, seen)
-    assert sorted(seen) == [4, 6, 8, 9]  # that of step 2 was complete
+    assert sorted(seen) == [4, 6, 8, 9]  # the evaluation of step 2 was complete
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
@@ -178,8 +177,8 @@ def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: 
 
 @pytest.mark.slow
 def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path: Path) -> None:
-    """By the least KL, which the first step has; the last step's policy by the most. With an adapter and without."""
-    allowed = evaluation_metrics(Farm(), judged=True, factscore=False)
+    """The lowest KL selects the first step, the highest the last. With an adapter and without."""
+    allowed = logged(Farm(), judged=True, factscore=False)
     common = [*TINY, f"output_dir={tmp_path}/outputs", "ppo.eval_every=1", "ppo.checkpoint_every=3"]
     least = [*common, "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min"]
     for lora, kind, file in (
@@ -192,7 +191,7 @@ def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path
         metrics = evaluated_at(folder, 1)
         told = {"step": 1, "metric": "eval/true_kl", "value": metrics["eval/true_kl"], "metrics": metrics}
         assert summary["best"] == {**told, "model": "model_best"}
-        assert summary["metrics"] == evaluated_at(folder, 3)  # the report's figures are those of the end
+        assert summary["metrics"] == evaluated_at(folder, 3)  # the report shows the metrics of the last step
         chosen_by = {name for name in metrics if name.startswith("eval/") and not name.endswith(("_se", "_fall"))}
         assert chosen_by == set(allowed)
         saved = torch.load(folder / "checkpoints/step-000001.ckpt", weights_only=True)["state_dict"]

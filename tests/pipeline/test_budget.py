@@ -1,4 +1,4 @@
-"""`ppo.microbatch_tokens=auto`: what is picked, and that a run goes on with what it began with."""
+"""`ppo.microbatch_tokens=auto`: which value is chosen, and that a resumed run keeps its value."""
 
 import logging
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.helpers.calls import before_call
 from tests.helpers.command_line import TINY
 from tests.helpers.composed_config import composed_plan, composed_settings
 from tests.helpers.memory_estimates import VOCABULARY
-from tests.helpers.run_results import assert_same, remains_of
+from tests.helpers.run_results import assert_identical, collect_run_results
 
 GIB = 2**30
 
@@ -31,7 +31,7 @@ def peak(chosen: Settings, tokens: int) -> int:
 
 
 @pytest.mark.parametrize("options", [(), ("ppo.minibatch_size=16", "lora=none"), ("model.max_prompt_tokens=200",)])
-def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
+def test_the_largest_fitting_budget_is_chosen(options: tuple[str, ...]) -> None:
     chosen = composed_settings("ppo.microbatch_tokens=auto", *options)
     text = chosen.model.max_prompt_tokens + chosen.generation.max_new_tokens
     budgets = []
@@ -43,9 +43,9 @@ def test_the_largest_that_fits(options: tuple[str, ...]) -> None:
         least, most = budget // 2 < text, budget >= text * chosen.ppo.minibatch_size
         assert least or peak(chosen, budget) <= AUTOMATIC * free
         assert most or peak(chosen, 2 * budget) > AUTOMATIC * free
-    assert all(one <= other for one, other in pairwise(budgets))  # more memory, never fewer tokens
-    assert budgets[0] // 2 < text <= budgets[0]  # a text goes through at once, whatever is free
-    assert budgets[-1] // 2 < text * chosen.ppo.minibatch_size <= budgets[-1]  # and more than a minibatch never does
+    assert all(one <= other for one, other in pairwise(budgets))  # more memory never means fewer tokens
+    assert budgets[0] // 2 < text <= budgets[0]  # at least one whole sequence, however little is free
+    assert budgets[-1] // 2 < text * chosen.ppo.minibatch_size <= budgets[-1]  # and never more than a minibatch
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "2.5", "null", "all", "[1]", "{a: 1}", "true"])
@@ -56,14 +56,14 @@ def test_other_values_are_refused_in_a_sentence(value: str) -> None:
     assert str(refused.value).endswith("is not allowed; allowed: a whole number above 0, or auto")
 
 
-def test_other_stages_take_a_number() -> None:
+def test_other_stages_accept_numbers_only() -> None:
     with pytest.raises(ConfigError, match=r"sft.microbatch_tokens: Value 'auto'"):
         composed_settings("sft.microbatch_tokens=auto")
 
 
 @pytest.fixture
-def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
-    """A run of the default configuration where so many GiB are free."""
+def make_run_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """Make a run of the default configuration on a machine with `gib` GiB of free memory."""
 
     def make(gib: float, *overrides: str) -> Plan:
         monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
@@ -80,49 +80,59 @@ def settled(run: Plan, **options: object) -> int:
 
 
 def test_a_run_goes_on_with_what_it_began_with(
-    make_plan: Callable[..., Plan], caplog: pytest.LogCaptureFixture
+    make_run_with_memory: Callable[..., Plan], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     auto = "ppo.microbatch_tokens=auto"
-    first = make_plan(2, auto)
+    first = make_run_with_memory(2, auto)
     began = settled(first)
     assert f"auto: {began}; the run needs about" in caplog.text
-    assert settled(make_plan(0.9, auto)) == began  # another machine, or something else runs on it
+    assert settled(make_run_with_memory(0.9, auto)) == began  # less memory is free now
     assert f"auto: {began}, as the run began" in caplog.text
-    assert settled(make_plan(2, auto, "seed=1")) == began  # another configuration: what was kept is not looked at
-    fewer = settled(make_plan(0.9, auto, "seed=2"))
+    assert settled(make_run_with_memory(2, auto, "seed=1")) == began  # another configuration: the kept value is ignored
+    fewer = settled(make_run_with_memory(0.9, auto, "seed=2"))
     assert fewer < began
-    assert settled(make_plan(2, auto, "seed=2")) == fewer
-    assert settled(make_plan(2, auto, "seed=2"), fresh=True) == began
-    assert settled(make_plan(4, auto, "seed=3"), jobs=2) == began  # two at once have half of it each
+    assert settled(make_run_with_memory(2, auto, "seed=2")) == fewer
+    assert settled(make_run_with_memory(2, auto, "seed=2"), fresh=True) == began
+    assert (
+        settled(make_run_with_memory(4, auto, "seed=3"), jobs=2) == began
+    )  # two processes get half of the memory each
 
 
-def test_the_identity_says_auto(make_plan: Callable[..., Plan]) -> None:
+def test_the_identity_contains_auto_and_not_the_chosen_value(make_run_with_memory: Callable[..., Plan]) -> None:
     auto = "ppo.microbatch_tokens=auto"
-    one = make_plan(2, auto)
-    picked, before = settled(one), make_plan(2, auto).identity
-    other = make_plan(0.9, auto)
+    one = make_run_with_memory(2, auto)
+    picked, before = settled(one), make_run_with_memory(2, auto).identity
+    other = make_run_with_memory(0.9, auto)
     assert settled(other, fresh=True) < picked
-    assert one.identity == other.identity == before != make_plan(2, f"ppo.microbatch_tokens={picked}").identity
+    assert (
+        one.identity == other.identity == before != make_run_with_memory(2, f"ppo.microbatch_tokens={picked}").identity
+    )
 
 
-def test_a_number_stays_what_it_is(make_plan: Callable[..., Plan]) -> None:
-    assert settled(make_plan(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
-    run = make_plan(2, "ppo.microbatch_tokens=300")
+def test_a_number_is_not_changed(make_run_with_memory: Callable[..., Plan]) -> None:
+    assert settled(make_run_with_memory(2, "ppo.microbatch_tokens=auto"), fresh=True) != 300
+    run = make_run_with_memory(2, "ppo.microbatch_tokens=300")
     before = (run.folder / BUDGET).read_bytes()
     assert settled(run) == 300
     assert (run.folder / BUDGET).read_bytes() == before
 
 
-def test_what_cannot_be_estimated_is_refused(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as without the Hub
+def test_what_cannot_be_estimated_is_refused(
+    make_run_with_memory: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as when the Hub cannot be reached
     with pytest.raises(ModelError, match=r"ppo.microbatch_tokens=auto needs .* cannot be read; allowed: a number"):
-        preview.settle_budget(make_plan(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b"))
+        preview.settle_budget(
+            make_run_with_memory(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b")
+        )
 
 
 @pytest.mark.slow
-def test_a_run_continued_where_less_is_free(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends with the same bits. What would be picked is shown before, what was picked is told in the summary."""
+def test_a_run_can_continue_where_less_memory_is_free(
+    command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends with the same bits. A dry run shows the value that would be chosen, the summary the one that was."""
     arguments = [*TINY, "ppo.microbatch_tokens=auto", "ppo.minibatch_size=8", f"output_dir={tmp_path}"]
     ample, scarce = 8, 0.75
 
@@ -146,9 +156,9 @@ def test_a_run_continued_where_less_is_free(command: Callable, tmp_path: Path, m
     assert run(ample, "name=whole", "resume=never")[0] == 0
     stopped, whole = (next(tmp_path.glob(f"{name}/*")) for name in ("stopped", "whole"))
     assert read_json(stopped / "summary.json")["microbatch_tokens"] == picked
-    assert_same(remains_of([stopped]), remains_of([whole]))
+    assert_identical(collect_run_results([stopped]), collect_run_results([whole]))
     assert run(scarce, "name=fewer", "resume=never")[0] == 0
     other = next(tmp_path.glob("fewer/*"))
     assert read_json(other / "summary.json")["microbatch_tokens"] == fewer
     adapters = [(folder / "model/adapter_model.safetensors").read_bytes() for folder in (stopped, other)]
-    assert adapters[0] != adapters[1]  # or nothing would have been shown
+    assert adapters[0] != adapters[1]  # otherwise the test shows nothing

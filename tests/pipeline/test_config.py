@@ -1,4 +1,4 @@
-"""Every YAML composes, and every mistake ends in one sentence before a model is loaded."""
+"""Every YAML file composes, and every mistake is reported in one sentence before a model is loaded."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from rlhf import root
 from rlhf.errors.keys import RENAMED
 from rlhf.pipeline.config import instantiate, settings_of, target_class
 from rlhf.sweep.resolvers import folder_name
-from tests.helpers.command_line import sentence
+from tests.helpers.command_line import error_sentence
 from tests.helpers.composed_config import composed
 
 CONF = root() / "conf"
@@ -23,7 +23,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("override", OPTIONS)
 def test_every_option_composes_and_what_it_names_exists(override: str) -> None:
-    # the templates belong to one data set; a function and a reward model of one's own have no default, on purpose
+    # templates need their data set; the user's own function and reward model have no default on purpose
     group = override.partition("=")[0]
     models = ["judge.model=some", "judge.models.medium=other", "judge.models.weak=third"]
     scored = ["evaluation.factscore.model=some", "evaluation.factscore.entities=names.txt"]
@@ -104,7 +104,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(command: Callable, arguments:
             pytest.skip("there is a GPU here")
     code, _, err = command(*arguments.split())
     assert code == 2, err
-    said = sentence(err)
+    said = error_sentence(err)
     assert names in said
     assert allowed in said
     assert not list(Path("outputs").rglob("*.safetensors")), "a model was made before the mistake was found"
@@ -190,7 +190,7 @@ def test_shell_completion_offers_groups_and_options() -> None:
 
 
 def test_a_folder_of_outputs_in_the_checkout_hides_no_key() -> None:
-    """Folders beside conf/ are config groups to Hydra: no key may bear the name of one that a run makes."""
+    """Hydra sees folders beside conf/ as config groups: no key may have the name of a folder that runs write."""
     keys = set(OmegaConf.load(CONF / "config.yaml"))
     assert not keys & {"outputs", "multirun", "wandb", "tests", "rlhf", "benchmarks", "build", "dist"}
 
@@ -277,7 +277,7 @@ def test_a_recipe_has_the_published_numbers(recipe: str) -> None:
         for key, value in values.items():
             assert config[group][key] == value, f"{group}.{key}"
     assert config.sft.lora == config.lora
-    # Ziegler et al.'s controller moves by the rollouts of a step over a horizon of 10,000
+    # Ziegler et al.'s controller: rollouts per step / a horizon of 10,000
     assert config.kl.k_beta == pytest.approx(config.ppo.rollout_batch_size / 10_000)
     assert config.ppo.max_grad_norm is None
     if recipe == "stackllama":

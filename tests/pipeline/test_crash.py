@@ -1,4 +1,4 @@
-"""Real processes, killed: after the same command again everything is what an undisturbed run leaves, bit for bit."""
+"""Real processes are killed; after the same command again, all results are those of an undisturbed run, bit for bit."""
 
 import os
 import shutil
@@ -15,10 +15,10 @@ import pytest
 
 from tests.helpers import killed_runs
 from tests.helpers.command_line import TINY
-from tests.helpers.run_results import STAGES, assert_same, remains
+from tests.helpers.run_results import STAGE_FOLDERS, assert_identical, collect_results
 
 pytestmark = pytest.mark.long
-KILLS = int(os.environ.get("RLHF_KILLS", "0"))  # how many more kills, at random moments
+KILLS = int(os.environ.get("RLHF_KILLS", "0"))  # number of additional kills at random moments
 COMMAND = [
     *TINY, "logger=csv", "seed=1", "ppo.steps=10", "ppo.eval_every=2", "ppo.checkpoint_every=3",
     "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min",
@@ -81,7 +81,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 def to_the_end(folder: Path) -> str:
-    """The command as anybody starts it, undisturbed; what it says."""
+    """Run the command in the usual way to its end; return its output."""
     command = [sys.executable, "-m", "rlhf", *arguments(folder)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,7 +89,7 @@ def to_the_end(folder: Path) -> str:
 
 
 def kill_at(folder: Path, where: str, nth: int, seconds: float, number: signal.Signals) -> bool:
-    """Run until a moment and be killed there; False where the run ended without it."""
+    """Run the command and kill it at a moment; False if the run ended before."""
     log = folder / "died.log"
     log.unlink(missing_ok=True)
     process = killed_runs.start(folder, arguments(folder), where, nth, seconds, number)
@@ -100,7 +100,7 @@ def kill_at(folder: Path, where: str, nth: int, seconds: float, number: signal.S
 
 
 def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
-    """Run for so long and be killed; False where the run ended before."""
+    """Run the command and kill it after `seconds`; False if the run ended before."""
     process = killed_runs.start(folder, arguments(folder))
     process.join(seconds)
     if process.is_alive():
@@ -112,7 +112,7 @@ def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
 
 
 class Lives:
-    """One run after another, each killed again and again; those that end are held against the undisturbed one."""
+    """Runs one after another, each killed repeatedly; when one ends, it is compared with an undisturbed run."""
 
     def __init__(self, folder: Path, undisturbed: dict[str, Any]):
         self.root, self.undisturbed = folder, undisturbed
@@ -129,8 +129,8 @@ class Lives:
         print(f"{time.strftime('%X')} {number.name}: {what}", flush=True)
 
     def ended(self) -> None:
-        """Compare, and begin anew."""
-        assert_same(remains(self.folder), self.undisturbed)
+        """Compare the results of the finished run, then start a new one."""
+        assert_identical(collect_results(self.folder), self.undisturbed)
         shutil.rmtree(self.folder)
         self.compared += 1
         self._begin()
@@ -147,8 +147,10 @@ class Lives:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("undisturbed")
     to_the_end(folder)
-    found = remains(folder)
-    assert len([name for name in found if "adapter_model.safetensors" in name]) == 3  # reward, last and best policy
+    found = collect_results(folder)
+    assert (
+        len([name for name in found if "adapter_model.safetensors" in name]) == 3
+    )  # reward model, last and best policy
     assert len([name for name in found if name.endswith(".ckpt")]) == 2
     assert {"report/table.md", "report/table.csv"} <= found.keys()
     assert found["torn"] == []
@@ -163,12 +165,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_killed_at_every_moment_a_run_ends_with_the_same_bits(
     undisturbed: dict[str, Any], tmp_path: Path, first: signal.Signals
 ) -> None:
-    """Each moment in the order in which they come, one killed and the next terminated; then the other way round."""
+    """All moments in order, alternately with SIGKILL and SIGTERM; with the other parameter the other way round."""
     lives = Lives(tmp_path, undisturbed)
     signals = sorted((signal.SIGKILL, signal.SIGTERM), key=lambda number: number != first)
     for i, (what, where, nth, seconds) in enumerate(MOMENTS):
         number = signals[i % 2]
-        if not kill_at(lives.folder, where, nth, seconds, number):  # the run before had got past it
+        if not kill_at(lives.folder, where, nth, seconds, number):  # the run is past this moment already
             lives.ended()
             assert kill_at(lives.folder, where, nth, seconds, number), f"this moment never comes: {what}"
         lives.killed(what, number)
@@ -185,7 +187,11 @@ def test_killed_at_random_a_run_ends_with_the_same_bits(undisturbed: dict[str, A
     while lives.kills.total() < KILLS:
         number = random.choice((signal.SIGKILL, signal.SIGTERM))
         if kill_after(lives.folder, random.uniform(0, longest), number):
-            done = [name for name, place in STAGES.items() if list(lives.folder.glob(f"outputs/{place}/summary.json"))]
+            done = [
+                name
+                for name, place in STAGE_FOLDERS.items()
+                if list(lives.folder.glob(f"outputs/{place}/summary.json"))
+            ]
             lives.killed(f"at random, {' and '.join(done) or 'nothing'} being there", number)
         else:
             lives.ended()
@@ -202,4 +208,4 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: dict[str, Any], tmp_pa
     said = to_the_end(tmp_path)
     assert "is damaged" in said
     assert "continuing from step 3" in said
-    assert_same(remains(tmp_path), undisturbed)
+    assert_identical(collect_results(tmp_path), undisturbed)

@@ -1,15 +1,12 @@
-"""A disk that is full, read-only or somebody else's: one sentence, exit code 1, and afterwards the same bits."""
+"""Full and read-only disks: one sentence, exit code 1, and the same bits once there is space again."""
 
 import errno
 import json
-import logging
-import multiprocessing
 import os
 import resource
 import sqlite3
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,20 +18,19 @@ import torch
 
 from rlhf.errors import ConfigError
 from rlhf.errors.machine import machine_failure, writing
-from rlhf.files import aside, copy_folder, keep_lines, locks, read_json, write_json
-from rlhf.pipeline import cache, run
-from rlhf.pipeline.build import sft
+from rlhf.files import aside, keep_lines, read_json, write_json
+from rlhf.pipeline import run
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import JsonLines
 from tests.helpers.calls import before_call
-from tests.helpers.command_line import TINY, sentence
-from tests.helpers.run_results import assert_same, remains
+from tests.helpers.command_line import TINY, error_sentence
+from tests.helpers.run_results import assert_identical, collect_results
 
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs, which only root may mount."""
+    """Mount a tmpfs; skip the test without the right to."""
     folder.mkdir(exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
@@ -45,7 +41,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
-    """Leave not a byte of the disk."""
+    """Fill the disk to the last byte."""
     with (folder / "filler").open("wb", buffering=0) as file:
         for size in (2**20, 2**12, 1):
             with suppress(OSError):
@@ -58,7 +54,7 @@ def of_ppo(_: Any, trainer: Any, stage: Any) -> bool:
     return isinstance(stage, PPO) and stage.steps_done > 1
 
 
-# what is about to be written when the disk fills up: owner, method, and when
+# what is written when the disk is filled: owner, method, and the condition on its arguments
 MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "a line of metrics": (JsonLines, "log_metrics", lambda _, metrics, step=0: "sft/loss" in metrics),
     "a checkpoint of SFT": (StepCheckpoints, "save", lambda _, trainer, stage: stage.steps_done > 2),
@@ -78,17 +74,17 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_bit(command: Callab
             with before_call(owner, name, lambda *args, when=when: fill(disk) if when(*args) else None):
                 code, out, error = command(*arguments)
             assert code == 1, (what, out, error)
-            assert "No space left on device" in sentence(out + error), what
+            assert "No space left on device" in error_sentence(out + error), what
             (disk / "filler").unlink()
             assert not list(disk.rglob(f".*.{os.getpid()}")), f"{what}: something half-written was left"
         code, out, error = command(*arguments)
         assert code == 0, out + error
-        assert_same(remains(disk), remains(undisturbed))
+        assert_identical(collect_results(disk), collect_results(undisturbed))
 
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond so many bytes: a full disk where none can be mounted."""
+    """Limit the size of files that this process writes: simulates a full disk without mounting one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -97,7 +93,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_what_cannot_be_written_whole_is_not_there_and_the_old_one_stays(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_completely_keeps_its_old_content(tmp_path: Path) -> None:
     path, lines = tmp_path / "summary.json", tmp_path / "metrics.jsonl"
     write_json(path, {"whole": True})
     lines.write_text(json.dumps({"step": 1, "text": "x" * 9000}) + "\n")
@@ -112,7 +108,7 @@ def test_what_cannot_be_written_whole_is_not_there_and_the_old_one_stays(tmp_pat
     assert sorted(tmp_path.iterdir()) == [lines, path]
 
 
-def test_only_failures_of_the_machine_are_taken_for_one() -> None:
+def test_only_failures_of_the_machine_are_reported_as_such() -> None:
     told = {
         OSError(errno.ENOSPC, "No space left on device", "outputs/x"): "No space left on device: outputs/x (",
         PermissionError(errno.EACCES, "Permission denied", "/cache"): "Permission denied: /cache (",
@@ -125,7 +121,7 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
         assert machine_failure(outer) == machine_failure(error)
     for error in (FileNotFoundError(errno.ENOENT, "No such file"), KeyError("x"), RuntimeError("(os error x)")):
         assert machine_failure(error) is None
-    try:  # as Hydra wraps what a constructor raises, and rlhf.pipeline.config.instantiate unwraps it
+    try:  # Hydra wraps errors of constructors, and rlhf.pipeline.config.instantiate unwraps them
         try:
             raise ConfigError("flip=2") from None
         except ConfigError as cause:
@@ -136,114 +132,19 @@ def test_only_failures_of_the_machine_are_taken_for_one() -> None:
         assert machine_failure(circle.value) is None
 
 
-@contextmanager
-def as_another_user() -> Iterator[None]:
-    """Root may write everywhere: be nobody instead."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def passable(folder: Path) -> None:
-    """Anybody may go through pytest's folders to this one."""
-    top = Path(tempfile.gettempdir())
-    for parent in (folder, *folder.parents):
-        if top in parent.parents:
-            parent.chmod(0o755)
-
-
 def test_an_output_folder_that_cannot_be_written_is_one_sentence(command: Callable, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     outputs.mkdir()
     outputs.chmod(0o555)
-    with mounted(outputs, "ro,size=1m") if os.geteuid() == 0 else nullcontext():  # root may write everywhere else
+    with mounted(outputs, "ro,size=1m") if os.geteuid() == 0 else nullcontext():  # root may write in any other folder
         code, out, error = command(*TINY, f"output_dir={outputs}")
     assert code == 1
     reason = "Read-only file system" if os.geteuid() == 0 else "Permission denied"
-    assert sentence(out + error).startswith(f"rlhf: {reason}: {outputs}")
-
-
-def built(folder: Path) -> None:
-    write_json(folder / "summary.json", {"metrics": {}})
-
-
-def test_a_cache_of_another_user_is_read_and_never_written(tmp_path: Path) -> None:
-    passable(tmp_path)
-    mine = cache.ensure(tmp_path / "cache" / "sft-1", built)
-    (tmp_path / "cache").chmod(0o555)
-    with as_another_user():
-        assert cache.ensure(mine, built) == mine  # no lock is needed to read
-        with pytest.raises(PermissionError) as failure:
-            cache.ensure(tmp_path / "cache" / "sft-2", built)
-    assert "sft-2.lock" in machine_failure(failure.value)
-
-
-def test_what_is_missing_in_a_cache_of_another_user_is_said_before_anything_is_built(tmp_path: Path) -> None:
-    passable(tmp_path)
-    folder = tmp_path / "cache" / "sft-2"
-    cache.check_writable([folder])
-    folder.parent.mkdir()
-    folder.parent.chmod(0o555)
-    with as_another_user(), pytest.raises(ConfigError, match=f"sft-2 is missing .* {folder.parent} cannot be written"):
-        cache.check_writable([folder])
-    folder.parent.chmod(0o777)  # and yet somebody else has begun to build it
-    for begun in (folder.parent / "sft-2.lock", folder.parent / ".sft-2.building"):
-        begun.touch(0o644)
-        with as_another_user(), pytest.raises(ConfigError, match=f"{begun.name} cannot be written"):
-            cache.check_writable([folder])
-        begun.unlink()
-
-
-def test_a_finished_run_is_worth_more_than_its_pointer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    passable(tmp_path)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(0o555)
-    for _ in range(2):  # without, and with, a folder of pointers
-        with as_another_user():
-            cache.register_run(tmp_path, "abc", tmp_path / "run")
-        assert "Permission denied, so that this run will not be found" in caplog.text
-        caplog.clear()
-        (tmp_path / "cache" / "runs").mkdir(mode=0o755, exist_ok=True)
-    assert not list((tmp_path / "cache" / "runs").iterdir())
-    with as_another_user():
-        assert cache.find_run(tmp_path, "abc") is None
-
-
-def test_another_users_model_is_checked_and_no_note_is_left(tmp_path: Path) -> None:
-    passable(tmp_path)
-    folder = tmp_path / "cache" / "preferences-1"
-    folder.mkdir(parents=True)
-    built(folder)
-    (folder / "preference.jsonl").write_text("{}\n")
-    folder.chmod(0o555)
-    with as_another_user():
-        assert not cache.missing(folder)
-    assert not (folder / "checksums.json").exists()
-    assert not cache.missing(folder)  # this process knows it already
-
-
-def test_a_copy_of_a_read_only_model_belongs_to_who_made_it(tmp_path: Path) -> None:
-    source, target = tmp_path / "sft-1", tmp_path / "run"
-    (source / "model").mkdir(parents=True)
-    for name in ("summary.json", "model/config.json"):
-        (source / name).write_text("{}")
-        (source / name).chmod(0o444)
-    for folder in (source / "model", source):
-        folder.chmod(0o555)
-    target.mkdir()
-    copy_folder(source, target)
-    for path in (target, *target.rglob("*")):
-        assert path.stat().st_mode & 0o200, path
-    assert (target / "model" / "config.json").read_text() == "{}"
+    assert error_sentence(out + error).startswith(f"rlhf: {reason}: {outputs}")
 
 
 def test_a_checkpoint_is_written_beside_what_it_becomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # a $TMPDIR that takes nothing
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # a $TMPDIR that cannot be written
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, max_epochs=1, callbacks=[StepCheckpoints(tmp_path / "checkpoints", 1)],
@@ -285,55 +186,3 @@ def test_a_database_that_fails_with_its_disk_is_a_sentence(tmp_path: Path) -> No
     with pytest.raises(sqlite3.OperationalError) as failure, closing(sqlite3.connect(":memory:")) as database:
         database.execute("SELECT * FROM nothing")
     assert machine_failure(failure.value) is None
-
-
-def test_a_cache_folder_of_a_group_is_written_by_all_of_it(tmp_path: Path) -> None:
-    """With a umask of 002 in a folder that passes its group on, a lock and a result belong to the whole group."""
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(0o2775)
-    before = os.umask(0o002)
-    try:
-        cache.ensure(tmp_path / "cache" / "sft-1", built)
-    finally:
-        os.umask(before)
-    for path in (tmp_path / "cache").rglob("*"):
-        assert path.stat().st_mode & 0o020, path
-
-
-def test_a_builder_that_waits_says_so_and_takes_over_from_a_dead_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "WAIT_MESSAGE_SECONDS", 0.1)
-    folder = tmp_path / "cache" / "sft-1"
-    half = folder.parent / ".sft-1.building" / "half"
-
-    def build_for_ever(work: Path) -> None:
-        (work / "half").touch()
-        time.sleep(600)
-
-    other = multiprocessing.get_context("fork").Process(target=cache.ensure, args=(folder, build_for_ever))
-    other.start()
-    while not half.exists():
-        assert other.is_alive()
-        time.sleep(0.02)
-    said: list[str] = []
-
-    class KillWhenWaitedFor(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-            if len(said) == 3:
-                other.kill()
-
-    handler = KillWhenWaitedFor()
-    monkeypatch.setattr(locks.log, "level", logging.INFO)
-    locks.log.addHandler(handler)
-    try:
-        cache.ensure(folder, lambda work: built(work) if (work / "half").exists() else pytest.fail("begun anew"))
-    finally:
-        locks.log.removeHandler(handler)
-        other.kill()
-        other.join()
-    assert len(said) >= 3
-    assert all(f"another process builds sft-1 (process {other.pid} on " in line for line in said)
-    assert sorted(path.name for path in folder.iterdir()) == ["half", "summary.json"]
-    assert not half.parent.exists()

@@ -1,4 +1,4 @@
-"""Runs that share a folder: none is deleted, each comes back."""
+"""Different runs in one folder: none is deleted, each can be resumed."""
 
 import json
 from contextlib import suppress
@@ -18,8 +18,10 @@ def outputs(tmp_path: Path) -> Path:
     return tmp_path / "outputs"
 
 
-def make_run(folder: Path, identity: str, steps: int = 3, finished: bool = True, **config: Any) -> dict[str, bytes]:
-    """What a run leaves; returns its files."""
+def write_run_files(
+    folder: Path, identity: str, steps: int = 3, finished: bool = True, **config: Any
+) -> dict[str, bytes]:
+    """Write the files of a run and return their contents."""
     (folder / MODEL).mkdir(parents=True)
     (folder / "checkpoints").mkdir()
     (folder / ".hydra").mkdir(exist_ok=True)
@@ -36,12 +38,12 @@ def make_run(folder: Path, identity: str, steps: int = 3, finished: bool = True,
 
 
 def said(weights: Path) -> str:
-    """The identity that `make_run` made weights of."""
+    """The identity that `write_run_files` encoded in the weights."""
     return bytes(load_file(weights)["weight"].tolist()).decode()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The files of the run that is present in a folder."""
+    """Contents of the files of the current run in a folder, without earlier runs, hidden files and logs."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -53,11 +55,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_run_moves_aside_whole_and_comes_back(outputs: Path, finished: bool) -> None:
     folder = outputs / "mine/default"
-    first = make_run(folder, "aaa", finished=finished)
+    first = write_run_files(folder, "aaa", finished=finished)
     earlier.settle(folder, "bbb", outputs, False, "it")
     assert files_of(folder) == {}
     assert files_of(folder / EARLIER / "aaa") == first
-    second = make_run(folder, "bbb", steps=8)
+    second = write_run_files(folder, "bbb", steps=8)
     earlier.settle(folder, "aaa", outputs, False, "it")
     assert files_of(folder) == first
     assert files_of(folder / EARLIER / "bbb") == second
@@ -68,7 +70,7 @@ def test_another_run_moves_aside_whole_and_comes_back(outputs: Path, finished: b
 
 def test_the_run_of_this_configuration_stays(outputs: Path) -> None:
     folder = outputs / "mine/default"
-    files = make_run(folder, "aaa")
+    files = write_run_files(folder, "aaa")
     earlier.settle(folder, "aaa", outputs, False, "it")
     assert files_of(folder) == files
     assert not (folder / EARLIER).exists()
@@ -76,10 +78,10 @@ def test_the_run_of_this_configuration_stays(outputs: Path) -> None:
 
 def test_starting_over_keeps_what_was_there_and_does_not_bring_it_back(outputs: Path) -> None:
     folder = outputs / "mine/default"
-    kept = [make_run(folder, "aaa", steps=1)]
+    kept = [write_run_files(folder, "aaa", steps=1)]
     for steps in (2, 3):
         earlier.settle(folder, "aaa", outputs, True, "it")
-        kept.append(make_run(folder, "aaa", steps=steps))
+        kept.append(write_run_files(folder, "aaa", steps=steps))
     earlier.settle(folder, "aaa", outputs, False, "it")
     assert [files_of(path) for path in sorted((folder / EARLIER).iterdir())] == kept[:2]
     assert files_of(folder) == kept[2]
@@ -87,7 +89,7 @@ def test_starting_over_keeps_what_was_there_and_does_not_bring_it_back(outputs: 
 
 def test_a_run_that_left_no_note_is_kept_too(outputs: Path) -> None:
     folder = outputs / "mine/default"
-    files = make_run(folder, "aaa")
+    files = write_run_files(folder, "aaa")
     (folder / earlier.NOTE).unlink()
     write_json(folder / SUMMARY, {"stage": "ppo"})
     earlier.settle(folder, "bbb", outputs, False, "it")
@@ -97,9 +99,9 @@ def test_a_run_that_left_no_note_is_kept_too(outputs: Path) -> None:
 
 @pytest.mark.parametrize("killed_after", range(6))
 def test_a_kill_while_it_moves_loses_nothing(outputs: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At whichever move it happens, in either direction: the next start goes on."""
+    """Whichever move is interrupted, in either direction, the next start completes it."""
     folder = outputs / "mine/default"
-    first = make_run(folder, "aaa")
+    first = write_run_files(folder, "aaa")
     replace = earlier.os.replace
     for identity, expected in (("bbb", {}), ("aaa", first)):
         moves = iter(range(killed_after))
@@ -120,7 +122,7 @@ def test_a_kill_while_it_moves_loses_nothing(outputs: Path, killed_after: int, m
 
 def test_runs_that_share_its_model_go_on_sharing_it(outputs: Path) -> None:
     folder, other = outputs / "table/default", outputs / "figure/default"
-    make_run(folder, "aaa")
+    write_run_files(folder, "aaa")
     cache.register_run(outputs, "aaa", folder)
     cache.take_over(folder, other, {"name": "figure"}, [])
     weights = other / MODEL / "adapter.safetensors"
@@ -129,15 +131,15 @@ def test_runs_that_share_its_model_go_on_sharing_it(outputs: Path) -> None:
     assert said(weights) == "aaa"
     assert cache.find_run(outputs, "aaa") == (folder / EARLIER / "aaa").resolve()
     earlier.note(other, "aaa", {}, [])
-    earlier.settle(other, "ccc", outputs, False, "it")  # and the link itself may move
+    earlier.settle(other, "ccc", outputs, False, "it")  # the link itself may be moved
     assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
     earlier.settle(folder, "aaa", outputs, False, "it")
     assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
 
 
-def test_what_moves_is_told_by_how_it_differs(outputs: Path) -> None:
+def test_the_message_about_a_move_names_the_differences(outputs: Path) -> None:
     folder = outputs / "mine/default"
-    make_run(folder, "aaa", steps=3, name="mine")
+    write_run_files(folder, "aaa", steps=3, name="mine")
     said = earlier.describe(folder, {"ppo": {"steps": 8}, "name": "other"}, ("name",))
     assert said == "the finished run with ppo.steps=3 instead of 8"
     same = earlier.describe(folder, {"ppo": {"steps": 3}, "name": "mine"})

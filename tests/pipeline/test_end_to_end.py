@@ -1,4 +1,4 @@
-"""The whole pipeline through the command itself: what a run leaves, cache, sweeps, resuming, loading back."""
+"""The whole pipeline through the command: files of a run, the cache, sweeps, resuming, loading the models."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.helpers.subprocess_runs import QUICK, rlhf
+from tests.helpers.subprocess_runs import QUICK, run_in_subprocess
 
 pytestmark = pytest.mark.slow
 PPO_METRICS = [
@@ -50,7 +50,7 @@ EVAL_METRICS = [
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the quick pipeline has run once."""
     folder = tmp_path_factory.mktemp("work")
-    rlhf(folder, *QUICK)
+    run_in_subprocess(folder, *QUICK)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_a_run_leaves_what_the_design_names(workplace: Path) -> None:
 
 def test_the_same_command_again_says_it_is_finished_and_repeats_nothing(workplace: Path) -> None:
     before = (run_folder(workplace) / "metrics.jsonl").read_bytes()
-    assert "finished already" in rlhf(workplace, *QUICK)
+    assert "finished already" in run_in_subprocess(workplace, *QUICK)
     assert (run_folder(workplace) / "metrics.jsonl").read_bytes() == before
 
 
@@ -111,7 +111,7 @@ def test_the_models_load_in_plain_transformers_and_peft(workplace: Path) -> None
 @pytest.mark.long
 def test_a_sweep_shares_the_stages_and_gives_each_run_a_folder(workplace: Path) -> None:
     cached = {path.name for path in (workplace / "outputs/cache").iterdir() if path.is_dir()}
-    rlhf(workplace, "-m", *QUICK, "name=sweep", "divergence=none,exact_kl", "lora=r8,none", "ppo.steps=1")
+    run_in_subprocess(workplace, "-m", *QUICK, "name=sweep", "divergence=none,exact_kl", "lora=r8,none", "ppo.steps=1")
     assert {path.name for path in (workplace / "outputs/cache").iterdir() if path.is_dir()} == cached
     summaries = list((workplace / "outputs/sweep").glob("*/summary.json"))
     assert len(summaries) == 4
@@ -125,15 +125,17 @@ def test_a_sweep_shares_the_stages_and_gives_each_run_a_folder(workplace: Path) 
 @pytest.mark.long
 def test_an_interrupted_run_continues_to_the_same_bits(workplace: Path) -> None:
     arguments = [*QUICK, "ppo.steps=3", "ppo.eval_every=1", "name=straight"]
-    rlhf(workplace, *arguments)
+    run_in_subprocess(workplace, *arguments)
     straight = next((workplace / "outputs/straight").glob("*"))
-    # what a kill after step 2 leaves: no summary, no model, the checkpoint of step 2
-    rlhf(workplace, *arguments[:-1], "name=broken", "resume=never")  # or it would be taken over from `straight`
+    # as after a kill behind step 2: no summary, no model, the checkpoint of step 2
+    run_in_subprocess(
+        workplace, *arguments[:-1], "name=broken", "resume=never"
+    )  # otherwise the result of `straight` would be reused
     broken = next((workplace / "outputs/broken").glob("*"))
     for name in ("summary.json", "model/adapter_model.safetensors", "checkpoints/step-000003.ckpt"):
         (broken / name).unlink()
     shutil.rmtree(workplace / "outputs/cache/runs")
-    assert "continuing from step 2" in rlhf(workplace, *arguments[:-1], "name=broken")
+    assert "continuing from step 2" in run_in_subprocess(workplace, *arguments[:-1], "name=broken")
     for name in ("model/adapter_model.safetensors",):
         assert (broken / name).read_bytes() == (straight / name).read_bytes()
 
@@ -141,7 +143,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(workplace: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("stage", ["sft", "reward", "evaluate"])
 def test_each_stage_runs_by_itself(workplace: Path, stage: str) -> None:
-    rlhf(workplace, *QUICK, f"stage={stage}", f"name={stage}")
+    run_in_subprocess(workplace, *QUICK, f"stage={stage}", f"name={stage}")
     summary = read_summary(next((workplace / "outputs" / stage).glob("*")))
     assert summary is not None
     assert summary["stage"] == stage
@@ -151,7 +153,7 @@ def test_each_stage_runs_by_itself(workplace: Path, stage: str) -> None:
 
 @pytest.mark.long
 def test_resume_must_fails_in_a_sentence_without_a_checkpoint(workplace: Path) -> None:
-    assert "resume=must" in rlhf(workplace, *QUICK, "name=nothing", "seed=9", "resume=must", code=2)
+    assert "resume=must" in run_in_subprocess(workplace, *QUICK, "name=nothing", "seed=9", "resume=must", code=2)
 
 
 @pytest.mark.long
@@ -171,7 +173,7 @@ def test_gold_and_function_scorers_need_no_reward_model(workplace: Path, tmp_pat
 @pytest.mark.long
 def test_two_jobs_at_once_and_wandb_offline_without_a_key(workplace: Path) -> None:
     flags = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2", "logger=wandb", "name=pair"]
-    rlhf(workplace, *flags, *QUICK[:1], *QUICK[2:])
+    run_in_subprocess(workplace, *flags, *QUICK[:1], *QUICK[2:])
     runs = [path.parent for path in (workplace / "outputs/pair").glob("*/summary.json")]
     assert len(runs) == 2
     for run in runs:

@@ -1,8 +1,7 @@
-"""What an identity counts, and what it does not."""
+"""Identities of runs and cached models: what they depend on, and what they ignore."""
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ from rlhf.pipeline.checks import check
 from rlhf.pipeline.plan import Plan
 from rlhf.sweep.resolvers import folder_name
 from tests.helpers.composed_config import composed_plan
-
-
-@pytest.fixture
-def make_plan(tmp_path: Path) -> Callable[..., Plan]:
-    """A run of the default configuration with some overrides."""
-
-    def make(*overrides: str) -> Plan:
-        return composed_plan(tmp_path, *overrides)
-
-    return make
-
 
 # -- folders ---------------------------------------------------------------------------------------------------------
 
@@ -74,8 +62,8 @@ def test_a_file_counts_by_its_content(rows: Path, tmp_path: Path) -> None:
     assert identity.digest({"data": {"root": str(moved), "sft": "rows.jsonl[:5]"}}) != before
 
 
-def test_a_word_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that happens to be called as an option is."""
+def test_option_values_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that has the same name as an option."""
     monkeypatch.chdir(tmp_path)
     config = {"generation": {"engine": "native"}, "sft": {"schedule": "linear"}}
     before = identity.digest(config)
@@ -96,7 +84,7 @@ def test_a_users_own_code_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_who_answers_counts_and_how_he_is_reached_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_behind_an_endpoint_counts_and_connection_settings_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(**client: Any) -> Any:
         return identity.decisive({"judge": {"model": "m", "client": {"timeout": 1, **client}}})
 
@@ -109,7 +97,7 @@ def test_who_answers_counts_and_how_he_is_reached_does_not(monkeypatch: pytest.M
     assert judged() == judged(base_url="http://a/v1") != before
 
 
-def test_labels_and_how_often_is_saved_do_not_count() -> None:
+def test_names_and_checkpoint_intervals_do_not_count() -> None:
     one = {"sft": {"lr": 1, "checkpoint_every": 5}, "model": {"name": "tiny"}}
     other = {"sft": {"lr": 1, "checkpoint_every": 50}, "model": {"name": "small"}}
     assert identity.decisive(one) == identity.decisive(other)
@@ -125,7 +113,7 @@ def test_keys_of_lightning_are_left_out_and_those_of_other_trainers_not() -> Non
 
 
 def test_the_farm_says_which_keys_concern_which_splits() -> None:
-    """What it says holds for the rows: a key that does not concern a split does not change it."""
+    """A key that does not concern a split changes neither the split's rows nor its identity."""
     small = {"demonstrations": 6, "comparisons": 6, "prompts": 6, "eval_prompts": 6}
     changed = {"demonstrations": 7, "comparisons": 7, "prompts": 7, "eval_prompts": 7,
                "label_noise": 0.9, "max_response_tokens": 3}  # fmt: skip
@@ -148,7 +136,7 @@ def test_alpacas_evaluation_concerns_what_it_excludes() -> None:
         assert ("eval" in identity.of_data(files, source, ("sft",))) == excluded
 
 
-# Key by key: does the SFT model, the reward model, the run change with it?
+# overrides, and which of SFT model, reward model and run they change
 DECIDED = [
     ("ppo.steps=7", "run"),
     ("seed=1", "run"),
@@ -162,7 +150,7 @@ DECIDED = [
     ("data.seed=4", "sft, reward, run"),
     ("sft.seed=4", "sft, reward, run"),
     ("model.config.hidden_size=64", "sft, reward, run"),
-    ("guards=off", "sft, reward, run"),  # what is not finite is then trained on
+    ("guards=off", "sft, reward, run"),  # non-finite values would be trained on
     ("+trainer.slow=1 trainer._target_=mine.Trainer", "sft, reward, run"),
     ("guards=strict", ""),
     ("trainer.devices=2", ""),
@@ -176,11 +164,11 @@ DECIDED = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), DECIDED)
-def test_what_a_key_decides(make_plan: Callable[..., Plan], overrides: str, expected: str) -> None:
+def test_a_key_changes_the_identities_that_depend_on_it(tmp_path: Path, overrides: str, expected: str) -> None:
     def names(run: Plan) -> dict[str, str]:
         return {"sft": run.sft_folder.name, "reward": run.reward_folder.name, "run": run.identity}
 
-    before, after = names(make_plan()), names(make_plan(*overrides.split()))
+    before, after = names(composed_plan(tmp_path)), names(composed_plan(tmp_path, *overrides.split()))
     assert ", ".join(name for name in before if before[name] != after[name]) == expected
 
 
@@ -189,22 +177,22 @@ KEYS = ["limit_train_batches=1", "fast_dev_run=true", "overfit_batches=1", "max_
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_trainers_key_that_changes_training_is_refused(make_plan: Callable[..., Plan], key: str) -> None:
-    run = make_plan(f"+trainer.{key}")
+def test_a_trainers_key_that_changes_training_is_refused(tmp_path: Path, key: str) -> None:
+    run = composed_plan(tmp_path, f"+trainer.{key}")
     with pytest.raises(ConfigError, match=rf"^trainer\.{key.partition('=')[0]} .*; allowed: ") as refused:
         check(run.config, run.settings, run.source)
     assert "\n" not in str(refused.value)
 
 
-def test_a_stage_needs_no_data_of_later_stages(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
-    """SFT on demonstrations alone, although the default scorer would need comparisons."""
+def test_a_stage_needs_no_data_of_later_stages(tmp_path: Path) -> None:
+    """SFT needs demonstrations only, although the default scorer would need comparisons."""
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     alone = ("data=alpaca", f"data.root={tmp_path}", "data.sft=rows.jsonl", "judge=reward_model", "model=custom",
              "model.name_or_path=a/b", *(f"data.{split}=null" for split in
              ("sft_validation", "preference", "preference_validation", "prompts", "eval")))  # fmt: skip
-    run = make_plan("stage=sft", *alone)
+    run = composed_plan(tmp_path, "stage=sft", *alone)
     check(run.config, run.settings, run.source)
-    run = make_plan("stage=ppo", *alone)
+    run = composed_plan(tmp_path, "stage=ppo", *alone)
     with pytest.raises((ConfigError, DataError), match="no preference split"):
         check(run.config, run.settings, run.source)
 
@@ -257,12 +245,12 @@ def top(files: set[str]) -> set[str]:
     ],
 )
 def test_editing_a_file_rebuilds_what_it_decides(
-    edited: str, rebuilt: set[str], make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edited: str, rebuilt: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a copy of the package, with a line more in one of its files."""
+    """Identities of a copy of the package with one line added to one of its files."""
 
     def names() -> dict[str, str]:
-        run = make_plan()
+        run = composed_plan(tmp_path)
         return {"sft": run.sft_folder.name, "reward": run.reward_folder.name}
 
     before = names()
@@ -274,3 +262,11 @@ def test_editing_a_file_rebuilds_what_it_decides(
         file.write("\n# edited\n")
     after = names()
     assert {stage for stage in before if before[stage] != after[stage]} == rebuilt
+
+
+def test_a_change_of_the_training_code_gives_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = composed_plan(tmp_path), composed_plan(tmp_path)
+    names = before.sft_folder, before.reward_folder
+    monkeypatch.setattr(identity.inspect, "getsource", lambda function: function.__name__ * 2)
+    assert after.sft_folder != names[0]
+    assert after.reward_folder != names[1]

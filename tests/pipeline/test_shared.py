@@ -1,4 +1,4 @@
-"""Several processes on one cache, a W&B that is not there, and files made to run code: real processes and servers."""
+"""Several processes on one cache, W&B servers that fail, and files that would run code: real processes and servers."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
 
 @pytest.mark.long
 def test_four_processes_at_once_build_each_artefact_once(tmp_path: Path) -> None:
-    """Two of them are even the same run."""
+    """Several commands at once on one cache; two of them are the same run."""
     processes = [start(tmp_path, f"seed={seed}") for seed in (1, 2, 3, 3)]
     said = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0, 0], said
@@ -56,7 +56,7 @@ def test_four_processes_at_once_build_each_artefact_once(tmp_path: Path) -> None
 
 @pytest.fixture
 def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B reads the environment once a process, and Lightning writes WANDB_MODE there."""
+    """Reset W&B: it reads the environment once per process, and Lightning writes WANDB_MODE to it."""
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_MODE")
     wandb.teardown()
@@ -77,7 +77,7 @@ def test_an_unreachable_wandb_stops_no_run_and_the_key_is_nowhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server listens there
     monkeypatch.setattr("rlhf.tracking.dashboards.WANDB_SECONDS", 3)
     code, out, error = command(*TINY, "logger=wandb")
     said = out + error
@@ -89,7 +89,7 @@ def test_an_unreachable_wandb_stops_no_run_and_the_key_is_nowhere(
 
 
 class FakeWandb(BaseHTTPRequestHandler):
-    """As much of the server as a run needs to begin."""
+    """The part of the server that a run needs to start."""
 
     def do_POST(self) -> None:
         query = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -132,13 +132,13 @@ def test_a_wandb_that_vanishes_during_a_run_neither_stops_nor_stalls_it(
     server.server_close()
     logger.log_metrics({"ppo/reward": 2.0}, 2)
     logger.finalize("success")
-    logger.experiment.finish()  # as at the end of the process; without a limit it would wait for the server
+    logger.experiment.finish()  # as at the end of the process; without a time limit it would wait for the server
     assert list(tmp_path.rglob("*.wandb"))
     assert KEY.encode() not in text_of(tmp_path)
 
 
 class Evil:
-    """Unpickled, it leaves a file."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -152,7 +152,7 @@ def test_a_pickle_in_a_checkpoint_folder_is_not_executed(tmp_path: Path) -> None
     sound, evil = tmp_path / "step-000001.ckpt", tmp_path / "step-000002.ckpt"
     torch.save({"state_dict": {}}, sound)
     torch.save({"state_dict": Evil(trace)}, evil)
-    for path in (sound, evil):  # whoever can write here can write the checksum too
+    for path in (sound, evil):  # an attacker who can write here can write the checksum too
         _checksum_file(path).write_text(sha256(path))
     assert checkpoints.latest() == sound
     assert not trace.exists()
@@ -190,7 +190,7 @@ def test_code_beside_a_model_is_not_run_unless_asked_for(tmp_path: Path, part: s
     assert not trace.exists()
 
 
-def test_nothing_of_ours_unpickles() -> None:
+def test_no_code_of_the_package_unpickles() -> None:
     package = Path(__import__("rlhf").__file__).parent
     for path in package.rglob("*.py"):
         for line in path.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""How many threads a run has, and how long it took whatever the clock on the wall says."""
+"""The number of threads of a run, and its duration when the system clock is changed."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from rlhf.tracking.summary import write_summary
 @pytest.mark.parametrize(
     ("said", "now", "jobs", "processes", "expected"),
     [
-        ("1", 1, 1, 1, 1),  # a sweep's job has the bits of the single run
+        ("1", 1, 1, 1, 1),  # a job of a sweep gets the bits of the single run
         ("3", 3, 4, 1, 3),
-        (None, 6, 1, 1, 6),  # the machine to itself: as torch chose for the single run
+        (None, 6, 1, 1, 6),  # alone on the machine: as many threads as torch chooses for the single run
         (None, 6, 4, 1, 2),
         (None, 1, 2, 1, 1),
-        ("4", 4, 2, 4, 1),  # joblib sets the variable for a job, not for the processes of a job
+        ("4", 4, 2, 4, 1),  # joblib sets the variable for a job, not for the processes that a job starts
         ("1", 1, 1, 2, 1),
     ],
 )
@@ -52,7 +52,7 @@ def test_a_summary_says_threads_and_a_clock_set_back_makes_no_time_negative(
     assert summary["threads"] == 1
 
 
-def test_no_run_has_less_than_nothing_left(tmp_path: Path) -> None:
+def test_remaining_time_is_never_negative(tmp_path: Path) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("ppo: {steps: 10}")
     lines = [{"step": i, "time": t, "ppo/reward": 0.0} for i, t in ((1, 50.0), (2, 60.0), (3, 0.0), (4, 10.0))]

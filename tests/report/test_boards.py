@@ -1,4 +1,4 @@
-"""A sweep's W&B workspace and report, built offline from a real sweep; putting them there was never run here."""
+"""A sweep's W&B workspace and report, built offline from a real sweep; uploading them is not tested."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import wandb
 from rlhf import root
 from rlhf.files import SUMMARY, read_json, write_json
 from rlhf.report import sync
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 from tests.helpers.made_up_sweeps import write_run
 from tests.helpers.wandb_files import read_runs
 
@@ -38,7 +38,7 @@ FIGURES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two rows, logged offline."""
+    """A sweep with two rows, logged offline."""
     place = tmp_path_factory.mktemp("boards")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -49,14 +49,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         figures = json.dumps(FIGURES).replace('"', "").replace("title: Figure ", "title: Figure")
         layout = f"report={{title: Small, baseline: kl, figures: {figures}}}"
         job = [*TINY, "logger=wandb", "name=study", "ppo.steps=1", "ppo.eval_every=1", layout]
-        assert rlhf("-m", *job, "divergence=kl,none") == 0
+        assert run_in_process("-m", *job, "divergence=kl,none") == 0
         wandb.finish()
         wandb.teardown()
     return place / "outputs/study"
 
 
 def every(node: Any, key: str) -> Iterator[Any]:
-    """All values of a key, however deep."""
+    """All values of a key at any depth."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name == key:
@@ -68,7 +68,7 @@ def every(node: Any, key: str) -> Iterator[Any]:
 
 
 def metrics_of(spec: Any) -> set[str]:
-    """What the panels of a specification draw."""
+    """The metrics that the panels of a specification draw."""
     drawn = {metric for metrics in every(spec, "metrics") for metric in metrics}
     axes = {axis for key in ("xAxis", "yAxis") for axis in every(spec, key)}
     return {name.removeprefix("summary:").removesuffix(".last") for name in drawn | axes} - {"_step"}
@@ -115,8 +115,8 @@ def test_the_figures_are_panels_with_their_axes(folder: Path) -> None:
     assert Boards.of(folder).front() == []
 
 
-def test_json_there_and_back(folder: Path) -> None:
-    """The library's own models read what was written, and write the same again."""
+def test_specifications_survive_a_round_trip_through_the_library(folder: Path) -> None:
+    """The library's own models read the specification and write the same again."""
     report = folder / "report"
     written = read_json(report / WORKSPACE)
     workspace = ws.Workspace._from_model(View.model_validate(written))
@@ -162,14 +162,14 @@ def run_sync(*arguments: str | Path, **environment: str) -> subprocess.Completed
 
 @pytest.fixture
 def sent(tmp_path: Path) -> Path:
-    """A sweep whose runs wait for nothing."""
+    """Folders of a sweep with nothing to synchronise."""
     logger = {"_target_": "rlhf.tracking.dashboards.wandb_logger", "project": "p", "group": "made_up", "entity": None}
     write_run(tmp_path / "s/a", "lora_kl", 1, config={"seed": 1, "name": "made_up", "logger": logger})
     return tmp_path / "s"
 
 
 @pytest.mark.long
-def test_without_a_key_one_sentence_and_the_specifications(sent: Path) -> None:
+def test_without_a_key_the_specifications_are_written_and_one_sentence_says_so(sent: Path) -> None:
     done = run_sync(sent, "--boards")
     assert done.returncode == 2, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("rlhf-sync: ")]
@@ -188,7 +188,7 @@ def test_a_dry_run_writes_and_does_not_ask(sent: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.long
-def test_without_a_server_one_sentence(sent: Path) -> None:
+def test_a_missing_server_is_reported_in_one_sentence(sent: Path) -> None:
     done = run_sync(sent, "--boards", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Both engines against transformers' own `generate`, and the log-probs they report against plain forward passes."""
+"""Both engines against transformers' own `generate`, and their log-probs against plain forward passes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from rlhf.rollout.native import NativeEngine, sample_tokens
 from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import GenerationSettings
 from rlhf.stages.passes import compute_logprobs, compute_values
-from tests.helpers.rollouts import EOS, KINDS, LIMIT, PAD, PROMPTS, rows_of, sample, seeded
+from tests.helpers.rollouts import EOS, KINDS, LIMIT, PAD, PROMPTS, generate, response_rows, seeded_generator
 
 
 def forced(model: nn.Module, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
-    """Log-probs of a response, by a plain forward pass of a plain model on that row alone."""
+    """Log-probs of a response [time], from a forward pass of a plain model on that row alone."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
     table = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
@@ -42,7 +42,7 @@ def roles(request: pytest.FixtureRequest, make_roles: Callable) -> Roles:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_generate(make_roles: Callable, kind: str, attention: str) -> None:
-    """Row by row without any padding is the reference; ragged batches must agree with it, with HF's own too."""
+    """The reference is `generate` row by row without padding; ragged batches of both engines must agree with it."""
     roles = make_roles(kind, attn_implementation=attention)
     model = roles.copy_trunk("policy")
     expected = []
@@ -50,9 +50,9 @@ def test_greedy_equals_generate(make_roles: Callable, kind: str, attention: str)
         ids = torch.tensor([prompt])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT, do_sample=False)
         expected.append(out[0, len(prompt) :].tolist())
-    native = sample(NativeEngine(EOS), roles, PROMPTS[:6], temperature=0.0)
-    assert rows_of(native) == expected
-    assert rows_of(sample(TransformersEngine(EOS, PAD), roles, PROMPTS[:6], temperature=0.0)) == expected
+    native = generate(NativeEngine(EOS), roles, PROMPTS[:6], temperature=0.0)
+    assert response_rows(native) == expected
+    assert response_rows(generate(TransformersEngine(EOS, PAD), roles, PROMPTS[:6], temperature=0.0)) == expected
     assert native.logprobs is not None
     for i, row in enumerate(expected):
         torch.testing.assert_close(
@@ -62,8 +62,8 @@ def test_greedy_equals_generate(make_roles: Callable, kind: str, attention: str)
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: float) -> None:
-    generated = sample(NativeEngine(EOS), roles, temperature=temperature)
-    rows = rows_of(generated)
+    generated = generate(NativeEngine(EOS), roles, temperature=temperature)
+    rows = response_rows(generated)
     batch = Sequences.from_lists(PROMPTS, rows)
     scored, model = compute_logprobs(roles, "policy", batch, 64, temperature), roles.copy_trunk("policy")
     assert generated.logprobs is not None
@@ -74,10 +74,10 @@ def test_captured_logprobs_are_those_of_the_model(roles: Roles, temperature: flo
         assert (scored[i, len(row) :] == 0).all()
 
 
-def test_values_of_a_head_on_the_policys_trunk(
+def test_values_captured_on_the_policys_trunk_are_those_of_a_pass(
     make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read off while sampling, whichever rows are done and dropped: what a pass over the texts finds."""
+    """Values captured while sampling equal those of a pass over the sequences, though finished rows are dropped."""
     monkeypatch.setattr("rlhf.rollout.native.CHECK_EVERY", 2)
     roles, prompts = make_roles(), [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS]
     settings = GenerationSettings(max_new_tokens=LIMIT, batch_size=5)
@@ -86,7 +86,7 @@ def test_values_of_a_head_on_the_policys_trunk(
     def sampled() -> Rollouts:
         return rollout(engine, roles, "policy", make_tokenizer(), prompts, settings, torch.Generator().manual_seed(3))
 
-    assert sampled().values is None  # the value function is an adapter of its own
+    assert sampled().values is None  # the value function is a separate adapter
     roles.table["value"] = roles.table["policy"]
     roles.add_head("value", zero=False)
     found = sampled()
@@ -97,8 +97,8 @@ def test_values_of_a_head_on_the_policys_trunk(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_of_what_generate_sampled(roles: Roles, temperature: float) -> None:
-    """`generate` tells the scores it sampled with: our scoring pass must find the same log-probs."""
+def test_scores_of_generate_agree_with_the_scoring_pass(roles: Roles, temperature: float) -> None:
+    """`generate` returns the scores that it sampled from: our scoring pass must find the same log-probs."""
     prompts = [[5, 9, 7], [40, 41, 3], [6, 8, 8], [49, 3, 12]]
     ids, model = torch.tensor(prompts), roles.copy_trunk("policy")
     torch.manual_seed(0)
@@ -114,11 +114,11 @@ def test_scores_of_what_generate_sampled(roles: Roles, temperature: float) -> No
 
 
 def test_transformers_engine_samples_as_generate_does(roles: Roles) -> None:
-    """With equally long prompts there is no padding: the same seed through plain `generate` gives the same tokens."""
+    """Prompts of equal length need no padding, so that plain `generate` with the same seed gives the same tokens."""
     prompts = [[5, 9, 7], [40, 41, 3]] * 4
-    got = rows_of(sample(TransformersEngine(EOS, PAD), roles, prompts, temperature=0.7))
+    got = response_rows(generate(TransformersEngine(EOS, PAD), roles, prompts, temperature=0.7))
     ids = torch.tensor(prompts)
-    torch.manual_seed(int(torch.randint(2**62, (), generator=seeded())))
+    torch.manual_seed(int(torch.randint(2**62, (), generator=seeded_generator())))
     out = (
         roles.copy_trunk("policy")
         .generate(
@@ -135,18 +135,18 @@ def test_transformers_engine_samples_as_generate_does(roles: Roles) -> None:
     assert got == [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
 
 
-# -- what must not matter --------------------------------------------------------------------------------------------
+# -- independence of batch, order and global state -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("every", [1, 1000])
 def test_dropping_rows_changes_no_token(roles: Roles, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-    whole = sample(NativeEngine(EOS), roles, max_new_tokens=40)
+    whole = generate(NativeEngine(EOS), roles, max_new_tokens=40)
     assert (
         len({n for n in whole.lengths.tolist() if n < 40}) > 3
-    )  # rows end at different times, so that some are dropped
+    )  # rows end at different steps, so that some are dropped
     monkeypatch.setattr(native, "CHECK_EVERY", every)
-    other = sample(NativeEngine(EOS), roles, max_new_tokens=40)
-    assert rows_of(other) == rows_of(whole)
+    other = generate(NativeEngine(EOS), roles, max_new_tokens=40)
+    assert response_rows(other) == response_rows(whole)
     assert whole.logprobs is not None
     assert other.logprobs is not None
     for i, n in enumerate(whole.lengths.tolist()):
@@ -157,42 +157,42 @@ def test_dropping_rows_changes_no_token(roles: Roles, monkeypatch: pytest.Monkey
 def test_the_same_seed_gives_the_same_ids(make_roles: Callable, engine: object) -> None:
     roles = make_roles()
     before = torch.random.get_rng_state()
-    first, again, other = (rows_of(sample(engine, roles, generator=seeded(s))) for s in (3, 3, 4))
+    first, again, other = (response_rows(generate(engine, roles, generator=seeded_generator(s))) for s in (3, 3, 4))
     assert first == again
     assert first != other
-    assert torch.equal(torch.random.get_rng_state(), before)  # and the global stream is left alone
+    assert torch.equal(torch.random.get_rng_state(), before)  # and the global generator is not used
 
 
 @pytest.mark.parametrize("engine", [NativeEngine(EOS), TransformersEngine(EOS, PAD)])
 def test_eos_is_kept_and_never_appended(make_roles: Callable, engine: object) -> None:
-    generated = sample(engine, make_roles(), max_new_tokens=30)
-    ended = [row[-1] == EOS for row in rows_of(generated)]
+    generated = generate(engine, make_roles(), max_new_tokens=30)
+    ended = [row[-1] == EOS for row in response_rows(generated)]
     assert 0 < sum(ended) < len(ended)
-    for row, end in zip(rows_of(generated), ended, strict=True):
+    for row, end in zip(response_rows(generated), ended, strict=True):
         assert EOS not in row[:-1]
         assert end or len(row) == 30
 
 
 @pytest.mark.parametrize("role", ["policy", "reference"])
-def test_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
+def test_sampled_frequencies_match_the_softmax(make_roles: Callable, role: str) -> None:
     roles, rows = make_roles(), 4000
-    got = sample(NativeEngine(EOS), roles, [[5, 9, 7]] * rows, role=role, max_new_tokens=1, temperature=1.3).ids[:, 0]
+    got = generate(NativeEngine(EOS), roles, [[5, 9, 7]] * rows, role=role, max_new_tokens=1, temperature=1.3).ids[:, 0]
     with torch.no_grad():
         logits = roles.copy_trunk(role)(input_ids=torch.tensor([[5, 9, 7]])).logits[0, -1]
     expected = (logits / 1.3).softmax(-1) * rows
     counts = torch.bincount(got, minlength=50).float()
-    bins = torch.cumsum(expected >= 5, 0) * (expected >= 5)  # the rare tokens share bin 0
+    bins = torch.cumsum(expected >= 5, 0) * (expected >= 5)  # rare tokens share bin 0
     observed, wanted = (torch.zeros(51).index_add(0, bins, x) for x in (counts, expected))
     kept = wanted > 0
     statistic, freedom = float(((observed - wanted)[kept] ** 2 / wanted[kept]).sum()), int(kept.sum()) - 1
     assert freedom > 5
-    assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p ≈ 0.001 one-sided, and the seed is fixed
+    assert statistic < freedom + 3.1 * math.sqrt(2 * freedom)  # p ≈ 0.001, one-sided; the seed is fixed
 
 
 @given(st.floats(0, 1, exclude_max=True, width=32), st.integers(0, 2**30), st.sampled_from([0.1, 1.0, 3.0]))
-def test_sample_tokens_inverts_the_distribution(draw: float, seed: int, temperature: float) -> None:
-    """Never a token of probability 0; the token whose share of [0, 1) holds the draw."""
-    logits = torch.randn(1, 12, generator=seeded(seed)) * 4
+def test_choose_inverts_the_distribution(draw: float, seed: int, temperature: float) -> None:
+    """The token whose share of [0, 1) contains the draw, never one of probability 0."""
+    logits = torch.randn(1, 12, generator=seeded_generator(seed)) * 4
     logits[0, [0, 5, 11]] = -torch.inf
     token, logprob = sample_tokens(logits, temperature, torch.tensor([draw]), True)
     logprobs = (logits / temperature).log_softmax(-1)
@@ -216,7 +216,9 @@ def test_rollout_keeps_order_ids_and_eos(make_roles: Callable, make_tokenizer: C
     roles, tokenizer = make_roles(), make_tokenizer(pad)
     settings = GenerationSettings(engine=engine, max_new_tokens=24, batch_size=5)
     prompts = texts(13)
-    result = rollout(make_engine(settings, tokenizer, roles), roles, "policy", tokenizer, prompts, settings, seeded())
+    result = rollout(
+        make_engine(settings, tokenizer, roles), roles, "policy", tokenizer, prompts, settings, seeded_generator()
+    )
     assert result.prompts == prompts
     batch = result.sequences
     assert 0 < int(result.ended.sum()) < 13
@@ -244,11 +246,11 @@ def test_captured_log_probs_serve_as_old_ones_only_where_that_is_exact(
         roles = make_roles()
         roles.compute_dtype = dtype
         settings = GenerationSettings(max_new_tokens=2, capture_logprobs=capture)
-        known = sample(make_engine(settings, tokenizer, roles), roles, max_new_tokens=2).logprobs is not None
+        known = generate(make_engine(settings, tokenizer, roles), roles, max_new_tokens=2).logprobs is not None
         return known, use_captured_logprobs(replace(settings, engine=name), roles)
 
     assert captured(torch.float32, "auto") == (True, True)
-    assert captured(torch.bfloat16, "auto") == (True, False)  # to be compared with what is scored again
+    assert captured(torch.bfloat16, "auto") == (True, False)  # will be compared with scores computed again
     assert captured(torch.float32, "auto", "vllm") == (True, False)
     assert captured(torch.bfloat16, "always") == (True, True)
     assert captured(torch.float32, "never") == (False, False)

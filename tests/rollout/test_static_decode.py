@@ -1,4 +1,4 @@
-"""Decoding at fixed shapes (what a CUDA graph needs), on the CPU: the same as decoding over what is there so far."""
+"""Decoding with fixed shapes, as CUDA graphs need it, on the CPU: the same as decoding with a growing cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ from rlhf.rollout.factory import make_engine
 from rlhf.rollout.kv_cache import BufferCache
 from rlhf.rollout.native import NativeEngine
 from rlhf.settings import GenerationSettings
-from tests.helpers.rollouts import EOS, KINDS, rows_of, sample, seeded
+from tests.helpers.rollouts import EOS, KINDS, generate, response_rows, seeded_generator
 
 FIXED, GROWING = NativeEngine(EOS, fixed=True), NativeEngine(EOS)
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[Any]]]:
-    """For each batch, its size and where its steps found everything, in which shapes."""
+    """For each batch, its size and the addresses and shapes of all tensors that its steps used."""
     batches: list[tuple[int, set[Any]]] = []
     step, keep = FixedStep.step, FixedStep.keep
 
@@ -43,49 +43,49 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[Any]]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_tokens_and_logprobs(
+def test_fixed_shapes_give_the_same_tokens_and_logprobs(
     make_roles: Callable, seen: list, monkeypatch: pytest.MonkeyPatch, kind: str, temperature: float
 ) -> None:
-    """And all steps of a batch find the same shapes at the same addresses, until it has shrunk to a power of two."""
+    """All steps of a batch see the same shapes at the same addresses, until the batch shrinks to a power of two."""
     monkeypatch.setattr(native, "CHECK_EVERY", 2)
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # of the adapters
+        torch.manual_seed(0)  # of the adapters' weights
         roles = make_roles(kind)
     options: Any = {"max_new_tokens": 60, "temperature": temperature}
-    fixed, growing = sample(FIXED, roles, **options), sample(GROWING, roles, **options)
-    assert rows_of(fixed) == rows_of(growing)
+    fixed, growing = generate(FIXED, roles, **options), generate(GROWING, roles, **options)
+    assert response_rows(fixed) == response_rows(growing)
     assert fixed.logprobs is not None
     assert growing.logprobs is not None
     for i, n in enumerate(fixed.lengths.tolist()):
         torch.testing.assert_close(fixed.logprobs[i, :n], growing.logprobs[i, :n], rtol=1e-4, atol=1e-5)
     sizes = [size for size, _ in seen]
     assert sizes[0] == 24
-    assert len(sizes) > 1 or temperature == 0  # few rows end then
+    assert len(sizes) > 1 or temperature == 0  # few rows end early then
     assert all(size & (size - 1) == 0 for size in sizes[1:])
     assert sizes == sorted(sizes, reverse=True)
     assert all(len(places) <= 1 for _, places in seen)
     assert len(seen[0][1]) == 1
 
 
-def test_in_bfloat16_under_autocast(make_roles: Callable) -> None:
-    """There rounding differs with the shapes: the first tokens agree."""
+def test_the_first_tokens_agree_in_bfloat16(make_roles: Callable) -> None:
+    """Rounding depends on shapes in bfloat16, so that only the first tokens must agree."""
     roles = make_roles().bfloat16()
     roles.compute_dtype = torch.bfloat16
-    fixed, growing = (sample(engine, roles, temperature=0.0) for engine in (FIXED, GROWING))
+    fixed, growing = (generate(engine, roles, temperature=0.0) for engine in (FIXED, GROWING))
     assert torch.equal(fixed.ids[:, :2], growing.ids[:, :2])
 
 
-def test_what_was_in_the_buffers_does_not_matter() -> None:
-    """Memory that held anything before, such as values that are no number, is behind the mask but in the product."""
+def test_the_old_content_of_buffers_does_not_matter() -> None:
+    """Unfilled memory can hold NaN, and the masked product is NaN then: `fix` sets it to zero."""
     cache, place = BufferCache(1, 6), torch.tensor([2])
-    states = torch.randn(3, 2, 2, 4, generator=seeded())
+    states = torch.randn(3, 2, 2, 4, generator=seeded_generator())
     cache.update(states, states, 0)
     layer: Any = cache.layers[0]
     layer.keys[:, :, 2:] = layer.values[:, :, 2:] = torch.nan
     cache.fix(place)
     assert (layer.keys[:, :, 2:] == 0).all()
     assert (layer.values[:, :, 2:] == 0).all()
-    for slot in (2, 3, 2):  # written again, as by the steps before a capture, it is the same
+    for slot in (2, 3, 2):  # writing a slot twice, as the steps before a capture do, changes nothing
         place.fill_(slot)
         keys, values = cache.update(states[:, :, :1], states[:, :, :1], 0)
         assert keys.shape == values.shape == (3, 2, 6, 4)
@@ -94,13 +94,13 @@ def test_what_was_in_the_buffers_does_not_matter() -> None:
     assert (keys[:, :, 4:] == 0).all()
 
 
-def test_eager_attention_grows(make_roles: Callable, seen: list) -> None:
+def test_eager_attention_uses_a_growing_cache(make_roles: Callable, seen: list) -> None:
     roles = make_roles(attn_implementation="eager")
-    assert rows_of(sample(FIXED, roles)) == rows_of(sample(GROWING, roles))
+    assert response_rows(generate(FIXED, roles)) == response_rows(generate(GROWING, roles))
     assert not seen
 
 
-def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_decoding_that_cannot_be_captured_runs_without_graphs(caplog: pytest.LogCaptureFixture) -> None:
     def step() -> torch.Tensor:
         return torch.ones(1)
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     assert "no CUDA graph of the decoding step" in caplog.text
 
 
-def test_a_gpu_and_the_setting_choose_it(
+def test_the_device_and_the_setting_select_fixed_shapes(
     make_roles: Callable, make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roles, tokenizer = make_roles(), make_tokenizer()
@@ -126,12 +126,12 @@ def test_a_gpu_and_the_setting_choose_it(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_graphs_on_a_gpu(make_roles: Callable, caplog: pytest.LogCaptureFixture) -> None:
-    """Twice, with another adapter the second time: nothing of the first graphs is used again."""
+def test_graphs_on_a_gpu_give_the_same_tokens(make_roles: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """Generating again with another adapter does not reuse the first graphs."""
     roles = make_roles().to("cuda")
     for _ in range(2):
-        fixed, growing = sample(FIXED, roles), sample(GROWING, roles)
-        assert rows_of(fixed) == rows_of(growing)
+        fixed, growing = generate(FIXED, roles), generate(GROWING, roles)
+        assert response_rows(fixed) == response_rows(growing)
         assert "no CUDA graph" not in caplog.text
         for parameter in roles.adapter_parameters("base", "policy").values():
             parameter.data.add_(0.05)

@@ -1,4 +1,4 @@
-"""Where responses end and what is sampled: in each engine, for judges, and in plain transformers afterwards."""
+"""Stop tokens and sampling options: in each engine, for judges, and in exported models under plain transformers."""
 
 import sys
 from collections.abc import Callable
@@ -49,7 +49,7 @@ FILTERS = {"top_k": 3, "top_p": 0.5, "min_p": 0.2, "typical_p": 0.5, "epsilon_cu
 
 
 def seeded_roles() -> Roles:
-    """The same whatever ran before: peft draws its A matrices from the global generator."""
+    """Roles that do not depend on earlier tests: peft draws its A matrices from the global generator."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return tiny_roles()
@@ -61,17 +61,17 @@ def rows_of(engine: Any, roles: Roles, temperature: float = 1.0) -> list[list[in
     return [ids[:length] for ids, length in zip(made.ids.tolist(), made.lengths.tolist(), strict=True)]
 
 
-# -- which ids ---------------------------------------------------------------------------------------------------------
+# -- stop ids ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
     [
         (EOS, None, (EOS,)),
-        (EOS, [UNK, EOS], (EOS, UNK)),  # the tokenizer's is the first: it ends the demonstrations
-        (UNK, [9], (EOS, 9)),  # the config counts where there is no generation_config
+        (EOS, [UNK, EOS], (EOS, UNK)),  # the tokenizer's EOS comes first, because it ends the demonstrations
+        (UNK, [9], (EOS, 9)),  # the config counts if there is no generation_config
         (UNK, None, (EOS, UNK)),
-        (9, None, (EOS,)),  # a word: more likely the default of the config's class than an end
+        (9, None, (EOS,)),  # the id of a word is more likely a default of the config class than an end
         ([9, UNK], None, (EOS, 9, UNK)),
         (None, None, (EOS,)),
     ],
@@ -86,7 +86,7 @@ def test_the_ids_that_end_a_response(config: Any, generation: Any, expected: tup
 
 @pytest.mark.parametrize("make", [NativeEngine, lambda ids: TransformersEngine(ids, PAD)], ids=["native", "hf"])
 def test_a_response_ends_at_whichever_of_the_ids_comes_first(make: Callable) -> None:
-    """The same draws as with one id, up to the other."""
+    """Draws are the same as with one stop id, up to the second one."""
     roles = seeded_roles()
     long, short = rows_of(make(EOS), roles), rows_of(make([EOS, OTHER]), roles)
     assert short == [row[: row.index(OTHER) + 1] if OTHER in row else row for row in long]
@@ -129,7 +129,7 @@ def test_chat_stops_at_any_of_them() -> None:
 
 
 def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Against a stand-in with vLLM's names, since it needs a GPU."""
+    """Against a stand-in for vLLM, which needs a GPU."""
     from rlhf.rollout import vllm as vllm_engine
 
     asked: dict[str, Any] = {}
@@ -163,12 +163,12 @@ def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pyte
         }  # fmt: skip
 
 
-# -- what is scored ----------------------------------------------------------------------------------------------------
+# -- scores ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["own", "finished"])
 def test_a_judge_scores_what_was_sampled(same: bool) -> None:
-    """By hand: the reward at the last sampled token, and at the EOS of a reference, which is a whole text."""
+    """By hand: rewards are read at the last sampled token, and at the EOS of a reference, which is complete."""
     roles, tokenizer = seeded_roles(), word_tokenizer()
     kind = RewardModelJudge if same else FinishedRewardModelJudge
     judge = object.__new__(kind)
@@ -193,11 +193,11 @@ def test_a_reward_model_learns_no_end_that_was_not_sampled() -> None:
     assert RewardModeling.encode(stage, rows) == [(([5], [7, EOS]), ([5], [8, 9]))]  # type: ignore[arg-type]
 
 
-# -- in plain transformers ---------------------------------------------------------------------------------------------
+# -- exported models in plain transformers -----------------------------------------------------------------------------
 
 
 def tiny_gpt2(tokenizer: Any, **options: Any) -> PreTrainedModel:
-    """Absolute positions, tied embeddings, and not a row more than the tokenizer has tokens."""
+    """GPT-2 has absolute positions, tied embeddings, and no spare rows beyond the tokenizer's vocabulary."""
     torch.manual_seed(0)
     shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **options}
@@ -206,13 +206,13 @@ def tiny_gpt2(tokenizer: Any, **options: Any) -> PreTrainedModel:
 
 @pytest.fixture
 def published(tmp_path: Path) -> ModelSettings:
-    """A GPT-2 as others leave it: its pad token is its EOS, and it stops at other ids and in another way than here."""
+    """A published GPT-2: its pad token is its EOS, and it stops at other ids and samples with other options."""
     tokenizer = gpt2()
     model = tiny_gpt2(tokenizer, pad_token_id=tokenizer.eos_token_id)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "base")
-    # beyond what `save_pretrained` lets pass
+    # options that `save_pretrained` would refuse
     config = {"eos_token_id": [65, tokenizer.eos_token_id], "temperature": 0.5, "top_k": 1, "do_sample": False}
     (tmp_path / "base/generation_config.json").write_text(str(config).replace("'", '"').replace("False", "false"))
     return ModelSettings("x", str(tmp_path / "base"), max_prompt_tokens=32)
@@ -243,7 +243,7 @@ def test_an_exported_policy_stops_where_it_stopped_here(published: ModelSettings
 def test_a_padded_batch_of_an_exported_reward_model_is_scored_as_here(
     published: ModelSettings, tmp_path: Path, whole: bool
 ) -> None:
-    """An adapter's score is read by the SFT model's config."""
+    """The scores of a reward adapter depend on the SFT model's config."""
     tokenizer = load_tokenizer(published)
     save_model(load_causal_lm(published, tokenizer), tokenizer, tmp_path / "sft")
     roles = Roles(load_causal_lm(published, tokenizer, tmp_path / "sft"))
@@ -271,4 +271,4 @@ def test_the_tokenizer_beside_a_reward_adapter_pads_for_scoring(tmp_path: Path) 
     for role, side in (("policy", "left"), ("reward", "right")):
         save_adapter(roles, role, tiny_lora(), tmp_path, tokenizer, tmp_path / role)
         assert AutoTokenizer.from_pretrained(tmp_path / role).padding_side == side
-    assert tokenizer.padding_side == "right"  # as it was
+    assert tokenizer.padding_side == "right"  # unchanged

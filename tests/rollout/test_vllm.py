@@ -1,4 +1,4 @@
-"""`generation.engine=vllm` as far as it goes without vLLM and a GPU: what it refuses, and the adapter it hands over."""
+"""`generation.engine=vllm`, as far as testable without vLLM and a GPU: refusals, and the adapter that it exports."""
 
 import importlib.util
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from rlhf.rollout.factory import make_engine
 from rlhf.rollout.vllm import write_adapter
 from rlhf.settings import GenerationSettings
 from tests.helpers.composed_config import compose_and_check
-from tests.helpers.memory_estimates import of
+from tests.helpers.memory_estimates import estimate_of
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings
 
 CHOSEN = ["generation=vllm", "model.dtype=bfloat16"]
@@ -36,14 +36,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_what_it_cannot_do_is_refused(overrides: str, expected: str) -> None:
+def test_unsupported_settings_are_refused(overrides: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as refused:
         compose_and_check(*CHOSEN, *overrides.split())
     assert str(refused.value).startswith(("generation.", "evaluation."))
     assert "\n" not in str(refused.value)
 
 
-def test_without_vllm_or_a_gpu(command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_package_or_gpu_is_one_sentence(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     real = importlib.util.find_spec
     for found, expected in (
         (None, "rlhf: generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'\n"),
@@ -64,7 +66,7 @@ def test_without_vllm_or_a_gpu(command: Callable, monkeypatch: pytest.MonkeyPatc
 
 @torch.no_grad()
 def test_the_adapter_handed_over_is_the_policy(folders: SimpleNamespace, make_texts: Callable, tmp_path: Path) -> None:
-    """On the folder that the roles know as the SFT model plain peft computes what the role does, also after a step."""
+    """Plain peft computes the same as the role on the folder of the SFT model, also after an update."""
     stage, batch = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl"), make_texts(4, seed=0)
     roles = stage.roles.eval()
     assert roles.trunk("reference").name_or_path == str(folders.sft)
@@ -82,7 +84,7 @@ def test_the_adapter_handed_over_is_the_policy(folders: SimpleNamespace, make_te
     assert not torch.allclose(*seen)
 
 
-def test_roles_without_an_adapter(folders: SimpleNamespace, tmp_path: Path) -> None:
+def test_roles_without_an_adapter_export_none(folders: SimpleNamespace, tmp_path: Path) -> None:
     settings = ppo_settings()
     assert not write_adapter(make_ppo(settings, folders, tmp_path / "a").roles, "reference", tmp_path / "none")
     settings.lora = replace(settings.lora, r=0)
@@ -102,10 +104,10 @@ def test_what_goes_wrong_in_vllm_is_told_in_a_sentence(folders: SimpleNamespace,
 
 
 def test_the_estimate_knows_what_vllm_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = of("model.dtype=bfloat16")
+    plain = estimate_of("model.dtype=bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * 2**30, 10 * 2**30))
-    served = of(*CHOSEN)
+    served = estimate_of(*CHOSEN)
     assert served.program == 4 * 2**30
     assert served.generating == 0
     assert served.peak == 4 * 2**30 + plain.weights + plain.trained + plain.updating

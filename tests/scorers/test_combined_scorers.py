@@ -1,4 +1,4 @@
-"""Scores put together, cut and brought to one unit; a classifier of our own; the best of several answers."""
+"""Sums of scorers, clipping and normalization of scores, a user's own classifier, and best-of-n."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ PARTS = Farm().tokenizer(), Roles(LlamaForCausalLM(LLAMA))
 CONTEXT = Context(NoSource(), *PARTS)
 
 
-def test_a_weighted_sum_by_hand() -> None:
+def test_a_weighted_sum_agrees_with_hand_computation() -> None:
     function = term(2.0, "text.FunctionScorer", function=f"{__name__}.first_number")
     scorer = WeightedSum(CONTEXT, {"a": function, "b": term(0.5, "combine.LengthPenalty", free=2)})
     scores = scorer(rollouts([[7, 8, 9, 9, 9], [5], [6, 6]]))
@@ -57,7 +57,7 @@ def test_a_weighted_sum_by_hand() -> None:
 
 
 @pytest.mark.parametrize("terms", [{}, {"a": {"weight": 1}}, {"a": {"weight": 1, "scorer": {"function": "x"}}}])
-def test_what_is_no_sum_is_refused(terms: dict) -> None:
+def test_malformed_sums_are_refused(terms: dict) -> None:
     with pytest.raises(ConfigError, match=r"scorer\.terms"):
         WeightedSum(CONTEXT, terms)
 
@@ -85,7 +85,7 @@ def test_running_moments_are_those_of_all_scores(batches: list[list[float]]) -> 
         torch.testing.assert_close(result, expected.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_scores_are_scaled_cut_or_left() -> None:
+def test_scores_are_scaled_clipped_or_unchanged() -> None:
     scores = torch.tensor([-4.0, 0.0, 4.0, 8.0])
     assert ppo.ScoreNormalizer("none", None)(scores) is scores
     assert ppo.ScoreNormalizer("none", 3.0)(scores).tolist() == [-3, 0, 3, 3]
@@ -93,8 +93,8 @@ def test_scores_are_scaled_cut_or_left() -> None:
     assert torch.isfinite(ppo.ScoreNormalizer("standardize", None)(torch.ones(3))).all()
 
 
-def test_resuming_goes_on_counting(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """The checkpoint holds the moments: four steps, and two steps continued, see the same scores."""
+def test_resuming_continues_the_running_moments(folders: SimpleNamespace, tmp_path: Path) -> None:
+    """Checkpoints contain the running moments: four steps and two plus two resumed steps see the same scores."""
     from rlhf.pipeline.checkpoints import StepCheckpoints
 
     settings = ppo_settings(score_normalization="standardize", score_clip=1.5, steps=4, checkpoint_every=2)

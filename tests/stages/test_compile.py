@@ -1,4 +1,4 @@
-"""Compiled blocks: the same updates, whatever role runs and however long the texts are."""
+"""Compiled blocks give the same updates for all roles and sequence lengths."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +10,14 @@ from torch._dynamo.utils import counters
 
 from rlhf.rollout.sample import rollout
 from rlhf.stages.ppo import PPO
-from tests.helpers.command_line import sentence
+from tests.helpers.command_line import error_sentence
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
-from tests.helpers.training import gradients
+from tests.helpers.training import record_gradients
 
 
 def updates(stage: PPO, folder: Path) -> tuple[list[dict[str, float]], list[torch.Tensor]]:
     folder.mkdir()
-    with gradients() as seen:
+    with record_gradients() as seen:
         lines = train(stage, folder)
     return lines, [gradient for step in seen for gradient in step if gradient is not None]
 
@@ -30,8 +30,8 @@ def _compare(_: int, options: dict, backend: str, checkpointing: bool, folders: 
     expected, theirs = updates(plain, folder / "plain")
     assert not counters["stats"]
     lines, ours = updates(compiled, folder / "compiled")
-    # scoring, the policy's update, the value function's (of each the first block, whose input has no gradient) and
-    # decoding: one more for each text's length, block or role would be many
+    # Graphs for scoring, updates of the policy and of the value function (two each: the input of the first block has
+    # no gradient) and decoding. One more for each length, block or role would be far more than 9.
     assert 3 <= counters["stats"]["unique_graphs"] <= 9
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
@@ -49,10 +49,10 @@ def _compare(_: int, options: dict, backend: str, checkpointing: bool, folders: 
         ({}, "inductor", False),
     ],
 )
-def test_the_same_updates(
+def test_compiled_blocks_make_the_same_updates(
     folders: SimpleNamespace, tmp_path: Path, options: dict, backend: str, checkpointing: bool
 ) -> None:
-    """In a process of its own, without the checks of shapes, which the compiler cannot see through."""
+    """Runs in a separate process without shape checks, which the compiler cannot trace."""
     torch.multiprocessing.spawn(_compare, (options, backend, checkpointing, folders, tmp_path))
 
 
@@ -60,7 +60,7 @@ def _decode(_: int, folders: SimpleNamespace, folder: Path) -> None:
     settings = ppo_settings()
     stage = make_ppo(settings, folders, folder)
     roles, sampled = stage.roles, []
-    torch.manual_seed(0)  # the fixture's weights depend on what ran before; with some of them hardly a row ends early
+    torch.manual_seed(0)  # the fixture's weights depend on earlier tests, and with some of them hardly a row ends early
     for name, parameter in roles.trunk("reference").named_parameters():
         if parameter.dim() > 1 and ".lora_" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -69,12 +69,12 @@ def _decode(_: int, folders: SimpleNamespace, folder: Path) -> None:
         roles.compiled = compiled
         seeded = torch.Generator().manual_seed(len(sampled) // 2)
         sampled.append(rollout(stage.engine, roles, "policy", stage.tokenizer, PROMPTS, settings.generation, seeded))
-        if len(sampled) == 2:  # another adapter, merged into the weights at another place
+        if len(sampled) == 2:  # another adapter, merged into other weights
             for parameter in roles.adapter_parameters("base", "policy").values():
                 parameter.data.add_(0.05)
     assert sampled[0].responses != sampled[2].responses
     for ours, plain in (sampled[:2], sampled[2:]):
-        assert len(set(ours.mask.sum(1).tolist())) > 3  # rows were dropped on the way
+        assert len(set(ours.mask.sum(1).tolist())) > 3  # rows were dropped during decoding
         assert ours.responses == plain.responses
         torch.testing.assert_close(ours.logprobs, plain.logprobs, rtol=1e-4, atol=1e-5)
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
@@ -82,12 +82,12 @@ def _decode(_: int, folders: SimpleNamespace, folder: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_same_tokens(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """Decoding as one program for all batch sizes and places, whatever is merged into the weights."""
+def test_compiled_decoding_gives_the_same_tokens(folders: SimpleNamespace, tmp_path: Path) -> None:
+    """Decoding is one compiled program for all batch sizes and positions, whatever is merged into the weights."""
     torch.multiprocessing.spawn(_decode, (folders, tmp_path))
 
 
-def test_what_cannot_be_compiled(command: Callable) -> None:
+def test_settings_that_cannot_be_compiled_are_refused(command: Callable) -> None:
     code, _, said = command("debug=quick", "model.compile=true", "trainer=fsdp", "trainer.devices=2")
     assert code == 2
-    assert "model.compile=true" in sentence(said)
+    assert "model.compile=true" in error_sentence(said)

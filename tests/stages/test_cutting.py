@@ -1,4 +1,4 @@
-"""Rows that cutting to `max_length` leaves with nothing, or next to nothing, to learn."""
+"""Rows with nothing, or next to nothing, left to learn after cutting to `max_length`."""
 
 import logging
 
@@ -24,13 +24,13 @@ def test_pairs_that_cutting_makes_equal_are_left_out_and_counted(caplog: pytest.
 
 
 def test_of_one_prompt_an_answer_that_begins_like_the_other_differs_by_its_end() -> None:
-    pair = (([5, 6], [7, EOS]), ([5, 6], [7, 8]))  # the second one is cut: its end was not seen
+    pair = (([5, 6], [7, EOS]), ([5, 6], [7, 8]))  # the second response is cut, so that its end is not a target
     assert distinct("a", [pair], "preference", "reward.max_length=4")[1] == [pair]
 
 
 def test_only_responses_that_were_cut_count_as_short(caplog: pytest.LogCaptureFixture) -> None:
     whole, cut, long = ([5] * 9, [EOS]), ([5] * 9, [7]), ([5] * (10 - FEW), [7] * FEW)
-    early = ([5], [7])  # sampled and not ended, but not cut here
+    early = ([5], [7])  # sampled without an end, but not cut here
     with caplog.at_level(logging.WARNING):
         assert count_short([whole, cut, cut, long, early], 10, EOS, "sft", "sft.max_length=10") == {
             "fewer than 4 response tokens within sft.max_length=10 tokens": 2

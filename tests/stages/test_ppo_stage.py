@@ -1,4 +1,4 @@
-"""PPO through a real Lightning trainer: the first ratio, what moves and what stays, penalties, resuming."""
+"""PPO with a real Lightning trainer: the first ratio, which weights change, penalties, resuming."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +21,9 @@ from rlhf.rollout.factory import use_captured_logprobs
 from rlhf.settings import LoraSettings
 from rlhf.stages.minibatches import split_minibatches
 from rlhf.stages.ppo import PPO
-from tests.helpers.calls import spy
+from tests.helpers.calls import record_calls
 from tests.helpers.ppo_stages import LORA, count_low_words, make_ppo, ppo_settings, train
-from tests.helpers.training import changed, gradients, weights
+from tests.helpers.training import changed_weights, copy_weights, record_gradients
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -32,16 +32,19 @@ def test_the_first_ratio_is_one(
 ) -> None:
     settings = ppo_settings(lora=replace(LORA, dropout=dropout), epochs=1, minibatch_size=12, steps=3)
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    losses, assessed = spy(monkeypatch, ppo, "policy_losses"), spy(monkeypatch, stage, "make_experience")
+    losses, experiences = (
+        record_calls(monkeypatch, ppo, "policy_losses"),
+        record_calls(monkeypatch, stage, "make_experience"),
+    )
     metrics = train(stage, tmp_path)
-    assert len(losses) > 6  # several micro-batches a step, one optimiser step each: no ratio but the first of a batch
+    assert len(losses) > 6  # several micro-batches per update: the ratio of the first update of a rollout is 1
     for (logprobs, old, *_), _ in losses:
         torch.testing.assert_close(logprobs.detach(), old, rtol=1e-5, atol=1e-5)
     assert [row["ppo/first_ratio"] for row in metrics] == pytest.approx([1.0] * 3, abs=1e-5)
     assert [row["ppo/ratio"] for row in metrics] == pytest.approx([1.0] * 3, abs=1e-5)
-    (rollouts, *_), experience = assessed[0]
+    (rollouts, *_), experience = experiences[0]
     gap = (experience.old_logprobs - rollouts.logprobs).abs().max()
-    assert gap > 0.1 if dropout else gap == 0  # the masks are really there
+    assert gap > 0.1 if dropout else gap == 0  # dropout masks are really applied
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -58,10 +61,10 @@ def test_samples_of_another_distribution_are_seen_though_scoring_again_hides_the
     )
     (row,) = train(stage, tmp_path)
     gap, sound = row["ppo/sampling_gap"], temperature == 0.9
-    if precision == "float32":  # captured log-probs are the old ones
+    if precision == "float32":  # captured log-probs are the old log-probs
         assert gap == row["ppo/first_log_ratio"]
         assert gap < 1e-5 if sound else gap > 0.3
-    else:  # scored again: the first ratio is 1 whatever was sampled from
+    else:  # scored again: the first ratio is 1 whatever was sampled
         assert row["ppo/first_log_ratio"] == pytest.approx(0, abs=1e-3)
         assert 1e-4 < gap < 0.1 if sound else gap > 0.3
 
@@ -81,16 +84,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, case: str) -> None:
-    """Policy and value both move, with a reference pass before each update; nothing else ever does."""
+def test_only_policy_and_value_adapters_change(folders: SimpleNamespace, tmp_path: Path, case: str) -> None:
+    """Only policy and value adapters change, although reference passes run before each update."""
     stage = make_ppo(ppo_settings(**CASES[case]), folders, tmp_path / "samples")
-    roles, before = stage.roles, weights(stage.roles)
-    with gradients() as seen:
+    roles, before = stage.roles, copy_weights(stage.roles)
+    with record_gradients() as seen:
         train(stage, tmp_path)
     assert len(seen) == 2 * 2 * 2  # steps · epochs · minibatches
     trained = {name for name, p in roles.named_parameters() if p.requires_grad}
-    moved = changed(before, roles)
-    assert moved == trained - {"trunks.value.lm_head.weight"}  # which a value function has no use for
+    moved = changed_weights(before, roles)
+    assert moved == trained - {"trunks.value.lm_head.weight"}  # a value function does not use it
     assert sum(grad is not None for grad in seen[0]) == len(moved)
     head = "heads.value.weight"
     policy = {name for name in moved if ".policy." in name}
@@ -98,7 +101,7 @@ def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, ca
     assert policy
     if case == "adapters":
         assert value == {head} | {name for name in before if ".lora_" in name and ".value." in name}
-        # a head of zeros passes nothing on to its adapter before its own first step; after it everything has a gradient
+        # a zero head passes no gradient to its adapter before its first update; after it everything has a gradient
         assert all(grad is not None and grad.abs().max() > 0 for grad in seen[1])
     elif case == "trunk_head":
         assert value == {head}
@@ -115,7 +118,7 @@ def test_what_trains_and_what_stays(folders: SimpleNamespace, tmp_path: Path, ca
 def test_the_value_starts_as_the_reward_model(
     folders: SimpleNamespace, tmp_path: Path, make_texts: Callable, reward: bool
 ) -> None:
-    """Also where its rank and scale are not the reward adapter's: the same hidden states, a head of zeros."""
+    """The value adapter starts with the reward model's hidden states and a zero head, at any rank and scale."""
     lora = replace(LORA, r=6, alpha=30.0)
     roles = make_ppo(ppo_settings(lora=lora), folders, tmp_path / "s", reward, warm=False).roles
     batch = make_texts(3, seed=0)
@@ -126,7 +129,7 @@ def test_the_value_starts_as_the_reward_model(
 
 
 @pytest.mark.parametrize("name", ["exact_kl", "exact_jensen_shannon"])
-def test_exact_penalties_by_brute_force(
+def test_exact_penalties_agree_with_brute_force(
     folders: SimpleNamespace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -136,11 +139,11 @@ def test_exact_penalties_by_brute_force(
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 7 * 50)
     stage = make_ppo(ppo_settings(name, "logits", steps=1), folders, tmp_path / "samples")
     save_adapter(stage.roles, "policy", lora_config(LORA), folders.sft, tokenizer, tmp_path / "policy")
-    assessed = spy(monkeypatch, stage, "make_experience")
+    experiences = record_calls(monkeypatch, stage, "make_experience")
     train(stage, tmp_path)
     policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     reference = AutoModelForCausalLM.from_pretrained(folders.sft).eval()
-    experience = assessed[0][1]
+    experience = experiences[0][1]
     batch = experience.sequences
     for i, (start, end) in enumerate(zip(batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)):
         ids = batch.ids[i : i + 1, :end]
@@ -155,13 +158,13 @@ def test_exact_penalties_by_brute_force(
         assert (experience.penalty[i, end - start :] == 0).all()
 
 
-def test_without_divergence_no_reference_pass(
+def test_without_divergence_there_is_no_reference_pass(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ppo_settings("none", "none", steps=4, reference_every=2, epochs=1)
     stage = make_ppo(settings, folders, tmp_path / "samples")
-    calls = spy(monkeypatch, stage.roles, "states")
-    made, ends = [], spy(monkeypatch, stage, "update")
+    calls = record_calls(monkeypatch, stage.roles, "states")
+    made, ends = [], record_calls(monkeypatch, stage, "update")
     monkeypatch.setattr(stage.scorer, "function", lambda p, r: made.append(len(calls)) or count_low_words(p, r))
     metrics = train(stage, tmp_path)
     steps = [slice(a, b) for a, b in zip(made, [*made[1:], None], strict=True)]
@@ -177,9 +180,9 @@ def test_missing_eos_costs_the_penalty(
     for penalty in (0.0, 1.5):
         settings = ppo_settings(steps=1, whiten_rewards=False, missing_eos_penalty=penalty)
         stage = make_ppo(settings, folders, tmp_path / "samples")
-        assessed = spy(monkeypatch, stage, "make_experience")
+        experiences = record_calls(monkeypatch, stage, "make_experience")
         train(stage, tmp_path / str(penalty))
-        (rollouts, *_), experience = assessed[0]
+        (rollouts, *_), experience = experiences[0]
         shaped.append(experience.rewards)
     assert 0 < int(rollouts.ended.sum()) < 12
     expected = torch.zeros_like(shaped[0])
@@ -189,7 +192,7 @@ def test_missing_eos_costs_the_penalty(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout: float) -> None:
+def test_a_resumed_run_continues_with_the_same_bits(folders: SimpleNamespace, tmp_path: Path, dropout: float) -> None:
     settings = ppo_settings(lora=replace(LORA, dropout=dropout), steps=4)
 
     def run(folder: Path, start: int = 0, **options: Any) -> tuple[PPO, list[dict[str, float]]]:
@@ -200,13 +203,13 @@ def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout:
     straight, whole = run(tmp_path / "a")
     saved = tmp_path / "a" / "checkpoints"
     assert sorted(path.name for path in saved.glob("*.ckpt")) == ["step-000002.ckpt", "step-000004.ckpt"]
-    torch.manual_seed(99)  # the global stream must not matter
+    torch.manual_seed(99)  # the global generator must not matter
     resumed, rest = run(tmp_path / "b", 2, ckpt_path=saved / "step-000002.ckpt")
     assert [row["step"] for row in rest] == [3, 4]
     for a, b in zip(whole[2:], rest, strict=True):
         same = {key for key in a if not key.startswith("time") and key != "ppo/rollouts_per_second"}
         assert {key: a[key] for key in same} == {key: b[key] for key in same}
-    assert not changed(weights(straight.roles), resumed.roles)
+    assert not changed_weights(copy_weights(straight.roles), resumed.roles)
     assert resumed.kl.coef == straight.kl.coef != 0.05
     states = [stage.trainer.optimizers[0].state_dict() for stage in (straight, resumed)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
@@ -215,12 +218,12 @@ def test_resuming_is_going_on(folders: SimpleNamespace, tmp_path: Path, dropout:
 
 
 def test_as_published_takes_more_and_smaller_steps(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """The published fault, in small: 12 rollouts in minibatches of 6, of which it makes 3 steps of 2 rows each."""
+    """The fault of the published code, in small: 12 rollouts in minibatches of 6 become 3 updates of 2 rows each."""
     counts, first = {}, {}
     for accumulation in ("exact", "as_published"):
         settings = ppo_settings(accumulation=accumulation, published_rows=2, steps=1)
         stage = make_ppo(settings, folders, tmp_path / accumulation)
-        with gradients() as steps:
+        with record_gradients() as steps:
             train(stage, tmp_path / accumulation)
         counts[accumulation], first[accumulation] = len(steps), steps[0]
     assert counts == {"exact": 2 * 2, "as_published": 2 * 2 * 3}

@@ -1,4 +1,4 @@
-"""Gradients of all three stages against plain torch and transformers, the schedule, the order of the rows."""
+"""Gradients of all three stages against plain torch and transformers, schedules, and the order of rows."""
 
 import math
 from dataclasses import replace
@@ -22,10 +22,10 @@ from rlhf.settings import OptimizerSettings
 from rlhf.stages.base import Stage
 from rlhf.stages.batches import SeededBatches
 from rlhf.stages.reward import longer_accuracy
-from tests.helpers.calls import spy
+from tests.helpers.calls import record_calls
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings, train
 from tests.helpers.supervised_stages import COMPARISONS, DEMONSTRATIONS, NO_CLIPPING, reward_stage, sft_stage
-from tests.helpers.training import changed, fit, gradients, weights
+from tests.helpers.training import changed_weights, copy_weights, fit, record_gradients
 
 EOS = 1
 
@@ -34,7 +34,7 @@ def one_step(stage: Any, rows: list, folder: Path) -> tuple[dict[str, Tensor], d
     """The gradients of the first optimiser step by name, and the metrics logged."""
     names = [name for name, p in stage.named_parameters() if p.requires_grad]
     batches = SeededBatches(len(rows), len(rows), 0, 1)
-    with gradients() as seen:
+    with record_gradients() as seen:
         metrics = fit(stage, stage.encode(rows), batches, folder)
     assert len(seen) == 1
     assert len(seen[0]) == len(names)
@@ -58,7 +58,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_sft_gradient_is_that_of_transformers(
     folders: SimpleNamespace, tmp_path: Path, loss_on: str, packing: bool, microbatch_tokens: int
 ) -> None:
-    """Many micro-batches or one, packed or not: the gradient of one padded batch with Hugging Face's own loss."""
+    """The gradient equals that of one padded batch with Hugging Face's loss, for any micro-batches and packing."""
     stage = sft_stage(folders, loss_on=loss_on, packing=packing, microbatch_tokens=microbatch_tokens, log_every=1)
     got, metrics = one_step(stage, DEMONSTRATIONS, tmp_path)
 
@@ -79,9 +79,10 @@ def test_sft_gradient_is_that_of_transformers(
 
 def test_sft_adapter_trains_alone(folders: SimpleNamespace, tmp_path: Path) -> None:
     stage = sft_stage(folders, LORA, microbatch_tokens=32)
-    before = weights(stage.roles)
+    before = copy_weights(stage.roles)
     one_step(stage, DEMONSTRATIONS, tmp_path)
-    assert changed(before, stage.roles) == {name for name in before if "lora_B" in name}  # A follows once B is not 0
+    trained = {name for name in before if "lora_B" in name}  # A has a gradient once B is not 0
+    assert changed_weights(before, stage.roles) == trained
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -92,7 +93,7 @@ def test_checkpointed_activations_are_made_again(
     stage, calls = make(folders, replace(LORA, dropout=0.5), microbatch_tokens=100000), []
     if checkpointed:
         stage.roles.checkpoint_activations()
-    assert stage.roles.unpadded  # tried out before the calls are counted
+    assert stage.roles.unpadded  # compatibility is tried before the calls are counted
     projection = stage.roles.trunk("reference").model.layers[0].self_attn.q_proj
     projection.register_forward_hook(lambda module, *_: calls.append(module.lora_dropout.training))
     one_step(stage, rows, tmp_path)
@@ -132,7 +133,7 @@ def test_reward_gradient_is_that_of_transformers(
     assert_close(got, expected)
 
 
-def test_what_length_alone_gets_right() -> None:
+def test_the_length_baseline_counts_longer_chosen_responses() -> None:
     rows = [Comparison("p", "long answer", "short"), Comparison("p", "ab", "longer"), Comparison("p", "ab", "cd")]
     assert longer_accuracy(rows) == 0.5
     assert longer_accuracy(rows[:1]) == 1
@@ -149,23 +150,26 @@ def test_baseline_is_the_mean_score_of_demonstrations(folders: SimpleNamespace) 
     assert stage.baseline(DEMONSTRATIONS) == pytest.approx(sum(scores) / len(scores), abs=1e-5)
 
 
-# -- PPO's gradient --------------------------------------------------------------------------------------------------
+# -- the gradient of PPO ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["adapter", "trunk_head"])
-def test_ppo_gradient_by_plain_autograd(
+def test_the_ppo_gradient_is_that_of_plain_autograd(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    """Tiny micro-batches, one micro-batch, and the clipped losses written out on each row alone: one gradient."""
+    """Tiny micro-batches, one micro-batch, and clipped losses written out row by row give the same gradient."""
     results = {}
     for budget in (24, 100000):
         options = {"microbatch_tokens": budget, "steps": 1, "epochs": 2, "minibatch_size": 12, "value_model": value}
         stage = make_ppo(ppo_settings(max_grad_norm=NO_CLIPPING, lr=0.05, **options), folders, tmp_path / "samples")
         stage.roles.heads["value"].weight.data.normal_(generator=torch.Generator().manual_seed(5))
-        assessed, updated = spy(monkeypatch, stage, "make_experience"), spy(monkeypatch, stage, "microbatch_loss")
-        with gradients() as seen:
+        experiences, losses = (
+            record_calls(monkeypatch, stage, "make_experience"),
+            record_calls(monkeypatch, stage, "microbatch_loss"),
+        )
+        with record_gradients() as seen:
             train(stage, tmp_path / str(budget))
-        results[budget] = seen[0], assessed[0][1], len(updated)
+        results[budget] = seen[0], experiences[0][1], len(losses)
     (tiny, experience, many), (whole, _, few) = results[24], results[100000]
     assert many > 2 * 4
     assert few == 2
@@ -205,7 +209,7 @@ def test_ppo_gradient_by_plain_autograd(
         ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
     ],
 )
-def test_the_schedule_by_hand(schedule: str, rates: list[float]) -> None:
+def test_the_schedule_agrees_with_hand_computation(schedule: str, rates: list[float]) -> None:
     stage = Stage(OptimizerSettings(lr=0.1, warmup_steps=2, schedule=schedule), 6)
     assert [stage.rate(step) for step in range(6)] == pytest.approx(rates)
 
@@ -216,8 +220,8 @@ def test_no_step_trains_at_rate_zero(folders: SimpleNamespace, tmp_path: Path) -
 
 
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 5), st.integers(0, 12))
-def test_seeded_batches(rows: int, size: int, seed: int, start: int) -> None:
-    """A pure function of (seed, step), and a permutation every epoch, also where a batch straddles two."""
+def test_seeded_batches_depend_on_seed_and_step_only(rows: int, size: int, seed: int, start: int) -> None:
+    """Batches depend only on (seed, step) and are a permutation in each epoch, also if a batch straddles two epochs."""
     steps = 15
     whole = list(SeededBatches(rows, size, seed, steps))
     assert len(whole) == steps

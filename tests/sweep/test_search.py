@@ -1,4 +1,4 @@
-"""A search by Optuna: what it composes, what it refuses, what it continues, and the front at its end."""
+"""Hyper-parameter search with Optuna: composition, refusals, continuing, and the Pareto front."""
 
 import os
 import re
@@ -26,7 +26,7 @@ from rlhf.sweep.states import states
 from tests.helpers.command_line import TINY
 from tests.helpers.composed_config import composed, composed_settings
 from tests.helpers.made_up_sweeps import write_run
-from tests.helpers.subprocess_runs import rlhf
+from tests.helpers.subprocess_runs import run_in_subprocess
 
 optuna = pytest.importorskip("optuna", reason="the extra optuna is not installed")
 BOTH = {"eval/win_rate": "maximize", "eval/true_kl": "minimize"}
@@ -55,7 +55,7 @@ def test_every_corner_of_the_space_composes() -> None:
 
 
 def test_the_command_of_a_wandb_agent_composes() -> None:
-    """The YAML of docs/search.md, made into a command by W&B's own code."""
+    """W&B's own code makes a valid command of the YAML in docs/search.md."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     (block,) = re.findall(r"```yaml\n# sweep.yaml\n(.*?)```", (root() / "docs/search.md").read_text(), re.DOTALL)
@@ -114,10 +114,10 @@ def test_a_dry_run_shows_a_trial_and_leaves_no_study(command: Callable) -> None:
     assert not list(Path("outputs").rglob(PLAN))
 
 
-# -- its parts ---------------------------------------------------------------------------------------------------------
+# -- parts of a search -------------------------------------------------------------------------------------------------
 
 
-def test_what_a_job_tells() -> None:
+def test_a_job_reports_its_objectives() -> None:
     metrics = {"eval/win_rate": 0.5, "eval/true_kl": 0.1, "eval/reward": float("nan")}
     assert result(metrics, {}) == 0.5
     assert result(metrics, {"eval/true_kl": "minimize"}) == 0.1
@@ -152,8 +152,8 @@ def test_trials_without_a_result_are_asked_for_again_and_once() -> None:
     assert [study.ask(space).params for _ in range(2)] == [failed.params, killed.params]
 
 
-def test_the_front_by_hand() -> None:
-    # the second is beaten by the first, the fourth by none, the last two are alike
+def test_the_pareto_front_agrees_with_hand_computation() -> None:
+    # the first dominates the second, none dominates the fourth, the last two are equal
     points = np.array([[0.5, -0.1], [0.4, -0.2], [0.3, -0.05], [0.9, -0.9], [0.1, -0.01], [0.1, -0.01]])
     assert non_dominated(points).tolist() == [True, False, True, True, True, True]
     assert non_dominated(np.array([[1.0], [3.0], [2.0]])).tolist() == [False, True, False]
@@ -220,7 +220,7 @@ def trials(folder: Path) -> list[Any]:
 
 @pytest.mark.long
 def test_a_study_outlives_failures_and_kills_and_makes_no_trial_twice(tmp_path: Path) -> None:
-    """Four trials on debug-size models: those of one rank fail, and one of these kills the next command."""
+    """Four trials on debug-size models: those with one of the ranks fail, and one of these kills the next command."""
     (tmp_path / "mine.py").write_text(SCORE)
     (tmp_path / "broken").touch()
     job = [*TINY, "ppo.steps=1", "ppo.eval_every=1", "scorer=function", "scorer.function=mine.score"]
@@ -230,7 +230,7 @@ def test_a_study_outlives_failures_and_kills_and_makes_no_trial_twice(tmp_path: 
     def search(number: int, code: int = 0) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-            return rlhf(tmp_path, *command, f"hydra.sweeper.n_trials={number}", code=code)
+            return run_in_subprocess(tmp_path, *command, f"hydra.sweeper.n_trials={number}", code=code)
 
     said = search(4, code=1)
     study, states_of = tmp_path / "outputs/search", lambda: [trial.state.name for trial in trials(tmp_path)]
@@ -243,7 +243,7 @@ def test_a_study_outlives_failures_and_kills_and_makes_no_trial_twice(tmp_path: 
     assert len(made) == 4 - failed
     assert [run.state for run in states(study)].count("done") == 4 - failed
 
-    # killed while the first of the failed ones is made again
+    # killed while the first failed trial is repeated
     (tmp_path / "broken").unlink()
     first = next(trial for trial in trials(tmp_path) if trial.state.name == "FAIL")
     (tmp_path / "kill").write_text(f"ppo.lr={first.params['ppo.lr']}")
@@ -263,7 +263,7 @@ def test_a_study_outlives_failures_and_kills_and_makes_no_trial_twice(tmp_path: 
         metrics = read_json(run.folder / SUMMARY)["metrics"]
         assert trial.values == [metrics["eval/win_rate"], metrics["eval/true_kl"]]
 
-    # nothing left to do, and more to do
+    # with nothing left to do, then with more trials
     before = len(trials(tmp_path))
     assert "4 of 4 trials are finished" in search(4)
     assert len(trials(tmp_path)) == before

@@ -1,4 +1,4 @@
-"""Sweeps on a real SLURM (one node on loopback): jobs preempted, out of time, on a node that dies; one that fails."""
+"""Sweeps on a real SLURM (one node on loopback): preemption, time limits, a node that dies, and a failing job."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from rlhf.errors import ConfigError
 from rlhf.files import read_json, read_lines
 from rlhf.sweep import slurm
 from rlhf.tracking.code import freeze
-from tests.helpers.run_results import assert_same, remains_of
-from tests.helpers.slurm_cluster import Cluster, missing, wait_for
+from tests.helpers.run_results import assert_identical, collect_run_results
+from tests.helpers.slurm_cluster import Cluster, missing_program, wait_for
 from tests.helpers.subprocess_runs import QUICK
 
 SEEDS = (1, 2)
-# a reward that waits where the test wants a run to be, or kills its process as the kernel does when memory is short
+# a scorer that waits where the test wants it to, or kills its process as the kernel does when memory is short
 MINE = """
 import os, signal, time
 from pathlib import Path
@@ -45,7 +45,7 @@ SWEEP = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    if absent := missing():
+    if absent := missing_program():
         pytest.skip(f"{absent} is not installed (apt-get install slurm-wlm munge)")
     if os.getuid() != 0:
         pytest.skip("slurmd must run as root")
@@ -59,7 +59,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Sweep:
-    """The command in a folder of its own, run from a copy of the checkout."""
+    """A folder for the command, which is run from a copy of the checkout."""
 
     def __init__(self, cluster: Cluster, folder: Path, *overrides: str):
         self.cluster, self.folder, self.study = cluster, folder, folder / "outputs/rlhf"
@@ -90,7 +90,7 @@ class Sweep:
         (self.folder / f"hold-{seed}").touch() if hold else (self.folder / f"hold-{seed}").unlink()
 
     def hold_at(self, step: int) -> None:
-        """Let both runs come to this step and wait within the next one."""
+        """Let both runs reach this step and wait within the next one."""
         left = set(SEEDS)
 
         def held() -> bool:
@@ -114,7 +114,7 @@ class Sweep:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """Three jobs, one of which is killed at once."""
+    """Results of a sweep with three jobs, one of which is killed at once."""
     sweep = Sweep(cluster, tmp_path_factory.mktemp("undisturbed"), "seed=3,1,2")
     sweep.end(code=1)
     return sweep
@@ -147,17 +147,17 @@ def test_preempted_out_of_time_and_on_a_lost_node_runs_end_with_the_same_bits(
     sweep = Sweep(cluster, tmp_path, "seed=1,2")
     seen = {}
     sweep.hold_at(2)
-    # from here on the checkout is another one: jobs that start again must not notice
+    # the checkout changes here: restarted jobs must not notice
     (sweep.checkout / "rlhf/ppo.py").write_text("raise RuntimeError('not the code that was submitted')\n")
     (sweep.checkout / "conf/ppo/default.yaml").write_text("lr: 1.0\n")
     said = status(cluster, sweep.study)
     assert said.count("running") == 3
     assert "localhost" in said
 
-    # seed 2 comes to its time limit
+    # seed 2 reaches its time limit
     minutes = (
         elapsed_minutes(cluster, sweep.job(2)["job"]) + 2
-    )  # the signal is due 115 s before, and SLURM looks every 30 s
+    )  # the signal comes 115 s before, and SLURM checks every 30 s
     cluster.run("scontrol", "update", f"JobId={sweep.job(2)['job']}", f"TimeLimit={minutes}")
     seen["time limit: signal"] = wait_for(lambda: "SIGUSR1: finishing" in sweep.log(2), 90, "signal of the time limit")
     sweep.hold(2, False)
@@ -165,7 +165,7 @@ def test_preempted_out_of_time_and_on_a_lost_node_runs_end_with_the_same_bits(
     cluster.run("scontrol", "update", f"JobId={sweep.job(2)['job']}", "TimeLimit=10")
     assert sweep.state(1) == "RUNNING"
 
-    # seed 1 gives way to a job of a higher priority
+    # seed 1 is preempted by a job with a higher priority
     cluster.run("sbatch", "-p", "high", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 1")
     seen["preemption: signal"] = wait_for(lambda: "SIGTERM: finishing" in sweep.log(1), 60, "preemption")
     sweep.hold(1, False)
@@ -174,7 +174,7 @@ def test_preempted_out_of_time_and_on_a_lost_node_runs_end_with_the_same_bits(
         lambda: all(sweep.job(seed)["restarts"] == 1 for seed in SEEDS), 120, "second start"
     )
 
-    # the node dies with both
+    # the node dies with both jobs
     sweep.hold_at(6)
     assert all(sweep.step(seed) < 10 for seed in SEEDS)
     assert all("continuing from step" in sweep.log(seed) for seed in SEEDS)
@@ -191,17 +191,17 @@ def test_preempted_out_of_time_and_on_a_lost_node_runs_end_with_the_same_bits(
     sweep.end()
     with capsys.disabled():
         print("\nseconds:", json.dumps({key: round(value, 1) for key, value in seen.items()}))
-    assert_same(remains_of(map(sweep.run, SEEDS)), remains_of(map(undisturbed.run, SEEDS)))
+    assert_identical(collect_run_results(map(sweep.run, SEEDS)), collect_run_results(map(undisturbed.run, SEEDS)))
 
 
 def elapsed_minutes(cluster: Cluster, job: str) -> int:
-    """Whole minutes since the job began."""
+    """Whole minutes since the start of the job."""
     hours, minutes, _ = cluster.run("scontrol", "-o", "show", "job", job).partition("RunTime=")[2].split()[0].split(":")
     return 60 * int(hours) + int(minutes)
 
 
 def status(cluster: Cluster, study: Path) -> str:
-    """`rlhf-status`."""
+    """The output of `rlhf-status`."""
     code = "from rlhf.sweep.status import status; status()"
     command = [sys.executable, "-c", code, str(study)]
     environment = {**cluster.environment, "COLUMNS": "400"}
@@ -290,5 +290,5 @@ def test_tasks_that_do_not_fit_the_trainer_are_refused_at_submission(arguments: 
         ({"nodes": 2, "tasks_per_node": 4}, {"devices": "auto", "num_nodes": 2}),
     ],
 )
-def test_tasks_that_fit_the_trainer(launcher: dict, trainer: dict) -> None:
+def test_tasks_that_fit_the_trainer_are_accepted(launcher: dict, trainer: dict) -> None:
     slurm.check_tasks({"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, **launcher}, trainer)

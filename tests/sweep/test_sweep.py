@@ -1,4 +1,4 @@
-"""Sweeps: what is planned, what is made again, what a failure does, what is taken over, how far it is."""
+"""Sweeps: plans, repeated and failing runs, reused results, and progress."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from rlhf.files import FAILED, SUMMARY, read_json, write_json
 from rlhf.sweep.plan import PLAN, parallel_jobs
 from rlhf.sweep.states import progress_line, seconds_left, states
 from tests.helpers.command_line import TINY
-from tests.helpers.subprocess_runs import QUICK, rlhf
+from tests.helpers.subprocess_runs import QUICK, run_in_subprocess
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two variants and two seeds, one of whose runs failed: it does not stop the others."""
+    """A sweep of two variants and two seeds with one failed run, which did not stop the others."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "mine.py").write_text(
         "from pathlib import Path\n"
@@ -42,7 +42,9 @@ def sweep(folder: Path, *arguments: str, code: int = 0) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         seeds = [] if any(argument.startswith("seed=") for argument in arguments) else ["seed=1,2"]
-        return rlhf(folder, *ARGUMENTS, *seeds, *arguments, code=code)
+        return run_in_subprocess(folder, *ARGUMENTS, *seeds, *arguments, code=code)
+    finally:
+        del os.environ["PYTHONPATH"]
 
 
 @pytest.mark.long
@@ -65,7 +67,7 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert "4 of 4 runs done" in said
     assert not list(study.glob(f"*/{FAILED}"))
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
-    # under another name the same configuration is the same run
+    # the same configuration under another name is the same run
     said = sweep(workplace, "variant=lora_none", "name=other")
     assert said.count("taken over from it") == 2
     taken = next((workplace / "outputs/other").glob("*seed-1*"))
@@ -73,22 +75,22 @@ def test_a_failed_run_is_named_and_the_next_sweep_makes_only_what_is_missing(wor
     assert (taken / "metrics.jsonl").read_bytes() == (origin / "metrics.jsonl").read_bytes()
     assert (taken / read_json(taken / SUMMARY)["same_as"]).resolve() == origin.resolve()
     assert (taken / "model/adapter_model.safetensors").exists()
-    assert read_json(taken / SUMMARY)["config"]["name"] == "other"  # so that its report has its own layout
-    # one more seed: one more run
+    assert read_json(taken / SUMMARY)["config"]["name"] == "other"  # another name, for another layout of the report
+    # one more seed means one more run per variant
     assert sweep(workplace, "variant=lora_none", "seed=1,2,3", "dry_run=true").count("missing  ") == 1
 
 
 @pytest.mark.long
 @pytest.mark.skipif("RLHF_KILLS" not in os.environ, reason="RLHF_KILLS is not set")
 def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None:
-    """SIGKILL to the command and its jobs, twice, at random moments; then the command once more."""
+    """The command and its jobs get SIGKILL at random moments, twice; then the command runs once more."""
     random = Random(0)
     command = ["-m", *TINY, "name=study", "variant=lora_kl,full_none", "seed=1,2", "hydra/launcher=joblib"]
     folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
     for folder in folders.values():
         folder.mkdir()
-    rlhf(folders["undisturbed"], *command)
-    for begun in (1, 3):  # that many of the four runs
+    run_in_subprocess(folders["undisturbed"], *command)
+    for begun in (1, 3):  # so many of the four runs
         process = subprocess.Popen(
             [sys.executable, "-m", "rlhf", *command], cwd=folders["killed"], start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -100,7 +102,7 @@ def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None
         assert process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    said = rlhf(folders["killed"], *command)
+    said = run_in_subprocess(folders["killed"], *command)
     assert "4 of 4 runs done" in said
     reports = [folder / "outputs/study/report" for folder in folders.values()]
     for name in ("table.csv", "table.md", "differences.csv"):
@@ -120,7 +122,7 @@ def make_plan(folder: Path, done: int, running: int, failed: int, waiting: int) 
             write_json(folder / name / FAILED, {"error": "no memory"})
 
 
-def test_states_and_time_left(tmp_path: Path) -> None:
+def test_states_and_remaining_time_are_reported(tmp_path: Path) -> None:
     make_plan(tmp_path, done=2, running=1, failed=1, waiting=3)
     runs = states(tmp_path)
     assert [run.state for run in runs] == ["done"] * 2 + ["running"] + ["failed"] + ["waiting"] * 3
@@ -133,7 +135,7 @@ def test_states_and_time_left(tmp_path: Path) -> None:
     assert states(tmp_path)[2].state == "begun"
 
 
-def test_status_command(tmp_path: Path) -> None:
+def test_the_status_command_prints_all_runs(tmp_path: Path) -> None:
     make_plan(tmp_path, done=2, running=0, failed=1, waiting=0)
     code = "from rlhf.sweep.status import status; status()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), "--watch"], capture_output=True, text=True)
@@ -146,7 +148,7 @@ def test_status_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_jobs", "expected"), [(3, 3), (-1, os.cpu_count()), (None, 1)])
-def test_parallel_jobs(n_jobs: int | None, expected: int) -> None:
+def test_the_number_of_parallel_jobs_follows_from_the_launcher(n_jobs: int | None, expected: int) -> None:
     from omegaconf import OmegaConf
 
     assert parallel_jobs(OmegaConf.create({"n_jobs": n_jobs})) == expected

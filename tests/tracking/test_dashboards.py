@@ -1,4 +1,4 @@
-"""What a sweep leaves in W&B, read back from its offline files; every logged metric is defined in docs/metrics.md."""
+"""A sweep's offline W&B files, read back; every logged metric is defined in docs/metrics.md."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from rlhf.guards.detectors import DETECTORS, SKIPPED
 from rlhf.report.sync import offline_runs
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
-from tests.helpers.command_line import TINY, rlhf
+from tests.helpers.command_line import TINY, run_in_process
 from tests.helpers.openai_server import serving
 from tests.helpers.wandb_files import OfflineRun, read_runs
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def respond(request: dict[str, Any], number: int) -> str:
-    """A judge, and a checker of facts."""
+    """Answers of a judge and of a fact checker."""
     asked = request["messages"][-1]["content"]
     if asked.startswith("The sentence"):
         return "- A fact.\n- Another."
@@ -33,7 +33,7 @@ def respond(request: dict[str, Any], number: int) -> str:
 
 
 def interrupt_a_copy_of(outputs: Path) -> Path:
-    """One run as after a kill behind step 1: no summary, the checkpoint of step 1, and no W&B files of before."""
+    """Leave one run as after a kill behind step 1: no summary, the checkpoint of step 1, no W&B files."""
     copy = outputs.resolve().with_name("interrupted")
     shutil.copytree(outputs, copy)
     for past in (copy / "cache" / "runs", *copy.glob("study/**/wandb")):
@@ -46,7 +46,7 @@ def interrupt_a_copy_of(outputs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A sweep of two runs with everything on, and one evaluation of facts; all offline."""
+    """A sweep of two runs with all features on, and one FActScore evaluation; all offline."""
     folder = tmp_path_factory.mktemp("study")
     with serving(respond) as server, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -63,10 +63,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             "guards.explained_variance={window: 1, limit: 1.0}",
             "report={figures: [{name: win_rate, title: W, kind: curve, y: eval/win_rate}]}",
         ]  # fmt: skip
-        assert rlhf("-m", *job, "seed=1,2") == 0
+        assert run_in_process("-m", *job, "seed=1,2") == 0
         left = interrupt_a_copy_of(Path("outputs"))
         seed = (read_summary(Path("outputs", "study", left.name)) or {})["config"]["seed"]
-        assert rlhf(*job, f"seed={seed}", f"output_dir={folder}/interrupted", f"hydra.run.dir={left}") == 0
+        assert run_in_process(*job, f"seed={seed}", f"output_dir={folder}/interrupted", f"hydra.run.dir={left}") == 0
         farm = Farm(people=12)
         people = [f"Introduce {person.name}.\n" for person in farm.world.people[:4]]
         rows = [{"entity": text[10:-2], "text": farm.reference(text)} for text in people]
@@ -75,9 +75,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             *TINY, "stage=evaluate", "name=facts", "evaluation=factscore", "evaluation.factscore.model=some",
             "evaluation.factscore.entities=people.jsonl", f"evaluation.factscore.{client}",
         ]  # fmt: skip
-        assert rlhf(*scored) == 0
+        assert run_in_process(*scored) == 0
         compared = ["preferences=simulated", "preferences.max_new_tokens=40", "name=compared", "stage=preferences"]
-        assert rlhf(*TINY, *compared) == 0
+        assert run_in_process(*TINY, *compared) == 0
         wandb.finish()
         wandb.teardown()
     outputs = folder / "outputs"
@@ -176,7 +176,7 @@ def test_histograms_count_every_rollout_and_every_token(study: SimpleNamespace) 
 
 
 def test_the_lineage_leads_from_sft_to_the_report(study: SimpleNamespace) -> None:
-    """An artefact that one run made and another uses is the same one: its digest says so."""
+    """An artefact that one run made and another uses has the same digest in both."""
     group = [run for run in study.runs if run.group == "study"]
     made = {name: (run.stage, found) for run in group for name, found in run.made.items()}
     edges = {(made[name][0], run.stage) for run in group for name in run.used}
@@ -191,8 +191,8 @@ def test_the_lineage_leads_from_sft_to_the_report(study: SimpleNamespace) -> Non
     assert "<title>" in (report.folder / "files" / page).read_text()
 
 
-def test_nothing_was_left_out(study: SimpleNamespace) -> None:
-    """What W&B cannot take is a warning and no more; here there is none."""
+def test_no_file_is_left_out_of_wandb(study: SimpleNamespace) -> None:
+    """Files that W&B cannot take are reported in a warning only; here there is none."""
     logs = [path.read_text() for path in study.outputs.rglob("*.log") if "wandb" not in path.parts]
     assert any("guard explained_variance" in text for text in logs)
     assert not [line for text in logs for line in text.splitlines() if "W&B" in line]
@@ -233,7 +233,7 @@ DOCUMENTED = re.findall(r"^\| `([a-z]+/\w+)` \|", (root() / "docs" / "metrics.md
 
 
 def logged(outputs: Path) -> set[str]:
-    """Every key of every metrics.jsonl and summary.json below a folder."""
+    """All metric names in the files metrics.jsonl and summary.json below a folder."""
     keys: set[str] = set()
     for path in outputs.rglob("metrics.jsonl"):
         keys |= {key for line in read_metrics(path.parent) for key in line} - {"step", "time"}
