@@ -1,4 +1,4 @@
-"""The pages name real code: docs/tour.md, the README's tree, and the sources of docs/metrics.md."""
+"""The pages name real code: docs/tour.md in particular, the README's tree, and the sources of docs/metrics.md."""
 
 import ast
 import re
@@ -12,6 +12,12 @@ from tests.test_architecture import FLOOR
 TOUR = (root() / "docs" / "tour.md").read_text()
 README = (root() / "README.md").read_text()
 METRICS = (root() / "docs" / "metrics.md").read_text()
+PAGES = [
+    root() / "README.md",
+    root() / "experiments" / "README.md",
+    root() / "benchmarks" / "RESULTS.md",
+    *sorted((root() / "docs").glob("*.md")),
+]
 FOLDERS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
 
 
@@ -28,6 +34,10 @@ def names_in(file: Path) -> set[str]:
     return found
 
 
+NAMES = {file: names_in(file) for file in PACKAGE.rglob("*.py")}
+CLASSES = {name for names in NAMES.values() for name in names if name[0].isupper() and "." not in name}
+
+
 def wrong_names(page: str) -> list[str]:
     """Paths that do not exist, and names that the file before them in the same paragraph or item does not define.
 
@@ -40,19 +50,18 @@ def wrong_names(page: str) -> list[str]:
             path = root() / text
             if "/" in text:
                 wrong += [] if path.exists() else [text]
-                known = names_in(path) if path.suffix == ".py" and path.exists() else known
-            elif not re.search(r"[ =]", text) and text != "rlhf" and known is not None:
-                wrong += [] if text in known or text in RECORDED else [text]
+                known = NAMES.get(path, known)
+            elif not re.search(r"[ =]", text) and known is not None:
+                wrong += [] if text in known else [text]
     return wrong
-
-
-# names that a walk mentions before the stop that explains them
-RECORDED = {"Run", "preference"}
 
 
 def section(page: str, heading: str) -> str:
     (found,) = re.findall(rf"^## {heading}.*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     return found
+
+
+# -- the tour ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_tour_names_real_files_and_functions() -> None:
@@ -84,23 +93,46 @@ def test_the_tour_lists_every_folder_in_the_order_of_the_flow() -> None:
     assert [FLOOR[name] for name in listed] == sorted(FLOOR[name] for name in listed)
 
 
+# -- other pages -------------------------------------------------------------------------------------------------------
+
+
 def test_the_readme_has_todays_tree() -> None:
     tree = section(README, "The tree")
-    top = {path.name for path in root().iterdir() if path.is_dir() and not path.name.startswith(("_", ".", "outputs"))}
-    for name in top & {"benchmarks", "conf", "docs", "experiments", "hydra_plugins", "rlhf", "sweeps", "tests"}:
+    for name in ("benchmarks", "conf", "docs", "experiments", "hydra_plugins", "rlhf", "sweeps", "tests"):
+        assert (root() / name).is_dir()
         assert f"\n{name}/" in tree
-    assert set(re.findall(r"^  (\w+)/", tree, re.MULTILINE)) == FOLDERS
+    listed = re.findall(r"^  (\w+)/", tree, re.MULTILINE)
+    assert sorted(listed) == sorted(FOLDERS)
+    assert [FLOOR[name] for name in listed] == sorted(FLOOR[name] for name in listed)
     files = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
     assert set(re.findall(r"\b(\w+\.py)\b", tree)) == files
+    assert all(f"{page.stem}.md" in tree for page in (root() / "docs").glob("*.md"))
 
 
 def test_metrics_name_real_sources() -> None:
-    sources = [row.rpartition("|")[0].rpartition("|")[2] for row in re.findall(r"^\| `\w+/\w+` \|.*$", METRICS, re.MULTILINE)]
+    rows = re.findall(r"^\| `\w+/\w+` \|.*$", METRICS, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[-1])}
     defined = {"rlhf.divergence"}
-    for file in PACKAGE.rglob("*.py"):
+    for file, names in NAMES.items():
         defined.add(str(file.relative_to(PACKAGE)))
-        for name in names_in(file):
+        for name in names:
             defined |= {name, f"{file.stem}.{name}", f"{file.parent.name}.{file.stem}.{name}"}
-    named = {name for source in sources for name in re.findall(r"`([^`]+)`", source)}
-    assert named
+    assert len(named) > 20
     assert named - defined == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(root())))
+def test_a_page_names_real_files_modules_and_methods(page: Path) -> None:
+    """Paths from the root, `rlhf.module.name`, and `Class.method` of the package's classes; `mine` is the reader's."""
+    text = page.read_text()
+    folders = "rlhf|tests|conf|docs|experiments|benchmarks|sweeps|hydra_plugins"
+    paths = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/-]+\.(?:py|md|yaml|jsonl|txt))\b", text)
+    paths += [str((page.parent / link).resolve()) for link in re.findall(r"\]\(([\w./]+\.md)(?:#[\w-]+)?\)", text)]
+    assert [path for path in paths if "mine" not in path and not (root() / path).exists()] == []
+    modules = {".".join(("rlhf", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in NAMES}
+    dotted = {*modules, *(name.removesuffix(".__init__") for name in modules)}
+    dotted |= {f"{module.removesuffix('.__init__')}.{name}" for module, file in modules.items() for name in NAMES[file]}
+    assert [name for name in re.findall(r"`(rlhf(?:\.\w+)+)`", text) if name not in dotted] == []
+    methods = re.findall(r"`([A-Z]\w+)\.(\w+)`", text)
+    known = set().union(*NAMES.values())
+    assert [f"{name}.{part}" for name, part in methods if name in CLASSES and f"{name}.{part}" not in known] == []
