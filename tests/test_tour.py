@@ -41,7 +41,7 @@ CLASSES = {name for names in NAMES.values() for name in names if name[0].isupper
 def wrong_names(page: str) -> list[str]:
     """Paths that do not exist, and names that the file before them in the same paragraph or item does not define.
 
-    Anything in backticks is a path, a name, or code with a space or an equals sign in it.
+    Anything in backticks is a path, a config key, a name, or code with a space or an equals sign in it.
     """
     wrong: list[str] = []
     for item in re.split(r"\n(?=\d+\. |- |#|\n)", page):
@@ -51,9 +51,17 @@ def wrong_names(page: str) -> list[str]:
             if "/" in text:
                 wrong += [] if path.exists() else [text]
                 known = NAMES.get(path, known)
+            elif re.fullmatch(r"[a-z]+\.[a-z_]+", text):
+                wrong += [] if is_key(text) else [text]
             elif not re.search(r"[ =]", text) and known is not None:
                 wrong += [] if text in known else [text]
     return wrong
+
+
+def is_key(text: str) -> bool:
+    group, _, key = text.partition(".")
+    file = root() / "conf" / group / "default.yaml"
+    return file.exists() and bool(re.search(rf"^{key}:", file.read_text(), re.MULTILINE))
 
 
 def section(page: str, heading: str) -> str:
@@ -74,6 +82,7 @@ def test_the_tour_names_real_files_and_functions() -> None:
         ("PPO.training_step", "PPO.train_a_batch"),
         ("RewardModeling.margins", "RewardModeling.differences"),
         ("`gae`", "`advantages`"),
+        ("`ppo.clip_range`", "`ppo.clip`"),
         ("rlhf/stages/reward.py", "rlhf/stages/reward_model.py"),
     ],
 )
