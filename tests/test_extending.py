@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, written to files and run with the page's commands."""
+"""docs/extending.md: the page's blocks are written to files, and its commands are run."""
 
 import importlib
 import re
@@ -24,7 +24,7 @@ COMMANDS = [line.split()[1:] for kind, text in BLOCKS for line in text.splitline
 
 @pytest.fixture(scope="module", autouse=True)
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """Write the page's files to the current folder; return `mine/parts.py`, imported."""
+    """Write the page's files below a new current folder and import `mine/parts.py`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("extending"))
         patch.syspath_prepend(".")
@@ -41,7 +41,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 
 def run(chosen: str) -> Path:
-    """Run the page's command that ends with `chosen`, at a tiny size; return the new run folder."""
+    """Run the page's command that ends with `chosen` at the smallest size; returns the new run's folder."""
     (words,) = [words for words in COMMANDS if " ".join(words).endswith(chosen)]
     tiny = [word for word in TINY if not word.startswith("data.") or "data=" not in chosen]
     before = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}"))
@@ -54,7 +54,7 @@ def test_a_divergence_of_the_page_trains() -> None:
     folder = run("divergence=huber kl.coef=0.05")
     lines = [line for line in read_metrics(folder) if "ppo/penalty" in line]
     assert len(lines) == 3
-    # near the reference it is δ²/2, as k3 is to second order
+    # near the reference the penalty is δ²/2, which k3 equals to second order
     assert lines[-1]["ppo/penalty"] == pytest.approx(lines[-1]["ppo/k3"], rel=0.2)
     assert lines[-1]["ppo/penalty"] > 0
 
