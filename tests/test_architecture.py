@@ -101,6 +101,17 @@ def test_test_modules_share_code_only_through_the_helpers() -> None:
     assert not {file: names for file, names in found.items() if names}
 
 
+@pytest.mark.parametrize("folder", ["rlhf", "tests", "hydra_plugins", "benchmarks"])
+def test_files_fit_a_reading_and_functions_a_screen(folder: str) -> None:
+    files = list((PACKAGE.parent / folder).rglob("*.py"))
+    assert not [file for file in files if len(file.read_text().splitlines()) > 300]
+    if folder == "tests":  # a test may tell a long story
+        return
+    functions = [node for file in files for node in ast.walk(ast.parse(file.read_text()))
+                 if isinstance(node, ast.FunctionDef)]  # fmt: skip
+    assert not [node.name for node in functions if node.end_lineno - node.lineno >= 50]  # type: ignore[operator]
+
+
 def test_the_command_line_does_not_wait_for_torch() -> None:
     code = "import sys, rlhf.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

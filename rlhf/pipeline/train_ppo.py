@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import lightning
 from torch.utils.data import DataLoader
 
 from rlhf.distributed import collectives
@@ -48,20 +49,8 @@ def train_ppo(
         val_check_interval=ppo.eval_every,
         check_val_every_n_epoch=None,
     )
-    stage.ppo_step = start
-    # 2. What was measured there, and what is still due.
-    evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
-    due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
-    kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
-    if last:
-        log.info("continuing from step %d", start)
-        stage.last_evaluation = evaluated
-        send_again(trainer, kept)
-        stage.guards.replay(kept)
-        stage.guards.check()
-        if due or start == ppo.steps:
-            stage.load_trained(last)
-    if due or not last:
+    # 2. What is still to be measured there.
+    if _catch_up(trainer, stage, folder, last, start):
         trainer.validate(stage, evaluation, verbose=False)
     # 3. Train; Lightning evaluates every `eval_every` steps.
     if start < ppo.steps:
@@ -72,3 +61,22 @@ def train_ppo(
     # 4. Only now is it known which checkpoint is the best.
     collectives.on_rank_zero(checkpoints.prune)
     return collectives.on_rank_zero(lambda: evaluated_at(folder, 0))
+
+
+def _catch_up(trainer: lightning.Trainer, stage: PPO, folder: Path, last: Path | None, start: int) -> bool:
+    """Bring stage, loggers and guards to where the run was left; returns whether an evaluation is due there."""
+    ppo = stage.ppo
+    stage.ppo_step = start
+    evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
+    due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
+    kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
+    if last is None:
+        return True
+    log.info("continuing from step %d", start)
+    stage.last_evaluation = evaluated
+    send_again(trainer, kept)
+    stage.guards.replay(kept)
+    stage.guards.check()
+    if due or start == ppo.steps:  # otherwise Lightning loads the weights when it trains
+        stage.load_trained(last)
+    return due

@@ -31,7 +31,7 @@ RENAMED_TARGETS = {
     "rlhf.finished_judge.FinishedRewardModelJudge": "rlhf.finished.judge.FinishedRewardModelJudge",
     "rlhf.parallel.DataParallel": "rlhf.distributed.strategies.DataParallel",
     "rlhf.parallel.Sharded": "rlhf.distributed.strategies.Sharded",
-    "rlhf.scorers.sentiment.SentimentScorer": "rlhf.scorers.sentiment.ClassifierScorer",
+    "rlhf.scorers.sentiment.SentimentScorer": "rlhf.scorers.classifier.ClassifierScorer",
     "rlhf.tracking.wandb_logger": "rlhf.tracking.dashboards.wandb_logger",
 }
 

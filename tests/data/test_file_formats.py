@@ -41,15 +41,15 @@ BAD_FILES = {
     "empty gzip": ("x.jsonl.gz", lambda p: p.write_bytes(gzip.compress(b"")), r"x\.jsonl\.gz has no rows\."),
     "blank": ("x.jsonl", lambda p: p.write_bytes(b"\n\n"), r"x\.jsonl has no rows\."),
     "empty list": ("x.json", lambda p: p.write_bytes(b"[]"), r"x\.json has no rows\."),
-    "directory": ("x.jsonl", lambda p: p.mkdir(), r"x\.jsonl is not a file: name one that ends in \.jsonl, "),
+    "directory": ("x.jsonl", lambda p: p.mkdir(), r"x\.jsonl is not a file; allowed: a file that ends in \.jsonl, "),
     "missing": ("x.jsonl", lambda p: None, r"x\.jsonl does not exist: name a file, or a Hub id"),
-    "other suffix": ("x.xlsx", lambda p: p.write_bytes(b"PK"), r"x\.xlsx ends in none of \.jsonl, "),
+    "other suffix": ("x.xlsx", lambda p: p.write_bytes(b"PK"), r"x\.xlsx has an unknown suffix; allowed: \.jsonl, "),
     "truncated zstd": ("x.jsonl.zst", write_truncated_zstd, r"cannot be read beyond row [1-9][\d,]+: the file ends"),
     "no zstd": ("x.jsonl.zst", lambda p: p.write_bytes(json_line(GOOD)),
         r"x\.jsonl\.zst cannot be read beyond row 0: "),
     "truncated list as zstd": ("x.json.zst", write_truncated_zstd, r"x\.json\.zst cannot be read: the file ends"),
     "lines called json": ("x.json", lambda p: p.write_bytes(json_line(GOOD) * 2), r"x\.json is not valid JSON: Extra"),
-    "no list": ("x.json", lambda p: p.write_bytes(json_line(GOOD)), r"x\.json holds no list of rows"),
+    "no list": ("x.json", lambda p: p.write_bytes(json_line(GOOD)), r"x\.json does not contain a list of rows"),
     "list in Latin-1": ("x.json", lambda p: p.write_bytes('["é"]'.encode("latin-1")), r"not valid JSON: 'utf-8'"),
     "list in UTF-16": ("x.json", lambda p: p.write_bytes('["é"]'.encode("utf-16")), r"not valid JSON: 'utf-8'"),
     "lines in UTF-16": ("x.jsonl", lambda p: p.write_text(json.dumps(GOOD), "utf-16"), "x.jsonl can be used"),
@@ -97,8 +97,8 @@ def test_a_field_of_a_csv_is_text_and_a_row_of_another_length_a_bad_one(tmp_path
     rows, report = read_rows(tmp_path, "rows.csv")
     assert list(zip(rows["prompt"], rows["response"], strict=True)) == [("1+1", "2"), ("007", "1.50"), ("NA", "True")]
     assert report.skipped == {
-        ("rows.csv", "more fields than the first row names"): [2],
-        ("rows.csv", "fewer fields than the first row names"): [3],
+        ("rows.csv", "more fields than the header"): [2],
+        ("rows.csv", "fewer fields than the header"): [3],
     }
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.data.reading import MAX_TEXT
-from rlhf.data.sources import MAX_LINE
+from rlhf.data.fields import MAX_TEXT, text_field
+from rlhf.data.row_files import MAX_LINE
 from rlhf.errors import DataError
 from tests.helpers.question_rows import GOOD, json_line, numbered_rows, read_rows
 
@@ -30,7 +30,7 @@ BAD_LINES = {
     "blank": (json_line({**GOOD, "a": " \n\t"}), "empty `a`"),
     "chat list": (json_line({**GOOD, "a": [{"role": "user", "content": "Hi"}]}), "`a` is of type list, not text"),
     "number": (json_line({**GOOD, "q": 7}), "`q` is of type int, not text"),
-    "lone surrogate": (b'{"q": "Who?", "a": "\\ud83d"}\n', "`a` holds half a character (a lone surrogate)"),
+    "lone surrogate": (b'{"q": "Who?", "a": "\\ud83d"}\n', "`a` contains half a character (a lone surrogate)"),
     "gigantic text": (json_line({**GOOD, "a": "x" * (MAX_TEXT + 1)}), "`a` is longer than 1,000,000 characters"),
     "gigantic line": (json_line({**GOOD, "more": "x" * 2 * MAX_LINE}), "longer than 16,000,000 bytes"),
     "duplicate": (json_line({"q": " question 1", "a": "answer 1\n"}), "duplicate of an earlier row"),

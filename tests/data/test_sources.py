@@ -31,5 +31,5 @@ def test_malformed_slice_is_refused(tmp_path, window):
 
 @pytest.mark.parametrize("spec", [None, 7, "", {}, {"path": None}, ["rows.jsonl"]])
 def test_malformed_sources_are_refused(tmp_path, spec):
-    with pytest.raises(DataError, match="is no data source"):
+    with pytest.raises(DataError, match="is not a data source"):
         Source.parse(spec, tmp_path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.posts import answer_score
 from rlhf.errors import DataError
 from tests.helpers.stack_exchange_dumps import answer, posts_xml, question, stack_exchange, write_dump
 
@@ -136,7 +137,7 @@ MANY = posts_xml(*map(question, range(1, 900)))
         ("Posts.xml", b"PK\x03\x04", "is not valid XML beyond row 0"),
         ("Posts.xml.gz", gzip.compress(MANY.encode())[:-20], r"cannot be read beyond row \d+: Compressed"),
         ("Posts.xml.gz", b"<posts/>", "cannot be read beyond row 0: Not a gzipped file"),
-        ("Posts.xml", b"<posts/>", r"not a single question can be used \(no rows\)"),
+        ("Posts.xml", b"<posts/>", r"no question can be used \(no rows\)"),
         ("Posts.xml", posts_xml({"Id": 1, "PostId": 2}).encode(), r"can be used \(1 × no `PostTypeId`\)"),
     ],
 )  # fmt: skip

@@ -73,17 +73,17 @@ def test_nothing_temporary_is_left(tmp_path, datasets_cache):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"template": "x"}, "template is a mapping"),
-        ({"template": {"question": "{question}"}}, "template is a mapping"),
+        ({"template": "x"}, "allowed: a mapping with the strings with_input"),
+        ({"template": {"question": "{question}"}}, "allowed: a mapping with the strings with_input"),
         ({"template": TEMPLATE | {"without_input": "Q"}}, "template.without_input must use exactly {instruction}"),
-        ({"shares": {}}, "shares maps some of sft, "),
-        ({"shares": {"train": 1}}, "shares maps some of sft, "),
+        ({"shares": {}}, "allowed: a mapping from some of sft, "),
+        ({"shares": {"train": 1}}, "allowed: a mapping from some of sft, "),
         ({"shares": {"sft": 0.8, "eval": 0.3}}, "add up to 1 at most"),
         ({"shares": {"sft": "x"}}, "add up to 1 at most"),
-        ({"max_pairs_per_question": 0}, "max_pairs_per_question is a positive number"),
-        ({"on_bad_row": "ignore"}, "on_bad_row is `skip` or `fail`"),
-        ({"max_rows": 0}, "max_rows is a positive number"),
-        ({"sources": 3}, "3 is no data source"),
+        ({"max_pairs_per_question": 0}, "max_pairs_per_question=0 is not allowed; allowed: a positive integer"),
+        ({"on_bad_row": "ignore"}, "on_bad_row='ignore' is not allowed; allowed: skip or fail"),
+        ({"max_rows": 0}, "max_rows=0 is not allowed; allowed: a positive integer"),
+        ({"sources": 3}, "3 is not a data source"),
     ],
 )
 def test_configuration_mistake_is_refused_before_anything_is_read(tmp_path, options, sentence):
@@ -95,7 +95,7 @@ def test_configuration_mistake_is_refused_before_anything_is_read(tmp_path, opti
 def test_check_names_the_path(tmp_path):
     with pytest.raises(DataError, match=r"^data\.sources: .*/Posts\.xml does not exist"):
         stack_exchange(tmp_path).check()
-    with pytest.raises(DataError, match=r"^data\.shares gives nothing to eval: there is sft\.$"):
+    with pytest.raises(DataError, match=r"^data\.shares has no share for eval; allowed: sft\.$"):
         stack_exchange(tmp_path, "sft").load("eval")
     (tmp_path / "Posts.xml").touch()
     with pytest.raises(DataError, match=r"^data\.sources: .*/Posts\.xml is empty"):

@@ -116,7 +116,7 @@ def _updates(stage: PPO, folder: Path, strategy: Any) -> tuple[Any, Any, Any]:
 def _same_updates(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     """Two processes with the whole base each and two with half of it each, also with uneven shares of a batch."""
     with pytest.MonkeyPatch.context() as patch:
-        filled = record_calls(patch, collectives, "to_fill_up")
+        filled = record_calls(patch, lockstep, "filler_parts")
         _updates_in_turn(rank, folders, folder)
         assert (
             sum(collectives.all_gather(sum(len(parts) for _, parts in filled))) > 0

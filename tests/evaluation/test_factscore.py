@@ -12,7 +12,9 @@ import pytest
 from rlhf.data.records import Prompt
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
-from rlhf.evaluation.factscore import FactScore, length_penalty, read_facts, read_truth
+from rlhf.evaluation.evaluator import ResponseEvaluator
+from rlhf.evaluation.fact_answers import read_facts, read_truth
+from rlhf.evaluation.factscore import FactScore, length_penalty
 from tests.helpers.entity_pages import PAGES
 from tests.helpers.openai_server import Server, serving, text_of
 from tests.helpers.scorer_context import NoSource

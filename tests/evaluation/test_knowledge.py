@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import DataError
-from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, cut, read_entities, sentences
+from rlhf.evaluation.knowledge import SEPARATOR, Knowledge, read_entities, split_passages, split_sentences
 from tests.helpers.entity_pages import PAGES
 
 
@@ -30,7 +30,7 @@ def test_pages_from_jsonl_and_from_sqlite_as_factscore_publishes_it(tmp_path: Pa
     with pytest.raises(DataError, match="does not exist"):
         Knowledge(entities, tmp_path / "no.db", 9)
     (tmp_path / "text.db").write_text("no database")
-    with pytest.raises(DataError, match=r"no SQLite database with a table documents\(title, text\)"):
+    with pytest.raises(DataError, match=r"is not an SQLite database with a table documents\(title, text\)"):
         Knowledge(entities, tmp_path / "text.db", 9)
 
 
@@ -47,8 +47,8 @@ def test_the_passages_that_bear_on_a_fact_come_first(tmp_path: Path) -> None:
 
 def test_passages_are_whole_sentences_and_none_is_lost() -> None:
     page = "Dr. Ann Lee lives in the U.S. with a cat. She sings.\nShe is 40. " + "word " * 30 + "end."
-    passages = cut(page, 12)
+    passages = split_passages(page, 12)
     assert " ".join(passages).split() == page.split()
     assert passages[0] == "Dr. Ann Lee lives in the U.S. with a cat. She sings."
     assert max(len(passage.split()) for passage in passages) == 31
-    assert sentences("  \n") == []
+    assert split_sentences("  \n") == []

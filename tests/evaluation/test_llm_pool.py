@@ -13,9 +13,10 @@ import pytest
 
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError
-from rlhf.evaluation.client import ChatClient, uniform
-from rlhf.evaluation.endpoint import ClientSettings, Request
-from rlhf.evaluation.evaluator import Evaluation
+from rlhf.evaluation.client import ChatClient, uniform_from_hash
+from rlhf.evaluation.client_settings import ClientSettings
+from rlhf.evaluation.endpoint import Request
+from rlhf.evaluation.evaluator import ResponseEvaluator
 from rlhf.report.runs import _per_prompt
 from tests.helpers.llm_judges import GOOD_ANSWERS, PROMPTS, make_llm_pool, prefers_good, shown_outputs
 from tests.helpers.openai_server import serving, text_of
@@ -40,8 +41,10 @@ def test_a_judge_that_looks_at_the_position_only_is_neutralised(tmp_path: Path) 
 
 
 def test_the_order_depends_on_seed_and_prompt_and_not_on_the_process() -> None:
-    code = "from rlhf.evaluation.client import uniform; print([uniform(3, 'order', f'Q {i}') for i in range(5)])"
-    here = [uniform(3, "order", f"Q {i}") for i in range(5)]
+    code = (
+        "from rlhf.evaluation.client import uniform_from_hash as h; print([h(3, 'order', f'Q {i}') for i in range(5)])"
+    )
+    here = [uniform_from_hash(3, "order", f"Q {i}") for i in range(5)]
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -100,7 +103,7 @@ def test_unparsable_answers_are_counted_and_asked_again_but_never_scored(tmp_pat
         )  # one bad answer for each of three prompts, three for the fourth
         assert judge.report["judge/unjudged"] == 1
         assert Counter(request["temperature"] for request in server.requests) == {0.0: 4, 0.9: 5}
-        metrics, records = Evaluation(NoSource(), judge)(PROMPTS[:4], GOOD_ANSWERS[:4])
+        metrics, records = ResponseEvaluator(NoSource(), judge)(PROMPTS[:4], GOOD_ANSWERS[:4])
     assert metrics["eval/win_rate"] == 1.0
     assert [record["win"] for record in records] == outcomes
     kept = _per_prompt({"win": outcomes}, "eval/win_rate")
@@ -175,7 +178,7 @@ def test_two_processes_share_a_cache(tmp_path: Path) -> None:
 def test_a_prompt_without_a_reference_is_not_judged_and_the_others_are(tmp_path: Path) -> None:
     rows = [PROMPTS[0], Prompt("Q", "", "Question?"), PROMPTS[1]]
     with serving(prefers_good) as server:
-        metrics, records = Evaluation(NoSource(), make_llm_pool(server, tmp_path))(rows, GOOD_ANSWERS[:3])
+        metrics, records = ResponseEvaluator(NoSource(), make_llm_pool(server, tmp_path))(rows, GOOD_ANSWERS[:3])
         assert len(server.requests) == 2
     assert [record["win"] for record in records] == [1.0, None, 1.0]
     assert metrics["eval/win_rate"] == 1.0
@@ -185,7 +188,7 @@ def test_random_outcomes_give_a_win_rate_with_its_standard_error(tmp_path: Path)
     with serving(
         lambda request, number: random.Random(text_of(request)).choice(["Verdict: 1", "Verdict: draw"])
     ) as server:
-        metrics, records = Evaluation(NoSource(), make_llm_pool(server, tmp_path))(PROMPTS, GOOD_ANSWERS)
+        metrics, records = ResponseEvaluator(NoSource(), make_llm_pool(server, tmp_path))(PROMPTS, GOOD_ANSWERS)
     wins = [record["win"] for record in records]
     assert metrics["eval/win_rate"] == pytest.approx(sum(wins) / 40)
     mean = sum(wins) / 40

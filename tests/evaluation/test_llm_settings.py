@@ -8,9 +8,9 @@ import pytest
 
 from rlhf import root
 from rlhf.errors import ConfigError
-from rlhf.evaluation.client import spoken
-from rlhf.evaluation.endpoint import answering
-from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, reader
+from rlhf.evaluation.client import without_reasoning
+from rlhf.evaluation.client_settings import endpoint_identity
+from rlhf.evaluation.llm_pool import LLMPool, PoolSettings, verdict_parser
 from rlhf.evaluation.prompts import load_template
 from tests.helpers.llm_judges import prefers_good
 from tests.helpers.openai_server import serving, text_of
@@ -19,11 +19,11 @@ from tests.helpers.openai_server import serving, text_of
 def test_the_answers_depend_on_the_endpoint_and_on_files_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     fetched = {"timeout": 1.0, "retries": 0, "concurrency": 1, "ping": False, "cache": "x", "api_key_env": "KEY"}
-    assert answering(fetched) == answering({}) == ""
-    assert answering({"base_url": "http://a/v1"}) == "http://a/v1"
-    assert answering({"base_url": "http://a/v1", "name": "own"}) == "own"
+    assert endpoint_identity(fetched) == endpoint_identity({}) == ""
+    assert endpoint_identity({"base_url": "http://a/v1"}) == "http://a/v1"
+    assert endpoint_identity({"base_url": "http://a/v1", "name": "own"}) == "own"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://b/v1")
-    assert answering({}) == "http://b/v1"
+    assert endpoint_identity({}) == "http://b/v1"
     mine = str(root() / "conf/judge/prompts/compare.txt")
     pool = {"one": {"prompt": "compare"}, "two": {"prompt": mine}, "three": {"prompt": mine}}
     assert LLMPool.files({"_target_": "x", "model": "m", "pool": pool}) == [Path(mine)]
@@ -42,7 +42,7 @@ def test_the_answers_depend_on_the_endpoint_and_on_files_of_the_user(monkeypatch
     ],
 )  # fmt: skip
 def test_verdicts_are_read_after_the_reasoning(said: str, value: float | None) -> None:
-    assert reader(PoolSettings().answer, "judge.answer")(spoken(said)) == value
+    assert verdict_parser(PoolSettings().answer, "judge.answer")(without_reasoning(said)) == value
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -54,14 +54,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, "judge.pool.one.model has no value"),
     ({"vote": "some"}, "judge.vote=some is not allowed; allowed: one or all"),
     ({"order": "mine"}, "judge.order=mine"),
-    ({"answer": "("}, "judge.answer=.* is no regular expression"),
+    ({"answer": "("}, "judge.answer=.* is not a regular expression"),
     ({"answer": "verdict"}, "exactly one group"),
-    ({"client": {"base_url": "localhost:8000"}}, "judge.client.base_url is no address"),
-    ({"client": {"base_url": "http://user:sk-abc@host/v1"}}, "judge.client.base_url is no address"),
+    ({"client": {"base_url": "localhost:8000"}}, "judge.client.base_url is not an address"),
+    ({"client": {"base_url": "http://user:sk-abc@host/v1"}}, "judge.client.base_url is not an address"),
     ({"client": {"api_key_env": "NO_SUCH_KEY_HERE"}}, r"\$NO_SUCH_KEY_HERE is not set"),
-    ({"client": {"api_key_env": "sk-abc"}}, "judge.client.api_key_env is no name"),
-    ({"client": {"base_url": "http://host/v1?key=sk-abc"}}, "judge.client.base_url is no address"),
-    ({"sampling": {"top_k": 5}}, "judge.sampling.top_k is no key of .*extra_body"),
+    ({"client": {"api_key_env": "sk-abc"}}, "judge.client.api_key_env is not a name"),
+    ({"client": {"base_url": "http://host/v1?key=sk-abc"}}, "judge.client.base_url is not an address"),
+    ({"sampling": {"top_k": 5}}, "judge.sampling.top_k is not a key of .*extra_body"),
     ({"client": {"retries": -1}}, "judge.client.retries=-1"),
     ({"nonsense": 1}, "judge.nonsense: there is no such key; allowed: .*pool"),
 ]
@@ -86,9 +86,9 @@ def test_a_missing_extra_and_an_endpoint_without_a_server_are_named(monkeypatch:
         LLMPool.ping(keys)
     LLMPool.ping({**keys, "client": {**keys["client"], "ping": False}})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from rlhf.evaluation import endpoint
+    from rlhf.evaluation import client_settings
 
-    endpoint.check_package.cache_clear()
+    client_settings.check_package.cache_clear()
     with pytest.raises(ConfigError, match=r"needs the package openai: pip install 'rlhf\[judge\]'"):
         LLMPool.check(keys)
 
@@ -108,7 +108,7 @@ def test_a_prompt_of_ones_own_in_alpaca_evals_format_or_plain(tmp_path: Path) ->
     messages = template.render(instruction="i", output_1="a", output_2="b")
     assert messages == [{"role": "user", "content": '{"task": i}\n1: a\n2: b'}]
     (tmp_path / "bad.txt").write_text("{instruction")
-    with pytest.raises(ConfigError, match="is no Python format string"):
+    with pytest.raises(ConfigError, match="is not a Python format string"):
         load_template(str(tmp_path / "bad.txt"), set(), "key")
 
 
@@ -117,7 +117,7 @@ def test_the_prompts_ask_for_what_the_default_pattern_reads(name: str) -> None:
     from omegaconf import OmegaConf
 
     pattern = OmegaConf.load(root() / "conf/judge/llm_pool.yaml").answer
-    parse = reader(pattern, "judge.answer")
+    parse = verdict_parser(pattern, "judge.answer")
     text = text_of({"messages": load_template(name, {"instruction", "output_1", "output_2"}, "k").render(
         instruction="i", output_1="a", output_2="b")})  # fmt: skip
     asked = re.findall(r'"(Verdict: \w+)"', text)

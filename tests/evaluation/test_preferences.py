@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from rlhf import root
 from rlhf.data.records import Prompt, SampledComparison, as_records
+from rlhf.data.saved_preferences import PREFERENCE_SPLITS, SavedPreferences
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.evaluation import preferences
@@ -23,7 +24,7 @@ from rlhf.evaluation.llm_pool import LLMPool
 from rlhf.evaluation.preferences import Simulated
 from rlhf.evaluation.prompts import strip_template
 from rlhf.files import read_lines
-from rlhf.finished.chat.models import score
+from rlhf.finished.chat.models import ModelCache, score
 from rlhf.finished.judge import FinishedRewardModelJudge
 from rlhf.finished.run import FinishedRun
 from tests.helpers.finished_runs import finished_outputs
@@ -172,7 +173,7 @@ ASKED = {
 
 
 def test_samples_are_kept_when_the_judge_breaks_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preferences, "PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(preferences, "PAIRS_PER_PART", 3)
     making, first = simulated(flip=1.0), Scripted(broken=True)
     with pytest.raises(Interrupted):
         making.make(tmp_path, ASKED, first.answer, lambda: first)
@@ -206,7 +207,7 @@ def test_preferences_without_any_comparison_are_an_error(tmp_path: Path) -> None
         simulated().make(tmp_path, asked, script.answer, lambda: script)
 
 
-def test_a_pool_reads_strip_templates_and_its_keys_are_named_in_full(tmp_path: Path) -> None:
+def test_a_pool_reads_bare_instructions_and_its_keys_are_named_in_full(tmp_path: Path) -> None:
     asked = {split: [Prompt(row.prompt, instruction=f"Do {row.prompt}!") for row in ASKED[split]] for split in ASKED}
 
     def make(folder: Path, answer: Callable[[dict[str, Any], int], str]) -> tuple[dict[str, float], list[str]]:
@@ -234,7 +235,7 @@ def test_a_pool_reads_strip_templates_and_its_keys_are_named_in_full(tmp_path: P
 def test_a_finished_reward_model_decides_as_it_scores(tmp_path: Path) -> None:
     runs = finished_outputs(tmp_path)
     judge = FinishedRewardModelJudge(scorer_context(tmp_path), str(runs.reward))
-    part, tokenizer = Models().reward(FinishedRun.open(runs.reward)), word_tokenizer()
+    part, tokenizer = ModelCache().reward(FinishedRun.open(runs.reward)), word_tokenizer()
 
     def scored(prompt: str, response: str) -> float:
         prompt_ids, ids = (tokenizer(text)["input_ids"] for text in (prompt, response))

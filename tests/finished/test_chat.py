@@ -19,6 +19,7 @@ from rlhf.data.imdb import Imdb
 from rlhf.errors import RunError
 from rlhf.files import read_json, write_json
 from rlhf.finished.chat import cli
+from rlhf.finished.chat.models import ModelCache
 from rlhf.finished.chat.responders import Answer, Sampling, answer_together, open_responders, prompt_renderer, reseed
 from rlhf.finished.run import FinishedRun
 from rlhf.models.export import save_model
@@ -78,7 +79,7 @@ def test_answers_grow_a_token_at_a_time_and_do_not_depend_on_the_company(runs: S
 
 def test_full_models_and_copies_of_the_sft_model_can_chat(runs: SimpleNamespace, tmp_path: Path) -> None:
     copy = shutil.copytree(runs.sft, tmp_path / "outputs/study/stage-sft")  # the output of stage=sft
-    models = Models()
+    models = ModelCache()
     parts = [models.policy(FinishedRun.open(folder)) for folder in (runs.sft, copy, runs.full)]
     assert parts[0].roles is parts[1].roles
     assert parts[2].roles is not parts[0].roles
@@ -92,7 +93,7 @@ def test_full_models_and_copies_of_the_sft_model_can_chat(runs: SimpleNamespace,
 
 def test_a_whole_reward_model_scores_alike(tmp_path: Path) -> None:
     runs = finished_outputs(tmp_path / "outputs")
-    before = last(open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
+    before = last(open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0), Sampling(0, 8))[0]
     model = AutoModelForSequenceClassification.from_pretrained(runs.sft / "model", num_labels=1)
     model.base_model.load_state_dict(runs.roles.copy_trunk("reward").base_model.state_dict())
     head = runs.roles.heads["reward"].weight.data
@@ -117,7 +118,7 @@ def test_prompts_are_put_into_the_template_of_the_data() -> None:
 
 
 def test_gold_utility_is_shown_if_the_data_set_has_it(runs: SimpleNamespace) -> None:
-    voice = open_voices([FinishedRun.open(runs.ppo)], scored=True, seed=0)[0]
+    responder = open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0)[0]
     farm = Farm(eval_prompts=2)
     responder.utility = farm.utility
     row = farm.load("eval")[0]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlhf.guards.signs import SKIPPED
 
 from rlhf.errors import GuardStop
-from rlhf.guards import Guards
+from rlhf.evaluation.repetition import repeated_ngrams
+from rlhf.guards import MAX_SAVED_BATCHES, Guards
+from rlhf.guards.base import SKIPPED
+from rlhf.guards.detectors import DETECTORS
 from rlhf.settings import GuardsSettings
 from rlhf.stages.evaluation import falls
 from tests.helpers.composed_config import composed_settings
@@ -20,7 +22,7 @@ from tests.helpers.guard_settings import Line, single_guard
 
 def see(guards: Guards, lines: Iterable[Line]) -> list[int]:
     """The line numbers, from 1, at which a guard found something."""
-    return [step for step, line in enumerate(lines, 1) if guards.see(step, line)]
+    return [step for step, line in enumerate(lines, 1) if guards.update(step, line)]
 
 
 # -- made-up streams -------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ def test_non_finite_values_are_ignored() -> None:
 def test_skips_in_a_row_stop_the_run_even_under_warn() -> None:
     guards = Guards(single_guard("non_finite", "warn", 3))
     for step in (4, 5, 7, 8):  # step 6 was not skipped
-        guards.see(step, {SKIPPED: 2.0})
+        guards.update(step, {SKIPPED: 2.0})
         guards.check()
     guards.update(9, {SKIPPED: 1.0, "ppo/reward": math.nan})
     with pytest.raises(
@@ -128,7 +130,7 @@ def test_skips_in_a_row_stop_the_run_even_under_warn() -> None:
 
 def test_a_warning_is_said_once_and_counted_always(caplog: pytest.LogCaptureFixture) -> None:
     guards = Guards(single_guard("large_kl", "warn", 1, 0.5))
-    counts = [guards.see(step, {"ppo/k1": 1.0}) for step in range(1, 4)]
+    counts = [guards.update(step, {"ppo/k1": 1.0}) for step in range(1, 4)]
     assert counts == [{"guard/large_kl": 1.0}, {"guard/large_kl": 2.0}, {"guard/large_kl": 3.0}]
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.WARNING
@@ -142,7 +144,7 @@ def test_replaying_the_first_lines_restores_a_guards_state(name: str, caplog: py
             numbered = [{"step": step, "time": 0.0, **line} for step, line in enumerate(lines, 1)]
             for cut in range(len(lines)):
                 straight, resumed = (Guards(single_guard(name, "warn", over, limit)) for _ in range(2))
-                whole = [straight.see(line["step"], line) for line in numbered]
+                whole = [straight.update(line["step"], line) for line in numbered]
                 said = len(caplog.records)
                 resumed.replay(numbered[:cut])
                 assert len(caplog.records) == said

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.reading import read_records, text
+from rlhf.data.fields import text_field
+from rlhf.data.reading import read_records
 from rlhf.data.records import Demonstration
 from rlhf.data.sources import Source
 
@@ -13,7 +14,7 @@ GOOD = {"q": "Who?", "a": "Me."}
 
 
 def to_record(row: Mapping[str, Any]) -> Demonstration:
-    return Demonstration(text(row, "q"), text(row, "a"))
+    return Demonstration(text_field(row, "q"), text_field(row, "a"))
 
 
 def read_rows(root: Path, *specs: Any, **options: Any):

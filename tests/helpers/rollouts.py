@@ -34,7 +34,9 @@ def seeded_generator(seed: int = 0) -> torch.Generator:
 def generate(engine: object, roles: Roles, prompts: Sequence[Sequence[int]] = PROMPTS, **options: object) -> Generated:
     """Sample from the policy at temperature 1 with a fixed seed, unless options say otherwise."""
     defaults = {"role": "policy", "max_new_tokens": LIMIT, "temperature": 1.0, "generator": seeded_generator()}
-    return engine.generate(roles, prompts=prompts, **(defaults | options))  # type: ignore[attr-defined]
+    chosen = defaults | options
+    role = chosen.pop("role")
+    return engine.generate(roles, role, GenerationRequest(prompts, **chosen))  # type: ignore[arg-type, attr-defined]
 
 
 def response_rows(generated: Generated) -> list[list[int]]:

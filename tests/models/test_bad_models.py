@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from rlhf.errors import DataError, ModelError
 from rlhf.models.export import load_adapter, save_model, saved_head
 from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
-from rlhf.models.tokenizing import encode_pairs
-from rlhf.settings import ModelSettings, Settings
+from rlhf.models.tokenizing import encode_pairs, short_enough
+from rlhf.settings import ModelSettings
 from tests.helpers.data_readers import (
     assert_one_sentence,
 )
@@ -56,7 +55,7 @@ def weights_of_another(folder: Path) -> None:
 NO_LM, NO_TOKENIZER = "no causal language model could be loaded", "no tokenizer could be loaded"
 
 
-OTHER = "the weights there are not those of this causal language model"
+OTHER = "the weights do not fit this causal language model"
 
 
 CONFIG, TOKENIZER = "config", "tokenizer_config"
@@ -122,16 +121,13 @@ def test_a_tokenizer_without_a_pad_token_of_its_own_gets_one_that_exists(
 def test_texts_that_are_cut_and_prompts_that_are_left_out_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = word_tokenizer()
     encode_pairs(tokenizer, ["w3", "w4 w5 w6"], ["w7", "w8 w9"], 3)
-    source = SimpleNamespace(load=lambda split: {"prompt": ["w3", "w3 w4", "w3 w4 w5"]})
-    run = SimpleNamespace(settings=Settings(model=ModelSettings("x", max_prompt_tokens=2)), source=source)
-    assert Run._prompts(run, tokenizer) == ["w3", "w3 w4"]
+    assert short_enough(tokenizer, ["w3", "w3 w4", "w3 w4 w5"], 2) == [0, 1]
     assert caplog.messages == [
         "1 of 2 texts are longer than max_length=3 tokens and cut",
         "1 of 3 prompts are longer than model.max_prompt_tokens=2 and left out",
     ]
-    run.settings.model.max_prompt_tokens = 0
     with pytest.raises(DataError) as failure:
-        Run._prompts(run, tokenizer)
+        short_enough(tokenizer, ["w3"], 0)
     assert_one_sentence(failure.value, "no prompt has at most model.max_prompt_tokens=0 tokens")
 
 
@@ -141,7 +137,7 @@ def test_a_model_not_yet_downloaded_is_accepted_and_a_mistake_is_found_early(tmp
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError) as failure:
         skeleton(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
-    assert_one_sentence(failure.value, "no causal language model can be made of this configuration")
+    assert_one_sentence(failure.value, "no causal language model can be made from this configuration")
 
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_one_sentence(tmp_path: Path, folders: Any) -> None:

@@ -75,7 +75,7 @@ def test_unusual_layers_are_left_to_peft(monkeypatch: pytest.MonkeyPatch, case: 
         module.base_layer.weight.requires_grad_(case == "trained base")
         if case == "switched off":
             module._disable_adapters = True
-    monkeypatch.setattr(_Sum, "apply", None)  # calling it fails the test
+    monkeypatch.setattr(_FusedLora, "apply", None)  # calling it fails the test
     results = []
     for module in (peft, ours):
         torch.manual_seed(5)

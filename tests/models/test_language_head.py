@@ -13,6 +13,7 @@ from rlhf.models.architecture import hidden_size_of
 from rlhf.models.logits import LanguageHead, head_of
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from rlhf.stages.passes import exact_divergence
 from tests.helpers.tiny_architectures import TRANSFORMED, tiny_architecture
@@ -66,7 +67,8 @@ def test_exact_divergence_is_that_of_the_models_own_logits(make_texts: Callable)
 @pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2"])
 def test_sampled_logprobs_are_the_models_own(kind: str) -> None:
     model, prompts = tiny_architecture(kind, **TRANSFORMED[kind]), [[5, 9, 7], [3, 4, 5, 6, 7, 8, 9]]
-    generated = NativeEngine(1).generate(Roles(model), "reference", prompts, 12, 1.0, torch.Generator().manual_seed(0))
+    request = GenerationRequest(prompts, 12, 1.0, torch.Generator().manual_seed(0))
+    generated = NativeEngine(1).generate(Roles(model), "reference", request)
     for row, prompt in enumerate(prompts):
         response = generated.ids[row, : generated.lengths[row]].tolist()
         with torch.no_grad():

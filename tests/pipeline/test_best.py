@@ -21,6 +21,7 @@ from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
 from rlhf.distributed.processes import SIGNALS
 from rlhf.errors import Interrupted
+from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.files import read_json
 from rlhf.files.digests import sha256
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
@@ -178,7 +179,7 @@ def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: 
 @pytest.mark.slow
 def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path: Path) -> None:
     """The lowest KL selects the first step, the highest the last. With an adapter and without."""
-    allowed = logged(Farm(), judged=True, factscore=False)
+    allowed = evaluation_metrics(Farm(), judged=True, factscore=False)
     common = [*TINY, f"output_dir={tmp_path}/outputs", "ppo.eval_every=1", "ppo.checkpoint_every=3"]
     least = [*common, "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min"]
     for lora, kind, file in (

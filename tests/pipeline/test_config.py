@@ -126,7 +126,7 @@ def test_an_override_with_an_old_key_is_answered_with_the_new_one(
 ) -> None:
     code, _, err = command("debug=quick", override)
     assert code == 2
-    assert f"{old}: there is no such key, it is {new} now; allowed: " in sentence(err)
+    assert f"{old}: there is no such key, it is {new} now; allowed: " in error_sentence(err)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,11 @@ def test_old_keys_in_a_file_of_the_user_too(command: Callable, tmp_path: Path, t
     (tmp_path / "mine" / "experiments" / "old.yaml").write_text(f"# @package _global_\n{text}\n")
     code, _, err = command("--config-dir", str(tmp_path / "mine"), "experiments=old")
     assert code == 2
-    assert words in sentence(err)
+    assert words in error_sentence(err)
 
 
 def test_every_renamed_key_has_a_new_one_that_exists() -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config")
+    config = composed()
     for old, new in RENAMED.items():
         old_key, new_key = (name.replace("*", "spike") for name in (old, new))
         assert OmegaConf.select(config, old_key) is None

@@ -262,11 +262,3 @@ def test_editing_a_file_rebuilds_what_it_decides(
         file.write("\n# edited\n")
     after = names()
     assert {stage for stage in before if before[stage] != after[stage]} == rebuilt
-
-
-def test_a_change_of_the_training_code_gives_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = composed_plan(tmp_path), composed_plan(tmp_path)
-    names = before.sft_folder, before.reward_folder
-    monkeypatch.setattr(identity.inspect, "getsource", lambda function: function.__name__ * 2)
-    assert after.sft_folder != names[0]
-    assert after.reward_folder != names[1]

@@ -81,7 +81,7 @@ def test_failed_missing_and_odd_runs_are_named(tmp_path: Path) -> None:
     }  # fmt: skip
     text = "\n".join(warnings(found))
     for words in ("c failed: out of memory", "1 run not finished (d)", "(e)", f"left out: {folder / 'again'}",
-                  "b has values that are no numbers in ppo/reward", "50 % of its sampled responses", "One seed only",
+                  "b has non-finite values in ppo/reward", "50 % of its sampled responses", "One seed only",
                   "different commits (abc, def+)", "uncommitted changes (def+)", "of torch (2.13, 2.14)"):  # fmt: skip
         assert words in text
 

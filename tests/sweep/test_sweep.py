@@ -43,8 +43,6 @@ def sweep(folder: Path, *arguments: str, code: int = 0) -> str:
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         seeds = [] if any(argument.startswith("seed=") for argument in arguments) else ["seed=1,2"]
         return run_in_subprocess(folder, *ARGUMENTS, *seeds, *arguments, code=code)
-    finally:
-        del os.environ["PYTHONPATH"]
 
 
 @pytest.mark.long

@@ -38,7 +38,7 @@ OLD_CONFIG: dict[str, Any] = {
     "reward": {"lr": 0.1, "centre_on": 256},
     "ppo": {"value": "adapter", "yardstick_every": 10, "value_coef": 0.1},
     "guards": {"spike": {"action": "warn", "over": 10, "limit": 10.0}},
-    "scorer": {"terms": [{"scorer": {"_target_": "rlhf.scorers.classifier.SentimentScorer", "attention": "kept"}}]},
+    "scorer": {"terms": [{"scorer": {"_target_": "rlhf.scorers.sentiment.SentimentScorer", "attention": "kept"}}]},
     "logger": {"_target_": "rlhf.tracking.wandb_logger"},
     "report": {
         "title": "arm=a wrestling",
