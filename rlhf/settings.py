@@ -56,8 +56,8 @@ class OptimizerSettings:
 
 
 @dataclass
-class SFTSettings(OptimizerSettings):
-    """`conf/sft`: supervised fine-tuning."""
+class SupervisedSettings(OptimizerSettings):
+    """What the two supervised stages share: how much data they see, and in batches of how many rows."""
 
     seed: int = seed()
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -65,21 +65,21 @@ class SFTSettings(OptimizerSettings):
     max_steps: int | None = optional_positive()
     batch_size: int = positive()
     max_length: int = positive()
+
+
+@dataclass
+class SFTSettings(SupervisedSettings):
+    """`conf/sft`: supervised fine-tuning."""
+
     loss_on: str = choice("response", "text")
     packing: bool = False
     validation_size: int = positive(200)
 
 
 @dataclass
-class RewardSettings(OptimizerSettings):
+class RewardSettings(SupervisedSettings):
     """`conf/reward`: the reward model."""
 
-    seed: int = seed()
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    epochs: float = positive()
-    max_steps: int | None = optional_positive()
-    batch_size: int = positive()
-    max_length: int = positive()
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
 

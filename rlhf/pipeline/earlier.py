@@ -47,16 +47,16 @@ def note(folder: Path, identity: str, config: Mapping[str, Any], overrides: list
     write_json(folder / NOTE, {"identity": identity, "config": config, "overrides": overrides})
 
 
-def settle(folder: Path, identity: str, outputs: Path, fresh: bool, told: str) -> None:
+def settle(folder: Path, identity: str, outputs: Path, fresh: bool, described: str) -> None:
     """Make room in `folder` for the run of this identity, and bring it back if it is among the earlier ones.
 
-    `fresh` moves a run of the same identity aside too; `told` describes the present run, for the log. Nothing is
+    `fresh` moves a run of the same identity aside too; `described` is the present run in words, for the log. Nothing is
     deleted. The caller must hold the folder's lock.
     """
     present = identity_of(folder)
     if present is not None and (present != identity or fresh):
         target = set_aside(folder, present, outputs, numbered=present == identity)
-        log.warning("%s: %s moves to %s", folder, told, target)
+        log.warning("%s: %s moves to %s", folder, described, target)
     kept = place(folder, identity)
     if not fresh and kept.is_dir():
         log.info("%s: %s is the present one again", folder, kept)
@@ -135,8 +135,8 @@ def describe(folder: Path, config: Mapping[str, Any], ignored: Collection[str] =
 
 def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str] | None:
     """The keys in which a run differs from `config`, such as `ppo.steps=3 instead of 8`; None if they are unknown."""
-    told = [_readable(folder / name) for name in (SUMMARY, NOTE)]
-    found = [said["config"] for said in told if isinstance(said, dict) and isinstance(said.get("config"), dict)]
+    notes = [_readable(folder / name) for name in (SUMMARY, NOTE)]
+    found = [note["config"] for note in notes if isinstance(note, dict) and isinstance(note.get("config"), dict)]
     if not found:
         return None
     past = renamed_config(found[0])

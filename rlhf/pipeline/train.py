@@ -11,7 +11,7 @@ from rlhf.distributed import collectives
 from rlhf.pipeline.build import MakeTrainer
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
-from rlhf.settings import RewardSettings, SFTSettings
+from rlhf.settings import SupervisedSettings
 from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.supervised import SupervisedStage
 from rlhf.tracking.dashboards import Dashboard, maybe_unsent
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def train_supervised(
     make_trainer: MakeTrainer,
     stage: SupervisedStage,
-    settings: SFTSettings | RewardSettings,
+    settings: SupervisedSettings,
     train: list[Any],
     held_out: list[Any],
     folder: Path,

@@ -10,7 +10,7 @@ from rlhf.distributed import collectives
 from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.settings import RewardSettings, SFTSettings
+from rlhf.settings import SupervisedSettings
 from rlhf.stages.base import Stage
 
 
@@ -26,7 +26,7 @@ class SupervisedStage(Stage):
 
     def __init__(
         self,
-        settings: SFTSettings | RewardSettings,
+        settings: SupervisedSettings,
         roles: Roles,
         tokenizer: PreTrainedTokenizerBase,
         total_steps: int,
