@@ -34,7 +34,7 @@ def check_model(config: DictConfig, settings: Settings, reward_model: bool, simu
         absent = sorted(set(lora.target_modules) - present) if lora.r else []
         if absent:
             raise ConfigError(
-                f"{key}.target_modules: between the embeddings and the last hidden states there is no linear layer named "
+                f"{key}.target_modules: between embeddings and last hidden states there is no linear layer named "
                 f"{', '.join(absent)}; "
                 f"allowed: {', '.join(sorted(present))}"
             )
