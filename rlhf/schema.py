@@ -67,7 +67,7 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
         ConfigError: a key does not exist, or a value has the wrong type or is not allowed.
     """
     structure = OmegaConf.structured(schema)
-    _check_groups(values, structure, prefix)
+    _check_nesting(values, structure, prefix)
     try:
         settings: T = OmegaConf.to_object(OmegaConf.merge(structure, values))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -80,12 +80,12 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
     return settings
 
 
-def _check_groups(values: Mapping[Any, Any], schema: DictConfig, prefix: str) -> None:
+def _check_nesting(values: Mapping[Any, Any], schema: DictConfig, prefix: str) -> None:
     """Refuse a single value where keys are expected, because OmegaConf's error would not name the place."""
     for key, value in values.items():
         node = schema.get(key) if key in schema else None
         if isinstance(node, DictConfig) and isinstance(value, dict):
-            _check_groups(value, node, f"{prefix}{key}.")
+            _check_nesting(value, node, f"{prefix}{key}.")
         elif isinstance(node, DictConfig) and value is not None:
             raise ConfigError(
                 f"{prefix}{key}={value} is not allowed; allowed: keys below it ({', '.join(sorted(map(str, node)))})"

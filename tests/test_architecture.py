@@ -70,6 +70,15 @@ def test_no_module_imports_from_a_higher_floor(file: Path) -> None:
         assert not {module for module in imports(file) if floor_of(module) > floor_of(own)}
 
 
+def test_git_ignores_no_module() -> None:
+    """A pattern such as `build/` would leave a folder of that name out of every clone and wheel."""
+    files = "\n".join(str(file) for file in FILES)
+    done = subprocess.run(["git", "check-ignore", "--stdin"], input=files, cwd=root(), capture_output=True, text=True)
+    if done.returncode == 128:
+        pytest.skip("not a checkout")
+    assert not done.stdout
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module_of(file): imports(file) for file in FILES}).prepare()
 

@@ -43,7 +43,7 @@ def shard(roles: Roles, device: str) -> None:
     lockstep.enable(base.base_model, lambda: roles.hidden("reference", smallest.to(roles.device)))
 
 
-def gathered(roles: Roles) -> dict[str, Tensor]:
+def full_weights(roles: Roles) -> dict[str, Tensor]:
     """The weights of the base without adapters, on the CPU, in the process of rank 0; empty in the others."""
     found: dict[str, Tensor] = {}
     for name, value in roles.trunk("reference").state_dict().items():

@@ -35,7 +35,7 @@ def settings_of(config: DictConfig) -> Settings:
     Raises:
         ConfigError: a key does not exist or has no value, or a value has the wrong type or is not allowed.
     """
-    _check_groups(config)
+    _check_classes(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} has no value, and there is no default for it")
@@ -46,7 +46,7 @@ def settings_of(config: DictConfig) -> Settings:
     return typed(Settings, {field.name: chosen[field.name] for field in fields(Settings)})
 
 
-def _check_groups(config: DictConfig) -> None:
+def _check_classes(config: DictConfig) -> None:
     """Every group that names a class must do so; `judge=null`, for example, would leave it without one."""
     for group, key in (("stage", "name"), *((group, "_target_") for group in CLASSES)):
         chosen = config.get(group)

@@ -107,7 +107,7 @@ class Plan:
             **upstream,
             **self._how,
         }
-        code = identity.code_of(f"rlhf.pipeline.build.{product}", type(self.source).__module__)
+        code = identity.code_of(f"rlhf.pipeline.builders.{product}", type(self.source).__module__)
         name = identity.digest(identity.decisive(determinants), code, self._known)
         return (self.outputs / "cache" / f"{product}-{name}").resolve()
 

@@ -30,10 +30,10 @@ from rlhf.models.sharding import shard
 from rlhf.models.tokenizing import short_enough
 from rlhf.pipeline import cache
 from rlhf.pipeline.allocation import keep_freed_memory
-from rlhf.pipeline.build import Site
-from rlhf.pipeline.build.preferences import build_preferences, prepare_preferences, template_of
-from rlhf.pipeline.build.reward import build_reward
-from rlhf.pipeline.build.sft import build_sft
+from rlhf.pipeline.builders import Site
+from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences, template_of
+from rlhf.pipeline.builders.reward import build_reward
+from rlhf.pipeline.builders.sft import build_sft
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.checks import best_metric
 from rlhf.pipeline.config import instantiate, target_class

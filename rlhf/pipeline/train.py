@@ -8,7 +8,7 @@ import lightning
 from torch.utils.data import DataLoader
 
 from rlhf.distributed import collectives
-from rlhf.pipeline.build import MakeTrainer
+from rlhf.pipeline.builders import MakeTrainer
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
 from rlhf.settings import SupervisedSettings

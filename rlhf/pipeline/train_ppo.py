@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from rlhf.distributed import collectives
 from rlhf.errors import ConfigError
-from rlhf.pipeline.build import MakeTrainer
+from rlhf.pipeline.builders import MakeTrainer
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.train import keep_metrics, send_again

@@ -29,7 +29,7 @@ from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs
 
 log = logging.getLogger(__name__)
 Space = dict[str, BaseDistribution]
-NOT_IDENTITY = ("hydra", "report", "variant")  # top-level keys that do not tell studies apart
+SAME_STUDY = ("hydra", "report", "variant")  # top-level keys that do not tell studies apart
 
 
 class Study(OptunaSweeperImpl):
@@ -121,7 +121,7 @@ class Study(OptunaSweeperImpl):
 
     def _digest(self, space: Space, objectives: Mapping[str, str]) -> str:
         """Eight hex digits that identify a study: a hash of the run configuration, the axes and the objectives."""
-        left_out = {*NOT_IDENTITY, *self.config.hydra.job.config.override_dirname.exclude_keys}
+        left_out = {*SAME_STUDY, *self.config.hydra.job.config.override_dirname.exclude_keys}
         kept = {str(key): self.config[key] for key in self.config if key not in left_out}
         plain = {
             key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

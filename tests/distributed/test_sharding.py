@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.distributed import collectives, lockstep, processes, strategies
 from rlhf.models.roles import Roles
-from rlhf.models.sharding import gathered, shard
+from rlhf.models.sharding import full_weights, shard
 from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import Settings
 from rlhf.stages.passes import compute_values
@@ -58,7 +58,7 @@ def _held(rank: int, whole: Roles, roles: Roles) -> None:
     blocks = whole.trunk("reference").base_model.layers
     assert everywhere == sum(p.numel() for name, p in blocks.named_parameters() if ".lora_" not in name)
     assert here == everywhere // 2
-    again = gathered(roles)
+    again = full_weights(roles)
     assert bool(again) == (rank == 0)
     for name, value in whole.trunk("reference").state_dict().items() if again else ():
         if ".lora_" not in name:

@@ -20,7 +20,7 @@ from rlhf.errors import ConfigError
 from rlhf.errors.machine import machine_failure, writing
 from rlhf.files import aside, keep_lines, read_json, write_json
 from rlhf.pipeline import run
-from rlhf.pipeline.build import sft
+from rlhf.pipeline.builders import sft
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import JsonLines

@@ -221,7 +221,7 @@ def test_the_code_that_decides_a_model_is_what_makes_it() -> None:
 
 
 def files_that_decide(product: str) -> set[str]:
-    files = identity.code_of(f"rlhf.pipeline.build.{product}")
+    files = identity.code_of(f"rlhf.pipeline.builders.{product}")
     return {str(file.relative_to(identity.PACKAGE)) for file in files}
 
 

@@ -29,7 +29,7 @@ from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenizing import Response
 from rlhf.models.tokens import stop_ids, stops_of
-from rlhf.pipeline.build.reward import save_full_reward
+from rlhf.pipeline.builders.reward import save_full_reward
 from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.huggingface import TransformersEngine

@@ -1,0 +1,82 @@
+"""The reward model."""
+
+import logging
+import time
+from pathlib import Path
+
+import lightning
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf.data.records import as_records, skipped_rows, train_and_held_out
+from rlhf.data.saved_preferences import SavedPreferences
+from rlhf.distributed import collectives
+from rlhf.files import MODEL
+from rlhf.guards import Guards
+from rlhf.models.assembly import lora_config, reward_roles
+from rlhf.models.export import HEAD, save_adapter, save_model
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.roles import Roles
+from rlhf.pipeline import cache
+from rlhf.pipeline.builders import Site, steps_of
+from rlhf.pipeline.train import train_supervised
+from rlhf.stages.cutting import count_short, distinct
+from rlhf.stages.reward import RewardModeling, longer_accuracy
+from rlhf.tracking.summary import write_summary
+
+log = logging.getLogger(__name__)
+
+
+def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None = None) -> None:
+    """Train a reward model on the SFT model of the folder `sft` into `folder`: `model/`, an adapter or whole.
+
+    It learns from the simulated comparisons of the folder `preferences`, or else from those of the data set.
+    """
+    started, settings = time.monotonic(), site.settings.reward
+    log.info("training the reward model (%s)", cache.name_of(folder))
+    lightning.seed_everything(settings.seed, verbose=False)
+    # 1. The models.
+    base = sft / MODEL
+    tokenizer = load_tokenizer(site.settings.model, site.source)
+    roles = reward_roles(site.settings, tokenizer, base, site.quantization)
+    site.place(roles, False)
+    # 2. The comparisons, without pairs that are equal once they are cut.
+    source = SavedPreferences(preferences) if preferences else site.source
+    train, held_out = train_and_held_out(source, "preference", "preference_validation", settings.validation_size)
+    stage = RewardModeling(settings, roles, tokenizer, steps_of(settings, len(train)))
+    stage.guards = Guards(site.settings.guards, folder)
+    limit = f"reward.max_length={settings.max_length}"
+    train, pairs, equal = distinct(train, stage.encode(train), "preference", limit)
+    held_out, measured, _ = distinct(held_out, stage.encode(held_out), "preference, held out", limit)
+    texts = [text for pair in pairs for text in pair]
+    short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
+    stage.total_steps = steps_of(settings, len(train))
+    # 3. The training, and what it leaves.
+    metrics = train_supervised(site.make_trainer, stage, settings, pairs, measured, folder)
+    demonstrations = as_records(site.source.load("sft").select(range(settings.baseline_rows)), "sft")
+    metrics |= {"reward/baseline": stage.baseline(demonstrations), "reward/longer_accuracy": longer_accuracy(held_out)}
+    log.info("right on %.1f %% of %d held-out comparisons; always preferring the longer answer is right on %.1f %%",
+             100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
+    collectives.on_rank_zero(lambda: _save(site, roles, tokenizer, base, folder / MODEL))
+    counts = {"rows": {"preference": len(train)}, "skipped": skipped_rows(source, "preference") | equal, "cut": short}
+    learned = {"preferences": preferences.name} if preferences else {}
+    summed = {"guards": stage.guards.summary(), **counts, **learned}
+    write_summary(folder, metrics, site.plain, started, stage="reward", **summed)
+
+
+def _save(site: Site, roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    lora = site.settings.reward.lora
+    if lora.r:
+        save_adapter(roles, "reward", lora_config(lora), base, tokenizer, folder)
+    else:
+        save_full_reward(roles, tokenizer, base, folder)
+
+
+def save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """Save a whole reward model as transformers' sequence classifier, with the architecture of the model at `base`."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
+    model.score.weight.data = roles.heads["reward"].weight.data.to(model.dtype)
+    save_model(model, tokenizer, folder)
+    # the float32 head itself, beside its copy in the model's dtype
+    save_file({"score.weight": roles.heads["reward"].state_dict()["weight"].cpu()}, folder / HEAD)

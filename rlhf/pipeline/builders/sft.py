@@ -1,0 +1,69 @@
+"""The SFT model."""
+
+import logging
+import time
+from pathlib import Path
+
+import lightning
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.records import skipped_rows, train_and_held_out
+from rlhf.distributed import collectives
+from rlhf.files import MODEL
+from rlhf.guards import Guards
+from rlhf.models.assembly import lora_config, sft_roles
+from rlhf.models.export import load_adapter, save_adapter, save_model
+from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
+from rlhf.models.roles import Roles
+from rlhf.models.sharding import full_weights
+from rlhf.pipeline import cache
+from rlhf.pipeline.builders import Site, steps_of
+from rlhf.pipeline.train import train_supervised
+from rlhf.stages.cutting import count_short
+from rlhf.stages.sft import SupervisedFineTuning
+from rlhf.tracking.summary import write_summary
+
+log = logging.getLogger(__name__)
+
+
+def build_sft(site: Site, folder: Path) -> None:
+    """Train the SFT model into `folder`: `model/`, with any adapter merged in."""
+    started, settings = time.monotonic(), site.settings.sft
+    log.info("training the SFT model (%s)", cache.name_of(folder))
+    lightning.seed_everything(settings.seed, verbose=False)
+    # 1. The models.
+    tokenizer = load_tokenizer(site.settings.model, site.source)
+    roles = sft_roles(site.settings, tokenizer, site.quantization)
+    site.place(roles, settings.packing)
+    # 2. The rows.
+    train, held_out = train_and_held_out(site.source, "sft", "sft_validation", settings.validation_size)
+    stage = SupervisedFineTuning(settings, roles, tokenizer, steps_of(settings, len(train)))
+    stage.guards = Guards(site.settings.guards, folder)
+    texts = stage.encode(train)
+    limit = f"sft.max_length={settings.max_length}"
+    short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "sft", limit)
+    # 3. The training, and what it leaves.
+    metrics = train_supervised(site.make_trainer, stage, settings, texts, stage.encode(held_out), folder)
+    whole = full_weights(roles) if roles.sharded else None  # every process takes part, the first one writes
+    collectives.on_rank_zero(lambda: _save(site, roles, whole, tokenizer, folder))
+    counts = {"rows": {"sft": len(train)}, "skipped": skipped_rows(site.source, "sft"), "cut": short}
+    write_summary(folder, metrics, site.plain, started, stage="sft", guards=stage.guards.summary(), **counts)
+
+
+def _save(
+    site: Site, roles: Roles, whole: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write `model/` with the adapter merged in; `whole` are the weights of a base spread over the processes."""
+    lora = site.settings.sft.lora
+    if whole or (site.quantization and lora.r):
+        # merge into the full-precision weights, not into rounded ones, and into all of them, not into a shard
+        save_adapter(roles, "policy", lora_config(lora), folder, tokenizer, folder / "adapter")
+        plain = Roles(load_causal_lm(site.settings.model, tokenizer))
+        if whole:
+            plain.trunk("reference").load_state_dict(whole)
+        load_adapter(plain, "base", "policy", folder / "adapter")
+        plain.table["policy"] = roles.table["policy"]
+        roles = plain
+    merged = roles.copy_trunk("policy").to(DTYPES[site.settings.model.dtype])
+    save_model(merged, tokenizer, folder / MODEL)
