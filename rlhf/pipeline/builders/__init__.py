@@ -22,8 +22,8 @@ MakeTrainer = Callable[..., lightning.Trainer]
 class Site:
     """What every builder works with.
 
-    `plain` is the configuration as plain values, for the summary; `quantization` is how the frozen base is stored (None:
-    as it is); `place` tries models out and moves them to where they will train.
+    `plain` is the configuration as plain values, for the summary. `quantization` says how the frozen base is stored
+    (None: unquantized). `place` tries models out and moves them to where they will train.
     """
 
     settings: Settings
