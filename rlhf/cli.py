@@ -5,7 +5,7 @@ Exit codes:
     1    a failure of the machine, such as a full disk (one sentence), or a bug of ours (a traceback)
     2    a configuration, data set or model that cannot be used; one sentence says why
     3    stopped by a guard (conf/guards); failed.json says why
-    75   stopped by a signal after saving; the same command continues
+    75   stopped by a signal, or because an endpoint cannot be reached; the same command continues
     130  interrupted at once
 """
 
@@ -24,7 +24,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf import root
 from rlhf.distributed.rank import is_first_process
-from rlhf.errors import FAILURE, INTERRUPTED, KEYBOARD, ConfigError, GuardStop, Interrupted, WorkerFailed
+from rlhf.errors import (
+    FAILURE,
+    INTERRUPTED,
+    KEYBOARD,
+    MISTAKE,
+    STOPPED,
+    ConfigError,
+    GuardStop,
+    Interrupted,
+    WorkerFailed,
+)
 from rlhf.errors.explaining import exit_with_sentence, explain
 from rlhf.errors.machine import machine_failure
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
@@ -60,17 +70,18 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     """Do a job. A failure becomes one sentence and an exit code, or in a sweep a note in the run's folder."""
     try:
         return job(config, folder, sweeping)
-    except Interrupted as asked:
+    except Interrupted as stopped:
         if is_first_process():
-            print(f"rlhf: {asked}", file=sys.stderr)
+            print(f"rlhf: {stopped}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
+        # the processes of the run have reported their failure; without a note there was a crash, noted below
         if isinstance(error, WorkerFailed) and ((folder / FAILED).exists() or not sweeping):
             if sweeping:
                 return None
             raise SystemExit(error.code if error.code > 0 else FAILURE) from None
         if not is_first_process() and explain(error):  # all processes fail alike, and the first one reports it
-            raise SystemExit(FAILURE) from None
+            raise SystemExit(STOPPED if isinstance(error, GuardStop) else MISTAKE) from None
         if (sweeping or isinstance(error, GuardStop)) and not config.dry_run:
             # the reason stays with the run, and a sweep goes on to its next run
             reason = explain(error) or machine_failure(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -194,8 +205,8 @@ def _launch(plan: "Plan", workers: int) -> dict[str, Any]:
 def _share_cores(jobs: int, processes: int) -> None:
     """Limit the threads of each process of each job to its share of the cores: two threads on one core are slower.
 
-    The last bits of a sum depend on the number of threads. A sweep's run therefore has as many as the same run alone
-    if OMP_NUM_THREADS is set or if it has the machine to itself, and never more.
+    The last bits of a sum depend on the number of threads. A sweep's run has the bits of the same run alone if
+    OMP_NUM_THREADS says how many threads both have. A run never has more threads than it would have alone.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """The mathematics of PPO as pure functions of [batch, time] tensors.
 
 `mask` is true for the sampled response tokens and false for padding. Every mean is over the mask; a mean over nothing
-raises an error, because a NaN would only surface later. `total` sums a tensor over the processes that share the batch
-(`rlhf.distributed.collectives.all_reduce_sum`); by default there is one process.
+raises an error, because a NaN would only surface later. `all_reduce` sums a tensor over the processes that share the
+batch (`rlhf.distributed.collectives.all_reduce_sum`); by default there is one process.
 
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Stiennon et al. 2020 and Sun, Gupta & Iyyer 2023 (the
 shaping of the reward).
@@ -15,28 +15,33 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Total = Callable[[Tensor], Tensor]
+AllReduce = Callable[[Tensor], Tensor]
 
 
-def alone(x: Tensor) -> Tensor:
+def no_reduction(x: Tensor) -> Tensor:
     """The sum over a single process."""
     return x
 
 
-def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], total: Total = alone) -> Float[Tensor, ""]:
+def masked_mean(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], all_reduce: AllReduce = no_reduction
+) -> Float[Tensor, ""]:
     """Mean of `x` over the mask.
 
     Raises:
         ValueError: the mask is empty.
     """
-    count = total(mask.sum())
+    count = all_reduce(mask.sum())
     if count == 0:
         raise ValueError("a masked mean over no tokens: the batch holds no response token")
-    return total(torch.where(mask, x, 0.0).sum()) / count
+    return all_reduce(torch.where(mask, x, 0.0).sum()) / count
 
 
 def whiten(
-    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], keep_mean: bool = False, total: Total = alone
+    x: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+    keep_mean: bool = False,
+    all_reduce: AllReduce = no_reduction,
 ) -> Float[Tensor, "*shape"]:
     """Scale to unit variance over the mask, and to mean 0 unless `keep_mean`; 0 off the mask.
 
@@ -46,21 +51,21 @@ def whiten(
     Raises:
         ValueError: the mask is empty.
     """
-    mean = masked_mean(x, mask, total)
-    whitened = torch.where(mask, x - mean, 0.0) * whitening_scale(x, mask, total)
+    mean = masked_mean(x, mask, all_reduce)
+    whitened = torch.where(mask, x - mean, 0.0) * whitening_scale(x, mask, all_reduce)
     return torch.where(mask, whitened + mean, 0.0) if keep_mean else whitened
 
 
 def whitening_scale(
-    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], total: Total = alone
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], all_reduce: AllReduce = no_reduction
 ) -> Float[Tensor, ""]:
     """The factor of `whiten`: 1 / standard deviation over the mask."""
-    centred = torch.where(mask, x - masked_mean(x, mask, total), 0.0)
-    return torch.rsqrt(masked_mean(centred.square(), mask, total) + 1e-8)
+    centred = torch.where(mask, x - masked_mean(x, mask, all_reduce), 0.0)
+    return torch.rsqrt(masked_mean(centred.square(), mask, all_reduce) + 1e-8)
 
 
 def whitening_length_term(
-    rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], total: Total = alone
+    rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], all_reduce: AllReduce = no_reduction
 ) -> Float[Tensor, ""]:
     """The reward of one standard deviation of response length under `whiten(keep_mean=True)`, in units of the rewards.
 
@@ -71,8 +76,8 @@ def whitening_length_term(
     """
     lengths = mask.sum(1).to(rewards)
     every = torch.ones_like(lengths, dtype=torch.bool)
-    spread = 1 / whitening_scale(lengths, every, total)
-    return spread * masked_mean(rewards, mask, total) * (1 / whitening_scale(rewards, mask, total) - 1)
+    spread = 1 / whitening_scale(lengths, every, all_reduce)
+    return spread * masked_mean(rewards, mask, all_reduce) * (1 / whitening_scale(rewards, mask, all_reduce) - 1)
 
 
 def shape_rewards(
@@ -142,13 +147,13 @@ def explained_variance(
     values: Float[Tensor, "batch time"],
     returns: Float[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
-    total: Total = alone,
+    all_reduce: AllReduce = no_reduction,
 ) -> Float[Tensor, ""]:
     """1 − Var(R − V) / Var(R) over the mask: 1 is a perfect value function, 0 no better than a constant."""
 
     def variance(x: Tensor) -> Tensor:
         x, kept = x[mask], mask[mask]
-        return masked_mean((x - masked_mean(x, kept, total)).square(), kept, total)
+        return masked_mean((x - masked_mean(x, kept, all_reduce)).square(), kept, all_reduce)
 
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
 
@@ -161,27 +166,27 @@ class ScoreNormalizer:
     the present ones.
     """
 
-    def __init__(self, kind: str, clip: float | None, total: Total = alone):
-        self.kind, self.clip, self.total = kind, clip, total
+    def __init__(self, kind: str, clip: float | None, all_reduce: AllReduce = no_reduction):
+        self.kind, self.clip, self.all_reduce = kind, clip, all_reduce
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0
 
     def __call__(self, scores: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
         """Update the moments with these scores; return the normalised scores."""
         if self.kind != "none":
-            self._count(scores.double())
+            self._update_moments(scores.double())
             std = max((self.squares / max(self.count, 1.0)) ** 0.5, 1e-8)
             scores = (scores - (self.mean if self.kind == "standardize" else 0.0)) / std
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
 
-    def _count(self, scores: Tensor) -> None:
+    def _update_moments(self, scores: Tensor) -> None:
         scores = scores[scores.isfinite()]  # a single NaN would spoil the moments for the rest of the run
-        number, summed = self.total(torch.stack([scores.new_tensor(float(len(scores))), scores.sum()])).tolist()
+        number, summed = self.all_reduce(torch.stack([scores.new_tensor(float(len(scores))), scores.sum()])).tolist()
         if not number:
             return
         # Chan et al. 1983: the sums of squares of two samples from their own means
         mean = summed / number
         count, gap = self.count + number, mean - self.mean
-        self.squares += float(self.total((scores - mean).square().sum())) + gap**2 * self.count * number / count
+        self.squares += float(self.all_reduce((scores - mean).square().sum())) + gap**2 * self.count * number / count
         self.mean += gap * number / count
         self.count = count
 
@@ -199,7 +204,10 @@ class FixedKL:
 
     def __init__(self, coef: float):
         if not 0 <= coef < math.inf:
-            raise ValueError(f"kl.coef={coef} is not allowed; allowed: a number of 0 or above (divergence=negative_kl)")
+            raise ValueError(
+                f"kl.coef={coef} is not allowed; allowed: a number of 0 or above; to reward distance, "
+                "use divergence=negative_kl"
+            )
         self.coef = coef
 
     def update(self, kl: float) -> None:

@@ -1,7 +1,7 @@
 """Schemas of the configuration: which values a key may have, and the check that it has one of them.
 
-A schema is a dataclass. OmegaConf checks keys and types when the configuration is composed; `positive`, `fraction`,
-`choice` and their like declare which values are allowed.
+A schema is a dataclass. `typed` merges a configuration into it, by which OmegaConf checks keys and types; `positive`,
+`fraction`, `choice` and their like declare which values are allowed.
 """
 
 import math

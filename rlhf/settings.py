@@ -1,7 +1,8 @@
-"""The settings that the stages read: a schema (`rlhf.schema`) for each config group of that name.
+"""The settings that the stages read: one schema (`rlhf.schema`) per config group, such as `PPOSettings` for `conf/ppo`.
 
-Groups that name a class by `_target_` (data, scorer, judge, preferences, kl, trainer, logger) have no schema here; the
-signature of that class says which keys they have. What a key means is said beside it in `conf/`.
+Groups that name a class by `_target_` (data, scorer, judge, preferences, kl, trainer, logger) have no schema here: the
+signature of that class declares their keys. `quantization` holds keywords of transformers' BitsAndBytesConfig. What a
+key means is explained beside it in `conf/`, whose values replace the defaults here; those serve objects made in code.
 """
 
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ def main() -> None:
         logging.getLogger().setLevel(logging.WARNING)
     folder = Path(hydra.runtime.output_dir)
     attempt(whole, folder, sweeping=hydra.mode == "MULTIRUN")
-    sys.exit((folder / FAILED).exists())
+    sys.exit((folder / FAILED).exists())  # in a sweep a failure is only noted; True is exit code 1
 
 
 if __name__ == "__main__":

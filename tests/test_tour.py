@@ -91,7 +91,7 @@ def test_a_renamed_function_or_file_is_noticed(old: str, new: str) -> None:
 
 
 def test_a_prompt_passes_at_most_four_files() -> None:
-    files = re.findall(r"`(rlhf/\S+\.py)`", section(TOUR, "The way of a prompt"))
+    files = re.findall(r"`(rlhf/\S+\.py)`", section(TOUR, "The path of a prompt"))
     assert 1 <= len(set(files)) <= 4
 
 

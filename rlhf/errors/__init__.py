@@ -12,7 +12,7 @@ from contextlib import contextmanager
 FAILURE = 1  # the machine failed (in one sentence), or the program did (with a traceback)
 MISTAKE = 2  # a configuration, data set, model or folder that cannot be used
 STOPPED = 3  # a guard stopped the run
-INTERRUPTED = 75  # stopped by a signal after saving: EX_TEMPFAIL of sysexits.h, "try again later"
+INTERRUPTED = 75  # stopped early, can be continued: EX_TEMPFAIL of sysexits.h, "try again later"
 KEYBOARD = 130  # Ctrl-C without saving, as shells report it
 
 
@@ -53,7 +53,7 @@ class GuardStop(UserError):  # noqa: N818  (the run is at fault, not the program
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
-    """A run that was asked to stop, and has saved its state."""
+    """A run that stopped early and can be continued: after a signal, or because an endpoint cannot be reached."""
 
 
 class WorkerFailed(Exception):  # noqa: N818

@@ -4,7 +4,7 @@ import ctypes
 import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
-KEPT_BYTES = 2**31 - 1
+KEPT_BYTES = 2**31 - 1  # the largest value that mallopt takes
 MAPPED_BYTES = 2**27  # whole weight matrices of large models go back to the system
 
 

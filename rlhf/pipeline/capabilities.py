@@ -94,13 +94,13 @@ def check_processes(config: DictConfig, settings: Settings) -> None:
 
 
 def _check_sharding(stage: str, settings: Settings) -> None:
-    """Processes can share out only a frozen base, in the precision that its adapters are merged into."""
+    """Only a frozen, unquantized base can be sharded."""
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigError(
             f"trainer=fsdp needs torch 2.7 or later, and this is {torch.__version__}; allowed: trainer=ddp"
         )
     if settings.model.compile:
-        raise ConfigError("model.compile=true was not tried with trainer=fsdp; allowed: false, or trainer=ddp")
+        raise ConfigError("model.compile=true is untested with trainer=fsdp; allowed: false, or trainer=ddp")
     if is_quantized(settings.quantization):
         raise ConfigError("trainer=fsdp cannot share out a quantized base; allowed: quantization=none, or trainer=ddp")
     loras = {"lora@sft.lora": settings.sft.lora, "lora@reward.lora": settings.reward.lora, "lora": settings.lora}

@@ -43,7 +43,7 @@ class Best:
         return max((pair for pair in found if math.isfinite(pair[0])), default=(None, None))[1]
 
 
-class WrittenInPlace(TorchCheckpointIO):
+class DirectCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint straight to its file.
 
     Lightning's own way makes two copies in memory, and one in $TMPDIR, which may be on another, small disk.
@@ -70,7 +70,7 @@ class StepCheckpoints(Callback):
 
     def setup(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         """Replace Lightning's way of writing checkpoints."""
-        trainer.strategy.checkpoint_io = WrittenInPlace()
+        trainer.strategy.checkpoint_io = DirectCheckpointIO()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
         """Save at a step boundary."""
@@ -102,18 +102,18 @@ class StepCheckpoints(Callback):
 
     def prune(self) -> None:
         """Remove all checkpoints but the newest and the best."""
-        for old in set(self._all()[: -self.keep]) - {self._of_best()}:
+        for old in set(self._all()[: -self.keep]) - {self._best_path()}:
             self._remove(old)
 
-    def of_best(self) -> Path | None:
+    def sound_best(self) -> Path | None:
         """The checkpoint of the best evaluation; None if there is none or it is damaged."""
-        path = self._of_best()
+        path = self._best_path()
         if path is None or _sound(path):
             return path
         log.warning("%s, the best, is gone or damaged", path)
         return None
 
-    def _of_best(self) -> Path | None:
+    def _best_path(self) -> Path | None:
         step = self.best.step() if self.best else None
         return None if step is None else self._path(step)
 

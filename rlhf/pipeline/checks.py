@@ -15,7 +15,7 @@ from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
-from rlhf.pipeline.identity import HARMLESS, LIGHTNING
+from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.settings import Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
@@ -84,10 +84,10 @@ def check_trainer(config: DictConfig) -> None:
     if config.trainer._target_ not in LIGHTNING:
         return  # the keys of a user's own trainer are part of the run's identity
     for key in config.trainer:
-        if str(key) not in HARMLESS:
-            harmless = ", ".join(f"trainer.{name}" for name in sorted(HARMLESS - {"_target_"}))
+        if str(key) not in IGNORED_TRAINER_KEYS:
+            harmless = ", ".join(f"trainer.{name}" for name in sorted(IGNORED_TRAINER_KEYS - {"_target_"}))
             instead = next((ours for theirs, ours in INSTEAD if key in theirs), harmless)
-            raise ConfigError(f"trainer.{key} would change what is trained unnoticed; allowed: {instead}")
+            raise ConfigError(f"trainer.{key} would silently change what is trained; allowed: {instead}")
 
 
 def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:

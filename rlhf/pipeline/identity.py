@@ -21,16 +21,16 @@ from rlhf.files.digests import content_digest
 
 LIGHTNING = ("lightning.Trainer", "lightning.pytorch.Trainer", "pytorch_lightning.Trainer")
 # Keys of Lightning's trainer that change how a result is reached, but not the result.
-HARMLESS = frozenset({
+IGNORED_TRAINER_KEYS = frozenset({
     "_target_", "accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark", "profiler",
     "detect_anomaly", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "default_root_dir",
 })  # fmt: skip
 # Labels, and intervals of saving and logging.
-UNDECIDING = frozenset({"name", "checkpoint_every", "log_every"})
+IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every"})
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function
-# Code that observes a run, stores it or reports on it does not decide its result.
+# Code that observes, stores, names or reports a run, or only creates what the keys name, does not decide its result.
 WATCHING = (
     "rlhf.errors", "rlhf.files", "rlhf.tracking", "rlhf.report", "rlhf.sweep", "rlhf.pipeline.cache",
     "rlhf.pipeline.checkpoints", "rlhf.pipeline.config", "rlhf.pipeline.identity", "rlhf.pipeline.interruption",
@@ -109,7 +109,7 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
 
 def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `trainer` that decide: none of Lightning's own trainer (`rlhf.pipeline.checks` refuses those)."""
-    kept = {key: value for key, value in trainer.items() if key not in HARMLESS}
+    kept = {key: value for key, value in trainer.items() if key not in IGNORED_TRAINER_KEYS}
     return kept if trainer["_target_"] in LIGHTNING else {**kept, "_target_": trainer["_target_"]}
 
 
@@ -123,7 +123,7 @@ def decisive(node: Any) -> Any:
     return {
         key: endpoint_identity(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
         for key, value in node.items()
-        if key not in UNDECIDING
+        if key not in IGNORED_KEYS
     }
 
 

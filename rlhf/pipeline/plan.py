@@ -16,12 +16,12 @@ from rlhf.tracking.summary import read_summary
 
 # Keys that name, place or present a run but do not decide its result. What `preferences` decides is in the name of the
 # reward model, which is part of the identity by itself.
-NOT_IDENTITY = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "variant", "guards",
+IGNORED_GROUPS = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "variant", "guards",
                 "objectives", "preferences")  # fmt: skip
 # The splits that each product of the cache is built from.
 READS: dict[str, Collection[Split]] = {
     "sft": ("sft", "sft_validation"),
-    "preferences": SPLITS,
+    "preferences": SPLITS,  # the prompts may come from any split
     "reward": ("preference", "preference_validation"),
 }
 
@@ -74,6 +74,7 @@ class Plan:
         """Where the simulated comparisons are, or will be; None if the comparisons come from the data set."""
         if not self.comparisons.simulated:
             return None
+        # the sampled answers depend on these; temperature and length are keys of `preferences` itself
         sampled = {key: self.plain["generation"][key] for key in ("engine", "batch_size")}
         return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled})
 
@@ -105,10 +106,10 @@ class Plan:
             "data": identity.of_data(self.plain["data"], self.source, READS[product]),
             **{key: self.plain[key] for key in ("quantization", product)},
             **upstream,
-            **self._how,
+            **self._also_decisive,
         }
         code = identity.code_of(f"rlhf.pipeline.builders.{product}", type(self.source).__module__)
-        name = identity.digest(identity.decisive(determinants), code, self._known)
+        name = identity.digest(identity.decisive(determinants), code, self._digests)
         return (self.outputs / "cache" / f"{product}-{name}").resolve()
 
     # -- the run itself ------------------------------------------------------------------------------------------------
@@ -120,9 +121,12 @@ class Plan:
         PPO's own code is not part of it, so that a corrected line does not discard a week of runs. Reports name the
         commits.
         """
-        chosen = {key: value for key, value in self.plain.items() if key not in NOT_IDENTITY}
+        chosen = {key: value for key, value in self.plain.items() if key not in IGNORED_GROUPS}
         needed = [path.name for path in self.needed().values()]
-        return identity.digest(identity.decisive({**chosen, "needed": needed, **self._how}), known=self._known)
+        return identity.digest(
+            {**identity.decisive({**chosen, **self._also_decisive}), "stage": self.stage, "needed": needed},
+            known=self._digests,
+        )
 
     def finished(self) -> Path | None:
         """The folder of this very run if it is finished: here, moved aside from here, or under another name."""
@@ -135,15 +139,15 @@ class Plan:
     @property
     def present(self) -> str:
         """A description of the run that is in the folder now, for when it has to move aside."""
-        return earlier.describe(self.folder, self.plain, NOT_IDENTITY)
+        return earlier.describe(self.folder, self.plain, IGNORED_GROUPS)
 
     @property
-    def _how(self) -> dict[str, Any]:
+    def _also_decisive(self) -> dict[str, Any]:
         """What decides a result among keys that mostly do not: trainers of the user, and skipped updates."""
         skips = self.settings.guards.non_finite.action != "off"
         return {"trainer": identity.of_trainer(self.plain["trainer"]), "skips_non_finite": skips}
 
     @property
-    def _known(self) -> Path:
+    def _digests(self) -> Path:
         """Where digests of files are kept."""
         return self.outputs / "cache" / "digests"

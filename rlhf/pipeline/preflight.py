@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """What a run would do (`dry_run=true`). Nothing is refused, because the run may be meant for another machine."""
+    """What a run would do (`dry_run=true`). A run that needs more memory than is free is
+    described, not refused, because it may be meant for another machine.
+    """
     found = plan.finished()
     place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
     unmade = plan.stage == "ppo" and found is None
@@ -70,7 +72,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
 
     A run that is resumed keeps the number that it began with (`keep_budget`), however much memory is free now: another
     number would sum in another order, and the run would not end with the same bits. Otherwise, or if the run starts
-    over (`fresh`), it is the largest number that fits, in all processes of the run and beside the other `jobs` on this
+    over (`fresh`), it is the largest number that fits, in all processes of the run and with `jobs` runs at once on this
     machine. The configuration, and with it the run's identity, keeps saying auto.
 
     Raises:

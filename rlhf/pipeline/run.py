@@ -83,7 +83,7 @@ class Run:
             collectives.on_rank_zero(lambda: copy_folder(last, plan.folder))
             return read_summary(plan.folder) or {}
         # 3. Train or evaluate the policy.
-        summary = self._policy(train=plan.stage == "ppo")
+        summary = self._train_or_evaluate(train=plan.stage == "ppo")
         collectives.on_rank_zero(lambda: cache.register_run(plan.outputs, plan.identity, plan.folder))
         self.loggers.hand_over(run_id(summary), plan.folder)
         return summary
@@ -104,7 +104,7 @@ class Run:
 
     # -- the policy ----------------------------------------------------------------------------------------------------
 
-    def _policy(self, train: bool) -> dict[str, Any]:
+    def _train_or_evaluate(self, train: bool) -> dict[str, Any]:
         """Train the policy (stage=ppo) or just evaluate the SFT model (stage=evaluate)."""
         started, settings, plan = time.monotonic(), self.settings, self.plan
         lightning.seed_everything(settings.seed, verbose=False)
@@ -113,7 +113,7 @@ class Run:
         reward = plan.reward_folder if plan.needs_reward_model else None
         roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, reward and reward / MODEL, plan.quantization)
         self._place_models(roles)
-        stage, evaluation = self._stage(roles, tokenizer, reward)
+        stage, evaluation = self._make_stage(roles, tokenizer, reward)
         # 2. The training, or the evaluation alone.
         best: dict[str, Any] = {}
         if train:
@@ -138,7 +138,9 @@ class Run:
             **best,
         )
 
-    def _stage(self, roles: Roles, tokenizer: PreTrainedTokenizerBase, reward: Path | None) -> tuple[PPO, DataLoader]:
+    def _make_stage(
+        self, roles: Roles, tokenizer: PreTrainedTokenizerBase, reward: Path | None
+    ) -> tuple[PPO, DataLoader]:
         """The PPO stage, and the prompts that it is evaluated on."""
         settings, cached = self.settings, self.plan.outputs / "cache"
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
@@ -190,7 +192,7 @@ class Run:
         described = {"step": step, "metric": best.metric, "value": metrics[best.metric], "metrics": metrics}
         if step == stage.ppo_step:
             return {**described, "model": MODEL}
-        found = StepCheckpoints(self.plan.folder / "checkpoints", 1, best=best).of_best()
+        found = StepCheckpoints(self.plan.folder / "checkpoints", 1, best=best).sound_best()
         if found is None:
             return {**described, "model": None}
         stage.load_trained(found)
@@ -218,14 +220,14 @@ class Run:
     def _place_models(self, roles: Roles, packing: bool = False) -> None:
         """Try the models out (`rlhf.rollout.trial`) and put them where they will train.
 
-        The trial comes first, because a base that is spread over processes cannot be tried.
+        The trial comes first, because a sharded base cannot be tried.
         """
-        spread = processes.num_shards(self.config.trainer) > 1
-        if not spread:
+        sharded = processes.num_shards(self.config.trainer) > 1
+        if not sharded:
             roles.to(self._device)
         engine = "" if self.plan.stage == "sft" else self.settings.generation.engine
         try_out(roles, "reference", engine, packing)
-        if spread:
+        if sharded:
             shard(roles, self._device)
 
     @property
@@ -255,10 +257,10 @@ class Run:
         alpaca_eval.export(plan.folder, prompts, responses, f"{plan.plain['name']}/{plan.folder.name}", dataset)
 
     def _ping(self) -> None:
-        """Check that the endpoint which will be asked to judge answers now.
+        """Check that the judge's endpoint responds.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: it cannot be reached.
         """
         scored = self.config.evaluation.get("factscore")
         node, key = (scored, "evaluation.factscore") if scored else (self.config.judge, "judge")

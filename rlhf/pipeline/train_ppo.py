@@ -11,7 +11,7 @@ from rlhf.errors import ConfigError
 from rlhf.pipeline.builders import MakeTrainer
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
-from rlhf.pipeline.train import keep_metrics, send_again
+from rlhf.pipeline.train_supervised import keep_metrics, send_again
 from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import evaluated_at
@@ -69,6 +69,7 @@ def _catch_up(trainer: lightning.Trainer, stage: PPO, folder: Path, last: Path |
     stage.ppo_step = start
     evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
     due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
+    # without a checkpoint, even step 0 is measured again
     kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
     if last is None:
         return True

@@ -22,7 +22,7 @@ from rlhf.settings import OptimizerSettings
 
 
 @runtime_checkable
-class Dashboard(Protocol):
+class RichLogger(Protocol):
     """A logger that takes more than numbers, such as that of W&B (`rlhf.tracking.dashboards`)."""
 
     def log_samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -76,7 +76,7 @@ class Stage(lightning.LightningModule):
             weight_decay=self.settings.weight_decay,
             fused=all(p.device.type in ("cuda", "cpu") for p in trained),
         )
-        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: self.rate(step))}
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: self.lr_factor(step))}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move token batches to the device; texts stay as they are."""
@@ -106,7 +106,7 @@ class Stage(lightning.LightningModule):
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
-    def rate(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
         """Factor of the learning rate at `step`: linear warm-up to 1, then the schedule down to 0 after the last step.
 
         No step is trained at rate 0: warm-up begins above it, and the schedule reaches it only after the last step.
@@ -153,7 +153,7 @@ class Stage(lightning.LightningModule):
             for key, value in {"loss": total, **extra}.items():
                 sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
         for part in filling:
-            self.manual_backward(0 * loss(part)[0])
+            self.manual_backward(0 * loss(part)[0])  # see `lockstep.filler_parts`
         collectives.all_reduce_([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
         skip_reason = self.skip_reason(norm, sums, count)
@@ -170,7 +170,7 @@ class Stage(lightning.LightningModule):
         return self.guards.skip_reason(*torch.stack([sums["loss"], norm.to(sums["loss"])]).tolist())
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Stop if a guard asks for it. This runs after the callbacks, so that the step has been saved."""
+        """Stop if a guard asks for it. This runs after the callbacks, so a checkpoint that is due has been written."""
         self.guards.check()
 
     def on_validation_end(self) -> None:
@@ -192,9 +192,9 @@ class Stage(lightning.LightningModule):
         return self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
 
     @property
-    def dashboards(self) -> list[Dashboard]:
+    def dashboards(self) -> list[RichLogger]:
         """The loggers that accept more than numbers."""
-        return [logger for logger in self.loggers if isinstance(logger, Dashboard)]
+        return [logger for logger in self.loggers if isinstance(logger, RichLogger)]
 
     def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
         """Send metrics to the guards, to every logger under `step`, and to Lightning's callbacks and progress bar.

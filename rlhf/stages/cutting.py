@@ -13,8 +13,7 @@ from rlhf.errors import DataError
 log = logging.getLogger(__name__)
 Encoded = tuple[list[int], list[int]]  # the ids of prompt and response
 Row = TypeVar("Row")
-FEW = 4
-"""A cut response with fewer tokens than this carries next to no information."""
+FEW = 4  # a cut response with fewer tokens than this carries next to no information
 
 
 def distinct(

@@ -92,13 +92,15 @@ class ExperienceMaker:
         penalty, sampled, ref_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
         # 3. A reward per token, and from it advantages and returns.
         rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef)
-        shaped = ppo.whiten(rewards, mask, keep_mean=True, total=all_reduce) if config.whiten_rewards else rewards
-        advantages, returns = ppo.gae(shaped, values, mask, config.gamma, config.lam)
+        whitened = (
+            ppo.whiten(rewards, mask, keep_mean=True, all_reduce=all_reduce) if config.whiten_rewards else rewards
+        )
+        advantages, returns = ppo.gae(whitened, values, mask, config.gamma, config.lam)
         # 4. The weight of an exact divergence in the loss: its coefficient, in the units of the advantages.
         weight = kl_coef * (ppo.whitening_scale(rewards, mask, all_reduce) if config.whiten_rewards else 1.0)
         if config.whiten_advantages:
             weight = weight * ppo.whitening_scale(advantages, mask, all_reduce)
-            advantages = ppo.whiten(advantages, mask, total=all_reduce)
+            advantages = ppo.whiten(advantages, mask, all_reduce=all_reduce)
         return Experience(
             batch, mask, old_logprobs, old_values, values, rewards, penalty, advantages, returns, ref_logprobs,
             ref_states, weight, sampled, self._sampling_gap(rollouts, old_logprobs, minibatches),
@@ -176,8 +178,8 @@ class ExperienceMaker:
             recomputed, mask = captured.clone(), torch.zeros_like(mask)
             for _, rows in minibatches[0][:1]:
                 mask[rows] = rollouts.mask[rows]
-                alone = [[Microbatch(0, torch.arange(len(rows), device=rows.device))]]
-                own = self.passes.old_logprobs(rollouts.sequences.rows(rows), alone)
+                single = [[Microbatch(0, torch.arange(len(rows), device=rows.device))]]
+                own = self.passes.old_logprobs(rollouts.sequences.rows(rows), single)
                 recomputed[rows, : own.shape[1]] = own
         return ppo.masked_mean((captured - recomputed).abs(), mask, collectives.all_reduce_sum)
 
@@ -192,6 +194,7 @@ def rollout_metrics(
     def mean(x: Tensor) -> Tensor:
         return all_reduce(x.sum()) / count
 
+    # times their number, because `mean` divides by the rows of all processes
     repeated = torch.tensor(repeated_ngrams(rollouts.sequences.responses()) * len(scores), device=mask.device)
     metrics = {
         "ppo/reward": mean(scores),

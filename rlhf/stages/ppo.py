@@ -70,6 +70,7 @@ class PPO(PolicyEvaluation):
         evaluator: Evaluator,
         samples: Path,
     ):
+        # the rate that is used is self.settings.lr: whole models have one of their own
         lr = settings.ppo.lr if settings.lora.r else settings.ppo.lr_full
         super().__init__(dataclasses.replace(settings.ppo, lr=lr), settings.ppo.steps)
         self.config, self.ppo = settings, settings.ppo
@@ -225,8 +226,8 @@ class PPO(PolicyEvaluation):
         """The summed loss of one micro-batch, and sums to report.
 
         An exact divergence is that of the policy without dropout, as in the reward: with masks its minimum would not be
-        at the reference but where masks matter least, a weight penalty that nobody asked for. Under dropout this takes
-        a pass of its own, whose activations are kept whole.
+        at the reference but where masks matter least, which would act as an unintended weight penalty. Under dropout
+        this takes a forward pass of its own, whose activations are kept for the backward pass.
         """
         sequences = experience.sequences.rows(part.rows)
         mask, temperature = sequences.response_mask, self.config.generation.temperature

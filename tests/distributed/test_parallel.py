@@ -57,7 +57,7 @@ def _means(rank: int) -> None:
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
     own, total = slice(rank, None, 2), collectives.all_reduce_sum
     expected = ppo.whiten(x, mask, keep_mean=True)[own]
-    torch.testing.assert_close(ppo.whiten(x[own], mask[own], keep_mean=True, total=total), expected)
+    torch.testing.assert_close(ppo.whiten(x[own], mask[own], keep_mean=True, all_reduce=total), expected)
     torch.testing.assert_close(
         ppo.explained_variance(x[own], y[own], mask[own], total), ppo.explained_variance(x, y, mask)
     )

@@ -121,7 +121,7 @@ def test_the_best_stays_beside_the_newest_through_every_kill(folders: SimpleName
     best = StepCheckpoints(
         tmp_path / "straight/checkpoints", 1, best=Best(tmp_path / "straight", "eval/win_rate", "max")
     )
-    path = best.of_best()
+    path = best.sound_best()
     assert path is not None
     state = torch.load(path, weights_only=True)["state_dict"]
     trained = {f"roles.{name}" for name in straight[4]} & state.keys()
@@ -165,11 +165,11 @@ def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: 
     checkpoints.prune()
     assert kept(tmp_path) == [10, 30, 40]
     path = checkpoints.folder / "step-000010.ckpt"
-    assert checkpoints.of_best() == path
+    assert checkpoints.sound_best() == path
     path.write_bytes(path.read_bytes()[:-1])
-    assert checkpoints.of_best() is None
+    assert checkpoints.sound_best() is None
     path.unlink()
-    assert checkpoints.of_best() is None
+    assert checkpoints.sound_best() is None
     assert [record.message for record in caplog.records] == [f"{path}, the best, is gone or damaged"] * 2
     lines(tmp_path, 0.1, 0.5, 0.3, 0.2, 0.6)
     checkpoints.prune()

@@ -230,6 +230,11 @@ def top(files: set[str]) -> set[str]:
     return {file.partition("/")[0] for file in files}
 
 
+def test_training_and_evaluating_are_different_runs(tmp_path: Path) -> None:
+    identities = {composed_plan(tmp_path, f"stage={stage}").identity for stage in ("sft", "reward", "ppo", "evaluate")}
+    assert len(identities) == 4
+
+
 @pytest.mark.parametrize(
     ("edited", "rebuilt"),
     [

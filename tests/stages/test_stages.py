@@ -211,7 +211,7 @@ def test_the_ppo_gradient_is_that_of_plain_autograd(
 )
 def test_the_schedule_agrees_with_hand_computation(schedule: str, rates: list[float]) -> None:
     stage = Stage(OptimizerSettings(lr=0.1, warmup_steps=2, schedule=schedule), 6)
-    assert [stage.rate(step) for step in range(6)] == pytest.approx(rates)
+    assert [stage.lr_factor(step) for step in range(6)] == pytest.approx(rates)
 
 
 def test_no_step_trains_at_rate_zero(folders: SimpleNamespace, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What runs share, each built once into a folder of the cache: SFT model, comparisons of its answers, reward model.
 
-A module per product. The identity of a product covers the code of its module and of everything that it imports
-(`rlhf.pipeline.identity.code_of`), so that a module must import nothing that does not decide what it builds.
+A module per product. The identity of a product covers the code of its module and of everything of ours that it imports,
+except `rlhf.pipeline.identity.WATCHING`. So a module should import nothing that does not decide what it builds.
 """
 
 import math

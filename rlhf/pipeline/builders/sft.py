@@ -19,7 +19,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sharding import full_weights
 from rlhf.pipeline import cache
 from rlhf.pipeline.builders import Site, steps_of
-from rlhf.pipeline.train import train_supervised
+from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short
 from rlhf.stages.sft import SupervisedFineTuning
 from rlhf.tracking.summary import write_summary

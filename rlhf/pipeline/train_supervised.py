@@ -39,6 +39,7 @@ def train_supervised(
     stage.resumed_at = start
     trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
     validation = DataLoader(held_out, batch_size=settings.batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
+    # without a checkpoint, even step 0 is measured again
     kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, evaluated=False))
     # 2. Measure the untrained model, or catch up with what was logged.
     if last is None:
