@@ -140,7 +140,7 @@ def _to_review(row: Mapping[str, Any]) -> Review:
     value = row.get("label")
     label = "" if value is None else LABELS.get(str(value).strip().lower())
     if label is None:
-        raise RowError("`label` is neither 0 nor 1")
+        raise RowError("`label` is not one of 0, 1, neg, pos, negative, positive, -1, unsup")
     return Review(review, label)
 
 

@@ -1,4 +1,4 @@
-"""Checksums of finished models, in `checksums.json` beside `model/`, so that damaged models are noticed before use."""
+"""Checksums of finished models and simulated comparisons, in `checksums.json`: damage is noticed before use."""
 
 import json
 from collections.abc import Iterator

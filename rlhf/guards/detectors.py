@@ -161,7 +161,9 @@ class LinearRangeDetector(Detector):
         slope = (reward - self.start_reward) / math.sqrt(kl)
         if self.start_slope is None:
             self.start_slope = slope
-        self.consecutive = self.consecutive + 1 if slope < self.limit * self.start_slope else 0
+        # a policy that gained nothing at first has no range in which the reward rises with √KL, to be left
+        left = self.start_slope > 0 and slope < self.limit * self.start_slope
+        self.consecutive = self.consecutive + 1 if left else 0
         if self.consecutive < self.window:
             return None
         return (

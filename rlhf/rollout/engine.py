@@ -57,6 +57,6 @@ class Engine(Protocol):
         ...
 
 
-def as_list(ids: int | Sequence[int]) -> list[int]:
+def id_list(ids: int | Sequence[int]) -> list[int]:
     """One or several token ids as a list."""
     return [ids] if isinstance(ids, int) else list(ids)

@@ -7,14 +7,14 @@ import torch
 from transformers import GenerationConfig
 
 from rlhf.models.roles import Roles
-from rlhf.rollout.engine import Generated, GenerationRequest, as_list
+from rlhf.rollout.engine import Generated, GenerationRequest, id_list
 
 
 class TransformersEngine:
     """Calls transformers' `generate`. The native engine is tested against it. Does not return log-probs."""
 
     def __init__(self, eos_token_id: int | Sequence[int], pad_token_id: int):
-        self.stops, self.pad = as_list(eos_token_id), pad_token_id
+        self.stops, self.pad = id_list(eos_token_id), pad_token_id
 
     @torch.no_grad()
     def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:

@@ -11,7 +11,7 @@ from rlhf.models.logits import head_of
 from rlhf.models.roles import Roles
 from rlhf.models.unpadded import takes_visible
 from rlhf.rollout.decoding import CompiledStep, FixedStep, GrowingStep, prefill
-from rlhf.rollout.engine import Generated, GenerationRequest, as_list
+from rlhf.rollout.engine import Generated, GenerationRequest, id_list
 from rlhf.rollout.kv_cache import BufferCache
 
 CHECK_EVERY = 4  # steps between looks for finished rows: each look waits for the device
@@ -27,7 +27,7 @@ class NativeEngine:
     """
 
     def __init__(self, eos_token_id: int | Sequence[int], capture_logprobs: bool = True, fixed: bool = False):
-        self.stops, self.capture, self.fixed = as_list(eos_token_id), capture_logprobs, fixed
+        self.stops, self.capture, self.fixed = id_list(eos_token_id), capture_logprobs, fixed
 
     @torch.no_grad()
     def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:

@@ -73,21 +73,21 @@ def sweep_queue(folder: Path) -> dict[str, slurm.QueuedJob] | None:
 
 def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.QueuedJob] | None) -> RunState:
     """The state of the run in `folder`, which may not exist yet."""
-    # 1. failed.json is deleted at every start, so it is newer than a summary beside it: that is another configuration's
+    lines = [line for line in stepped_lines(folder / METRICS) if line["step"] is not None]
+    step = lines[-1]["step"] if lines else 0
+    # 1. failed.json is deleted at every start, so a summary beside it is older and another configuration's
     if (folder / FAILED).exists():
         failed, fault = try_object(folder / FAILED)
         if not fault or not (folder / SUMMARY).exists():
-            return RunState(folder, overrides, "failed", reason=str(failed.get("error") or fault))
+            return RunState(folder, overrides, "failed", step, reason=str(failed.get("error") or fault))
     # 2. a summary is written last
     if (folder / SUMMARY).exists():
         summary, fault = try_summary(folder / SUMMARY)
         if fault:
-            return RunState(folder, overrides, "failed", reason=fault)
+            return RunState(folder, overrides, "failed", step, reason=fault)
         seconds = None if summary.get("same_as") else summary.get("wall_seconds")
-        return RunState(folder, overrides, "done", seconds=seconds)
+        return RunState(folder, overrides, "done", step, seconds)
     # 3. an unfinished run: SLURM knows best whether it is under way
-    lines = [line for line in stepped_lines(folder / METRICS) if line["step"] is not None]
-    step = lines[-1]["step"] if lines else 0
     job = slurm.read_job(folder)
     if job and queue is not None:
         return _state_of_job(RunState(folder, overrides, "begun" if lines else "waiting", step), job, queue, lines)

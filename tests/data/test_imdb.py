@@ -92,7 +92,7 @@ def test_labels_in_several_notations_are_read(tmp_path):
     labelled = {row["text"]: row["label"] for row in data.labelled("sft").to_list()}
     assert labelled == {"a b": 0, "c d": 1, "e f": 1, "g h": 0, "i j": 1}
     assert len(data.load("sft")) == 7  # labels do not matter in that split
-    assert data.report["sft"].counts == {"`label` is neither 0 nor 1": 3}
+    assert data.report["sft"].counts == {"`label` is not one of 0, 1, neg, pos, negative, positive, -1, unsup": 3}
     with pytest.raises(DataError, match=r"^sft: none of the 1 reviews falls into its share and is labelled\.$"):
         reviews(tmp_path, [{"text": "m n"}], "sft").labelled("sft")
 

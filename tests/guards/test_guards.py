@@ -59,6 +59,7 @@ STREAMS: list[tuple[str, int, float | None, list[Line], list[int]]] = [
     ("overoptimization", 2, 3.0, evaluations((0.0, 0.5, 0), (0.5, 0.1, 0.1), (0.6, 0.1, 0.2)), [3]),
     ("linear_range", 1, 0.5, evaluations((0.0, 0.2, 0), (9.0, 0.2, 1e-3), (0.4, 0.2, 0.04), (0.42, 0.2, 0.16)), []),
     ("linear_range", 1, 0.5, evaluations((0.0, 0.2, 0), (9.0, 0.2, 1e-3), (0.4, 0.2, 0.04), (0.39, 0.2, 0.16)), [4]),
+    ("linear_range", 1, 0.5, evaluations((0.0, 0.2, 0), (-0.4, 0.2, 0.04), (-0.42, 0.2, 0.16)), []),
 ]  # fmt: skip
 
 
