@@ -29,11 +29,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         patch.chdir(tmp_path_factory.mktemp("extending"))
         patch.syspath_prepend(".")
         for kind, text in BLOCKS:
-            named = re.match(r"# (mine/\S+)\n", text)
+            named = re.match(r"(?:# @package _global_\n)?# (mine/\S+)\n", text)
             if named:
                 path = Path(named[1])
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text((path.read_text() if path.exists() else "") + text[named.end() :])
+                path.write_text((path.read_text() if path.exists() else "") + text)
             assert named or kind not in ("python", "yaml"), text
         yield importlib.import_module("mine.parts")
         for name in ("mine.parts", "mine"):

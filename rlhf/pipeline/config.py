@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf import root
 from rlhf.data.records import DataSource
 from rlhf.errors import ConfigError, DataError
+from rlhf.errors.keys import unknown_key
 from rlhf.schema import typed
 from rlhf.settings import Settings
 
@@ -35,6 +36,7 @@ def settings_of(config: DictConfig) -> Settings:
     Raises:
         ConfigError: a key does not exist or has no value, or a value has the wrong type or is not allowed.
     """
+    _check_keys(config)
     _check_classes(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -44,6 +46,15 @@ def settings_of(config: DictConfig) -> Settings:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or ''}: {str(error).partition(chr(10))[0]}") from error
     return typed(Settings, {field.name: chosen[field.name] for field in fields(Settings)})
+
+
+def _check_keys(config: DictConfig) -> None:
+    """Refuse a top-level key that nothing reads: it is a typo, or a name of an older version."""
+    own = {str(key) for key in OmegaConf.load(root() / "conf" / "config.yaml")} - {"defaults"}
+    allowed = own | {field.name for field in fields(Settings)} | set(CLASSES) | {"stage"}
+    for key in config:
+        if str(key) not in allowed:
+            raise ConfigError(unknown_key(str(key), allowed - {"hydra"}))
 
 
 def _check_classes(config: DictConfig) -> None:

@@ -113,6 +113,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(command: Callable, arguments:
 OLD_KEYS = [
     ("ppo.value=full", "ppo.value", "ppo.value_model"),
     ("+ppo.value=full", "ppo.value", "ppo.value_model"),
+    ("+arm=lora_kl", "arm", "variant"),
+    ("++arm=lora_kl", "arm", "variant"),
     ("ppo.yardstick_every=5", "ppo.yardstick_every", "ppo.reference_every"),
     ("reward.centre_on=64", "reward.centre_on", "reward.baseline_rows"),
     ("model.attention=sdpa", "model.attention", "model.attn_implementation"),
@@ -137,6 +139,8 @@ def test_an_override_with_an_old_key_is_answered_with_the_new_one(
             "guards:\n  large_kl:\n    over: 2",
             "large_kl.over: there is no such key, it is guards.large_kl.window now; ",
         ),
+        ("arm: full_kl", "arm: there is no such key, it is variant now; allowed: "),
+        ("seeds: 3", "seeds: there is no such key, did you mean seed?; allowed: "),
         ("defaults:\n  - override /arm: full_kl", "arm: there is no such config group, it is variant now; allowed: "),
     ],
 )
