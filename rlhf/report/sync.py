@@ -15,7 +15,12 @@ def offline_runs(folders: Sequence[Path]) -> list[Path]:
     """The folders of offline W&B runs anywhere below `folders` that were not uploaded yet, the oldest first."""
     found = {path.parent for folder in folders for path in folder.rglob("offline-run-*/run-*.wandb")}
     unsent = [path for path in found if not list(path.glob("*.wandb.synced"))]
-    return sorted(unsent, key=lambda path: path.name)
+
+    def begun(run: Path) -> tuple[str, float]:
+        # the time in a run's name is in seconds, and a small stage takes less than that
+        return run.name.split("-")[2], max(file.stat().st_mtime for file in run.glob("run-*.wandb"))
+
+    return sorted(unsent, key=begun)
 
 
 def sync() -> None:
