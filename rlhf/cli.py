@@ -27,7 +27,6 @@ from rlhf.distributed.rank import is_first_process
 from rlhf.errors import (
     FAILURE,
     INTERRUPTED,
-    KEYBOARD,
     MISTAKE,
     STOPPED,
     ConfigError,
@@ -35,7 +34,7 @@ from rlhf.errors import (
     Interrupted,
     WorkerFailed,
 )
-from rlhf.errors.explaining import exit_with_sentence, explain
+from rlhf.errors.explaining import exit_with_sentence, explain, one_sentence_errors
 from rlhf.errors.machine import machine_failure
 from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
 from rlhf.objectives import objectives_of, result
@@ -225,10 +224,5 @@ def main() -> None:
         # list the jobs in order, from one process
         launching = ("hydra/launcher=", "hydra.launcher.", "cluster=")
         sys.argv = [word for word in sys.argv if not word.startswith(launching)] + ["hydra/launcher=basic"]
-    try:
+    with one_sentence_errors("rlhf"):
         app()
-    except KeyboardInterrupt:
-        sys.exit(KEYBOARD)
-    except Exception as error:
-        exit_with_sentence("rlhf", error)
-        raise

@@ -29,13 +29,13 @@ def unknown_key(key: str, allowed: Iterable[str], kind: str = "key") -> str:
     """
     names = sorted(allowed)
     close = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
-    renamed = _new_name(key)
+    renamed = present_name(key)
     hint = f", it is {renamed} now" if renamed else f", did you mean {close[0]}?" if close else ""
     choices = f"; allowed: {', '.join(names)}" if names else ""
     return f"{key}: there is no such {kind}{hint}{choices}"
 
 
-def _new_name(key: str) -> str | None:
+def present_name(key: str) -> str | None:
     """The present name of an old key; None if `key` was never a key."""
     for old, new in RENAMED.items():
         match = re.fullmatch(re.escape(old).replace(r"\*", r"([^.]+)"), key)

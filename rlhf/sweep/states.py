@@ -73,21 +73,21 @@ def sweep_queue(folder: Path) -> dict[str, slurm.QueuedJob] | None:
 
 def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.QueuedJob] | None) -> RunState:
     """The state of the run in `folder`, which may not exist yet."""
-    lines = [line for line in stepped_lines(folder / METRICS) if line["step"] is not None]
-    step = lines[-1]["step"] if lines else 0
     # 1. failed.json is deleted at every start, so a summary beside it is older and another configuration's
     if (folder / FAILED).exists():
         failed, fault = try_object(folder / FAILED)
         if not fault or not (folder / SUMMARY).exists():
-            return RunState(folder, overrides, "failed", step, reason=str(failed.get("error") or fault))
+            return RunState(folder, overrides, "failed", _last_step(folder), reason=str(failed.get("error") or fault))
     # 2. a summary is written last
     if (folder / SUMMARY).exists():
         summary, fault = try_summary(folder / SUMMARY)
         if fault:
-            return RunState(folder, overrides, "failed", step, reason=fault)
+            return RunState(folder, overrides, "failed", _last_step(folder), reason=fault)
         seconds = None if summary.get("same_as") else summary.get("wall_seconds")
-        return RunState(folder, overrides, "done", step, seconds)
+        return RunState(folder, overrides, "done", seconds=seconds)
     # 3. an unfinished run: SLURM knows best whether it is under way
+    lines = _lines_with_step(folder)
+    step = lines[-1]["step"] if lines else 0
     job = slurm.read_job(folder)
     if job and queue is not None:
         return _state_of_job(RunState(folder, overrides, "begun" if lines else "waiting", step), job, queue, lines)
@@ -98,6 +98,17 @@ def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Q
     running = silent < SILENT_SECONDS
     left = _run_seconds_left(folder, lines) if running else None
     return RunState(folder, overrides, "running" if running else "begun", step, node=job.get("node", ""), left=left)
+
+
+def _lines_with_step(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, without lines of a stage that has no steps."""
+    return [line for line in stepped_lines(folder / METRICS) if line["step"] is not None]
+
+
+def _last_step(folder: Path) -> int:
+    """The last logged step of a run, 0 without metrics."""
+    lines = _lines_with_step(folder)
+    return lines[-1]["step"] if lines else 0
 
 
 def _state_of_job(

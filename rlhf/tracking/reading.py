@@ -8,24 +8,15 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TextIO
 
+from rlhf.errors.keys import present_name
 from rlhf.files import read_lines
 
 log = logging.getLogger(__name__)
 ADJUSTED, CONTROLLED = "eval/length_adjusted_win_rate", "eval/length_controlled_win_rate"
 
-# Earlier name of a configuration key (`*` stands for any key) → present name of its last part.
-RENAMED_KEYS = {
-    "arm": "variant",
-    "guards.*.over": "window",
-    "model.attention": "attn_implementation",
-    "ppo.value": "value_model",
-    "ppo.yardstick_every": "reference_every",
-    "reward.centre_on": "baseline_rows",
-}
 # Earlier path of a class or function that a configuration names by `_target_` → present path.
 RENAMED_TARGETS = {
     "rlhf.finished_judge.FinishedRewardModelJudge": "rlhf.finished.judge.FinishedRewardModelJudge",
@@ -92,7 +83,7 @@ def renamed_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved configuration with the present names of keys and classes (`RENAMED_KEYS`, `RENAMED_TARGETS`).
+    """A resolved configuration with the present names of keys (`rlhf.errors.keys`) and classes (`RENAMED_TARGETS`).
 
     Values are unchanged. The names of rows in the report's layout are overrides, so they are translated, too.
     """
@@ -122,7 +113,8 @@ def _renamed_value(key: str, value: Any, prefix: str) -> Any:
 
 def _renamed_name(key: str, prefix: str) -> str:
     """The present name of the last part of a dotted key."""
-    return next((new for old, new in RENAMED_KEYS.items() if fnmatchcase(f"{prefix}{key}", old)), key)
+    present = present_name(f"{prefix}{key}")
+    return present.rpartition(".")[2] if present else key
 
 
 def _renamed_override(override: str) -> str:

@@ -8,12 +8,13 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf import root
+from rlhf.errors.keys import RENAMED
 from rlhf.files import SUMMARY, write_json
 from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import earlier
 from rlhf.report.runs import load
-from rlhf.tracking.reading import RENAMED_KEYS, RENAMED_TARGETS, renamed_config, renamed_overrides, try_plan
+from rlhf.tracking.reading import RENAMED_TARGETS, renamed_config, renamed_overrides, try_plan
+from tests.helpers.composed_config import composed
 
 PRESENT_CONFIG: dict[str, Any] = {
     "seed": 2,
@@ -76,9 +77,9 @@ def test_old_overrides_get_the_present_names() -> None:
 
 
 def test_the_present_names_exist() -> None:
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        config = hydra.compose("config")
-    for old, name in RENAMED_KEYS.items():
+    config = composed()
+    for old, new in RENAMED.items():
+        name = new.rpartition(".")[2]
         parent = old.replace("*", "spike").rpartition(".")[0]
         assert name == "variant" or name in (OmegaConf.select(config, parent) if parent else config)
         assert OmegaConf.select(config, old.replace("*", "spike"), default=None) is None
