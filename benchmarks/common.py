@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -218,6 +219,8 @@ def machine() -> str:
 
 def commit() -> str:
     """The commit of this checkout, followed by `+` if tracked files other than RESULTS.md have changed."""
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     changes = ["git", "-C", str(HERE), "status", "--porcelain", "-uno", "--", "..", ":!RESULTS.md"]

@@ -75,7 +75,7 @@ def measure(shape: str, eos: float, options: argparse.Namespace) -> list[dict[st
 def rates(world: World, overrides: list[str], tokens: int, repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
     """Tokens per second and seconds of each engine, in alternation, after one warm-up; all prompts are one batch."""
     stage = make_stage(world, overrides, world.folder, device)
-    roles, tokenizer = stage.roles, stage.tokenizer
+    roles, tokenizer = stage.roles.eval(), stage.tokenizer  # adapters' dropout off, for `generate` too
     prompts = encode(tokenizer, world.prompts)
     reference = TransformersEngine(tokenizer.eos_token_id, tokenizer.pad_token_id)
     seconds: dict[str, list[float]] = {name: [] for name in ENGINES}

@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument(
         "--smollm2", nargs="*", default=(), help="overrides that name model and data of the part smollm2"
     )
+    parser.add_argument("--set", nargs="*", default=(), metavar="KEY=VALUE", help="overrides, after those of the part")
     parser.add_argument("--toy", action="store_true", help="takes seconds on a CPU; the figures mean nothing")
     parser.add_argument("--write", action="store_true", help="append the tables of all results to RESULTS.md")
     options = parser.parse_args()
@@ -150,7 +151,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The result of a part, as a line of the results. Runs in a subprocess."""
     started, part = time.perf_counter(), PARTS[name]
     device = "cpu" if options.toy else "cuda"
-    overrides = [*part.overrides, *(TOY if options.toy else ())]
+    overrides = [*part.overrides, *options.set, *(TOY if options.toy else ())]
+    # one plan per new shape otherwise, 0.1 to 0.5 s each: torch prefers cuDNN's attention on Hopper
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if part.card and not options.toy:
         torch.cuda.set_per_process_memory_fraction(part.card * GIB / torch.cuda.get_device_properties(0).total_memory)
     world = prepare(name, options)
@@ -161,11 +164,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             found = rates(world, overrides, tokens, repeats, device)
             rows = [{"model": part.shape} | {key: str(value) for key, value in row.items()} for row in found]
             return {"kind": "decode", "rows": rows, **about}
-        stage = make_stage(world, [*overrides, f"ppo.steps={options.steps + 1}"], Path(folder), device)
+        kept = options.results.parent / name  # metrics.jsonl, a line a step: what a part that is cut off leaves
+        shutil.rmtree(kept, ignore_errors=True)
+        stage = make_stage(world, [*overrides, f"ppo.steps={options.steps + 1}"], kept, device)
         loaded = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         # the trainer checks the time between steps only, and one more step may take a third of it
         left = 60 * options.minutes * 0.65 - (time.perf_counter() - started)
-        lines = train(stage, world.prompts, Path(folder), max(left, 1.0) if device == "cuda" else None)
+        lines = train(stage, world.prompts, kept, max(left, 1.0) if device == "cuda" else None)
     return {"kind": "ppo", "rows": [step_row(name, part, lines, stage.ppo.rollout_batch_size, loaded)], **about}
 
 
