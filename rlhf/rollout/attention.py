@@ -31,9 +31,9 @@ def attention(
     if options.get("softcap") is not None or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert query.shape[2] == 1, "several tokens per row would see each other"
-    packed = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    packed = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     found = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(len(found), 1, query.shape[1], value.shape[-1]), None
+    return found.flatten(1, 2)[:, None], None
 
 
 AttentionInterface.register(GROUPED, attention)

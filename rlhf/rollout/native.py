@@ -51,7 +51,9 @@ class NativeEngine:
         batch = DecodingBatch(request, self.stops, pad_right, roles.device)
         with roles.merged(role) as model, roles.autocast():
             forward, hidden = self._prefill(roles, model, batch)
-            with grouped_attention(model) if pad_right else nullcontext():
+            # Where our mask holds. A compiled step keeps the attention that it was compiled with.
+            grouped = pad_right and not isinstance(forward, CompiledStep)
+            with grouped_attention(model) if grouped else nullcontext():
                 self._decode(model, value_head, forward, hidden, batch)
         logprobs = batch.logprobs if self.capture else None
         values = None if value_head is None else batch.values
