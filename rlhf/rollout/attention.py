@@ -16,14 +16,14 @@ GROUPED = "rlhf_grouped"
 
 def attention(
     module: nn.Module,
-    query: Float[Tensor, "batch heads 1 width"],
+    query: Float[Tensor, "batch heads queries width"],
     key: Float[Tensor, "batch shared keys width"],
     value: Float[Tensor, "batch shared keys value_width"],
-    attention_mask: Bool[Tensor, "batch 1 1 keys"] | Float[Tensor, "batch 1 1 keys"],
+    attention_mask: Bool[Tensor, "batch 1 queries keys"] | Float[Tensor, "batch 1 queries keys"],
     scaling: float | None = None,
     **options: Any,
-) -> tuple[Float[Tensor, "batch 1 heads value_width"], None]:
-    """transformers' sdpa attention for one token per row.
+) -> tuple[Float[Tensor, "batch queries heads value_width"], None]:
+    """transformers' sdpa attention for one token (query) per row.
 
     The heads of a group become queries of one head. The products are the same, but nothing is copied, whereas sdpa
     under a mask needs a copy of the keys and values for each head on a GPU.

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.rollout.decoding import GrowingStep, forward_token
-from rlhf.rollout.graphs import RecordedStep
+from rlhf.rollout.graphs import StepRecorder
 from rlhf.rollout.kv_cache import BufferCache
 
 BLOCK = 64  # steps that attend to the same part of the cache, about
@@ -21,7 +21,7 @@ class FixedStep(GrowingStep):
     Longer blocks would attend to more places in vain, shorter ones would be recorded more often. For the same reason
     the batch shrinks only between blocks, and to powers of two. Needs sdpa attention.
 
-    With `capture`, the steps of a block run as a CUDA graph (see `RecordedStep`). The steps themselves are tested on
+    With `capture`, the steps of a block run as a CUDA graph (see `StepRecorder`). The steps themselves are tested on
     the CPU.
     """
 
@@ -35,7 +35,7 @@ class FixedStep(GrowingStep):
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.token)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
-        self.recorded = RecordedStep(self.step, type(model).__name__) if capture else None
+        self.recorder = StepRecorder(type(model).__name__) if capture else None
         cache.fix(self.place)
 
     def __call__(
@@ -45,12 +45,12 @@ class FixedStep(GrowingStep):
         if place >= self.end:
             self.end = min(place + self.block, self.capacity)
             self.cache.attend_to(self.end)
-            if self.recorded:
-                self.recorded.start_again()
+            if self.recorder:
+                self.recorder.start_again()
         self.token.copy_(token[:, None])
         self.positions.copy_(positions[:, None])
         self.place.fill_(place)
-        return self.recorded() if self.recorded else self.step()
+        return self.recorder(self.step) if self.recorder else self.step()
 
     def step(self) -> Float[Tensor, "batch hidden"]:
         """One step on the buffers alone."""

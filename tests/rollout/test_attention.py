@@ -40,7 +40,7 @@ def test_values_are_those_of_repeated_keys_and_values(heads: int, shared: int, a
 def test_several_tokens_per_row_are_refused() -> None:
     states: Any = [torch.randn(1, heads, 2, 8) for heads in (4, 2, 2)]
     with pytest.raises(AssertionError, match="several tokens"):
-        attention(torch.nn.Identity(), *states, torch.ones(1, 1, 1, 2, dtype=torch.bool))
+        attention(torch.nn.Identity(), *states, torch.ones(1, 1, 2, 2, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("fixed", [False, True])
