@@ -138,7 +138,7 @@ class GenerationSettings:
     temperature: float = positive(1.0)
     batch_size: int = positive(64)
     capture_logprobs: str = choice("auto", "always", "never")
-    cuda_graphs: str = choice("never", "auto")
+    cuda_graphs: str = choice("auto", "never")
     vllm: dict[str, Any] = checked(
         lambda x: type(share := x.get("gpu_memory_utilization")) in (int, float) and 0 < share < 1,
         "keywords of vllm.LLM, gpu_memory_utilization being a number between 0 and 1",
