@@ -68,7 +68,7 @@ def check_memory(plan: Plan) -> None:
     Raises:
         ModelError: one of them needs more than is free.
     """
-    sizes, work, free = _sizes(plan), work_of(plan), available()
+    sizes, work, free = _sizes(plan), work_of(plan, unmade=True), available()
     if sizes is None:
         return
     needed = estimate(plan.settings, sizes, work)
@@ -91,7 +91,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
         ModelError: the model's configuration cannot be read, so that its memory cannot be estimated.
     """
     keys = _automatic(plan)
-    if not keys:
+    if not keys or plan.stage == "sft":
         return
     kept = {} if fresh else collectives.on_rank_zero(lambda: _kept_budget(plan, keys))
     if kept:
@@ -99,7 +99,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
         return
     sharing = jobs * (1 if torch.cuda.is_available() else processes.local_world_size(plan.config.trainer))
     free = min(collectives.all_gather(available())) // sharing
-    sizes, work = _sizes(plan), work_of(plan)
+    sizes, work = _sizes(plan), work_of(plan, unmade=False)  # so that the same run begins with the same numbers
     if sizes is None:
         raise ModelError(
             f"{AUTOMATIC_KEYS[min(keys)]}=auto needs the configuration of model.name_or_path="
@@ -118,12 +118,14 @@ def keep_budget(plan: Plan) -> None:
         write_json(plan.folder / BUDGET, {"identity": plan.identity, **numbers})
 
 
-def work_of(plan: Plan) -> Work:
-    """What the run will do: its own stage, and the products that are not in the cache yet."""
-    unmade = [product for product, folder in plan.needed().items() if not cache.known(folder)]
+def work_of(plan: Plan, unmade: bool) -> Work:
+    """What the run does, its products included; with `unmade`, only those that are not in the cache yet."""
+    products = collectives.on_rank_zero(
+        lambda: [product for product, folder in plan.needed().items() if not (unmade and cache.known(folder))]
+    )
     own = [plan.stage] if plan.stage in ("ppo", "evaluate") else []
     return Work(
-        stages=(*unmade, *own) or (plan.stage,),
+        stages=(*products, *own) or (plan.stage,),
         reward_model=plan.needs_reward_model,
         answer_tokens=plan.plain["preferences"].get("max_new_tokens", 0),
         shares=processes.num_shards(plan.config.trainer),
@@ -163,7 +165,7 @@ def _sizes(plan: Plan) -> Sizes | None:
 
 def _needed(plan: Plan) -> Memory | None:
     sizes = _sizes(plan)
-    return None if sizes is None else estimate(plan.settings, sizes, work_of(plan))
+    return None if sizes is None else estimate(plan.settings, sizes, work_of(plan, unmade=True))
 
 
 def _vocabulary(plan: Plan) -> int | None:

@@ -124,6 +124,22 @@ def test_a_run_goes_on_with_what_it_began_with(
     )  # two processes get half of the memory each
 
 
+def test_both_numbers_are_kept(make_run_with_memory: Callable[..., Plan], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    both = ("ppo.microbatch_tokens=auto", "generation.batch_size=auto", "generation.max_new_tokens=150")
+    first = make_run_with_memory(1.05, *both)
+    settled(first)
+    began = first.settings.generation.batch_size
+    assert 1 < began < first.settings.ppo.rollout_batch_size
+    assert f"generation.batch_size=auto: {began}; the run needs about" in caplog.text
+    again = make_run_with_memory(2, *both)
+    assert settled(again) == first.settings.ppo.microbatch_tokens
+    assert again.settings.generation.batch_size == began
+    assert again.identity == first.identity
+    preview.settle_budget(more := make_run_with_memory(8, *both), fresh=True)
+    assert more.settings.generation.batch_size > began
+
+
 def test_the_identity_contains_auto_and_not_the_chosen_value(make_run_with_memory: Callable[..., Plan]) -> None:
     auto = "ppo.microbatch_tokens=auto"
     one = make_run_with_memory(2, auto)
