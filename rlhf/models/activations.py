@@ -54,12 +54,12 @@ class Passes:
 
     def frozen(self, tokens: int) -> int:
         """A pass without gradients: at most the MLP's products of one block, and hidden states around them."""
-        return self.dequantized + tokens * self.size * (3 * self.sizes.inner + 4 * self.sizes.hidden)
+        return self.dequantized + tokens * self.size * (2 * self.sizes.inner + self.sizes.gated + 4 * self.sizes.hidden)
 
     def kept(self, tokens: int, lora: LoraSettings) -> int:
         """What autograd keeps of a pass that trains `lora` (r = 0: the whole model), and gradients in the backward.
 
-        Of every block: the outputs of its linear layers, the MLP's activation, the input of both norms in float32, and
+        Of every block: the outputs of its linear layers, the MLP's activation where it is gated, the input of both norms in float32, and
         the inputs of trained matrices. With checkpointing: the input of every block, and one block's recomputation.
 
         bitsandbytes' int8 layers hold their inputs besides, where checkpointing cannot drop them: its autograd function
@@ -68,10 +68,10 @@ class Passes:
         sizes, size = self.sizes, self.size
         norms, trained = 2 * FLOAT32 * sizes.hidden, self._inputs_of_trained(lora)
         if self.settings.model.gradient_checkpointing:
-            one = size * (sizes.block_outputs + sizes.inner) + norms + trained // max(sizes.layers, 1)
+            one = size * (sizes.block_outputs + sizes.gated) + norms + trained // max(sizes.layers, 1)
             stored = sizes.layers * sizes.hidden * size + one
         else:
-            stored = size * (sizes.outputs + sizes.layers * sizes.inner) + sizes.layers * norms + trained
+            stored = size * (sizes.outputs + sizes.layers * sizes.gated) + sizes.layers * norms + trained
         if (self.settings.quantization or {}).get("load_in_8bit"):  # of attention, its output, the MLP and its product
             stored += sizes.layers * (3 * sizes.hidden + sizes.inner) * size
         gradients = size * 2 * (sizes.inner + sizes.hidden)

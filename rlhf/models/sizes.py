@@ -53,6 +53,12 @@ class Sizes:
         blocks = [self._outputs(block.modules()) for block in transformer_blocks(self.model)]
         return max(blocks, default=self.outputs // max(self.layers, 1))
 
+    @cached_property
+    def gated(self) -> int:
+        """Width of the MLP's activation where a gate is multiplied with it, in which case autograd keeps it; else 0."""
+        wide = [outputs for _, _, outputs in self._layers if outputs in (self.inner, 2 * self.inner)]
+        return self.inner if sum(wide) >= 2 * self.layers * self.inner else 0
+
     def _outputs(self, modules: Iterable[nn.Module]) -> int:
         output = self.model.get_output_embeddings()
         return sum(_features(m)[1] for m in modules if isinstance(m, LINEAR) and m is not output)

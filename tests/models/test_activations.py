@@ -60,7 +60,7 @@ def peak(settings: Settings, folder: Path) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "nf4"])
 @pytest.mark.parametrize("model", SHAPES)
-def test_the_estimate_of_a_training_pass_is_within_a_third(
+def test_the_estimate_of_a_training_pass_is_within_a_quarter(
     model: str, kind: str, checkpointing: bool, tmp_path: Path
 ) -> None:
     """int8 holds the inputs of its layers past checkpointing: without them its estimate would be half of the truth."""
@@ -80,5 +80,4 @@ def test_the_estimate_of_a_training_pass_is_within_a_third(
     assert sizes is not None
     found = peak(settings, tmp_path)
     estimated = Passes(settings, sizes, on_gpu=False).kept(ROWS * TIME, settings.lora)
-    print(model, kind, checkpointing, "RATIO", estimated / found)
-    assert 0.75 < estimated / found < 1.33
+    assert 0.8 < estimated / found < 1.25
