@@ -59,8 +59,9 @@ class Passes:
     def kept(self, tokens: int, lora: LoraSettings) -> int:
         """What autograd keeps of a pass that trains `lora` (r = 0: the whole model), and gradients in the backward.
 
-        Of every block: the outputs of its linear layers, the MLP's activation where it is gated, the input of both norms
-        in float32, and the inputs of trained matrices. With checkpointing: the input of every block, and one block's recomputation.
+        Of every block: the outputs of its linear layers, the MLP's activation where it is gated, the input of both
+        norms in float32, and the inputs of trained matrices. With checkpointing: the input of every block, and one
+        block's recomputation.
 
         bitsandbytes' int8 layers hold their inputs besides, where checkpointing cannot drop them: its autograd function
         stores them as attributes of its context, not by `save_for_backward`.
