@@ -135,16 +135,23 @@ class Broadcasts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Unwrapped(DDPStrategy):
+    """Lightning's broadcasts, without the wrapper, which needs a gradient for every trained weight."""
+
+    def configure_ddp(self) -> None: ...
+
+
 def _sent(rank: int, folders: SimpleNamespace, folder: Path) -> None:
     (folder / str(rank)).mkdir()
     stage = make_ppo(ppo_settings(steps=1), folders, folder / f"{rank}/samples")
     trained = [p for p in stage.parameters() if p.requires_grad]
     base = sum(p.numel() for p in stage.parameters()) - sum(map(torch.numel, trained))
-    trainer = quiet_trainer(
-        folder / str(rank), devices=2, strategy=strategies.DataParallel(), plugins=[processes.cluster_environment()],
-        max_epochs=1, use_distributed_sampler=False,
-    )  # fmt: skip
+    two = {"devices": 2, "plugins": [processes.cluster_environment()], "use_distributed_sampler": False}
     evaluation = DataLoader([Prompt("w5 w9"), Prompt("w7")], collate_fn=list)  # type: ignore[arg-type]
+    with Broadcasts() as seen:
+        quiet_trainer(folder / str(rank), strategy=Unwrapped(), **two).validate(stage, evaluation, verbose=False)
+    assert sum(seen.sizes) > base
+    trainer = quiet_trainer(folder / str(rank), strategy=strategies.DataParallel(), max_epochs=1, **two)
     before = trained[0].detach().clone()
     with torch.no_grad():
         trained[0].add_(rank)  # a process that begins elsewhere is brought back to rank 0's weights
