@@ -21,7 +21,6 @@ class Passes:
 
     settings: Settings
     sizes: Sizes
-    on_gpu: bool
 
     @property
     def size(self) -> int:
@@ -73,15 +72,25 @@ class Passes:
             stored = sizes.layers * sizes.hidden * size + one
         else:
             stored = size * (sizes.outputs + sizes.layers * sizes.gated) + sizes.layers * norms + trained
-        if (self.settings.quantization or {}).get("load_in_8bit"):  # of attention, its output, the MLP and its product
-            stored += sizes.layers * (3 * sizes.hidden + sizes.inner) * size
+        if (self.settings.quantization or {}).get("load_in_8bit"):
+            stored += self._distinct_inputs * size
         gradients = size * 2 * (sizes.inner + sizes.hidden)
         return tokens * (stored + gradients) + self.dequantized + self.cast(lora)
 
     def _inputs_of_trained(self, lora: LoraSettings) -> int:
-        """Bytes per token of the inputs of all trained matrices, and of their dropout masks."""
-        mask = (1 if self.on_gpu else FLOAT32) if lora.r and lora.dropout else 0
-        return sum(inputs for inputs, _ in self.sizes.adapted(lora)) * (self.size + mask)
+        """Bytes per token of the inputs of all trained matrices, and of their dropout masks, of a byte each.
+
+        Where the fused layer runs without dropout, layers that read the same states share them.
+        """
+        inputs, dropout = sum(width for width, _ in self.sizes.adapted(lora)), lora.r > 0 and lora.dropout > 0
+        if not dropout and not self.quantized:
+            inputs = min(inputs, self._distinct_inputs)
+        return inputs * (self.size + (1 if dropout else 0))
+
+    @property
+    def _distinct_inputs(self) -> int:
+        """Width of what the linear layers of all blocks read: to attention, to its output, to the MLP, its product."""
+        return self.sizes.layers * (3 * self.sizes.hidden + self.sizes.inner)
 
     def logits(self, tokens: int, models: int = 1) -> int:
         """Logits of a chunk of tokens in float32, of so many models: themselves, log-probs and their gradient."""

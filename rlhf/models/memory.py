@@ -76,7 +76,7 @@ class _Stage:
 
     @property
     def passes(self) -> Passes:
-        return Passes(self.settings, self.sizes, self.work.on_gpu)
+        return Passes(self.settings, self.sizes)
 
     def memory(self, stage: str) -> Memory:
         made: dict[str, tuple[int, int, dict[str, int]]] = {
@@ -84,12 +84,11 @@ class _Stage:
             "evaluate": self.evaluate,
         }[stage]()  # fmt: skip
         weights, trained, phases = made
-        program = CONTEXT if self.work.on_gpu else PROGRAM
-        if self.settings.generation.engine == "vllm" and stage in ("preferences", "ppo", "evaluate"):
-            program += _vllm_share(self.settings)
-            phases |= {name: 0 for name in ("generating", "evaluating") if name in phases}
-        gaps = GAPS if self.work.on_gpu else 1.0
-        return Memory(stage, program, weights, trained, {name: int(gaps * size) for name, size in phases.items()})
+        program, gaps = (CONTEXT, GAPS) if self.work.on_gpu else (PROGRAM, 1.0)
+        phases = {name: int(gaps * size) for name, size in phases.items()}
+        if self.settings.generation.engine == "vllm":  # it sleeps in all other phases
+            phases |= {name: _vllm_share(self.settings) for name in ("generating", "evaluating") if name in phases}
+        return Memory(stage, program, weights, trained, phases)
 
     # -- the stages: (frozen weights, training state, phases) ----------------------------------------------------------
 
@@ -216,6 +215,6 @@ def available() -> int:
 
 
 def _vllm_share(settings: Settings) -> int:
-    """The part of the GPU's memory that vLLM reserves for the whole run, in bytes."""
+    """The part of the GPU's memory that vLLM takes while it samples, in bytes."""
     total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
     return int(total * settings.generation.vllm["gpu_memory_utilization"])

@@ -79,5 +79,5 @@ def test_the_estimate_of_a_training_pass_is_within_a_quarter(
     sizes = Sizes.of(settings.model, None)
     assert sizes is not None
     found = peak(settings, tmp_path)
-    estimated = Passes(settings, sizes, on_gpu=False).kept(ROWS * TIME, settings.lora)
+    estimated = Passes(settings, sizes).kept(ROWS * TIME, settings.lora)
     assert 0.8 < estimated / found < 1.25

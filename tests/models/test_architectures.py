@@ -159,7 +159,7 @@ def test_the_memory_of_any_configuration_is_estimated(kind: str) -> None:
     needed = estimate(own, sizes, Work(reward_model=False))
     assert needed.weights == 4 * sum(p.numel() for p in lm.parameters())
     cached = 0 if kind.startswith("mamba") else 2 * (2 * 16)  # two layers with two heads each
-    assert Passes(own, sizes, on_gpu=False).cache(3, 50) == 4 * 2 * 3 * 50 * cached  # float32 keys and values
+    assert Passes(own, sizes).cache(3, 50) == 4 * 2 * 3 * 50 * cached  # float32 keys and values
 
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]

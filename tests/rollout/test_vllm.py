@@ -176,6 +176,6 @@ def test_the_estimate_knows_what_vllm_keeps(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * 2**30, 10 * 2**30))
     served = estimate_of(*CHOSEN)
-    assert served.program == 4 * 2**30 + plain.program
-    assert served.phases["generating"] == served.phases["evaluating"] == 0
-    assert served.peak == 4 * 2**30 + plain.peak_of("updating")
+    assert served.phases["generating"] == served.phases["evaluating"] == 4 * 2**30
+    assert served.peak == 4 * 2**30 + plain.peak_of()  # vLLM sleeps during updates
+    assert served.peak_of("updating") == plain.peak_of("updating")
