@@ -16,6 +16,7 @@ import torch
 import rlhf.stages.evaluation as evaluation
 from rlhf.models.export import save_adapter, save_model
 from rlhf.rollout.factory import make_engine
+from rlhf.rollout.sample import rollout
 from rlhf.seeding import generator
 from rlhf.settings import LoraSettings
 from rlhf.stages.base import Stage
@@ -60,16 +61,17 @@ def ppo_stage(folders: SimpleNamespace, **options: Any) -> PPO:
     settings = replace(settings, generation=replace(settings.generation, batch_size=12))
     stage = on_device(ppo_stages.make_ppo(settings, folders, folders.sft.parent / "samples.jsonl", warm=False))
     stage.engine = make_engine(settings.generation, stage.tokenizer, stage.roles)  # type: ignore[attr-defined]
+    stage.engine.stops = [-1]  # type: ignore[attr-defined]  # no response ends early
     return stage  # type: ignore[return-value]
 
 
 def sampled(stage: PPO, tokens: int) -> int:
     """The syncs of sampling so many tokens for each prompt."""
-    stage.engine.stops = [-1]  # type: ignore[attr-defined]  # no response ends early
+    stage.roles.eval()
     generation = replace(stage.config.generation, max_new_tokens=tokens)
     stream = generator(0, "simulated", 0)
     return counted(
-        lambda: evaluation.rollout(
+        lambda: rollout(
             stage.engine, stage.roles, "policy", stage.tokenizer, ppo_stages.PROMPTS[:12], generation, stream
         )
     )
