@@ -104,7 +104,7 @@ def after_training(bench: Bench, options: Sequence[str]) -> dict[str, Any]:
         for turn in range(2):
             with torch.no_grad():
                 roles = stage.roles.eval()
-                found.append(roles.last_token_scores("reward", batch.to(roles.device)).cpu())
+                found.append(roles.last_token_scores("reward", batch).cpu())
             if turn == 0:
                 train(stage, world.prompts, Path(folder))
     gap = float((found[0] - found[1]).abs().max())

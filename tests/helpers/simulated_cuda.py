@@ -5,15 +5,19 @@
 
 import collections
 import copy
+import ctypes
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.helpers.attention_kernels import KERNELS
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -70,6 +74,12 @@ class SimulatedTensor(Tensor):
         else:
             view.copy_(value)
 
+    def copy_(self, other: Tensor, non_blocking: bool = False) -> "SimulatedTensor":  # type: ignore[override]
+        if not isinstance(other, SimulatedTensor) and not non_blocking:
+            count_sync("copy_")
+        self.inner.copy_(inner_of(other))
+        return self
+
     def tolist(self) -> Any:
         count_sync("tolist")
         return self.inner.tolist()
@@ -103,12 +113,13 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise MixedDevicesError(f"{name} at {place()}: indices on cuda:0 into a tensor of the host")
     elif name not in ("_to_copy", "to") and True in given and any(is_host_array(x) for x in tensors):
         raise MixedDevicesError(f"{name} at {place()}: tensors on cuda:0 and on the host")
-    if waits(name, args, given, on_device):
+    if waits(name, args, kwargs, given, on_device):
         count_sync(name)
     plain = {**kwargs, "device": torch.device("cpu")} if wanted is not None else dict(kwargs)
     if plain.get("pin_memory"):
         plain["pin_memory"] = False
-    result = func(*tree_map(inner_of, args), **tree_map(inner_of, plain))
+    kernel = KERNELS.get(name, func) if on_device else func
+    result = kernel(*tree_map(inner_of, args), **tree_map(inner_of, plain))
     known = {id(inner_of(x)): x for x in tensors}  # operators that work in place return their argument
 
     def wrapped(x: Any) -> Any:
@@ -124,10 +135,10 @@ def is_host_array(x: Tensor) -> bool:
     return not isinstance(x, SimulatedTensor) and x.dim() > 0
 
 
-def waits(name: str, args: Any, given: set[bool], on_device: bool) -> bool:
+def waits(name: str, args: Any, kwargs: dict[str, Any], given: set[bool], on_device: bool) -> bool:
     """Whether the host waits for the device: for a value, for a number of elements, or for a copy from or to itself."""
     if name in ("_to_copy", "copy_"):
-        return given != {on_device}
+        return given != {on_device} and not (on_device and kwargs.get("non_blocking"))
     if name in INDEXING:
         return on_device and any(x is not None and (x.dtype == torch.bool or is_host_array(x)) for x in args[1])
     return True in given and name in WAITING
@@ -208,7 +219,17 @@ def simulate() -> None:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[assignment]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch._C._ensureCUDADeviceGuardSet()
+    Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment, method-assign]
+    give_cuda_a_guard()
     torch._C._set_only_lift_cpu_tensors(True)
     torch.autograd.set_multithreading_enabled(False)
     torch.random.fork_rng = no_fork  # type: ignore[assignment]
+
+
+def give_cuda_a_guard() -> None:
+    """Let CUDA have the guard of the meta device, which does nothing: PyTorch for the CPU has none."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 22).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # c10::DeviceType
+    if not guards[cuda]:
+        guards[cuda] = guards[meta]

@@ -97,7 +97,7 @@ def updated(stage: PPO) -> dict[str, Any]:
 
 def supervised(stage: Stage, rows: Any) -> int:
     """The syncs of an optimiser step of SFT or of a reward model, and of a validation."""
-    batch = stage.collate(stage.encode(rows)).to(CUDA)  # type: ignore[operator]
+    batch = stage.collate(stage.encode(rows))  # type: ignore[operator]
 
     def run() -> None:
         stage.training_step(batch, 0)
