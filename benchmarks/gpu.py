@@ -1,7 +1,7 @@
 """This project on one GPU in 15 minutes: every path against the CPU, attention kernels, PPO at real sizes, decoding.
 
     python benchmarks/gpu.py --results gpu.jsonl                 every part that has not ended in gpu.jsonl yet
-    python benchmarks/gpu.py --results gpu.jsonl --seconds 270 probe llama_7b_bf16
+    python benchmarks/gpu.py --results gpu.jsonl --seconds 270 probe:varlen llama_7b_bf16
     python benchmarks/gpu.py --toy                               all of it on a CPU; the figures mean nothing
 
 Parts run in order, as long as their time is within --seconds; each is cut off at its limit. Every line is written as it
@@ -24,10 +24,9 @@ from gpu_runner import Bench, hidden_bitsandbytes, read, run_parts, working_meth
 def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART[:WORD]", help="only items whose name contains WORD")
     parser.add_argument("--results", type=Path, default=Path("gpu.jsonl"), help="JSON lines; appended to")
     parser.add_argument("--seconds", type=float, default=840, help="of the whole command, imports included")
-    parser.add_argument("--only", default="", metavar="WORD", help="only items whose name contains this")
     parser.add_argument("--set", nargs="*", default=(), metavar="KEY=VALUE", help="more overrides of PPO and decoding")
     parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
@@ -37,18 +36,21 @@ def main() -> None:
     with hidden_bitsandbytes():
         from gpu_parts import parts, tables  # imports torch, transformers, lightning and this project
     known = parts(options.set)
-    unknown = sorted(set(options.parts) - set(known))
-    if unknown:
-        parser.error(f"{unknown[0]}: there is no such part; allowed: {', '.join(known)}")
+    rates = known.pop("rates")
+    chosen = []
+    for given in options.parts or known:
+        name, _, word = given.partition(":")
+        if name not in known:
+            parser.error(f"{name}: there is no such part; allowed: {', '.join(known)}")
+        chosen.append((name, known[name].only(word)))
     if options.toy and options.results == parser.get_default("results"):
         options.results = Path(tempfile.mkdtemp()) / "gpu.jsonl"
     options.results.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.results, "cpu" if options.toy else "cuda", options.toy, started + options.seconds)
     bench.say("imported", seconds=round(time.monotonic() - started, 1))
-    method = working_method(known.pop("rates"), replace(bench, part="rates"))
-    chosen = {name: part.only(options.only) for name, part in known.items() if name in (options.parts or known)}
+    method = working_method(rates, replace(bench, part="rates"))
     if options.toy:  # what takes seconds on a GPU may take minutes on a busy CPU
-        chosen = {name: replace(part, needs=0, limit=options.seconds) for name, part in chosen.items()}
+        chosen = [(name, replace(part, needs=0, limit=options.seconds)) for name, part in chosen]
     run_parts(chosen, bench, method)
     for title, rows in tables(read(options.results)).items():
         report(title, table(rows), options.write)

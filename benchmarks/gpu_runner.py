@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,9 +90,9 @@ def missing(results: Path, name: str, part: Part) -> list[str]:
     return [item for item in part.items if item not in ended]
 
 
-def run_parts(parts: Mapping[str, Part], bench: Bench, method: str) -> None:
+def run_parts(parts: Iterable[tuple[str, Part]], bench: Bench, method: str) -> None:
     """Run what is missing of each part, in order, until `bench.ends`."""
-    for name, part in parts.items():
+    for name, part in parts:
         own = replace(bench, part=name, ends=min(bench.ends, time.monotonic() + part.limit))
         if not missing(bench.results, name, part):
             own.say("skipped", why="every item has ended")

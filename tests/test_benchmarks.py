@@ -64,7 +64,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run a part as `gpu.py` does; the lines of the results file."""
     bench = runner.Bench(file, "cpu", True, time.monotonic() + seconds)
-    runner.run_parts({"part": runner.Part(items, **{"needs": 0, "limit": 60, **part})}, bench, "fork")
+    runner.run_parts([("part", runner.Part(items, **{"needs": 0, "limit": 60, **part}))], bench, "fork")
     return runner.read(file)
 
 
