@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 END = "end"  # kind of the line that ends an item
-SHOWN = 360  # characters of a line on the terminal; the results file has all of it
+SHOWN = 240  # characters of a line on the terminal; the results file has all of it
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,20 @@ class Bench:
         return self.ends - time.monotonic()
 
     def say(self, kind: str, **values: Any) -> None:
-        """Append a line to the results and print its beginning."""
+        """Append a line to the results, and print its beginning with rounded numbers."""
         line = json.dumps({"part": self.part, "item": self.item, "kind": kind, **values})
         with self.results.open("a", encoding="utf-8") as file:
             file.write("\n" + line)  # the newline first: it also ends a line that a killed process left
-        print(line[:SHOWN], flush=True)
+        print(f"{self.part} {self.item} {kind} {json.dumps(rounded(values))}"[:SHOWN], flush=True)
+
+
+def rounded(x: Any) -> Any:
+    """The same nested values with three significant digits."""
+    if isinstance(x, float):
+        return float(f"{x:.3g}")
+    if isinstance(x, Mapping):
+        return {key: rounded(value) for key, value in x.items()}
+    return [rounded(value) for value in x] if isinstance(x, list | tuple) else x
 
 
 Item = Callable[[Bench], Mapping[str, Any] | None]
