@@ -14,11 +14,16 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common import report, table
 from gpu_runner import Bench, hidden_bitsandbytes, read, run_parts, working_method
+
+
+TABLES = 5  # seconds that the tables take at the end
 
 
 def main() -> None:
@@ -29,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=840, help="of the whole command, imports included")
     parser.add_argument("--set", nargs="*", default=(), metavar="KEY=VALUE", help="more overrides of PPO and decoding")
     parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
+    parser.add_argument("--tables", action="store_true", help="measure nothing; the tables of --results")
     parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,14 +52,23 @@ def main() -> None:
     if options.toy and options.results == parser.get_default("results"):
         options.results = Path(tempfile.mkdtemp()) / "gpu.jsonl"
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.results, "cpu" if options.toy else "cuda", options.toy, started + options.seconds)
+    if options.tables:
+        show(tables(read(options.results)), options)
+        return
+    bench = Bench(options.results, "cpu" if options.toy else "cuda", options.toy, started + options.seconds - TABLES)
     bench.say("imported", seconds=round(time.monotonic() - started, 1))
     method = working_method(rates, replace(bench, part="rates"))
     if options.toy:  # what takes seconds on a GPU may take minutes on a busy CPU
         chosen = [(name, replace(part, needs=0, limit=options.seconds)) for name, part in chosen]
     run_parts(chosen, bench, method)
-    for title, rows in tables(read(options.results)).items():
-        report(title, table(rows), options.write)
+    show(tables(read(options.results)), options)
+
+
+def show(found: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Print tables, and name the machines and commits that the lines of the results file came from."""
+    made = {f"{x['machine']}, at {x['commit']}": None for x in read(options.results) if "commit" in x}
+    for title, rows in found.items():
+        report(title, f"{table(rows)}\n\nMeasured on {'; '.join(made)}.", options.write)
 
 
 if __name__ == "__main__":

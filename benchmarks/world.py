@@ -21,7 +21,7 @@ from transformers import (
 
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter, save_model
-from rlhf.models.loading import DTYPES, switch_off_dropout
+from rlhf.models.loading import DTYPES, _keep_nf4_differentiable, switch_off_dropout
 from rlhf.models.roles import Role, Roles
 from rlhf.seeding import generator
 from rlhf.settings import LoraSettings, Settings, is_quantized
@@ -227,7 +227,9 @@ def _quantised(
         numbers = range(shape["num_hidden_layers"]) if ".layers.0." in name else [0]
         weights |= {name.replace(".layers.0.", f".layers.{i}."): weight for i in numbers}
     config = AutoConfig.for_model(**shape, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
-    return type(single).from_pretrained(
+    model = type(single).from_pretrained(
         None, config=config, state_dict=weights, dtype=DTYPES[settings.model.dtype],
         quantization_config=BitsAndBytesConfig(**quantization), device_map={"": device},
     )  # fmt: skip
+    _keep_nf4_differentiable(model)
+    return model
