@@ -22,7 +22,6 @@ from typing import Any
 from common import report, table
 from gpu_runner import Bench, hidden_bitsandbytes, read, run_parts, working_method
 
-
 TABLES = 5  # seconds that the tables take at the end
 
 
