@@ -229,7 +229,7 @@ def _quantised(
     config = AutoConfig.for_model(**shape, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
     model = type(single).from_pretrained(
         None, config=config, state_dict=weights, dtype=DTYPES[settings.model.dtype],
-        quantization_config=BitsAndBytesConfig(**quantization), device_map={"": device},
+        quantization_config=BitsAndBytesConfig(**quantization), device_map={"": single.device},
     )  # fmt: skip
     _keep_nf4_differentiable(model)
     return model
