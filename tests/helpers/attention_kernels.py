@@ -16,22 +16,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: flo
     return torch.cat(parts).to(query.dtype)
 
 
-def attend_backward(
-    grad: Tensor, inputs: tuple[Tensor, ...], starts: Tensor, scale: float | None
-) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(attend(*leaves, starts, scale), leaves, grad)
-
-
 def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: Any, scale: float | None = None) -> tuple[Tensor, ...]:
     unused = torch.zeros(1)
     return attend(q, k, v, starts, scale), torch.zeros(q.shape[1], len(q)), unused, unused.clone(), unused.clone()
-
-
-def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, starts: Tensor, *_: Any,
-                   scale: float | None = None) -> tuple[Tensor, ...]:  # fmt: skip
-    return attend_backward(grad, (q, k, v), starts, scale)
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, bias: None, starts: Tensor, other: Tensor, longest: int, *_: Any,
@@ -41,15 +28,7 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, bias: None, starts: Tensor, other
     return out, torch.zeros(1, q.shape[2], q.shape[1]), unused, unused.clone(), longest, longest
 
 
-def efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, out: Tensor, starts: Tensor, *_: Any,
-                       scale: float | None = None, **__: Any) -> tuple[Tensor, ...]:  # fmt: skip
-    grads = attend_backward(grad[0], (q[0], k[0], v[0]), starts, scale)
-    return *(x[None] for x in grads), torch.zeros(1)
-
-
 KERNELS = {
     "_flash_attention_forward": flash,
-    "_flash_attention_backward": flash_backward,
     "_efficient_attention_forward": efficient,
-    "_efficient_attention_backward": efficient_backward,
 }

@@ -44,9 +44,16 @@ def on_device(stage: Stage) -> Stage:
     optimizer = stage.configure_optimizers()["optimizer"]
     stage.optimizers = lambda: optimizer  # type: ignore[method-assign]
     stage.lr_schedulers = lambda: SimpleNamespace(step=lambda: None)  # type: ignore[method-assign]
-    stage.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    # autograd asks for the device's streams: gradients are zero, and a mix in a backward pass is not found
+    trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    stage.manual_backward = lambda loss: give_zero_gradients(trained)  # type: ignore[method-assign]
     stage.emit = lambda metrics, step, bar=(): {key: float(value) for key, value in metrics.items()}  # type: ignore
     return stage
+
+
+def give_zero_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def counted(function: Callable[[], object]) -> int:
