@@ -67,7 +67,9 @@ def sdpa(bench: Bench) -> dict[str, Any]:
             shape, options = (4, 32, length, 128), {"device": bench.device, "dtype": torch.bfloat16}
             q, k, v = (torch.randn(shape, requires_grad=True, **options) for _ in range(3))  # type: ignore[call-overload]
             run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-            laps.append([round(1e3 * seconds(lambda run=run: run().sum().backward(), bench.device), 2) for _ in "ab"])
+            laps.append(
+                [round(1e3 * seconds(lambda run=run: run().sum().backward(), bench.device), 2) for _ in range(2)]
+            )
         bench.say("sdpa", cudnn=allowed, first_and_second=laps)
     torch.backends.cuda.enable_cudnn_sdp(False)
     return {}
@@ -150,13 +152,11 @@ def syncs(bench: Bench) -> dict[str, Any]:
             last = frames[-1] if frames else traceback.extract_stack()[-2]
             places[f"{last.filename.rpartition('/rlhf/')[-1]}:{last.lineno} {(last.line or '')[:50]}"] += 1
 
-    shown, warnings.showwarning = warnings.showwarning, count
     with warnings.catch_warnings(action="always"):
         warnings.showwarning = count
         if bench.device == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         lines = steps(bench.device, "bfloat16", (GRAPHS,))
-    warnings.showwarning = shown
     if bench.device == "cuda":
         torch.cuda.set_sync_debug_mode("default")
     return {"steps": len(lines), "syncs": sum(places.values()), "places": dict(places.most_common(30))}
