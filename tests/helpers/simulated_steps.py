@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 import rlhf.stages.evaluation as evaluation
 from rlhf.models.export import save_adapter, save_model
