@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.models.memory import estimate
+from rlhf.models.memory import Work as memory_work
+from rlhf.models.memory import stage_memory
+from rlhf.models.sizes import Sizes
 from rlhf.settings import Settings
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -74,12 +75,11 @@ def predicted_seconds(work: Work, settings: Settings, rates: Mapping[str, float]
     }
 
 
-def predicted_gib(settings: Settings, vocabulary: int) -> dict[str, float]:
-    """The estimate of `rlhf.models.memory` for each phase, in GiB; {} where it cannot be made."""
-    memory: Any = estimate(settings, vocabulary, reward_model=True)
-    if memory is None:
+def predicted_gib(settings: Settings, vocabulary: int, on_gpu: bool) -> dict[str, float]:
+    """The estimate of `rlhf.models.memory` for each phase, in GiB; {} where the model's sizes cannot be read."""
+    sizes = Sizes.of(settings.model, vocabulary)
+    if sizes is None:
         return {}
-    held = memory.weights + memory.trained
-    sizes = {"loading": memory.weights, "generate": held + memory.generating, "score": held,
-             "update": held + memory.updating}  # fmt: skip
-    return {name: size / 2**30 for name, size in sizes.items()}
+    memory = stage_memory("ppo", settings, sizes, memory_work(on_gpu=on_gpu))
+    phases = {"generate": "generating", "score": "scoring", "update": "updating"}
+    return {name: memory.peak_of(phase) / 2**30 for name, phase in {"loading": "", **phases}.items()}

@@ -88,7 +88,7 @@ def predictions(bench: Bench, stage: PPO, texts: Sequence[str]) -> dict[str, Any
     held -= embeddings.numel() * embeddings.element_size()  # of which a step reads a row per token
     work = Work.of(base, stage.config, [len(text.split()) for text in texts[: stage.ppo.rollout_batch_size]], held)
     seconds = predicted_seconds(work, stage.config, rates[-1]) if rates else {}
-    return {"seconds": seconds, "gib": predicted_gib(stage.config, base.config.vocab_size)}
+    return {"seconds": seconds, "gib": predicted_gib(stage.config, base.config.vocab_size, bench.device == "cuda")}
 
 
 def memory(bench: Bench) -> dict[str, float]:
