@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.models.memory import Work as memory_work
+from rlhf.models.memory import Work as MemoryWork
 from rlhf.models.memory import stage_memory
 from rlhf.models.sizes import Sizes
 from rlhf.settings import Settings
@@ -80,6 +80,6 @@ def predicted_gib(settings: Settings, vocabulary: int, on_gpu: bool) -> dict[str
     sizes = Sizes.of(settings.model, vocabulary)
     if sizes is None:
         return {}
-    memory = stage_memory("ppo", settings, sizes, memory_work(on_gpu=on_gpu))
+    memory = stage_memory("ppo", settings, sizes, MemoryWork(on_gpu=on_gpu))
     phases = {"generate": "generating", "score": "scoring", "update": "updating"}
     return {name: memory.peak_of(phase) / 2**30 for name, phase in {"loading": "", **phases}.items()}
