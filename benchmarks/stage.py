@@ -15,11 +15,13 @@ from world import World, random_roles, word_tokenizer
 
 import rlhf.sweep.resolvers  # noqa: F401  (Hydra composes with them)
 from rlhf import root
+from rlhf.distributed.strategies import SingleDevice
 from rlhf.models.assembly import ppo_roles
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.config import instantiate, settings_of
+from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.quiet import quieten
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
@@ -30,7 +32,7 @@ from rlhf.tracking.metrics_file import JsonLines, read_metrics
 
 FIXED = (
     "model=custom", "ppo.eval_every=1000000", "ppo.schedule=constant", "ppo.warmup_steps=0",
-    "ppo.missing_eos_penalty=0", "ppo.reference_every=1000000",
+    "ppo.missing_eos_penalty=0", "ppo.reference_every=1000000", "generation.batch_size=256",
 )  # fmt: skip
 
 
@@ -63,10 +65,8 @@ def _prepare(settings: Settings) -> None:
     """What `rlhf` does before it loads a model."""
     quieten()
     lightning.seed_everything(settings.seed, verbose=False)
-    torch.set_float32_matmul_precision("high")
+    settle_numerics(False)
     keep_freed_memory()
-    # torch prefers cuDNN's attention on Hopper, which makes a plan of 0.1 to 2.4 s for every new shape
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _stage(
@@ -118,7 +118,7 @@ def train(
     trainer = lightning.Trainer(
         accelerator="gpu" if stage.roles.device.type == "cuda" else "cpu", devices=1, max_epochs=1, callbacks=[clock],
         logger=[JsonLines(folder)], enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        inference_mode=False, log_every_n_steps=1,
+        inference_mode=False, log_every_n_steps=1, strategy=SingleDevice(),
     )  # fmt: skip
     batches = SeededBatches(len(prompts), settings.rollout_batch_size, stage.config.seed, settings.steps)
     trainer.fit(stage, loader(prompts, list, batches))
