@@ -20,7 +20,7 @@ from rlhf.tracking.metrics_file import read_metrics
 
 COMMON = (
     "divergence=kl", "ppo.rollout_batch_size=16", "ppo.minibatch_size=8", "ppo.epochs=2", "ppo.microbatch_tokens=128",
-    "generation.max_new_tokens=24", "generation.batch_size=16", "ppo.steps=2",
+    "generation.max_new_tokens=24", "generation.batch_size=16", "ppo.steps=2", "generation.cuda_graphs=never",
 )  # fmt: skip
 COMPARED = (
     "ppo/reward", "ppo/response_tokens", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/entropy", "ppo/k1",

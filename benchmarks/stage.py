@@ -33,6 +33,7 @@ from rlhf.tracking.metrics_file import JsonLines, read_metrics
 FIXED = (
     "model=custom", "ppo.eval_every=1000000", "ppo.schedule=constant", "ppo.warmup_steps=0",
     "ppo.missing_eos_penalty=0", "ppo.reference_every=1000000", "generation.batch_size=256",
+    "model.dtype=float32",
 )  # fmt: skip
 
 
