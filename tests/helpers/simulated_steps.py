@@ -66,7 +66,7 @@ def counted(function: Callable[[], object]) -> int:
 
 def ppo_stage(folders: SimpleNamespace, **options: Any) -> PPO:
     settings = ppo_stages.ppo_settings(lora=LORA, epochs=1, **options)
-    settings = replace(settings, generation=replace(settings.generation, batch_size=12))
+    settings = replace(settings, generation=replace(settings.generation, batch_size=12, cuda_graphs="never"))
     stage = on_device(ppo_stages.make_ppo(settings, folders, folders.sft.parent / "samples.jsonl", warm=False))
     stage.engine = make_engine(settings.generation, stage.tokenizer, stage.roles)  # type: ignore[attr-defined]
     stage.engine.stops = [-1]  # type: ignore[attr-defined]  # no response ends early
