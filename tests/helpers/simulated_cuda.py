@@ -7,7 +7,7 @@ import collections
 import copy
 import ctypes
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,11 @@ def moved(module: nn.Module) -> nn.Module:
     return module
 
 
+def without_pinning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A factory that takes `pin_memory`, which needs a real device, and does nothing with it."""
+    return lambda *args, pin_memory=False, **options: make(*args, **options)
+
+
 @contextmanager
 def no_fork(*_: Any, **__: Any) -> Iterator[None]:
     yield
@@ -220,6 +225,8 @@ def simulate() -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[assignment]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment, method-assign]
+    for name in ("tensor", "zeros", "empty", "rand", "full"):
+        setattr(torch, name, without_pinning(getattr(torch, name)))
     give_cuda_a_guard()
     torch._C._set_only_lift_cpu_tensors(True)
     torch.autograd.set_multithreading_enabled(False)
