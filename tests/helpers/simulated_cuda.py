@@ -138,7 +138,8 @@ def is_host_array(x: Tensor) -> bool:
 def waits(name: str, args: Any, kwargs: dict[str, Any], given: set[bool], on_device: bool) -> bool:
     """Whether the host waits for the device: for a value, for a number of elements, or for a copy from or to itself."""
     if name in ("_to_copy", "copy_"):
-        return given != {on_device} and not (on_device and kwargs.get("non_blocking"))
+        late = kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))
+        return given != {on_device} and not late
     if name in INDEXING:
         return on_device and any(x is not None and (x.dtype == torch.bool or is_host_array(x)) for x in args[1])
     return True in given and name in WAITING
@@ -213,6 +214,14 @@ def without_pinning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, pin_memory=False, **options: make(*args, **options)
 
 
+class Event:
+    """A mark in the device's queue, which the simulated device has always passed."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 @contextmanager
 def no_fork(*_: Any, **__: Any) -> Iterator[None]:
     yield
@@ -222,6 +231,7 @@ def simulate() -> None:
     """Let PyTorch believe in a device whose kernels are those of the host, with the host's random numbers."""
     torch.cuda._lazy_init = lambda: None
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.Event = Event  # type: ignore[assignment, misc]
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[assignment]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment, method-assign]
