@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from rlhf.rollout.native import CHECK_EVERY
-
 # Host syncs of an update's micro-batch, at most; each keeps the GPU idle for about as long as a kernel is launched.
 MICROBATCH_SYNCS = 40
 
@@ -28,8 +26,9 @@ def test_the_simulation_refuses_mixes_and_counts_syncs(counts: dict[str, Any]) -
     assert (counts["check"]["looks"], counts["check"]["none"]) == (1, 0)
 
 
-def test_decoding_waits_only_to_look_for_finished_rows(counts: dict[str, Any]) -> None:
-    assert counts["32 tokens"] - counts["16 tokens"] == 16 // CHECK_EVERY
+def test_decoding_waits_for_no_token(counts: dict[str, Any]) -> None:
+    """Not even to look for finished rows: the host learns their number a look late."""
+    assert counts["32 tokens"] == counts["16 tokens"]
 
 
 def test_the_syncs_of_a_microbatch_are_bounded(counts: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rlhf.rollout.graphs import StepRecorder
 from tests.helpers.attention_kernels import KERNELS
 
 aten = torch.ops.aten
@@ -138,7 +140,7 @@ def is_host_array(x: Tensor) -> bool:
 def waits(name: str, args: Any, kwargs: dict[str, Any], given: set[bool], on_device: bool) -> bool:
     """Whether the host waits for the device: for a value, for a number of elements, or for a copy from or to itself."""
     if name in ("_to_copy", "copy_"):
-        return given != {on_device} and not (on_device and kwargs.get("non_blocking"))
+        return given != {on_device} and not kwargs.get("non_blocking")
     if name in INDEXING:
         return on_device and any(x is not None and (x.dtype == torch.bool or is_host_array(x)) for x in args[1])
     return True in given and name in WAITING
@@ -220,6 +222,9 @@ def simulate() -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[assignment]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment, method-assign]
+    # Copies arrive at once, and steps of decoding run instead of being recorded.
+    torch.cuda.Event = lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None)  # type: ignore[assignment, misc]
+    StepRecorder.__call__ = lambda self, step: step()  # type: ignore[method-assign]
     give_cuda_a_guard()
     torch._C._set_only_lift_cpu_tensors(True)
     torch.autograd.set_multithreading_enabled(False)
