@@ -26,7 +26,8 @@ def test_the_simulation_refuses_mixes_and_counts_syncs(counts: dict[str, Any]) -
     assert (counts["check"]["looks"], counts["check"]["none"]) == (1, 0)
 
 
-def test_no_decoded_token_makes_the_host_wait(counts: dict[str, Any]) -> None:
+def test_decoding_waits_for_no_token(counts: dict[str, Any]) -> None:
+    """Not even to look for finished rows: the host learns their number a look late."""
     assert counts["32 tokens"] == counts["16 tokens"]
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rlhf.models.sequences import send
 from rlhf.rollout.engine import GenerationRequest
 
 
@@ -19,21 +20,18 @@ class DecodingBatch:
     def __init__(self, request: GenerationRequest, stops: Sequence[int], pad_right: bool, device: torch.device):
         count, self.limit, self.temperature = len(request.prompts), request.max_new_tokens, request.temperature
         self.width, self.pad_right = max(map(len, request.prompts)), pad_right
-        pinned = device.type == "cuda"  # copies to a GPU wait for it unless they come from pinned memory
-        prompts = torch.zeros(count, self.width, dtype=torch.long, pin_memory=pinned)
+        prompts = torch.zeros(count, self.width, dtype=torch.long)
         for row, prompt in zip(prompts, request.prompts, strict=True):
             start = 0 if pad_right else self.width - len(prompt)
             row[start : start + len(prompt)] = torch.tensor(prompt)
-        self.prompts = prompts.to(device, non_blocking=True)
-        lengths = torch.tensor([len(prompt) for prompt in request.prompts], pin_memory=pinned)
-        self.prompt_lengths = lengths.to(device, non_blocking=True)
-        self.stops = torch.tensor(stops, pin_memory=pinned).to(device, non_blocking=True)
+        self.prompts = send(prompts, device)
+        self.prompt_lengths = send(torch.tensor([len(prompt) for prompt in request.prompts]), device)
+        self.stops = send(torch.tensor(stops), device)
 
         # All random numbers are drawn at once, so that a row's do not depend on which other rows are still active.
         source = request.generator
-        on_host = pinned and source.device.type == "cpu"
-        draws = torch.rand(count, self.limit, generator=source, device=source.device, pin_memory=on_host)
-        self.draws = draws.to(device, non_blocking=True)
+        draws = torch.rand(count, self.limit, generator=source, device=source.device)
+        self.draws = send(draws, device) if source.device.type == "cpu" else draws.to(device)
 
         self.ids = torch.full((count, self.limit), stops[0], device=device)
         self.logprobs = torch.zeros(count, self.limit, device=device)
@@ -71,13 +69,12 @@ class LateCount:
     """A count on a GPU that the host reads one call late, when its copy has long arrived."""
 
     def __init__(self, first: int):
-        self.host = torch.tensor(first, pin_memory=True)
-        self.copied = torch.cuda.Event()
+        self.host, self.arrived = torch.tensor(first), torch.cuda.Event()
 
     def exchange(self, count: Int[Tensor, ""]) -> int:
         """Start copying `count`, and return that of the last call (the first one of all on the first call)."""
-        self.copied.synchronize()  # returns at once if it was never recorded
+        self.arrived.synchronize()  # returns at once before the first copy
         last = int(self.host)
-        self.host.copy_(count, non_blocking=True)
-        self.copied.record()
+        self.host = count.to("cpu", non_blocking=True)  # PyTorch copies into pinned memory then
+        self.arrived.record()
         return last

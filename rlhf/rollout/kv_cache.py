@@ -109,7 +109,8 @@ class BufferCache(Cache):
     @property
     def value_dtype(self) -> torch.dtype:
         """The dtype of the stored values; that of attention, because rotary positions may make keys float32."""
-        return self.layers[0].values.dtype
+        dtype: torch.dtype = self.layers[0].values.dtype
+        return dtype
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:

@@ -49,7 +49,7 @@ def test_models_with_shared_keys_decode_with_it(monkeypatch: pytest.MonkeyPatch,
     with torch.random.fork_rng():
         torch.manual_seed(0)
         roles = Roles(tiny_architecture("llama", **SHARED))
-    config, calls = roles.trunk("reference").config, []
+    config, calls = roles.trunk("reference").config, list[Any]()
     before = config._attn_implementation
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -71,7 +71,7 @@ def test_models_without_shared_keys_and_failures_leave_the_attention(make_roles:
     with grouped_attention(own):
         assert own.config._attn_implementation == "sdpa"
     shared = tiny_architecture("llama", **SHARED)
-    seen = []
+    seen: list[str] = []
 
     def fail() -> None:
         with grouped_attention(shared):

@@ -128,6 +128,7 @@ def test_a_step_that_cannot_be_recorded_is_an_error_that_names_the_setting() -> 
             recorder(step)
 
 
+@torch.no_grad()
 def test_the_cache_is_freed_without_the_garbage_collector(make_roles: Callable) -> None:
     """On a GPU it is most of the memory, and PyTorch does not know that collecting would free it."""
     model, cache = make_roles().trunk("policy"), BufferCache(2, 6)
