@@ -26,4 +26,5 @@ def settle_numerics(deterministic: bool | str | None = False) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1" if deterministic else "0"  # transformers hands it to flash_attn
     torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
