@@ -17,10 +17,11 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes through one model at the precision that `settings` name."""
+    """Passes through one model at the precision that `settings` name; `on_gpu` says where."""
 
     settings: Settings
     sizes: Sizes
+    on_gpu: bool = False
 
     @property
     def size(self) -> int:

@@ -76,7 +76,7 @@ class _Stage:
 
     @property
     def passes(self) -> Passes:
-        return Passes(self.settings, self.sizes)
+        return Passes(self.settings, self.sizes, self.work.on_gpu)
 
     def memory(self, stage: str) -> Memory:
         made: dict[str, tuple[int, int, dict[str, int]]] = {

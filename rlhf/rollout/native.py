@@ -51,10 +51,11 @@ class NativeEngine:
         batch = DecodingBatch(request, self.stops, pad_right, roles.device)
         with roles.merged(role) as model, roles.autocast():
             forward, hidden = self._prefill(roles, model, batch)
+            output = head_of(model)
             # Where our mask holds. A compiled step keeps the attention that it was compiled with.
             grouped = pad_right and not isinstance(forward, CompiledStep)
             with grouped_attention(model) if grouped else nullcontext():
-                self._decode(model, value_head, forward, hidden, batch)
+                self._decode(output, value_head, forward, hidden, batch)
         logprobs = batch.logprobs if self.capture else None
         values = None if value_head is None else batch.values
         return Generated(batch.ids, batch.lengths, logprobs, values)
@@ -82,14 +83,13 @@ class NativeEngine:
 
     def _decode(
         self,
-        model: PreTrainedModel,
+        output: nn.Module,
         value_head: nn.Module | None,
         forward: GrowingStep,
         hidden: Float[Tensor, "batch hidden"],
         batch: DecodingBatch,
     ) -> None:
         """Sample tokens into `batch`, from the hidden states after the prompts on."""
-        output = head_of(model)
         for step in range(batch.limit):
             # 1. Sample the next token of each active row.
             draws = batch.draws[batch.active, step]

@@ -107,7 +107,8 @@ def test_every_command_that_makes_models_is_run_below() -> None:
 def test_rlhf_chooses_the_kernels_first_and_determinism_changes_no_bit_on_a_cpu(
     command: Callable, tmp_path: Path
 ) -> None:
-    found = []
+    found: list[list] = []
+    cached: list[set[str]] = []
     for name, value in (("default", "false"), ("deterministic", "true")):
         unsettle()
         with computing_modules() as seen:
@@ -117,12 +118,14 @@ def test_rlhf_chooses_the_kernels_first_and_determinism_changes_no_bit_on_a_cpu(
         summaries = sorted((tmp_path / name).glob("*/*/summary.json"))
         assert len(summaries) == 3  # SFT model, reward model, PPO
         assert {read_json(path)["deterministic"] for path in summaries} == {value == "true"}
-        found.append(collect_run_results(path.parent for path in summaries))
-    assert_identical(*found)  # the names of cached models, which contain their identities, too
+        found.append([*collect_run_results(path.parent for path in summaries).values()])
+        cached.append({path.name for path in (tmp_path / name / "cache").glob("*-*") if path.is_dir()})
+    assert_identical(*found)
+    assert cached[0] == cached[1]  # their names contain their identities
 
 
-def test_determinism_changes_no_identity() -> None:
-    plans = [composed_plan(f"trainer.deterministic={value}") for value in ("false", "true")]
+def test_determinism_changes_no_identity(tmp_path: Path) -> None:
+    plans = [composed_plan(tmp_path, f"trainer.deterministic={value}") for value in ("false", "true")]
     assert len({plan.identity for plan in plans}) == 1
     assert len({tuple(path.name for path in plan.needed().values()) for plan in plans}) == 1
 
