@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.models.memory import estimate
+from rlhf.models import memory
+from rlhf.models.sizes import Sizes
 from rlhf.settings import Settings
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -75,11 +75,12 @@ def predicted_seconds(work: Work, settings: Settings, rates: Mapping[str, float]
 
 
 def predicted_gib(settings: Settings, vocabulary: int) -> dict[str, float]:
-    """The estimate of `rlhf.models.memory` for each phase, in GiB; {} where it cannot be made."""
-    memory: Any = estimate(settings, vocabulary, reward_model=True)
-    if memory is None:
+    """The estimate of `rlhf.models.memory` for the tensors of each phase, in GiB; {} where it cannot be made."""
+    sizes = Sizes.of(settings.model, vocabulary)
+    if sizes is None:
         return {}
-    held = memory.weights + memory.trained
-    sizes = {"loading": memory.weights, "generate": held + memory.generating, "score": held,
-             "update": held + memory.updating}  # fmt: skip
-    return {name: size / 2**30 for name, size in sizes.items()}
+    needed = memory.stage_memory("ppo", settings, sizes, memory.Work(on_gpu=True))
+    held = needed.weights + needed.trained
+    phases = {"generate": "generating", "score": "scoring", "update": "updating"}
+    tensors = {name: held + needed.phases[phase] / memory.GAPS for name, phase in phases.items()}
+    return {name: size / 2**30 for name, size in {"loading": needed.weights, **tensors}.items()}
