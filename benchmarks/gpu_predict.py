@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.models.memory import Work as MemoryWork
-from rlhf.models.memory import stage_memory
+from rlhf.models import memory
 from rlhf.models.sizes import Sizes
 from rlhf.settings import Settings
 
@@ -76,10 +75,12 @@ def predicted_seconds(work: Work, settings: Settings, rates: Mapping[str, float]
 
 
 def predicted_gib(settings: Settings, vocabulary: int, on_gpu: bool) -> dict[str, float]:
-    """The estimate of `rlhf.models.memory` for each phase, in GiB; {} where the model's sizes cannot be read."""
+    """The estimate of `rlhf.models.memory` for the tensors of each phase, in GiB; {} where it cannot be made."""
     sizes = Sizes.of(settings.model, vocabulary)
     if sizes is None:
         return {}
-    memory = stage_memory("ppo", settings, sizes, MemoryWork(on_gpu=on_gpu))
+    needed = memory.stage_memory("ppo", settings, sizes, memory.Work(on_gpu=on_gpu))
+    held = needed.weights + needed.trained
     phases = {"generate": "generating", "score": "scoring", "update": "updating"}
-    return {name: memory.peak_of(phase) / 2**30 for name, phase in {"loading": "", **phases}.items()}
+    tensors = {name: held + needed.phases[phase] / memory.GAPS for name, phase in phases.items()}
+    return {name: size / 2**30 for name, size in {"loading": needed.weights, **tensors}.items()}

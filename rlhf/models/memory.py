@@ -1,7 +1,7 @@
 """Estimate the memory of every stage of a run from its configuration, without creating weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -151,7 +151,10 @@ class _Stage:
             return None
         if settings.lora.r == 0 or kind == "full":
             return LoraSettings(r=0)
-        return settings.reward.lora if self.work.reward_model and settings.reward.lora.r else settings.lora
+        lora, reward = settings.lora, settings.reward.lora
+        if not self.work.reward_model or reward.r == 0:
+            return lora
+        return replace(reward, r=max(lora.r, reward.r), dropout=lora.dropout)  # as `ppo_roles` makes it
 
     @property
     def value_trained(self) -> int:

@@ -71,8 +71,10 @@ def advice(settings: Settings, sizes: Sizes, work: Work, free: int) -> str:
         return estimate(with_numbers(changed, sizes, work, free), sizes, work).peak <= free
 
     found = []
-    for count in range(1, len(CHANGES) + 1):
-        for changes in combinations(CHANGES, count):
+    int8 = (settings.quantization or {}).get("load_in_8bit")
+    known = (_nf4, *CHANGES[:-1]) if int8 else CHANGES  # the nearest change of int8 comes first
+    for count in range(1, len(known) + 1):
+        for changes in combinations(known, count):
             words, changed = [], settings
             for change in changes:
                 word, changed = change(changed, sizes, work) or ("", changed)

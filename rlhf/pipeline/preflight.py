@@ -95,7 +95,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
         return
     kept = {} if fresh else collectives.on_rank_zero(lambda: _kept_budget(plan, keys))
     if kept:
-        _set(plan, kept, "as the run began")
+        _set(plan, kept, ", as the run began")
         return
     sharing = jobs * (1 if torch.cuda.is_available() else processes.local_world_size(plan.config.trainer))
     free = min(collectives.all_gather(available())) // sharing
@@ -107,7 +107,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
         )
     chosen = with_numbers(plan.settings, sizes, work, free)
     needed = estimate(chosen, sizes, work)
-    _set(plan, _numbers(chosen, keys), f"the run needs {needed}, {free / 2**30:.1f} GiB are free")
+    _set(plan, _numbers(chosen, keys), f"; the run needs {needed}, {free / 2**30:.1f} GiB are free")
 
 
 def keep_budget(plan: Plan) -> None:
@@ -147,7 +147,7 @@ def _set(plan: Plan, numbers: Mapping[str, int], why: str) -> None:
     plan.settings.ppo.microbatch_tokens = numbers.get("microbatch_tokens", plan.settings.ppo.microbatch_tokens)
     plan.settings.generation.batch_size = numbers.get("batch_size", plan.settings.generation.batch_size)
     for key, number in sorted(numbers.items()):
-        log.info("%s=auto: %d; %s", AUTOMATIC_KEYS[key], number, why)
+        log.info("%s=auto: %d%s", AUTOMATIC_KEYS[key], number, why)
 
 
 def _kept_budget(plan: Plan, keys: Iterable[str]) -> dict[str, int]:

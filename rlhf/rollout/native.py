@@ -131,10 +131,20 @@ def sample_tokens(
         scaled = logits
     else:
         scaled = logits / temperature
-        cumulative = scaled.softmax(-1).cumsum(-1)
+        cumulative = _cumulative(scaled.softmax(-1))
         # The last entry of the cumulative sum is not exactly 1.
         threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
     if not capture:
         return token, torch.zeros_like(draws)
     return token, scaled.gather(-1, token[:, None]).squeeze(1) - scaled.logsumexp(-1)
+
+
+def _cumulative(probabilities: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
+    """Cumulative sums, up to a factor; in integers where they must have the same bits every time.
+
+    A GPU may add floats in another order each time, so torch refuses to in deterministic mode.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return probabilities.cumsum(-1)
+    return (probabilities.double() * 2**52).long().cumsum(-1).double()

@@ -51,7 +51,7 @@ def test_the_largest_fitting_budget_is_chosen(options: tuple[str, ...]) -> None:
 def test_the_largest_fitting_batch_of_answers_is_chosen() -> None:
     chosen = composed_settings("generation.batch_size=auto", "ppo.microbatch_tokens=auto", "evaluation.prompts=8")
     sizes, found = sizes_of(chosen), []
-    for free in [0, *(int(GIB * 1.01**i * 0.89) for i in range(10))]:
+    for free in [0, *(int(GIB * 1.004**i * 0.86) for i in range(20))]:
         own = with_numbers(chosen, sizes, Work(), free)
         found.append(own.generation.batch_size)
         assert found[-1] == 1 or stage_memory("ppo", own, sizes, Work()).peak_of(*GENERATING) <= AUTOMATIC * free
@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_what_it_began_with(
 def test_both_numbers_are_kept(make_run_with_memory: Callable[..., Plan], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     both = ("ppo.microbatch_tokens=auto", "generation.batch_size=auto", "generation.max_new_tokens=150")
-    first = make_run_with_memory(1.05, *both)
+    first = make_run_with_memory(0.9, *both)
     settled(first)
     began = first.settings.generation.batch_size
     assert 1 < began < first.settings.ppo.rollout_batch_size
