@@ -13,7 +13,7 @@ from gpu_steps import PHASES, decoding, ppo_steps
 # conf/ppo/paper.yaml, conf/generation/paper.yaml and conf/lora/paper.yaml
 PAPER = (
     "ppo=paper", "generation=paper", "lora=paper", "divergence=kl", "model.dtype=bfloat16",
-    "ppo.microbatch_tokens=8192", "generation.cuda_graphs=auto", "generation.batch_size=256",
+    "ppo.microbatch_tokens=4096", "generation.cuda_graphs=auto", "generation.batch_size=256",
 )  # fmt: skip
 CARD = (
     "lora=r8", "lora.target_modules=[query_key_value,dense]", "divergence=kl", "model.dtype=bfloat16", "ppo.epochs=2",
