@@ -51,6 +51,7 @@ def compile_block(block: nn.Module, **options: Any) -> None:
     """Compile a block, with keyword arguments of torch.compile; a warning says if there are too many variants of it."""
     setattr(dynamo, _LIMIT, max(getattr(dynamo, _LIMIT), VARIANTS))
     block.compile(**options)
+    assert block._compiled_call_impl is not None
     block._compiled_call_impl = _watched(block._compiled_call_impl)
 
 

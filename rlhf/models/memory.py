@@ -79,11 +79,11 @@ class _Stage:
         return Passes(self.settings, self.sizes, self.work.on_gpu)
 
     def memory(self, stage: str) -> Memory:
-        made: dict[str, tuple[int, int, dict[str, int]]] = {
+        stages = {
             "sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
             "evaluate": self.evaluate,
-        }[stage]()  # fmt: skip
-        weights, trained, phases = made
+        }  # fmt: skip
+        weights, trained, phases = stages[stage]()
         program, gaps = (CONTEXT, GAPS) if self.work.on_gpu else (PROGRAM, 1.0)
         phases = {name: int(gaps * size) for name, size in phases.items()}
         if self.settings.generation.engine == "vllm":  # it sleeps in all other phases
