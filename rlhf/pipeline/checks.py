@@ -211,10 +211,11 @@ def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource
 
 def _check_gold(config: DictConfig, source: DataSource) -> None:
     """A gold score reads texts, and FActScore's metrics would replace it."""
-    if not issubclass(target := target_class(config.evaluation.gold, "evaluation.gold"), TextScorer):
+    target = target_class(config.evaluation.gold, "evaluation.gold")
+    if not (isinstance(target, type) and issubclass(target, TextScorer)):
         raise ConfigError(
-            f"evaluation.gold: {target.__name__} does not score texts; allowed: bag_of_words, bag_of_characters, "
-            "sentiment, hub_reward_model, function or gold as scorer@evaluation.gold"
+            f"evaluation.gold._target_={config.evaluation.gold._target_} does not score texts; allowed: "
+            "bag_of_words, bag_of_characters, sentiment, hub_reward_model, function or gold as scorer@evaluation.gold"
         )
     if config.evaluation.get("factscore"):
         raise ConfigError("evaluation.gold has no place in evaluation=factscore; allowed: one of the two")

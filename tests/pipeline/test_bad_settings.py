@@ -70,7 +70,8 @@ CONFIGURED: list[tuple[str, str]] = [
     ("resume=maybe", "resume=maybe is not allowed; allowed: auto, must or never"),
     ("scorer=function scorer.function=os.nope", "scorer.function=os.nope cannot be imported"),
     ("data=imdb judge=none scorer=bag_of_words scorer.unit=syllable", "unit=syllable of a classifier is not allowed"),
-    ("+scorer@evaluation.gold=reward_model", "evaluation.gold: RewardModelScorer does not score texts; allowed: "),
+    ("+scorer@evaluation.gold=reward_model", ".*RewardModelScorer does not score texts; allowed: bag_of_words, "),
+    ("+evaluation.gold._target_=os.getcwd", "evaluation.gold._target_=os.getcwd does not score texts"),
     ("+scorer@evaluation.gold=bag_of_words", "evaluation.gold=.*learns from labelled reviews, which only data=imdb"),
     ("+scorer@evaluation.gold=function evaluation.gold.function=os.nope", "os.nope cannot be imported"),
     ("+scorer@evaluation.gold=function evaluation.gold.function=os.getcwd evaluation=factscore "
