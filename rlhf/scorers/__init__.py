@@ -53,7 +53,7 @@ class TextScorer(ABC):
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The score of each rollout."""
-        return self.rate(rollouts.prompts, rollouts.responses).to(rollouts.sequences.ids.device)
+        return self.rate(rollouts.prompts, rollouts.responses).to(rollouts.ended.device)
 
 
 def joined(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
