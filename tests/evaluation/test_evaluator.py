@@ -57,7 +57,7 @@ def test_diversity_by_hand(tmp_path: Path) -> None:
     assert distinct_ngrams([row.split() for row in RESPONSES]) == 3 / 5  # ab ba ab, ab bc
     assert distinct_ngrams([[1, 2, 3]] * 4) == 2 / 8
     assert distinct_ngrams([[1, 2, 3], [4, 5]], n=3) == 1
-    assert distinct_ngrams([[1], []]) != distinct_ngrams([[1], []])  # nan: no pairs
+    assert distinct_ngrams([[1], []]) == 0  # no pairs
     metrics, _ = ResponseEvaluator(NoSource(), NoJudge(scorer_context(tmp_path)))(PROMPTS, RESPONSES)
     assert metrics["eval/distinct_2"] == 3 / 5
 
