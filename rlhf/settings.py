@@ -154,7 +154,7 @@ class GenerationSettings:
 class EvaluationSettings:
     """`conf/evaluation`: what is measured at step 0, every `ppo.eval_every` steps and at the end.
 
-    `factscore` (evaluation=factscore) names a class, which checks its own keys.
+    `factscore` (evaluation=factscore) and `gold` (scorer@evaluation.gold=…) name a class, which checks its own keys.
     """
 
     temperature: float = at_least_zero(0.0)
@@ -164,6 +164,7 @@ class EvaluationSettings:
     best_of: int = positive(1)
     samples: int = at_least_zero(20)
     factscore: dict[str, Any] | None = None
+    gold: dict[str, Any] | None = None
     difficulty: str | None = None
 
 

@@ -60,7 +60,7 @@ class Imdb:
             shares: Mapping from split to its share of the reviews (`rlhf.data.splitting.Shares`).
             root: The folder of the files.
             prompt_words: The fewest and the most words of a prompt; the number is drawn uniformly for each review.
-            seed: Selects the split of each review and the length of each prompt.
+            seed: Selects the split of each review, the length of each prompt, and the order of the rows.
             on_bad_row: `skip` counts and skips bad rows; `fail` raises an error.
             deduplicate: Whether a repeated review is a bad row.
             max_rows: Most rows per split: a number, a mapping from split to number, or None.
@@ -123,7 +123,8 @@ class Imdb:
         labelled = " and is labelled" if "label" in features else ""
         if_empty = f"{split}: none of the {len(reviews):,} reviews falls into its share{labelled}."
         rows = expand(reviews, to_records, features, split, if_empty)
-        return first_rows(rows, split, self._max_rows)
+        # Files of reviews are mostly sorted by label, and evaluations and `max_rows` take the first rows.
+        return first_rows(rows.shuffle(seed=self._seed), split, self._max_rows)
 
 
 def _parse_prompt_words(words: Any) -> tuple[int, int]:

@@ -116,7 +116,7 @@ class DataSource(Protocol):
     - `facts(prompt: str, response: str)`: an object with the attributes `stated` and `true`, the number of facts in a
       response and how many of them are true (`rlhf.data.farm.Facts`, for example); reported as factual precision.
     - `labelled(split: Split) -> Dataset`: rows with `text` (str) and `label` (0 or 1), on which
-      `scorer=bag_of_words` trains (`sft`) and tests (`eval`) its classifier.
+      `scorer=bag_of_words` (`sft`) and `bag_of_characters` (`prompts`) train their classifiers and test them (`eval`).
 
     Example::
 

@@ -9,6 +9,8 @@ from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.length_control import Rate, length_adjusted_win_rate, length_controlled_win_rate
 from rlhf.evaluation.prompts import instruction_or_prompt
+from rlhf.evaluation.repetition import distinct_ngrams
+from rlhf.scorers import TextScorer
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None]]
 """Compares each response with its reference output: 1 for a win, ½ for a draw, 0 for a loss, None without a verdict."""
@@ -20,7 +22,8 @@ class ResponseEvaluator:
     """Computes the metrics of a policy's responses.
 
     The judge's outcomes give the win rates against the reference outputs (a draw counts ½), over the pairs that the
-    judge could judge. A data set may add metrics of its own:
+    judge could judge. `eval/distinct_2` is the share of distinct word pairs (Li et al. 2016). A data set may add
+    metrics of its own:
 
     - `utility(prompt, response)` gives `eval/gold_utility`, the mean over responses;
     - `facts(prompt, response)`, a pair (stated, true) of counts, gives `eval/factual_precision` (true / stated, summed
@@ -32,6 +35,7 @@ class ResponseEvaluator:
         export: Called with all prompts and responses before they are judged.
         factscore: If given, the prompts are about its entities, and its metrics replace all others.
         difficulty: The difficulty of each instruction. If given, the length-controlled win rate is computed as well.
+        gold: If given, its scores are the utility, in place of the data set's own.
     """
 
     def __init__(
@@ -41,9 +45,10 @@ class ResponseEvaluator:
         export: Export | None = None,
         factscore: FactScore | None = None,
         difficulty: Mapping[str, float] | None = None,
+        gold: TextScorer | None = None,
     ):
         self.source, self.judge, self.export, self.factscore = source, judge, export, factscore
-        self.difficulty = difficulty
+        self.difficulty, self.gold = difficulty, gold
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
@@ -65,15 +70,15 @@ class ResponseEvaluator:
             metrics, results = self.factscore(prompts, responses)
             return metrics, [{**record, **result} for record, result in zip(records, results, strict=True)]
         # 3. The judge.
-        metrics = {}
+        metrics = {"eval/distinct_2": distinct_ngrams([response.split() for response in responses])}
         outcomes = self._judge(prompts, responses)
         if outcomes:
             metrics |= win_rates(prompts, responses, outcomes, self.difficulty) | getattr(self.judge, "report", {})
             _add_column(records, "win", outcomes)
-        # 4. What the data set itself knows.
+        # 4. What the gold score and the data set itself know.
         pairs = [(row.prompt, response) for row, response in zip(prompts, responses, strict=True)]
-        if hasattr(self.source, "utility"):
-            utilities = [self.source.utility(*pair) for pair in pairs]
+        if self.gold or hasattr(self.source, "utility"):
+            utilities = self._utilities(pairs)
             metrics["eval/gold_utility"] = statistics.fmean(utilities)
             metrics["eval/gold_utility_se"] = standard_error(utilities)
             _add_column(records, "gold_utility", utilities)
@@ -85,6 +90,12 @@ class ResponseEvaluator:
             _add_column(records, "stated", [f.stated for f in facts])
             _add_column(records, "true", [f.true for f in facts])
         return metrics, records
+
+    def _utilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Return the gold utility of each (prompt, response)."""
+        if self.gold:
+            return self.gold.rate(*map(list, zip(*pairs, strict=True))).tolist()
+        return [self.source.utility(*pair) for pair in pairs]  # type: ignore[attr-defined]
 
     def _judge(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
         """Return the judge's outcomes.
@@ -98,16 +109,19 @@ class ResponseEvaluator:
         return [by_index.get(i) for i in range(len(prompts))] if by_index else []
 
 
-def evaluation_metrics(source: DataSource, judged: bool, factscore: bool, difficulty: bool = False) -> list[str]:
+def evaluation_metrics(
+    source: DataSource, judged: bool, factscore: bool, difficulty: bool = False, gold: bool = False
+) -> list[str]:
     """Return the names of the metrics that an evaluation with this configuration logs, without standard errors."""
     names = ["eval/reward", "eval/response_tokens", "eval/true_kl"]
     if factscore:
         facts = ["eval/factual_precision", "eval/facts_per_response"]
         return [*names, "eval/factscore", *facts, "eval/responding_ratio"]
+    names += ["eval/distinct_2"]
     if judged:
         names += ["eval/win_rate", "eval/length_adjusted_win_rate"]
         names += ["eval/length_controlled_win_rate"] if difficulty else []
-    if hasattr(source, "utility"):
+    if gold or hasattr(source, "utility"):
         names += ["eval/gold_utility"]
     if hasattr(source, "facts"):
         names += ["eval/facts_per_response", "eval/factual_precision"]

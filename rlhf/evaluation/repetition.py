@@ -1,4 +1,4 @@
-"""How repetitive texts are."""
+"""How repetitive texts are, each by itself and all of them together."""
 
 import statistics
 from collections.abc import Hashable, Sequence
@@ -15,3 +15,14 @@ def repeated_ngrams(rows: Sequence[Sequence[Hashable]], n: int = 4) -> float:
         ngrams = list(zip(*(row[i:] for i in range(n)), strict=False))
         shares.append(1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0)
     return statistics.fmean(shares) if shares else 0.0
+
+
+def distinct_ngrams(rows: Sequence[Sequence[Hashable]], n: int = 2) -> float:
+    """Return the share of distinct n-grams among the n-grams of all rows (0 to 1; 0 if there are none).
+
+    It falls if rows resemble each other. As longer rows repeat more by chance, only sets of rows of about the same
+    size can be compared. Source: distinct-n of Li et al. 2016, "A diversity-promoting objective function for neural
+    conversation models", who divide by tokens.
+    """
+    ngrams = [ngram for row in rows for ngram in zip(*(row[i:] for i in range(n)), strict=False)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0

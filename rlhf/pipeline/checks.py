@@ -16,6 +16,7 @@ from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.scorers import TextScorer
 from rlhf.settings import Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
@@ -54,8 +55,9 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     if config.resume not in ("auto", "must", "never"):
         raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
     _check_ppo(settings)
-    if config.scorer.get("function"):
-        _check_function("scorer.function", config.scorer.function)
+    for key in ("scorer.function", "evaluation.gold.function"):
+        if OmegaConf.select(config, key):
+            _check_function(key, OmegaConf.select(config, key))
     check_trainer(config)
     _check_model(settings)
     instantiate(config.kl, "kl")
@@ -99,7 +101,7 @@ def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> s
     chosen = settings.ppo.keep_best
     judged = getattr(target_class(config.judge, "judge"), "compares", True)
     factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
-    allowed = evaluation_metrics(source, judged, factscore, difficulty)
+    allowed = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.evaluation.gold))
     if chosen == "auto":
         return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
     if chosen is not None and chosen not in allowed:
@@ -194,7 +196,9 @@ def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource
     """Scorer, judge and evaluation must have what they need, and be content with their own configuration."""
     for key in ("scorer", "judge"):
         _check_needs(config, key, source, simulated)
-    for key in ("scorer", "judge", "evaluation.factscore"):
+    if settings.evaluation.gold:
+        _check_gold(config, source)
+    for key in ("scorer", "judge", "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
     best_metric(config, settings, source)
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
@@ -205,10 +209,23 @@ def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource
         _check_difficulty(config, settings, source)
 
 
+def _check_gold(config: DictConfig, source: DataSource) -> None:
+    """A gold score reads texts, and FActScore's metrics would replace it."""
+    target = target_class(config.evaluation.gold, "evaluation.gold")
+    if not (isinstance(target, type) and issubclass(target, TextScorer)):
+        raise ConfigError(
+            f"evaluation.gold._target_={config.evaluation.gold._target_} does not score texts; allowed: "
+            "bag_of_words, bag_of_characters, sentiment, hub_reward_model, function or gold as scorer@evaluation.gold"
+        )
+    if config.evaluation.get("factscore"):
+        raise ConfigError("evaluation.gold has no place in evaluation=factscore; allowed: one of the two")
+    _check_needs(config, "evaluation.gold", source, simulated=False)
+
+
 def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bool) -> None:
     """The class of a group declares what it needs (`needs_reward_model` and its like); the data set must have it."""
     node = OmegaConf.select(config, key)
-    group = f"judge@{key}" if "." in key else key
+    group = {"preferences.judge": "judge@preferences.judge", "evaluation.gold": "scorer@evaluation.gold"}.get(key, key)
     choice = HydraConfig.get().runtime.choices.get(group, "") if HydraConfig.initialized() else node._target_
     if not hasattr(target_class(node, key), "needs_reward_model"):
         raise ConfigError(

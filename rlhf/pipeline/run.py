@@ -19,7 +19,7 @@ from rlhf.distributed import collectives, lockstep, processes
 from rlhf.distributed.strategies import SingleDevice
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import load_difficulties
-from rlhf.evaluation.evaluator import Judge, ResponseEvaluator
+from rlhf.evaluation.evaluator import ResponseEvaluator
 from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.preferences import Simulated
 from rlhf.evaluation.prompts import instruction_or_prompt
@@ -153,7 +153,7 @@ class Run:
         factscore = instantiate(node, "evaluation.factscore", cached) if node else None
         held_out = self._held_out(factscore)
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
-        evaluator = self._evaluator(instantiate(self.config.judge, "judge", context), held_out, factscore)
+        evaluator = self._evaluator(context, held_out, factscore)
         stage = make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, self.plan.folder / "samples.jsonl")
         prompts = held_out[: settings.evaluation.prompts]
         return stage, DataLoader(prompts, batch_size=settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type]
@@ -241,14 +241,18 @@ class Run:
         wanted = self.config.trainer.get("accelerator", "auto")
         return "cuda" if torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda") else "cpu"
 
-    def _evaluator(self, judge: Judge, held_out: Sequence[Prompt], factscore: FactScore | None) -> ResponseEvaluator:
+    def _evaluator(
+        self, context: Context, held_out: Sequence[Prompt], factscore: FactScore | None
+    ) -> ResponseEvaluator:
         difficulty, prompts = self.settings.evaluation.difficulty, self.settings.evaluation.prompts
         known = (
             load_difficulties(difficulty, [instruction_or_prompt(row) for row in held_out], prompts)
             if difficulty
             else None
         )
-        return ResponseEvaluator(self.source, judge, self._export, factscore, known)
+        judge, node = instantiate(self.config.judge, "judge", context), self.config.evaluation.get("gold")
+        gold = instantiate(node, "evaluation.gold", context) if node else None
+        return ResponseEvaluator(self.source, judge, self._export, factscore, known, gold)
 
     def _held_out(self, factscore: FactScore | None) -> list[Prompt]:
         """The evaluation set: the data set's own, or for FActScore a prompt about each entity."""

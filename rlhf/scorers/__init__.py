@@ -1,5 +1,7 @@
 """Scorers turn rollouts into rewards: a learned reward model, a text classifier, the data set's utility, a function."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -38,3 +40,22 @@ class Scorer(Protocol):
     needs_reward_model: ClassVar[bool]
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]: ...  # noqa: D102
+
+
+class TextScorer(ABC):
+    """A scorer of decoded texts. With `scorer@evaluation.gold` it can also be the gold utility of an evaluation."""
+
+    needs_reward_model: ClassVar[bool] = False
+
+    @abstractmethod
+    def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "batch"]:
+        """The score of each response to its prompt."""
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
+        """The score of each rollout."""
+        return self.rate(rollouts.prompts, rollouts.responses).to(rollouts.ended.device)
+
+
+def joined(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+    """Prompt and response as one text."""
+    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]

@@ -5,7 +5,7 @@ It may be a sentiment classifier or a reward model from the Hub, which is a clas
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,11 +16,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from rlhf.errors import ConfigError, ModelError, explained
 from rlhf.models.architecture import max_positions
 from rlhf.models.loading import load_whole
-from rlhf.rollout.sample import Rollouts
-from rlhf.scorers import Context
+from rlhf.scorers import Context, TextScorer, joined
 
 
-class ClassifierScorer:
+class ClassifierScorer(TextScorer):
     """The classifier's logit of `label` for the text of prompt and response, tokenised by its own tokenizer.
 
     `label=None` is for models with a single output, such as reward models on the Hub. `output="log_odds"` gives
@@ -31,8 +30,6 @@ class ClassifierScorer:
         ConfigError: `output` is neither "logit" nor "log_odds", or it is "log_odds" with a single label.
         ModelError: no classifier can be loaded from `model`, or it has no such label.
     """
-
-    needs_reward_model: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -81,10 +78,9 @@ class ClassifierScorer:
                 "allowed: a classifier whose tokenizer has one"
             )
 
-    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """The score of each rollout."""
-        texts = [prompt + response for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True)]
-        return self.score(texts)
+    def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "batch"]:
+        """The score of each prompt and response as one text."""
+        return self.score(joined(prompts, responses))
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> Float[Tensor, "batch"]:

@@ -53,7 +53,7 @@ def test_prompts_are_first_words_and_references_continue_them(tmp_path):
     prompts = reviews(tmp_path, MANY, "prompts", prompt_words=[1, 3]).load("prompts").to_list()
     assert prompts == [row | {"reference_output": ""} for row in rows]
     other = reviews(tmp_path, MANY, "eval", prompt_words=[1, 3], seed=1).load("eval")["prompt"]
-    assert other != [row["prompt"] for row in rows]
+    assert set(other) != {row["prompt"] for row in rows}
 
 
 def test_at_least_one_word_is_left_to_the_reference(tmp_path):
@@ -119,6 +119,18 @@ def test_reviews_can_come_from_a_csv_file(tmp_path):
         csv.writer(file).writerows([["text", "label"], ['A "b",\nc', 0], ["None of it", 1]])
     data = Imdb(root=str(tmp_path), reviews="reviews.csv", shares={"sft": 1})
     assert data.labelled("sft").to_list() == [{"text": 'A "b",\nc', "label": 0}, {"text": "None of it", "label": 1}]
+
+
+def test_the_first_rows_of_a_file_sorted_by_label_have_both_labels(tmp_path):
+    rows = sorted(MANY, key=lambda row: row["label"])
+    for split in ("sft", "eval"):
+        labels = reviews(tmp_path, rows, split).labelled(split)["label"][:40]
+        assert 10 < sum(labels) < 30
+    data = reviews(tmp_path, rows, "eval", prompt_words=[5, 5], max_rows=40)
+    labels = [row["label"] for prompt in data.load("eval")["prompt"] for row in rows if row["text"].startswith(prompt)]
+    assert 10 < sum(labels) < 30
+    again = reviews(tmp_path, rows, "eval", prompt_words=[5, 5], max_rows=40)
+    assert again.load("eval").to_list() == data.load("eval").to_list()
 
 
 def test_max_rows_takes_the_first(tmp_path):

@@ -15,7 +15,7 @@ from tests.helpers.data_readers import (
 CONFIGURED: list[tuple[str, str]] = [
     ("judge=null", "a config group was given no option but NoneType; allowed: group=option"),
     ("~judge", "judge=None has no _target_; allowed: finished_reward_model, gold, "),
-    ("~scorer", "scorer=None has no _target_; allowed: bag_of_words, function, gold"),
+    ("~scorer", "scorer=None has no _target_; allowed: bag_of_characters, bag_of_words, function"),
     ("stage.name=dpo", "stage.name=dpo is not allowed; allowed: evaluate, ppo, preferences, reward, sft"),
     ("scorer._target_=os.getcwd", "scorer._target_=os.getcwd is no scorer"),
     ("judge._target_=nope", "judge._target_=nope cannot be imported"),
@@ -69,7 +69,14 @@ CONFIGURED: list[tuple[str, str]] = [
     ("evaluation.prompts=-1", "evaluation.prompts=-1 is not allowed"),
     ("resume=maybe", "resume=maybe is not allowed; allowed: auto, must or never"),
     ("scorer=function scorer.function=os.nope", "scorer.function=os.nope cannot be imported"),
-]
+    ("data=imdb judge=none scorer=bag_of_words scorer.unit=syllable", "unit=syllable of a classifier is not allowed"),
+    ("+scorer@evaluation.gold=reward_model", ".*RewardModelScorer does not score texts; allowed: bag_of_words, "),
+    ("+evaluation.gold._target_=os.getcwd", "evaluation.gold._target_=os.getcwd does not score texts"),
+    ("+scorer@evaluation.gold=bag_of_words", "evaluation.gold=.*learns from labelled reviews, which only data=imdb"),
+    ("+scorer@evaluation.gold=function evaluation.gold.function=os.nope", "os.nope cannot be imported"),
+    ("+scorer@evaluation.gold=function evaluation.gold.function=os.getcwd evaluation=factscore "
+     "evaluation.factscore.model=x evaluation.factscore.entities=x", "evaluation.gold has no place"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("overrides", "expected"), CONFIGURED, ids=[row[0] for row in CONFIGURED])

@@ -1,7 +1,5 @@
-"""Sums of scorers, clipping and normalization of scores, a user's own classifier, and best-of-n."""
+"""Sums of scorers, clipping and normalization of scores, and best-of-n."""
 
-import gzip
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf import ppo
 from rlhf.data.farm import Farm
-from rlhf.data.imdb import Imdb
 from rlhf.errors import ConfigError
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.pipeline.config import instantiate, needs
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
-from rlhf.scorers.bag_of_words import BagOfWordsScorer
 from rlhf.scorers.combine import WeightedSum
 from rlhf.stages.ppo import PPO
 from tests.helpers.composed_config import composed
@@ -106,26 +102,6 @@ def test_resuming_continues_the_running_moments(folders: SimpleNamespace, tmp_pa
     assert half.normalizer.state_dict() == whole.normalizer.state_dict()
     assert whole.normalizer.count == 4 * 12
     assert [row["ppo/reward"] for row in again] == [row["ppo/reward"] for row in rows[2:]]
-
-
-KIND = ["a wonderful film with a touching story", "brilliant acting and a lovely ending", "superb fun for the family"]
-UNKIND = ["a dreadful film with a boring story", "wooden acting and an awful ending", "dull and a waste of time"]
-
-
-def test_our_own_classifier_tells_kind_reviews_from_unkind_ones(tmp_path: Path) -> None:
-    with gzip.open(tmp_path / "reviews.jsonl.gz", "wt") as file:
-        for i in range(120):
-            for label, texts in ((1, KIND), (0, UNKIND)):
-                file.write(json.dumps({"text": f"{texts[i % 3]} number {i}", "label": label}) + "\n")
-    source = Imdb(root=str(tmp_path), reviews="reviews.jsonl.gz", shares={"sft": 0.6, "prompts": 0.2, "eval": 0.2})
-    scorer = BagOfWordsScorer(Context(source, *PARTS))
-    assert scorer.accuracy > 0.95
-    scores = scorer.score(["a lovely and touching film", "a boring waste of time"])
-    assert scores[0] > 1 > -1 > scores[1]
-    repeated = scorer.score(["lovely", " ".join(["lovely"] * 10)])
-    assert repeated[1] < 2 * repeated[0]
-    again = BagOfWordsScorer(Context(source, *PARTS))
-    assert torch.equal(again.score(KIND + UNKIND), scorer.score(KIND + UNKIND))
 
 
 def test_the_best_of_several_answers_counts(folders: SimpleNamespace, tmp_path: Path) -> None:
