@@ -111,9 +111,9 @@ class Boards:
         return [f"summary:{metric}{LAST}" for metric in self.metrics]
 
     def bars(self) -> list[wr.BarPlot]:
-        """The main table as bar plots: the last value of each metric by row, with the standard error over seeds."""
+        """The main table as bar plots: the last value of each metric by row, with the standard error over runs."""
         return [
-            wr.BarPlot(title=metric_info(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
+            wr.BarPlot(title=metric_info(metric).name, metrics=[f"{metric}{LAST}"], **_over_runs())
             for metric in self.metrics
         ]
 
@@ -177,12 +177,13 @@ class Boards:
             title_y=metric_info(y).name,
             smoothing_type="none",
             max_runs_to_show=MOST_RUNS,
-            **_over_seeds(),
+            **_over_runs(),
         )
 
 
-def _over_seeds() -> dict[str, Any]:
-    """Options of a plot that shows the mean of each row's seeds with their standard error."""
+def _over_runs() -> dict[str, Any]:
+    """Options of a plot that shows the mean of each row's runs with their standard error. W&B counts runs: if some
+    share an SFT or reward model, only the tables above the panels count those."""
     return {"groupby": wr.Config(ROW), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 
 

@@ -11,10 +11,11 @@ from rich.table import Table as RichTable
 
 from rlhf.errors import MISTAKE, FigureError, NoRunsError
 from rlhf.report import page
+from rlhf.report.comparisons import baseline, compared_metrics, comparisons, difference_table
 from rlhf.report.figures import make_figures
 from rlhf.report.findings import findings
 from rlhf.report.pareto_front import front_table
-from rlhf.report.results import baseline, compared_metrics, comparisons, difference_table, main_table
+from rlhf.report.results import main_table
 from rlhf.report.runs import load
 from rlhf.report.tables import Table
 from rlhf.tracking.reading import printable

@@ -24,8 +24,9 @@ from rlhf.report.figure_labels import End, label_column, label_points, make_room
 from rlhf.report.figure_style import SETTINGS, Look, canvas, looks
 from rlhf.report.linear_range import Line, initial_line
 from rlhf.report.metric_info import metric_info
-from rlhf.report.runs import Row, Sweep
-from rlhf.report.statistics import Array, seed_error
+from rlhf.report.rows import Row
+from rlhf.report.runs import Sweep
+from rlhf.report.statistics import Array, replicate_error
 
 KL = "eval/true_kl"
 # for a layout without `figures`
@@ -42,9 +43,10 @@ Drawn = tuple[Numbers, End]  # what a row adds to a panel: its numbers, and the 
 NOTES = {
     "pull": "By enumeration on a toy policy, not from these runs: the share of the KL's gradient that an estimator has"
     " when it is used as a reward. 1: all of it; 0: it does not pull.",
-    "curve": "Mean over seeds; the band is ± one standard error (the table says how often that covers the true mean).",
-    "path": "Evaluations during training, joined in order, as means over seeds. Paths start at the SFT model.",
-    "sqrt_kl": "Points: every evaluation of every seed; lines: means over seeds. The broad stroke is a straight line"
+    "curve": "Mean over replicates; the band is ± one standard error (the table says what replicates are, and how often"
+    " that covers the true mean).",
+    "path": "Evaluations during training, joined in order, as means over replicates. Paths start at the SFT model.",
+    "sqrt_kl": "Points: every evaluation of every replicate; lines: their means. The broad stroke is a straight line"
     " from the SFT model, fitted to the longest initial range that does not bend (absent if it bends within the first"
     " three evaluations). A bar marks its end if training went beyond it.",
 }
@@ -175,29 +177,34 @@ def _set_title(figure: Figure, spec: Mapping[str, Any]) -> None:
 
 
 def along(row: Row, x: str, y: str) -> dict[int, Array]:
-    """Step → [seeds, 2]: the values of x and y in display units, for the runs that have both."""
-    found: dict[int, list[tuple[float, float]]] = {}
-    for run in row.runs:
-        for step, values in sorted(run.metrics.items()):
-            pair = (values.get(x), values.get(y))
-            # a run that diverged logs NaN; the page has a warning about it
-            if all(isinstance(value, int | float) and math.isfinite(value) for value in pair):
-                found.setdefault(step, []).append((metric_info(x).scale * values[x], metric_info(y).scale * values[y]))
-    return {step: np.asarray(pairs, float) for step, pairs in sorted(found.items())}
+    """Step → [replicates, 2]: x and y in display units, means over the runs of a replicate that have both."""
+    found: dict[int, list[Array]] = {}
+    for runs in row.replicates.values():
+        pairs: dict[int, list[tuple[float, float]]] = {}
+        for run in runs:
+            for step, values in run.metrics.items():
+                pair = (values.get(x), values.get(y))
+                # a run that diverged logs NaN; the page has a warning about it
+                if all(isinstance(value, int | float) and math.isfinite(value) for value in pair):
+                    pairs.setdefault(step, []).append(pair)  # type: ignore[arg-type]
+        for step, values_of_runs in pairs.items():
+            found.setdefault(step, []).append(np.mean(values_of_runs, axis=0))
+    scales = [metric_info(x).scale, metric_info(y).scale]
+    return {step: np.stack(found[step]) * scales for step in sorted(found)}
 
 
 def _draw_curve(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
-    """The mean of y over seeds against the step, with a band of one standard error.
+    """The mean of y over replicates against the step, with a band of one standard error.
 
     `points` are those of `along`; `names` are the metrics of x and y.
     """
     steps, means = list(points), np.array([pairs[:, 1].mean() for pairs in points.values()])
-    errors = np.array([seed_error(pairs[:, 1]) for pairs in points.values()])
-    band = np.nan_to_num(errors)  # one seed has no standard error, and no band
+    errors = np.array([replicate_error(pairs[:, 1]) for pairs in points.values()])
+    band = np.nan_to_num(errors)  # one replicate has no standard error, and no band
     axes.fill_between(steps, means - band, means + band, color=look.color, alpha=0.13, lw=0)
     axes.plot(steps, means, color=look.color, ls=look.line, marker=_marker_for(look, steps), ms=3.5)
     numbers = [
-        {"row": row.label, "step": step, names[1]: mean, "se": error, "seeds": len(points[step])}
+        {"row": row.label, "step": step, names[1]: mean, "se": error, "replicates": len(points[step])}
         for step, mean, error in zip(steps, means, errors, strict=True)
     ]
     return numbers, End(steps[-1], float(means[-1]), row.label, look)
@@ -208,8 +215,8 @@ def _draw_path(axes: Axes, row: Row, look: Look, points: dict[int, Array], names
     means = np.array([pairs.mean(axis=0) for pairs in points.values()])
     axes.plot(*means.T, color=look.color, ls=look.line, marker=look.marker, ms=4, lw=1.4)
     numbers = [
-        {"row": row.label, "step": step, names[0]: x, names[1]: y, f"{names[0]} se": seed_error(pairs[:, 0]),
-         f"{names[1]} se": seed_error(pairs[:, 1]), "seeds": len(pairs)}
+        {"row": row.label, "step": step, names[0]: x, names[1]: y, f"{names[0]} se": replicate_error(pairs[:, 0]),
+         f"{names[1]} se": replicate_error(pairs[:, 1]), "replicates": len(pairs)}
         for (step, pairs), (x, y) in zip(points.items(), means, strict=True)
     ]  # fmt: skip
     return numbers, End(float(means[-1, 0]), float(means[-1, 1]), row.label, look)
@@ -228,10 +235,10 @@ def _draw_sqrt_kl(axes: Axes, row: Row, look: Look, points: dict[int, Array], na
         _draw_linear_range(axes, line, look)
     fitted = {"linear_to": line.end, "slope": line.slope, "offset": line.offset, "bent": line.bent} if line else {}
     numbers = [
-        {"metric": names[1], "row": row.label, "step": step, "sqrt_true_kl": x, "value": y, "seeds": len(rooted[step])}
-        | fitted
+        {"metric": names[1], "row": row.label, "step": step, "sqrt_true_kl": x, "value": y,
+         "replicates": len(rooted[step])} | fitted
         for step, (x, y) in zip(rooted, means, strict=True)
-    ]
+    ]  # fmt: skip
     return numbers, End(float(means[-1, 0]), float(means[-1, 1]), row.label, look)
 
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rlhf.report.comparisons import Comparison, comparisons
 from rlhf.report.metric_info import metric_info
-from rlhf.report.results import Comparison, comparisons
-from rlhf.report.runs import Row, Sweep
+from rlhf.report.rows import Row
+from rlhf.report.runs import Sweep
 from rlhf.report.text import count, duration, quoted
 
 

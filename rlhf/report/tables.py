@@ -43,9 +43,10 @@ class Interval:
     high: float
     digits: int = 1
     mark: str = ""
+    signed: bool = True
 
     def __str__(self) -> str:
-        low, high = (str(Number(end, digits=self.digits, signed=True)) for end in (self.low, self.high))
+        low, high = (str(Number(end, digits=self.digits, signed=self.signed)) for end in (self.low, self.high))
         return f"{low} to {high}{self.mark}"
 
 
