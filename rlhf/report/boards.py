@@ -16,7 +16,7 @@ from wandb_workspaces import expr
 from rlhf.errors import NoRunsError
 from rlhf.files import read_json, write_json
 from rlhf.objectives import objectives_of
-from rlhf.report.figures import figure_specs, x_metric, y_metrics
+from rlhf.report.figures import ROOTED, figure_specs, x_metric, y_metrics
 from rlhf.report.metric_info import metric_info
 from rlhf.report.pareto_front import front_table
 from rlhf.report.results import columns, main_table
@@ -170,7 +170,7 @@ class Boards:
         x = x_metric(spec)
         title = str(spec.get("title", spec["name"]))
         return wr.LinePlot(
-            title=f"{title}. {ROOT_NOTE}" if spec["kind"] == "sqrt_kl" else title,
+            title=f"{title}. {ROOT_NOTE}" if spec["kind"] in ROOTED else title,
             x=x,
             y=[y],
             title_x=metric_info(x).title,

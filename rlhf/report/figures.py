@@ -5,6 +5,7 @@ The configuration lists them under `report.figures`, each as `{name, title, kind
 - `curve`: a metric against the PPO step;
 - `path`: one metric against another along training;
 - `sqrt_kl`: metrics against the square root of the true KL, with the initial linear range;
+- `distance`: the same at equal distances instead of equal steps, as means over replicates where all of them got to;
 - `pull`, with only a name and a title: the restoring pull of each estimator. It needs no runs.
 """
 
@@ -20,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf.errors import FigureError
+from rlhf.report.equal_distance import KL, along_distance
 from rlhf.report.figure_labels import End, label_column, label_points, make_room
 from rlhf.report.figure_style import SETTINGS, Look, canvas, looks
 from rlhf.report.linear_range import Line, initial_line
@@ -28,7 +30,7 @@ from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
 from rlhf.report.statistics import Array, replicate_error
 
-KL = "eval/true_kl"
+ROOTED = ("sqrt_kl", "distance")  # the kinds with the square root of the true KL on the x axis
 # for a layout without `figures`
 DEFAULT: list[dict[str, Any]] = [
     {"name": "win_rate", "title": "Win rate during PPO", "kind": "curve", "y": "eval/win_rate"},
@@ -45,6 +47,8 @@ NOTES = {
     " when it is used as a reward. 1: all of it; 0: it does not pull.",
     "curve": "Mean over replicates; the band is ± one standard error (the table says what replicates are, and how often"
     " that covers the true mean).",
+    "distance": "Mean over replicates ± one standard error when √KL first gets to a value, interpolated between"
+    " evaluations, as far as all replicates went.",
     "path": "Evaluations during training, joined in order, as means over replicates. Paths start at the SFT model.",
     "sqrt_kl": "Points: every evaluation of every replicate; lines: their means. The broad stroke is a straight line"
     " from the SFT model, fitted to the longest initial range that does not bend (absent if it bends within the first"
@@ -108,13 +112,14 @@ def _draw(sweep: Sweep, spec: Mapping[str, Any]) -> tuple[Figure, Numbers, str] 
     for axes, y in zip(panels, ys, strict=True):
         labels.append([])
         for row in rows:
-            points = along(row, x, y)
+            points = along_distance(row, y) if kind == "distance" else along(row, x, y)
             if points:
-                lines, end = KINDS[kind](axes, row, style[row.label], points, (x, y))
+                names = ("sqrt_true_kl" if kind == "distance" else x, y)
+                lines, end = KINDS[kind](axes, row, style[row.label], points, names)
                 numbers += lines
                 labels[-1].append(end)
         axes.set_ylabel(metric_info(y).title)
-        axes.set_xlabel("√ true KL (√nats per token)" if kind == "sqrt_kl" else metric_info(x).title)
+        axes.set_xlabel("√ true KL (√nats per token)" if kind in ROOTED else metric_info(x).title)
     _set_title(figure, spec)
     # 3. Labels, once the panels have their final size.
     make_room(figure, labels)
@@ -162,7 +167,7 @@ def figure_specs(layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def x_metric(spec: Mapping[str, Any]) -> str:
     """The metric on the x axis of a figure: given by its kind, or else its `x`, the true KL by default."""
-    return {"curve": "step", "sqrt_kl": KL}.get(str(spec["kind"]), str(spec.get("x", KL)))
+    return {"curve": "step", **dict.fromkeys(ROOTED, KL)}.get(str(spec["kind"]), str(spec.get("x", KL)))
 
 
 def y_metrics(spec: Mapping[str, Any]) -> list[str]:
@@ -194,9 +199,9 @@ def along(row: Row, x: str, y: str) -> dict[int, Array]:
 
 
 def _draw_curve(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
-    """The mean of y over replicates against the step, with a band of one standard error.
+    """The mean of y over replicates against the step or distance, with a band of one standard error.
 
-    `points` are those of `along`; `names` are the metrics of x and y.
+    `points` are those of `along` or `along_distance`; `names` are the metrics of x and y.
     """
     steps, means = list(points), np.array([pairs[:, 1].mean() for pairs in points.values()])
     errors = np.array([replicate_error(pairs[:, 1]) for pairs in points.values()])
@@ -204,7 +209,7 @@ def _draw_curve(axes: Axes, row: Row, look: Look, points: dict[int, Array], name
     axes.fill_between(steps, means - band, means + band, color=look.color, alpha=0.13, lw=0)
     axes.plot(steps, means, color=look.color, ls=look.line, marker=_marker_for(look, steps), ms=3.5)
     numbers = [
-        {"row": row.label, "step": step, names[1]: mean, "se": error, "replicates": len(points[step])}
+        {"row": row.label, names[0]: step, names[1]: mean, "se": error, "replicates": len(points[step])}
         for step, mean, error in zip(steps, means, errors, strict=True)
     ]
     return numbers, End(steps[-1], float(means[-1]), row.label, look)
@@ -255,4 +260,5 @@ def _marker_for(look: Look, steps: Sequence[int]) -> str:
     return look.marker if len(steps) <= 25 else ""
 
 
-KINDS: dict[str, Callable[..., Drawn]] = {"curve": _draw_curve, "path": _draw_path, "sqrt_kl": _draw_sqrt_kl}
+KINDS: dict[str, Callable[..., Drawn]] = {"curve": _draw_curve, "path": _draw_path, "sqrt_kl": _draw_sqrt_kl,
+                                    "distance": _draw_curve}  # fmt: skip

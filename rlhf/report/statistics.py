@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq  # type: ignore[import-untyped]
 
 # stdtr, stdtrit: CDF and quantiles of Student's t; chdtri: quantiles of chi-square by the upper tail
 from scipy.special import chdtri, stdtr, stdtrit  # type: ignore[import-untyped]
@@ -27,6 +28,7 @@ Array = NDArray[np.float64]
 Verdict = Literal["higher", "lower", "not distinguishable"]
 POWER = 0.8
 LEVEL = 0.05  # of significance, two-sided
+SMALLEST_P = 1e-12  # p-values below this are not told apart
 MANY_REPLICATES = 1000  # above this Student's t is taken for a normal distribution
 RANGE_LEVEL = 0.8  # how often the range of replicates needed covers what the true variance over them would require
 
@@ -82,11 +84,22 @@ class Components:
 
     @property
     def freedom(self) -> float:
-        """Degrees of freedom of `total` (Satterthwaite 1946): few if the variance over a few replicates dominates."""
-        spread = self.prompts**2 / (self.prompt_count - 1)
-        for (variance, count), residual in zip(self.replicates, self.residual, strict=True):
-            spread += variance**2 / (count - 1) + residual**2 / ((count - 1) * (self.prompt_count - 1))
-        return self.total**2 / spread if spread else math.inf
+        """Degrees of freedom of the variance over replicates (Welch & Satterthwaite); infinite if there is none."""
+        spread = sum(variance**2 / (count - 1) for variance, count in self.replicates)
+        return sum(variance for variance, _ in self.replicates) ** 2 / spread if spread else math.inf
+
+    def half_width(self, level: float) -> float:
+        """Half of the interval that misses the true mean or difference with probability `level`.
+
+        Each source has a quantile of Student's t of its own, and the squares add up (Howe 1974). With a single quantile
+        for the sum (Satterthwaite 1946), intervals are too narrow just when a few replicates happen to agree.
+        """
+        replicates, prompts = (
+            float(stdtrit(freedom, 1 - level / 2)) for freedom in (self.freedom, self.prompt_count - 1)
+        )
+        remaining = max(self.prompts - sum(self.residual), 0.0)
+        squared = replicates**2 * sum(variance for variance, _ in self.replicates) + prompts**2 * remaining
+        return math.sqrt(max(squared, prompts**2 * self.prompts))
 
 
 @dataclass(frozen=True)
@@ -136,16 +149,14 @@ def components(a: Array, b: Array, paired: bool) -> Components:
 def difference(a: Array, b: Array, paired: bool) -> Estimate:
     """Compare the outcomes of two rows on the same prompts; the arguments are those of `components`.
 
-    The interval is that of Student's t with estimated degrees of freedom. How often it covers the true difference is
-    measured in `tests/report/test_coverage.py`.
+    How often its intervals hold the true difference is measured in `tests/report/test_coverage.py`.
     """
     parts = components(a, b, paired)
     mean, error = float(a.mean() - b.mean()), math.sqrt(parts.total)
     if error < 1e-12:
         return Estimate(mean, 0.0, mean, mean, 1.0 if abs(mean) < 1e-12 else 0.0)
-    half = float(stdtrit(parts.freedom, 1 - LEVEL / 2)) * error
-    p_value = 2 * float(stdtr(parts.freedom, -abs(mean) / error))
-    return Estimate(mean, error, mean - half, mean + half, p_value)
+    half = parts.half_width(LEVEL)
+    return Estimate(mean, error, mean - half, mean + half, _p_value(parts, abs(mean)))
 
 
 def mean_of(outcomes: Array) -> Estimate:
@@ -189,6 +200,13 @@ def replicates_needed(a: Array, b: Array, paired: bool, power: float = POWER) ->
     variances = (single, *_variance_range(single, parts.replicates))
     estimate, fewest, most = (_count_for(variance, share, len(parts.replicates), power) for variance in variances)
     return Need(estimate, fewest, most, None if enough else math.ceil(2 * prompts / allowed * parts.prompt_count))
+
+
+def _p_value(parts: Components, gap: float) -> float:
+    """The level whose interval around `gap` just reaches 0."""
+    if math.isnan(gap) or gap >= parts.half_width(SMALLEST_P):
+        return gap if math.isnan(gap) else SMALLEST_P
+    return float(brentq(lambda level: parts.half_width(level) - gap, SMALLEST_P, 1.0))
 
 
 def _error(values: Array) -> float:

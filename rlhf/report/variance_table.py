@@ -1,0 +1,194 @@
+"""The variance table: which source of luck dominates each metric, and what to buy next to see more clearly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf.report.comparisons import judged
+from rlhf.report.metric_info import metric_info
+from rlhf.report.recorded_run import RecordedRun
+from rlhf.report.results import columns
+from rlhf.report.rows import Row
+from rlhf.report.runs import Sweep
+from rlhf.report.tables import NOTHING, Cell, Number, Table
+from rlhf.report.variance import Labels, Sources, estimate_sources
+from rlhf.tracking.seeds import Seeds
+
+STAGES = ("SFT", "preferences", "reward", "PPO")  # by the position of their seed in `Seeds`
+MORE_INSTRUCTIONS = 100
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which sources the seeds of a sweep tell apart.
+
+    Attributes:
+        depths: for each source, the outermost first, how many leading seeds tell its groups apart.
+        names: what varies together in each: one stage, or several if their seeds were moved together.
+        fixed: the stages that do not vary.
+    """
+
+    depths: tuple[int, ...]
+    names: tuple[str, ...]
+    fixed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> "Design":
+        """A source begins at each stage whose seed divides the groups of the stages above it."""
+        depths, before = [], len(sweep.trained)
+        for depth in range(1, len(Seeds._fields) + 1):
+            groups = {(row.label, run.seeds[:depth]) for row in sweep.trained for run in row.runs}
+            if len(groups) > before:
+                depths.append(depth)
+            before = len(groups)
+        ends = [*depths[1:], len(STAGES) + 1]
+        names = [_together(STAGES[start - 1 : end - 1]) for start, end in zip(depths, ends, strict=True)]
+        fixed = STAGES[: depths[0] - 1] if depths else STAGES
+        return cls(tuple(depths), tuple(names), tuple(stage for stage in fixed if stage != "preferences"))
+
+    @property
+    def has_ppo_alone(self) -> bool:
+        """Whether there are several PPO runs on one pair of upstream models, so that PPO's share is known."""
+        return bool(self.depths) and self.depths[-1] == len(STAGES)
+
+
+def variance_table(sweep: Sweep) -> Table | None:
+    """One line per metric; None if no row has two runs.
+
+    It has the standard deviation over each source, the share of the largest in the variance of a row's mean, the
+    standard error of that mean, and what this would be with one more pipeline, one more PPO seed in each of them, or
+    100 more instructions.
+    """
+    design = Design.of(sweep)
+    if not design.depths or all(len(row.runs) < 2 for row in sweep.trained):
+        return None
+    header = ["metric", *(f"SD over {name}" for name in design.names), "SD over instructions", "largest source"]
+    header += ["SE of a row", "with 1 more pipeline", "1 more PPO seed in each", "100 more instructions", "buy next"]
+    lines: list[Sequence[Cell]] = []
+    for metric in columns(sweep):
+        sources = sources_of(sweep, design, metric)
+        if sources is not None and sources.error > 0:
+            lines.append(_line(sweep, design, metric, sources))
+    return Table(header, lines, _caption(design)) if lines else None
+
+
+def sources_of(sweep: Sweep, design: Design, metric: str) -> Sources | None:
+    """The sources of variance of a metric; None if a run lacks it, or if it is not finite."""
+    runs = [(number, row, run) for number, row in enumerate(sweep.trained) for run in row.runs]
+    values = np.array([row.value_of(run, metric) for _, row, run in runs], float)  # None becomes NaN
+    if not np.isfinite(values).all():
+        return None
+    rows = np.array([number for number, _, _ in runs])
+    groups = [_labels([(number, run.seeds[:depth]) for number, _, run in runs]) for depth in design.depths]
+    return estimate_sources(values, rows, groups, _outcomes(sweep.trained, metric))
+
+
+def _outcomes(rows: Sequence[Row], metric: str) -> list[np.ndarray] | None:
+    """For each row, [runs, prompts] of the metric on the prompts judged in all runs; None if there are none."""
+    found = [[row.outcome_of(run, metric) for run in row.runs] for row in rows]
+    lengths = {None if values is None else len(values) for row in found for values in row}
+    if len(lengths) != 1 or None in lengths:
+        return None
+    kept = judged(*(np.stack(row) for row in found))  # type: ignore[arg-type]
+    return kept if kept[0].shape[1] > 1 else None
+
+
+def _line(sweep: Sweep, design: Design, metric: str, sources: Sources) -> list[Cell]:
+    """The line of a metric, in display units."""
+    info, parts = metric_info(metric), sources.parts()
+    names = [*design.names, "instructions"]
+    largest = int(np.argmax(parts))
+    offers = {
+        "a pipeline": _with_pipeline(sources, design),
+        "a PPO seed in each": _with_seed(sources, design),
+        "instructions": (
+            sources.with_prompts(sources.prompts + MORE_INSTRUCTIONS) if sources.prompts else None,
+            _cost_of_instructions(sweep, sources),
+        ),
+    }
+    gains = {
+        name: (sources.error**2 - offer.error**2) / cost for name, (offer, cost) in offers.items() if offer and cost
+    }
+    spreads = [np.sqrt(variance) for variance in sources.nested]
+    spreads.append(np.sqrt(sources.instructions + sources.interaction) if sources.prompts else np.nan)
+    errors = [offer.error if offer else np.nan for offer, _ in offers.values()]
+    scaled = [
+        Number(info.scale * float(number), digits=info.digits + 1) for number in (*spreads, sources.error, *errors)
+    ]
+    share = f"{names[largest]} ({100 * parts[largest] / sum(parts):.0f} %)"
+    buy = max(gains, key=lambda name: gains[name]) if gains else NOTHING
+    return [info.title, *scaled[: len(spreads)], share, *scaled[len(spreads) :], buy]
+
+
+def _with_pipeline(sources: Sources, design: Design) -> tuple[Sources | None, float]:
+    """One more pipeline, with as many PPO seeds as the others have on average; its cost in PPO runs."""
+    if design.fixed:  # nobody knows how much other models of these stages would vary
+        return None, 0.0
+    outer = sources.counts[-2] if design.has_ppo_alone and len(sources.counts) > 1 else sources.counts[-1]
+    runs = sources.counts[-1] / outer
+    more = [count + 1 for count in sources.counts]
+    if design.has_ppo_alone:
+        more[-1] = sources.counts[-1] + runs
+    return sources.with_counts(more), runs
+
+
+def _with_seed(sources: Sources, design: Design) -> tuple[Sources | None, float]:
+    """One more PPO seed on each pair of upstream models; its cost in PPO runs."""
+    if not design.has_ppo_alone:
+        return None, 0.0
+    outer = sources.counts[-2] if len(sources.counts) > 1 else 1.0
+    return sources.with_counts([*sources.counts[:-1], sources.counts[-1] + outer]), outer
+
+
+def _cost_of_instructions(sweep: Sweep, sources: Sources) -> float:
+    """What evaluating 100 more instructions in all runs of a row costs, in PPO runs; 0 if no run recorded its time."""
+    if not sources.prompts:
+        return 0.0
+    shares = [share for run in sweep.finished if (share := _evaluation_share(run)) > 0]
+    if not shares:
+        return 0.0
+    return float(np.median(shares)) * MORE_INSTRUCTIONS / sources.prompts * sources.counts[-1]
+
+
+def _evaluation_share(run: RecordedRun) -> float:
+    """The share of a run's time that its evaluations took; 0 if it is unknown."""
+    seconds = sum(float(values.get("time/evaluate") or 0) for values in run.evaluations.values())
+    whole = float(run.summary.get("wall_seconds") or 0)
+    return seconds / whole if whole else 0.0
+
+
+def _together(stages: Sequence[str]) -> str:
+    """The name of a source: the stages whose seeds move together; where preferences move, so do reward models."""
+    named = [stage for stage in stages if stage != "preferences" or "reward" not in stages]
+    if len(stages) == len(STAGES):
+        return "pipelines"
+    named = [stage for stage in named if stage != "preferences"] or named
+    words = {"SFT": "SFT models", "preferences": "preferences", "reward": "reward models", "PPO": "PPO seeds"}
+    return " with ".join(words[stage] for stage in named)
+
+
+def _labels(keys: Sequence[object]) -> Labels:
+    """A number for each key, equal for equal keys."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys])
+
+
+def _caption(design: Design) -> str:
+    """How to read the table, and what its design cannot tell apart."""
+    text = (
+        "Standard deviations around a row, by source (nested, REML; taken to be the same in all rows), and of single"
+        " responses over instructions (two-way analysis of variance, interaction included). The largest source is that"
+        " of a row's mean, whose standard error (SE) follows: as it is, and as it would be. “Buy next” takes the most"
+        " variance away per PPO run; building SFT and reward models is not counted, and instructions cost their share"
+        " of the time that evaluations took."
+    )
+    together = [name for name in design.names if name == "pipelines" or " with " in name]
+    if together:
+        text += (
+            f" The seeds of {together[0]} were moved together: sft.seed, reward.seed and seed as axes tell their stages"
+            " apart (experiments=variance)."
+        )
+    if design.fixed:
+        text += f" Not varied, so not counted: {', '.join(design.fixed)}."
+    return text
