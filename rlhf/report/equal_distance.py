@@ -50,7 +50,8 @@ class RowAtDistance(Row):
 
 def at_distance(row: Row, distance: float) -> RowAtDistance | None:
     """The row at a distance; None if not all its runs get there."""
-    return RowAtDistance(row.label, row.runs, None, row.depth, distance) if distance <= reach(row) else None
+    far = reach(row)
+    return RowAtDistance(row.label, row.runs, None, row.depth, distance) if 0 < far >= distance else None
 
 
 def reach(row: Row) -> float:
@@ -79,7 +80,7 @@ def along_distance(row: Row, metric: str) -> dict[float, Array]:
         values = here.values(metric) if here else []
         if values and np.isfinite(values).all():
             found[float(distance)] = np.stack([np.full(len(values), distance), scale * np.asarray(values)], axis=1)
-    return found if reach(row) > 0 else {}
+    return found
 
 
 def distance_table(sweep: Sweep, distances: Sequence[float]) -> Table:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,8 +43,7 @@ class Design:
             if len(groups) > before:
                 depths.append(depth)
             before = len(groups)
-        ends = [*depths[1:], len(STAGES) + 1]
-        names = [_together(STAGES[start - 1 : end - 1]) for start, end in zip(depths, ends, strict=True)]
+        names = [_together(STAGES[start - 1 : end - 1]) for start, end in pairwise([*depths, len(STAGES) + 1])]
         fixed = STAGES[: depths[0] - 1] if depths else STAGES
         return cls(tuple(depths), tuple(names), tuple(stage for stage in fixed if stage != "preferences"))
 
@@ -159,11 +159,10 @@ def _evaluation_share(run: RecordedRun) -> float:
 
 
 def _together(stages: Sequence[str]) -> str:
-    """The name of a source: the stages whose seeds move together; where preferences move, so do reward models."""
-    named = [stage for stage in stages if stage != "preferences" or "reward" not in stages]
+    """The name of a source: the stages whose seeds move together; where reward models move, so do their preferences."""
     if len(stages) == len(STAGES):
         return "pipelines"
-    named = [stage for stage in named if stage != "preferences"] or named
+    named = [stage for stage in stages if stage != "preferences"] or stages
     words = {"SFT": "SFT models", "preferences": "preferences", "reward": "reward models", "PPO": "PPO seeds"}
     return " with ".join(words[stage] for stage in named)
 
@@ -183,11 +182,10 @@ def _caption(design: Design) -> str:
         " variance away per PPO run; building SFT and reward models is not counted, and instructions cost their share"
         " of the time that evaluations took."
     )
-    together = [name for name in design.names if name == "pipelines" or " with " in name]
-    if together:
+    if any(name == "pipelines" or " with " in name for name in design.names):
         text += (
-            f" The seeds of {together[0]} were moved together: sft.seed, reward.seed and seed as axes tell their stages"
-            " apart (experiments=variance)."
+            " Stages whose seeds move together are one source: sft.seed, reward.seed and seed as axes of their own tell"
+            " them apart (experiments=variance)."
         )
     if design.fixed:
         text += f" Not varied, so not counted: {', '.join(design.fixed)}."

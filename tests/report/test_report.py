@@ -124,7 +124,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_report_has_all_its_files(report: Path) -> None:
     figures = [f"figures/{name}.{kind}" for name in ("curve", "path", "root") for kind in ("csv", "png", "svg")]
-    tables = [f"{name}.{kind}" for name in ("differences", "table") for kind in ("csv", "md", "tex")]
+    names = ("differences", "distance", "distance_differences", "table", "variance")
+    tables = [f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")]
     files = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
     assert files == sorted([*figures, *tables, "report.html"])
     assert "| LoRA, KL | 3 |" in (report / "table.md").read_text()
