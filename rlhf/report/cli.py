@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(MISTAKE) from None
     console = Console()
     for name, table in tables.items():
-        if "differences" not in name:
+        if name in ("table", "front"):
             console.print(_on_terminal(table, console.width))
     console.print(str(path), soft_wrap=True, highlight=False)
 

@@ -1,23 +1,26 @@
 """The variance table: which source of luck dominates each metric, and what to buy next to see more clearly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
-from rlhf.report.comparisons import judged
+from rlhf.report.comparisons import baseline, compared_metrics, judged, pair_replicates
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.results import columns
 from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
+from rlhf.report.statistics import Array
 from rlhf.report.tables import NOTHING, Cell, Number, Table
 from rlhf.report.variance import Labels, Sources, estimate_sources
 from rlhf.tracking.seeds import Seeds
 
 STAGES = ("SFT", "preferences", "reward", "PPO")  # by the position of their seed in `Seeds`
 MORE_INSTRUCTIONS = 100
+Value = TypeVar("Value", float, Array)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Design:
 
 
 def variance_table(sweep: Sweep) -> Table | None:
-    """One line per metric; None if no row has two runs.
+    """One line per metric, then one for the paired differences in each compared metric; None if no row has two runs.
 
     It has the standard deviation over each source, the share of the largest in the variance of a row's mean, the
     standard error of that mean, and what this would be with one more pipeline, one more PPO seed in each of them, or
@@ -66,36 +69,58 @@ def variance_table(sweep: Sweep) -> Table | None:
     header = ["metric", *(f"SD over {name}" for name in design.names), "SD over instructions", "largest source"]
     header += ["SE of a row", "with 1 more pipeline", "1 more PPO seed in each", "100 more instructions", "buy next"]
     lines: list[Sequence[Cell]] = []
-    for metric in columns(sweep):
-        sources = sources_of(sweep, design, metric)
+    asked = [(metric, None) for metric in columns(sweep)]
+    asked += [(metric, baseline(sweep)) for metric in compared_metrics(sweep) if pair_replicates(sweep)]
+    for metric, against in asked:
+        sources = sources_of(sweep, design, metric, against)
         if sources is not None and sources.error > 0:
-            lines.append(_line(sweep, design, metric, sources))
+            lines.append(_line(sweep, design, metric, sources, difference=against is not None))
     return Table(header, lines, _caption(design)) if lines else None
 
 
-def sources_of(sweep: Sweep, design: Design, metric: str) -> Sources | None:
-    """The sources of variance of a metric; None if a run lacks it, or if it is not finite."""
-    runs = [(number, row, run) for number, row in enumerate(sweep.trained) for run in row.runs]
-    values = np.array([row.value_of(run, metric) for _, row, run in runs], float)  # None becomes NaN
-    if not np.isfinite(values).all():
+def sources_of(sweep: Sweep, design: Design, metric: str, against: Row | None = None) -> Sources | None:
+    """The sources of variance of a metric; None if a run lacks it, or if it is not finite.
+
+    With `against` it is those of the difference from the run of that row with the same seeds, run by run.
+    """
+    partners = {run.seeds: run for run in against.runs} if against else {}
+    rows = [row for row in sweep.trained if row is not against]
+    runs = [[run for run in row.runs if not against or run.seeds in partners] for row in rows]
+    values, outcomes, numbers = list[float | None](), list[list[Array | None]](), list[tuple[int, RecordedRun]]()
+    for number, (row, own) in enumerate(zip(rows, runs, strict=True)):
+        numbers += [(number, run) for run in own]
+        values += [_minus(row.value_of(run, metric), partners.get(run.seeds), row.value_of, metric) for run in own]
+        outcomes.append(
+            [_minus(row.outcome_of(run, metric), partners.get(run.seeds), row.outcome_of, metric) for run in own]
+        )
+    known = np.array(values, float)  # None becomes NaN
+    if not len(known) or not np.isfinite(known).all():
         return None
-    rows = np.array([number for number, _, _ in runs])
-    groups = [_labels([(number, run.seeds[:depth]) for number, _, run in runs]) for depth in design.depths]
-    return estimate_sources(values, rows, groups, _outcomes(sweep.trained, metric))
+    groups = [_labels([(number, run.seeds[:depth]) for number, run in numbers]) for depth in design.depths]
+    return estimate_sources(known, np.array([number for number, _ in numbers]), groups, _matrices(outcomes))
 
 
-def _outcomes(rows: Sequence[Row], metric: str) -> list[np.ndarray] | None:
-    """For each row, [runs, prompts] of the metric on the prompts judged in all runs; None if there are none."""
-    found = [[row.outcome_of(run, metric) for run in row.runs] for row in rows]
-    lengths = {None if values is None else len(values) for row in found for values in row}
+def _minus(
+    value: Value | None, partner: RecordedRun | None, read: Callable[[RecordedRun, str], Value | None], metric: str
+) -> Value | None:
+    """A run's value, or its difference from that of its partner; None if one of them is missing or of another size."""
+    other = read(partner, metric) if partner else 0.0
+    if value is None or other is None or (partner and np.shape(value) != np.shape(other)):
+        return None
+    return value - other  # type: ignore[operator, return-value]
+
+
+def _matrices(outcomes: Sequence[Sequence[Array | None]]) -> list[Array] | None:
+    """For each row with runs, [runs, prompts] on the prompts judged in all runs; None if there are none."""
+    lengths = {None if values is None else len(values) for row in outcomes for values in row}
     if len(lengths) != 1 or None in lengths:
         return None
-    kept = judged(*(np.stack(row) for row in found))  # type: ignore[arg-type]
+    kept = judged(*(np.stack(row) for row in outcomes if row))  # type: ignore[arg-type]
     return kept if kept[0].shape[1] > 1 else None
 
 
-def _line(sweep: Sweep, design: Design, metric: str, sources: Sources) -> list[Cell]:
-    """The line of a metric, in display units."""
+def _line(sweep: Sweep, design: Design, metric: str, sources: Sources, difference: bool) -> list[Cell]:
+    """The line of a metric or of its paired difference, in display units."""
     info, parts = metric_info(metric), sources.parts()
     names = [*design.names, "instructions"]
     largest = int(np.argmax(parts))
@@ -118,7 +143,8 @@ def _line(sweep: Sweep, design: Design, metric: str, sources: Sources) -> list[C
     ]
     share = f"{names[largest]} ({100 * parts[largest] / sum(parts):.0f} %)"
     buy = max(gains, key=lambda name: gains[name]) if gains else NOTHING
-    return [info.title, *scaled[: len(spreads)], share, *scaled[len(spreads) :], buy]
+    title = f"{info.title}, paired difference" if difference else info.title
+    return [title, *scaled[: len(spreads)], share, *scaled[len(spreads) :], buy]
 
 
 def _with_pipeline(sources: Sources, design: Design) -> tuple[Sources | None, float]:
@@ -180,7 +206,7 @@ def _caption(design: Design) -> str:
         " responses over instructions (two-way analysis of variance, interaction included). The largest source is that"
         " of a row's mean, whose standard error (SE) follows: as it is, and as it would be. “Buy next” takes the most"
         " variance away per PPO run; building SFT and reward models is not counted, and instructions cost their share"
-        " of the time that evaluations took."
+        " of the time that evaluations took. A paired difference is from the baseline's run with the same seeds."
     )
     if any(name == "pipelines" or " with " in name for name in design.names):
         text += (

@@ -49,7 +49,7 @@ def write_run(
             "eval/factual_precision": true.sum() / stated.sum(), "eval/facts_per_response": stated.mean(),
             "eval/reward": reward.mean(), "eval/gold_utility": gold.mean(),
         }  # fmt: skip
-        lines.append({"step": step, "time": 1.0, **metrics})
+        lines.append({"step": step, "time": 1.0, "time/evaluate": 2.0, **metrics})
         lines.append({"step": step, "time": 1.5, "ppo/reward": reward.mean(), "ppo/missing_eos": 0.02})
         arrays = {"win": win, "gold_utility": gold, "stated": stated, "true": true, "reward": reward, "tokens": tokens}
         outcomes.append({"step": step, **{key: value.tolist() for key, value in arrays.items()}})

@@ -116,6 +116,20 @@ def test_the_table_names_the_largest_source_and_what_the_design_cannot_tell(tmp_
     assert "are one source: sft.seed" in table.caption
 
 
+def test_luck_that_the_rows_have_in_common_is_no_part_of_their_differences(tmp_path: Path) -> None:
+    """The made-up pipelines differ by 20 points in every row alike, so only instructions blur the differences."""
+    table = variance_table(load([write_pipelines(tmp_path / "s", replicates=range(1, 9), spread=0.2)]))
+    assert table is not None
+    alone, paired = (dict(zip(table.header, row, strict=True)) for row in (table.rows[0], table.rows[-1]))
+    assert paired["metric"] == "win rate (%), paired difference"
+    spreads = [line["SD over pipelines"].value for line in (alone, paired)]  # type: ignore[union-attr]
+    assert spreads[0] > 12
+    assert spreads[1] < 3
+    assert str(paired["largest source"]).startswith("instructions")
+    # 8 runs, of whose 60 seconds evaluation took 12: 100 more of 120 instructions cost as much as 1.3 runs
+    assert (alone["buy next"], paired["buy next"]) == ("a pipeline", "instructions")
+
+
 def test_seeds_of_one_pipeline_leave_the_upper_stages_open(tmp_path: Path) -> None:
     sweep = load([write_pipelines(tmp_path / "s", replicates=(1,), seeds=(1, 2, 3))])
     table = variance_table(sweep)
