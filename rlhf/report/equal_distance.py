@@ -97,6 +97,7 @@ def distance_table(sweep: Sweep, distances: Sequence[float]) -> Table:
         " at the head of the column, interpolated between evaluations. –: not all its runs got that far; “reach” is how"
         " far all of them got. Distance is measured per token, at the training temperature."
     )
+    caption += _single_note(sweep)
     return Table(["metric", "row", "reach", *(f"√KL {at:g}" for at in distances)], lines, caption)
 
 
@@ -131,6 +132,7 @@ def distance_difference_table(sweep: Sweep, found: dict[float, list[Comparison]]
         " first got to the same √KL; 95 % intervals as in the table of differences at equal steps. *: significant after"
         f" Holm's correction for all {family} comparisons of this table."
     )
+    caption += _single_note(sweep)
     return Table(["row", *(f"√KL {at:g}" for at in found)], lines, caption)
 
 
@@ -149,7 +151,14 @@ def _difference_cell(item: Comparison) -> WithInterval:
     """A difference with its interval, in display units."""
     info, gap = metric_info(item.metric), item.difference
     ends = (info.scale * number for number in (gap.mean, gap.low, gap.high))
-    return WithInterval(*ends, info.digits, "*" if item.stands else "", signed=True)
+    return WithInterval(*ends, info.digits, ("*" if item.stands else "") + ("†" if item.single else ""), signed=True)
+
+
+def _single_note(sweep: Sweep) -> str:
+    """What the mark of a row with a single replicate means, if there is one."""
+    if all(len(row.replicates) > 1 for row in sweep.trained):
+        return ""
+    return f" † One {sweep.unit.removesuffix('s')} only: the interval counts nothing but the instructions."
 
 
 def _distances(run: RecordedRun) -> dict[int, float]:

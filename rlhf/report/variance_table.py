@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from rlhf.report.comparisons import baseline, compared_metrics, judged, pair_replicates
+from rlhf.report.costs import evaluation_cost, upstream_cost
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.results import columns
@@ -56,6 +57,21 @@ class Design:
         return bool(self.depths) and self.depths[-1] == len(STAGES)
 
 
+class Costs(NamedTuple):
+    """What things cost in PPO runs: evaluating a run's present instructions, and a pipeline's upstream models.
+
+    All rows use the upstream models, so each row bears its share. 0 stands for an unknown cost.
+    """
+
+    evaluation: float
+    upstream: float
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> "Costs":
+        """By the times that the runs recorded."""
+        return cls(evaluation_cost(sweep.finished), upstream_cost(sweep.finished) / len(sweep.trained))
+
+
 def variance_table(sweep: Sweep) -> Table | None:
     """One line per metric, then one for the paired differences in each compared metric; None if no row has two runs.
 
@@ -71,10 +87,11 @@ def variance_table(sweep: Sweep) -> Table | None:
     lines: list[Sequence[Cell]] = []
     asked = [(metric, None) for metric in columns(sweep)]
     asked += [(metric, baseline(sweep)) for metric in compared_metrics(sweep) if pair_replicates(sweep)]
+    costs = Costs.of(sweep)
     for metric, against in asked:
         sources = sources_of(sweep, design, metric, against)
         if sources is not None and sources.error > 0:
-            lines.append(_line(sweep, design, metric, sources, difference=against is not None))
+            lines.append(_line(design, costs, metric, sources, difference=against is not None))
     return Table(header, lines, _caption(design)) if lines else None
 
 
@@ -119,17 +136,17 @@ def _matrices(outcomes: Sequence[Sequence[Array | None]]) -> list[Array] | None:
     return kept if kept[0].shape[1] > 1 else None
 
 
-def _line(sweep: Sweep, design: Design, metric: str, sources: Sources, difference: bool) -> list[Cell]:
+def _line(design: Design, costs: Costs, metric: str, sources: Sources, difference: bool) -> list[Cell]:
     """The line of a metric or of its paired difference, in display units."""
     info, parts = metric_info(metric), sources.parts()
     names = [*design.names, "instructions"]
     largest = int(np.argmax(parts))
     offers = {
-        "a pipeline": _with_pipeline(sources, design),
+        "a pipeline": _with_pipeline(sources, design, costs),
         "a PPO seed in each": _with_seed(sources, design),
         "instructions": (
             sources.with_prompts(sources.prompts + MORE_INSTRUCTIONS) if sources.prompts else None,
-            _cost_of_instructions(sweep, sources),
+            costs.evaluation * MORE_INSTRUCTIONS / max(sources.prompts, 1) * sources.counts[-1],
         ),
     }
     gains = {
@@ -147,8 +164,8 @@ def _line(sweep: Sweep, design: Design, metric: str, sources: Sources, differenc
     return [title, *scaled[: len(spreads)], share, *scaled[len(spreads) :], buy]
 
 
-def _with_pipeline(sources: Sources, design: Design) -> tuple[Sources | None, float]:
-    """One more pipeline, with as many PPO seeds as the others have on average; its cost in PPO runs."""
+def _with_pipeline(sources: Sources, design: Design, costs: Costs) -> tuple[Sources | None, float]:
+    """One more pipeline, with as many PPO seeds as the others have on average; its cost in PPO runs, of one row."""
     if design.fixed:  # nobody knows how much other models of these stages would vary
         return None, 0.0
     outer = sources.counts[-2] if design.has_ppo_alone and len(sources.counts) > 1 else sources.counts[-1]
@@ -156,7 +173,7 @@ def _with_pipeline(sources: Sources, design: Design) -> tuple[Sources | None, fl
     more = [count + 1 for count in sources.counts]
     if design.has_ppo_alone:
         more[-1] = sources.counts[-1] + runs
-    return sources.with_counts(more), runs
+    return sources.with_counts(more), runs + costs.upstream
 
 
 def _with_seed(sources: Sources, design: Design) -> tuple[Sources | None, float]:
@@ -165,23 +182,6 @@ def _with_seed(sources: Sources, design: Design) -> tuple[Sources | None, float]
         return None, 0.0
     outer = sources.counts[-2] if len(sources.counts) > 1 else 1.0
     return sources.with_counts([*sources.counts[:-1], sources.counts[-1] + outer]), outer
-
-
-def _cost_of_instructions(sweep: Sweep, sources: Sources) -> float:
-    """What evaluating 100 more instructions in all runs of a row costs, in PPO runs; 0 if no run recorded its time."""
-    if not sources.prompts:
-        return 0.0
-    shares = [share for run in sweep.finished if (share := _evaluation_share(run)) > 0]
-    if not shares:
-        return 0.0
-    return float(np.median(shares)) * MORE_INSTRUCTIONS / sources.prompts * sources.counts[-1]
-
-
-def _evaluation_share(run: RecordedRun) -> float:
-    """The share of a run's time that its evaluations took; 0 if it is unknown."""
-    seconds = sum(float(values.get("time/evaluate") or 0) for values in run.evaluations.values())
-    whole = float(run.summary.get("wall_seconds") or 0)
-    return seconds / whole if whole else 0.0
 
 
 def _together(stages: Sequence[str]) -> str:
@@ -205,8 +205,8 @@ def _caption(design: Design) -> str:
         "Standard deviations around a row, by source (nested, REML; taken to be the same in all rows), and of single"
         " responses over instructions (two-way analysis of variance, interaction included). The largest source is that"
         " of a row's mean, whose standard error (SE) follows: as it is, and as it would be. “Buy next” takes the most"
-        " variance away per PPO run; building SFT and reward models is not counted, and instructions cost their share"
-        " of the time that evaluations took. A paired difference is from the baseline's run with the same seeds."
+        " variance away for its time: PPO runs, each row's share of building SFT and reward models, and evaluation, as"
+        " far as the runs recorded them. A paired difference is from the baseline's run with the same seeds."
     )
     if any(name == "pipelines" or " with " in name for name in design.names):
         text += (
