@@ -19,6 +19,7 @@ from rlhf.report.equal_distance import (
     distance_table,
     reach,
 )
+from rlhf.report.findings import findings
 from rlhf.report.runs import Sweep, load
 from tests.helpers.made_up_sweeps import write_lines, write_pipelines, write_run
 
@@ -134,6 +135,19 @@ def test_the_tables_have_intervals_over_pipelines_and_pair_them(tmp_path: Path) 
     assert f"all {sum(map(len, found.values()))} comparisons" in table.caption
     assert all(row.label != against.label for row in sweep.trained if row.label in {line[0] for line in table.texts()})
     assert table.csv().splitlines()[0].startswith("row,√KL 0.2,√KL 0.2 low,√KL 0.2 high")
+
+
+def test_the_summary_names_the_best_row_where_all_rows_got_to(tmp_path: Path) -> None:
+    for replicate in (1, 2, 3):
+        bad, good = [0.0] * 30, [1.0] * 30
+        write_path(tmp_path / "s", "near", replicate, [(0, bad), (0.4, [*good[:27], 0, 0, replicate % 2])])
+        write_path(tmp_path / "s", "far", replicate, [(0, bad), (0.8, [*good[:29], replicate % 2])])
+    sweep = load([tmp_path / "s"])
+    told = " ".join(findings(sweep, [], WIN))
+    assert (
+        "At √KL 0.4, the farthest of the common distances that all rows reach, the highest win rate is that of" in told
+    )
+    assert "“variant=near”, 92.2 %; of the 1 other row, 1 (“variant=far”) can be distinguished as lower." in told
 
 
 def test_the_figure_draws_what_the_rows_have_at_each_distance(tmp_path: Path) -> None:
