@@ -259,7 +259,7 @@ for kind in ("none", "int8", "nf4"):
 
         def score():
             with torch.no_grad():
-                return stage.roles.last_token_scores("reward", batch.to(stage.roles.device)).cpu()
+                return stage.roles.last_token_scores("reward", batch).cpu()
 
         stage.roles.eval()
         before = score()

@@ -67,7 +67,7 @@ class RewardModelJudge:
         answers = [ids[: self.max_tokens] for ids in self._ids(responses)]
         batch = Sequences.from_lists(encode(self.context.tokenizer, [row.prompt for row in prompts]), answers)
         with torch.no_grad():
-            return self.scorer.score(batch.to(self.context.roles.device)).tolist()
+            return self.scorer.score(batch).tolist()
 
     def _ids(self, responses: Sequence[str]) -> list[list[int]]:
         """Return the sampled ids of each response, or else the ids of its text, with an EOS if the text is complete."""

@@ -1,31 +1,95 @@
-"""Causal attention within each of several sequences that lie end to end in one row, on the CPU.
+"""Causal attention within each of several sequences that lie end to end in one row.
 
-It is a single custom operator, so that torch.compile and autograd do not see a step for each sequence. Inside, it runs
-torch's flash attention for the CPU. Adjacent sequences of equal length go through it as one batch.
+On a GPU it is one of torch's own kernels for sequences of different lengths: flash attention in 16 bits, the
+memory-efficient kernel in float32. They are called by the operators below `torch.nn.attention.varlen`, which torch has
+had since before 2.6 and which have derivatives, while that module appeared in 2.10 and changed its arguments since.
+
+torch has no such kernel for the CPU. There it is a single custom operator, so that torch.compile and autograd do not
+see a step for each sequence. Inside, it runs torch's flash attention for the CPU, and adjacent sequences of equal
+length go through it as one batch.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.integrations.sdpa_attention import repeat_kv
 
+from rlhf.models.sequences import send
+
+FLASH_WIDTH = 256  # the widest head that flash attention takes; it must also be a multiple of 8
+CAUSAL = 1  # the memory-efficient kernel's name for a mask that begins at the top left
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+class Bounds(NamedTuple):
+    """Where sequences begin: `starts` holds the start of each and the end of the last; `longest` is in tokens."""
+
+    starts: Int[Tensor, "bounds"]
+    longest: int
+
+    @classmethod
+    def of(cls, positions: Int[Tensor, "tokens"], device: torch.device) -> "Bounds":
+        """The bounds of sequences whose positions, on the host, each begin at 0; `starts` is sent to the device."""
+        first = (positions == 0).nonzero().squeeze(1)
+        starts = torch.cat([first, first.new_tensor([len(positions)])])
+        kernels_take = torch.int32 if device.type == "cuda" else torch.int64
+        return cls(send(starts.to(kernels_take), device), int(starts.diff().max()))
+
+
 def isolated_attention(
     query: Float[Tensor, "1 heads time width"],
-    key: Float[Tensor, "1 heads time width"],
-    value: Float[Tensor, "1 heads time width"],
-    bounds: Int[Tensor, "bounds"],
+    key: Float[Tensor, "1 key_heads time width"],
+    value: Float[Tensor, "1 key_heads time width"],
+    bounds: Bounds,
     scale: float,
 ) -> Float[Tensor, "1 time heads width"]:
     """softmax(scale · query keyᵀ) value, where a token attends to itself and earlier tokens of its sequence.
 
-    Differentiable. `bounds` holds the start of each sequence and the end of the last: 0, …, time.
+    Differentiable. Several heads of `query` may share one of `key` and `value`.
+
+    Raises:
+        RuntimeError: torch has no kernel for this dtype and width on this GPU.
     """
-    return _attend(*(x.transpose(1, 2) for x in (query, key, value)), bounds, scale)[0]
+    if query.is_cuda:
+        takes_flash = query.element_size() == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= FLASH_WIDTH
+        return (_flash if takes_flash else _memory_efficient)(query, key, value, bounds, scale)
+    key, value = _repeated(query, key, value)
+    return _attend(*(x.transpose(1, 2) for x in (query, key, value)), bounds.starts, scale)[0]
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with a head for each head of the query."""
+    groups = query.shape[1] // key.shape[1]
+    return repeat_kv(key, groups), repeat_kv(value, groups)
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float) -> Tensor:
+    """Flash attention, in 16 bits; it takes fewer heads of keys and values as they are."""
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    starts, longest = bounds
+    out = torch.ops.aten._flash_attention_forward(
+        *rows, starts, starts, longest, longest, dropout_p=0.0, is_causal=True, return_debug_mask=False, scale=scale
+    )
+    return out[0][None]
+
+
+def _memory_efficient(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float) -> Tensor:
+    key, value = _repeated(query, key, value)
+    rows = (x.transpose(1, 2) for x in (query, key, value))
+    starts, longest = bounds
+    out = torch.ops.aten._efficient_attention_forward(
+        *rows, None, starts, starts, longest, longest, 0.0, CAUSAL, compute_log_sumexp=True, scale=scale
+    )
+    return out[0]
+
+
+# -- on a CPU --------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("rlhf::attend", mutates_args=())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf.models.heads import CHUNK_ELEMENTS
+from rlhf.models.heads import chunk_elements
 from rlhf.models.loading import DTYPES, LINEAR, skeleton
 from rlhf.settings import LoraSettings, Settings
 
@@ -138,7 +138,8 @@ def _updating(settings: Settings, shape: _Shape) -> int:
     checkpointed = shape.layers * shape.hidden * shape.size + block
     kept = tokens * (checkpointed if settings.model.gradient_checkpointing else shape.layers * block)
     passes = 1 if settings.ppo.value_model == "trunk_head" else 2
-    logits = 3 * 4 * min(CHUNK_ELEMENTS, tokens * shape.vocabulary)  # float32, three copies
+    held = chunk_elements("cuda" if torch.cuda.is_available() else "cpu")
+    logits = 3 * 4 * min(held, tokens * shape.vocabulary)  # float32, three copies
     return passes * kept + logits
 
 

@@ -24,7 +24,7 @@ from rlhf.models.architecture import hidden_size_of
 from rlhf.models.blocks import checkpoint_activations, transformer_blocks, uncompiled
 from rlhf.models.heads import ScalarHead, TokenStats, token_stats
 from rlhf.models.logits import head_of
-from rlhf.models.sequences import Sequences, filled, length_buckets, spans
+from rlhf.models.sequences import Sequences, filled, length_buckets, select, send, spans
 
 
 class Role(NamedTuple):
@@ -209,25 +209,27 @@ class Roles(nn.Module):
         No attention mask is needed; see `rlhf.models.sequences`.
         """
         with self.using_adapter(role) as model, self.autocast():
+            positions = None if batch.position_ids is None else send(batch.position_ids, self.device)
             return model.base_model(
-                input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False
+                input_ids=send(batch.ids, self.device), position_ids=positions, use_cache=False
             ).last_hidden_state
 
     def states(self, role: str, batch: Sequences, where: Bool[Tensor, "batch time"]) -> Float[Tensor, "marked hidden"]:
-        """Last hidden states at the marked positions, row after row; padding is skipped where that is faster.
+        """Last hidden states at the marked positions (a mask on the host), row after row, without padding if possible.
 
-        If blocks are compiled, batches without padding take the same path: the shape [rows, time] would be compiled
-        separately.
+        Batches without padding take the same path if blocks are compiled, since the shape [rows, time] would be
+        compiled separately, and on a GPU, since transformers would wait for it to say that no row is packed.
         """
-        if not ((batch.ragged or self.compiled) and self.unpadded):
-            return self.hidden(role, batch)[where]
+        same_path = self.compiled or self.device.type == "cuda"
+        if not ((batch.ragged or same_path) and self.unpadded):
+            return select(self.hidden(role, batch), where)
         with self.using_adapter(role) as model, self.autocast():
             return unpadded.hidden_states(model, batch, where)
 
     @property
     def unpadded(self) -> bool:
-        """Whether `states` lays sequences end to end instead of padding: on a CPU, if every trunk supports it."""
-        if self.sharded or self.device.type != "cpu":
+        """Whether `states` lays sequences end to end instead of padding: if every trunk supports it here."""
+        if self.sharded:
             return False
         for name in self.trunks.keys() - self._unpadded.keys():
             with adapters.selected(self._layers[name], None):
@@ -251,6 +253,6 @@ class Roles(nn.Module):
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> TokenStats:
-        """`rlhf.models.heads.token_stats` with the role's language-model head."""
+        """`rlhf.models.heads.token_stats` with the role's language-model head; `targets` are on the host."""
         with self.autocast():
-            return token_stats(hidden, self.output(role), targets, temperature, entropy)
+            return token_stats(hidden, self.output(role), send(targets, hidden.device), temperature, entropy)

@@ -2,6 +2,9 @@
 
 With causal attention, a token never attends to tokens on its right: padding there needs no attention mask and changes
 nothing. Padding is known from lengths, never from token ids, so the pad token of a tokenizer may be its EOS.
+
+A batch stays in host memory. Which tokens go through a model and which states are read is worked out there, and only
+the result is sent to the device (`send`): nothing waits for a GPU to say how long a sequence is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,8 @@ class Sequences:
     """Each row of `ids` is prompt, response, padding. `lengths` counts the tokens of prompt and response together.
 
     `targets` marks the tokens that the loss is on: the response, or the whole text. `position_ids` are only set if
-    several sequences are packed into a row (see `pack`), and restart at 0 with each of them.
+    several sequences are packed into a row (see `pack`), and restart at 0 with each of them. All tensors are on the
+    CPU.
     """
 
     ids: Int[Tensor, "batch time"]
@@ -44,19 +48,9 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str) -> "Sequences":
-        """The same batch on `device`."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Sequences(
-            self.ids.to(device),
-            self.prompt_lengths.to(device),
-            self.lengths.to(device),
-            self.targets.to(device),
-            positions,
-        )
-
-    def rows(self, index: Int[Tensor, "rows"]) -> "Sequences":
+    def rows(self, index: Int[Tensor, "rows"] | Sequence[int]) -> "Sequences":
         """A batch of these rows, cut to the longest of them."""
+        index = torch.as_tensor(index)
         time = int(self.lengths[index].max())
         positions = None if self.position_ids is None else self.position_ids[index, :time]
         return Sequences(
@@ -104,7 +98,12 @@ class Sequences:
     def response_mask(self) -> Bool[Tensor, "batch response"]:
         """Marks the response tokens of each row, in tensors whose rows begin with the first response token."""
         lengths = self.lengths - self.prompt_lengths
-        return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device, without waiting for the device."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def spans(starts: Int[Tensor, "batch"], ends: Int[Tensor, "batch"], time: int) -> Bool[Tensor, "batch {time}"]:
@@ -113,9 +112,15 @@ def spans(starts: Int[Tensor, "batch"], ends: Int[Tensor, "batch"], time: int) -
     return (position >= starts[:, None]) & (position < ends[:, None])
 
 
+def select(x: Shaped[Tensor, "batch time *rest"], mask: Bool[Tensor, "batch time"]) -> Shaped[Tensor, "marked *rest"]:
+    """`x[mask]` for a mask on the host: the device need not count its entries first."""
+    return x.flatten(0, 1).index_select(0, send(mask.flatten().nonzero().squeeze(1), x.device))
+
+
 def unflatten(flat: Float[Tensor, "tokens"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
-    """Put the concatenated values of all response tokens into rows; 0 where the mask is false."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    """Put the concatenated values of all marked tokens into rows; 0 where the mask, on the host, is false."""
+    places = send(mask.flatten().nonzero().squeeze(1), flat.device)
+    return flat.new_zeros(mask.numel()).index_copy(0, places, flat).view(mask.shape)
 
 
 def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -202,6 +207,4 @@ def pack(batch: Sequences, width: int) -> Sequences:
 def concatenate(parts: Sequence[Shaped[Tensor, "_ ..."]], order: Sequence[int]) -> Tensor:
     """Undo a grouping of rows: row i of the joined parts becomes row `order[i]` of the result."""
     joined = torch.cat(list(parts))
-    result = torch.empty_like(joined)
-    result[torch.as_tensor(order, device=joined.device)] = joined
-    return result
+    return torch.empty_like(joined).index_copy(0, send(torch.as_tensor(order), joined.device), joined)

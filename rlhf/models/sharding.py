@@ -40,7 +40,7 @@ def shard(roles: Roles, device: str) -> None:
     # Processes may need different numbers of forward passes between collectives. Those that have finished join the
     # passes of the others with one token.
     smallest = Sequences.from_lists([[0]], [[0]])
-    lockstep.enable(base.base_model, lambda: roles.hidden("reference", smallest.to(roles.device)))
+    lockstep.enable(base.base_model, lambda: roles.hidden("reference", smallest))
 
 
 def full_weights(roles: Roles) -> dict[str, Tensor]:

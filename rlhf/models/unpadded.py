@@ -1,7 +1,7 @@
 """Forward passes without padding: all sequences of a batch lie end to end in one row.
 
-Attention then runs over one sequence at a time. This costs little on a CPU. A GPU would be slowed down by many small
-kernels; it gets padded rows of similar length instead (`rlhf.models.sequences.length_buckets`).
+Attention then runs within each sequence (`rlhf.models.isolated_attention`), on a CPU and on a GPU. A model that cannot
+be run this way gets padded rows of similar length instead (`rlhf.models.sequences.length_buckets`).
 """
 
 import math
@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.models.isolated_attention import isolated_attention
-from rlhf.models.sequences import Sequences, spans
+from rlhf.models.isolated_attention import Bounds, isolated_attention
+from rlhf.models.sequences import Sequences, send, spans
 
 ATTENTION = "rlhf_unpadded"
 TRIED = 4  # tokens per sequence in the trial of a model
@@ -29,19 +29,17 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    bounds: Tensor | None = None,
+    bounds: Bounds | None = None,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention; with `bounds` (see `isolated_attention`), within each sequence of the row.
+    """transformers' sdpa attention; with `bounds`, within each sequence of the row.
 
     `query`, `key` and `value` are [batch, heads, time, width], the result is [batch, time, heads, width].
     """
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert not options.get("dropout"), "a base's dropout is switched off when it is loaded"
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     # Rotary positions may have made query and key float32. Autocast casts them for sdpa, but not for our operator.
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -69,23 +67,22 @@ def hidden_states(
     """Last hidden states at the marked positions, row after row."""
     time = batch.ids.shape[1]
     is_token = spans(torch.zeros_like(batch.lengths), batch.lengths, time)
-    positions = batch.position_ids
-    if positions is None:
-        positions = torch.arange(time, device=batch.ids.device).expand_as(batch.ids)
-    return _run(model, batch.ids[is_token], positions[is_token])[where[is_token]]
+    positions = torch.arange(time).expand_as(batch.ids) if batch.position_ids is None else batch.position_ids
+    states = _run(model, batch.ids[is_token], positions[is_token])
+    return states.index_select(0, send(where[is_token].nonzero().squeeze(1), states.device))
 
 
 def _run(
     model: PreTrainedModel, ids: Int[Tensor, "tokens"], positions: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "tokens hidden"]:
-    """Last hidden states of sequences that lie end to end; each starts at a position 0."""
-    starts = (positions == 0).nonzero().squeeze(1)
+    """Last hidden states, on the device, of sequences on the host that lie end to end; each starts at a position 0."""
+    device = model.device
     return model.base_model(
-        input_ids=ids[None],
-        position_ids=positions[None],
+        input_ids=send(ids, device)[None],
+        position_ids=send(positions, device)[None],
         # transformers passes a mask with four dimensions on as it is. Without one it would make one [tokens, tokens].
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        bounds=torch.cat([starts, starts.new_tensor([len(ids)])]),
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        bounds=Bounds.of(positions, device),
         use_cache=False,
     ).last_hidden_state[0]
 
@@ -100,7 +97,7 @@ def allow(model: PreTrainedModel) -> bool:
     before = model.config._attn_implementation
     if before == ATTENTION:
         return True
-    if before != "sdpa":
+    if before != "sdpa" or model.device.type not in ("cpu", "cuda"):
         return False
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -133,10 +130,10 @@ def _has_window(model: PreTrainedModel, tokens: float = math.inf) -> bool:
 
 def _isolates(model: PreTrainedModel) -> bool:
     """Whether a sequence has the same hidden states alone and behind each of two other sequences."""
-    ids = torch.arange(3 * TRIED, device=model.device) % model.config.vocab_size
+    ids = torch.arange(3 * TRIED) % model.config.vocab_size
     first, second, other = ids.split(TRIED)
-    positions = torch.arange(TRIED, device=ids.device).repeat(2)
-    alone = model.base_model(input_ids=second[None], use_cache=False).last_hidden_state[0]
+    positions = torch.arange(TRIED).repeat(2)
+    alone = model.base_model(input_ids=second[None].to(model.device), use_cache=False).last_hidden_state[0]
     behind = [_run(model, torch.cat([before, second]), positions)[TRIED:] for before in (first, other)]
     tolerance = (TOLERANCE if alone.dtype.itemsize > 2 else TOLERANCE_IN_16_BITS) * alone.abs().max()
     return all(bool((found - alone).abs().max() <= tolerance) for found in behind)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences
+from rlhf.models.sequences import Sequences, send
 from rlhf.models.tokenizing import Response, encode
 from rlhf.models.tokens import stop_ids
 from rlhf.rollout.engine import Engine, Generated, GenerationRequest
@@ -34,8 +34,8 @@ class Rollouts:
 
     @property
     def mask(self) -> Bool[Tensor, "batch response"]:
-        """Marks the response tokens."""
-        return self.sequences.response_mask
+        """Marks the response tokens, on the device."""
+        return send(self.sequences.response_mask, self.ended.device)
 
 
 def rollout(
@@ -73,16 +73,17 @@ def rollout(
     for rows, part in zip(batches, parts, strict=True):
         for row, ids, length in zip(rows, part.ids.tolist(), part.lengths.tolist(), strict=True):
             responses[row] = ids[:length]
-    sequences = Sequences.from_lists(encoded, responses).to(roles.device)
-    logprobs = _in_prompt_order(batches, [part.logprobs for part in parts], sequences.response_mask)
-    values = _in_prompt_order(batches, [part.values for part in parts], sequences.response_mask)
+    sequences = Sequences.from_lists(encoded, responses)
+    mask = send(sequences.response_mask, roles.device)
+    logprobs = _in_prompt_order(batches, [part.logprobs for part in parts], mask)
+    values = _in_prompt_order(batches, [part.values for part in parts], mask)
 
     # 4. Decode for judges and scorers. The ids stay what was sampled: encoding a text again could give other ids.
     stops = stop_ids(tokenizer, roles.trunk(role))
     ended = [ids[-1] in stops for ids in responses]
     decoded = tokenizer.batch_decode(responses, skip_special_tokens=True)
     texts: list[str] = [Response(*response) for response in zip(decoded, responses, ended, strict=True)]
-    return Rollouts(sequences, logprobs, torch.tensor(ended, device=roles.device), list(prompts), texts, values)
+    return Rollouts(sequences, logprobs, send(torch.tensor(ended), roles.device), list(prompts), texts, values)
 
 
 def _in_prompt_order(
@@ -95,5 +96,5 @@ def _in_prompt_order(
             return None
         # An engine's tensors may be longer than the longest response.
         numbers = numbers[:, : mask.shape[1]]
-        result[torch.tensor(rows, device=mask.device), : numbers.shape[1]] = numbers
+        result[send(torch.tensor(rows), mask.device), : numbers.shape[1]] = numbers
     return result.masked_fill(~mask, 0.0)

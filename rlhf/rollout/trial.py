@@ -124,7 +124,6 @@ def _own_logprobs(
 
 def _scored_logprobs(roles: Roles, role: str, batch: Sequences) -> Float[Tensor, "tokens"]:
     """Log-probs of the targets as training computes them."""
-    batch = batch.to(roles.device)
     return roles.token_stats(role, roles.states(role, batch, batch.predicting), batch.target_ids).logprobs
 
 

@@ -43,7 +43,7 @@ class BagOfWordsScorer:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The score of each rollout, in nats."""
         texts = [prompt + response for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True)]
-        return self.score(texts).to(rollouts.sequences.ids.device)
+        return self.score(texts).to(rollouts.ended.device)
 
     def score(self, texts: Sequence[str]) -> Float[Tensor, "batch"]:
         """The log-odds of "positive" of each text, in nats."""

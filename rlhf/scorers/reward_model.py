@@ -31,7 +31,6 @@ class RewardModelScorer:
     def score(self, batch: Sequences) -> Float[Tensor, "batch"]:
         """The score of each sequence, in the order of the rows."""
         groups = self.context.roles.groups(batch.lengths.tolist(), self.context.microbatch_tokens)
-        rows = (torch.tensor(group, device=batch.ids.device) for group in groups)
         with self.context.roles.scoring("reward"):
-            scores = [self.context.roles.last_token_scores("reward", batch.rows(index)) for index in rows]
+            scores = [self.context.roles.last_token_scores("reward", batch.rows(group)) for group in groups]
         return concatenate(scores, [row for group in groups for row in group]) - self.baseline

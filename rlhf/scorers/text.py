@@ -24,7 +24,7 @@ class GoldScorer:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The utility of each rollout."""
         pairs = zip(rollouts.prompts, rollouts.responses, strict=True)
-        return torch.tensor([self.utility(*pair) for pair in pairs], device=rollouts.sequences.ids.device)
+        return torch.tensor([self.utility(*pair) for pair in pairs], device=rollouts.ended.device)
 
 
 class FunctionScorer:
@@ -49,4 +49,4 @@ class FunctionScorer:
             raise ValueError(
                 f"scorer.function returned shape {tuple(scores.shape)} for {len(rollouts.responses)} responses"
             )
-        return scores.to(rollouts.sequences.ids.device)
+        return scores.to(rollouts.ended.device)

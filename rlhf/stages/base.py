@@ -79,8 +79,8 @@ class Stage(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, lambda step: self.lr_factor(step))}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move token batches to the device; texts stay as they are."""
-        return batch.to(device) if isinstance(batch, Sequences) else batch
+        """Leave batches on the host: the passes send what they need (`rlhf.models.sequences`)."""
+        return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save only the parameters that are trained; the frozen base can be loaded again."""
@@ -122,13 +122,13 @@ class Stage(lightning.LightningModule):
     def microbatches(self, batch: Sequences) -> list[Tensor]:
         """Row indices of `batch` in groups of at most `microbatch_tokens` tokens, padding included."""
         groups = self.roles.groups(batch.lengths.tolist(), self.settings.microbatch_tokens)
-        return [torch.tensor(group, device=batch.ids.device) for group in groups]
+        return [torch.tensor(group) for group in groups]
 
     def accumulate(
         self,
         parts: Sequence[Any],
         loss: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]],
-        count: Tensor | int,
+        count: int,
         clip_each: bool = False,
     ) -> Step:
         """One optimiser step over several micro-batches (`parts`).
@@ -138,7 +138,7 @@ class Stage(lightning.LightningModule):
         A mean per part would instead give tokens of short parts more weight.
         `clip_each` also clips after every part, to reproduce a fault of the published code.
         """
-        count = collectives.all_reduce_sum(torch.as_tensor(count, device=self.device))
+        total_count = collectives.all_reduce_sum(torch.full((), count, device=self.device))
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         limit = self.settings.max_grad_norm or math.inf
@@ -147,7 +147,7 @@ class Stage(lightning.LightningModule):
         filling = lockstep.filler_parts(parts)
         for part in parts:
             total, extra = loss(part)
-            self.manual_backward(total / count)
+            self.manual_backward(total / total_count)
             if clip_each:
                 nn.utils.clip_grad_norm_(trained, limit)
             for key, value in {"loss": total, **extra}.items():
@@ -156,12 +156,12 @@ class Stage(lightning.LightningModule):
             self.manual_backward(0 * loss(part)[0])  # see `lockstep.filler_parts`
         collectives.all_reduce_([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
-        skip_reason = self.skip_reason(norm, sums, count)
+        skip_reason = self.skip_reason(norm, sums, total_count)
         if skip_reason:  # without gradients the step changes nothing, but Lightning still counts it
             optimizer.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return Step(norm, sums, count, skip_reason)
+        return Step(norm, sums, total_count, skip_reason)
 
     def skip_reason(self, norm: Tensor, sums: Mapping[str, Tensor], count: Tensor | int) -> str:
         """Why the optimiser step must be skipped; empty if it need not be. Synchronises with the device once."""
@@ -199,9 +199,12 @@ class Stage(lightning.LightningModule):
     def emit(self, metrics: Mapping[str, Tensor | float], step: int, bar: Sequence[str] = ()) -> dict[str, float]:
         """Send metrics to the guards, to every logger under `step`, and to Lightning's callbacks and progress bar.
 
-        Synchronises with the device.
+        Synchronises with the device once.
         """
-        values = {key: float(value) for key, value in metrics.items()}
+        tensors = {key: value.double() for key, value in metrics.items() if isinstance(value, Tensor)}
+        on_host = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
+        values = {key: on_host.get(key, value) for key, value in metrics.items()}
+        values = {key: float(value) for key, value in values.items()}
         found = self.guards.update(step, values)
         for logger in self.loggers:
             logger.log_metrics(values | found, step)

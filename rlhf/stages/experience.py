@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf import ppo
@@ -12,7 +12,7 @@ from rlhf.distributed import collectives
 from rlhf.divergence import bregman
 from rlhf.evaluation.repetition import repeated_ngrams
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences
+from rlhf.models.sequences import Sequences, send
 from rlhf.rollout.sample import Rollouts
 from rlhf.settings import Settings
 from rlhf.stages.minibatches import Microbatch, Minibatch
@@ -53,6 +53,12 @@ class Experience:
     divergence_weight: Tensor | float = 0.0
     sampled_logprobs: Float[Tensor, "batch response"] | None = None
     sampling_gap: Tensor | None = None
+
+    def places(self, rows: Int[Tensor, "rows"]) -> Int[Tensor, "tokens"]:
+        """Where the response tokens of some rows lie in the flattened tensors, row after row."""
+        mask = self.sequences.response_mask
+        place = torch.arange(mask.numel()).view(mask.shape)
+        return send(place[rows][mask[rows]], self.mask.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, to be saved and looked at elsewhere."""
@@ -177,10 +183,11 @@ class ExperienceMaker:
         if self.passes.dropout:
             recomputed, mask = captured.clone(), torch.zeros_like(mask)
             for _, rows in minibatches[0][:1]:
-                mask[rows] = rollouts.mask[rows]
-                single = [[Microbatch(0, torch.arange(len(rows), device=rows.device))]]
+                single = [[Microbatch(0, torch.arange(len(rows)))]]
                 own = self.passes.old_logprobs(rollouts.sequences.rows(rows), single)
-                recomputed[rows, : own.shape[1]] = own
+                there = send(rows, mask.device)
+                mask[there] = rollouts.mask[there]
+                recomputed[there, : own.shape[1]] = own
         return ppo.masked_mean((captured - recomputed).abs(), mask, collectives.all_reduce_sum)
 
 

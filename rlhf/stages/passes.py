@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.distributed import collectives
 from rlhf.models.heads import token_divergence
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences, unflatten
+from rlhf.models.sequences import Sequences, send, unflatten
 from rlhf.seeding import mixed_seed
 from rlhf.stages.minibatches import Minibatch
 
@@ -23,13 +23,15 @@ def by_rows(
 ) -> Float[Tensor, "batch response"]:
     """Run a pass over groups of rows; each gives a number per response token, put back into the order of the batch."""
     mask = batch.response_mask
-    result = torch.zeros(mask.shape, device=mask.device)
+    place = torch.arange(mask.numel()).view(mask.shape)
+    parts, places = [], []
     for number, group in enumerate(groups):
-        rows = torch.as_tensor(group, device=mask.device)
-        part = batch.rows(rows)
-        values = unflatten(passes(number, part), part.response_mask)
-        result[rows, : values.shape[1]] = values
-    return result
+        rows = torch.as_tensor(group)
+        parts.append(passes(number, batch.rows(rows)))
+        places.append(place[rows][mask[rows]])
+    values = torch.cat(parts)
+    flat = torch.zeros(mask.numel(), device=values.device)
+    return flat.index_copy(0, send(torch.cat(places), values.device), values).view(mask.shape)
 
 
 # -- frozen passes ---------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def compute_reference_states(roles: Roles, batch: Sequences, budget: int) -> lis
     """For each row the reference's hidden states that predict the response tokens."""
     states: list[Tensor] = [torch.empty(0)] * len(batch)
     for group in roles.groups(batch.lengths.tolist(), budget):
-        part = batch.rows(torch.tensor(group, device=batch.ids.device))
+        part = batch.rows(group)
         hidden = roles.states("reference", part, part.predicting)
         for row, own in zip(group, hidden.split(part.response_mask.sum(1).tolist()), strict=True):
             states[row] = own

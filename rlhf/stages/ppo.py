@@ -139,7 +139,6 @@ class PPO(PolicyEvaluation):
         """Each minibatch in micro-batches: rows of similar length, within the budget of tokens."""
         split = []
         for rows in minibatches:
-            rows = rows.to(batch.ids.device)
             if self.ppo.accumulation == "as_published":
                 split.append(list(rows.split(self.ppo.published_rows)))
             else:
@@ -167,7 +166,7 @@ class PPO(PolicyEvaluation):
             result = self.accumulate(
                 parts,
                 lambda part: self.microbatch_loss(experience, part, step),
-                experience.mask[rows].sum(),
+                int(experience.sequences.rows(rows).response_mask.sum()),
                 clip_each=self.ppo.accumulation == "as_published",
             )
             if result.skip_reason == KL_EARLY_STOP:
@@ -230,10 +229,11 @@ class PPO(PolicyEvaluation):
         this takes a forward pass of its own, whose activations are kept for the backward pass.
         """
         sequences = experience.sequences.rows(part.rows)
-        mask, temperature = sequences.response_mask, self.config.generation.temperature
+        temperature = self.config.generation.temperature
+        places = experience.places(part.rows)
 
         def flat(x: Float[Tensor, "batch response"]) -> Float[Tensor, "tokens"]:
-            return x[part.rows, : mask.shape[1]][mask]
+            return x.flatten().index_select(0, places)
 
         states, value_states = self.passes.states(sequences, part.number, step)
         stats = self.roles.token_stats("policy", states, sequences.target_ids, temperature, entropy=True)

@@ -58,9 +58,7 @@ class RewardModeling(SupervisedStage):
         """Groups of whole pairs, sorted by the longer text of each pair."""
         longest = batch.lengths.view(-1, 2).max(1).values.tolist()
         groups = self.roles.groups([2 * length for length in longest], self.settings.microbatch_tokens)
-        return [
-            torch.tensor([2 * i + side for i in group for side in (0, 1)], device=batch.ids.device) for group in groups
-        ]
+        return [torch.tensor([2 * i + side for i in group for side in (0, 1)]) for group in groups]
 
     def count(self, batch: Sequences) -> int:
         """The number of pairs."""
@@ -108,5 +106,5 @@ class RewardModeling(SupervisedStage):
         total = 0.0
         for group in self.roles.groups([len(p) + len(r) for p, r in pairs], self.settings.microbatch_tokens):
             batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group])
-            total += float(self.roles.last_token_scores("reward", batch.to(self.roles.device)).sum())
+            total += float(self.roles.last_token_scores("reward", batch).sum())
         return total / len(pairs)

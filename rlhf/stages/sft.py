@@ -29,7 +29,7 @@ class SupervisedFineTuning(SupervisedStage):
     def __init__(self, settings: SFTSettings, roles: Roles, tokenizer: PreTrainedTokenizerBase, total_steps: int):
         super().__init__(settings, roles, tokenizer, total_steps)
         self.sft = settings
-        self._held_out: list[tuple[Tensor, Tensor]] = []
+        self._held_out: list[tuple[Tensor, int]] = []
 
     def encode(self, rows: Sequence[Demonstration]) -> list[Encoded]:
         """(prompt ids, response ids) of each demonstration."""
@@ -43,9 +43,9 @@ class SupervisedFineTuning(SupervisedStage):
         )
         return pack(batch, self.sft.max_length) if self.sft.packing else batch
 
-    def count(self, batch: Sequences) -> Tensor:
+    def count(self, batch: Sequences) -> int:
         """The number of target tokens."""
-        return batch.targets_predicted.sum()
+        return int(batch.targets_predicted.sum())
 
     def loss(self, batch: Sequences) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Negative log-likelihood summed over the target tokens, in nats."""
@@ -60,12 +60,12 @@ class SupervisedFineTuning(SupervisedStage):
         """Measure a batch of held-out demonstrations."""
         for rows in self.microbatches(batch) if self.has_turn(index) else []:
             part = batch.rows(rows)
-            self._held_out.append((self.loss(part)[0], part.targets_predicted.sum()))
+            self._held_out.append((self.loss(part)[0], self.count(part)))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and perplexity over all held-out target tokens."""
         zero = torch.zeros((), device=self.roles.device)
         loss = float(collectives.all_reduce_sum(sum((part for part, _ in self._held_out), zero)))
-        count = int(collectives.all_reduce_sum(sum((count for _, count in self._held_out), zero)))
+        count = int(collectives.all_reduce_sum(zero + sum(count for _, count in self._held_out)))
         metrics = {"sft/validation_loss": loss / count, "sft/perplexity": math.exp(min(loss / count, 700))}
         self.emit(metrics, self.steps_done, bar=["sft/perplexity"])

@@ -42,7 +42,7 @@ class SupervisedStage(Stage):
         """Encoded rows as a batch."""
         raise NotImplementedError
 
-    def count(self, batch: Sequences) -> Tensor | int:
+    def count(self, batch: Sequences) -> int:
         """How many targets the loss of a batch is summed over."""
         raise NotImplementedError
 

@@ -8,9 +8,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf.models import isolated_attention as module
-from rlhf.models.isolated_attention import isolated_attention
+from rlhf.models.isolated_attention import Bounds, isolated_attention
 
+CPU = torch.device("cpu")
 SCALE = 0.3
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def states(time: int, heads: int = 2, width: int = 8, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -20,8 +24,8 @@ def states(time: int, heads: int = 2, width: int = 8, dtype: torch.dtype = torch
     return [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in made]
 
 
-def bounds_of(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0)
+def bounds_of(lengths: list[int], device: torch.device = CPU) -> Bounds:
+    return Bounds.of(torch.cat([torch.arange(length) for length in lengths]), device)
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
@@ -42,6 +46,42 @@ def test_each_sequence_is_computed_as_if_alone(lengths: list[int]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_bounds_begin_where_positions_do() -> None:
+    bounds = bounds_of([3, 1, 5])
+    assert bounds.starts.tolist() == [0, 3, 4, 9]
+    assert bounds.longest == 5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "dtype", "tolerance"),
+    [
+        (4, 4, 128, torch.bfloat16, 2e-2),
+        (6, 2, 64, torch.bfloat16, 2e-2),
+        (6, 2, 64, torch.float16, 4e-3),
+        (4, 4, 96, torch.float32, 2e-5),
+        (6, 2, 12, torch.float32, 2e-5),
+        (4, 1, 300, torch.bfloat16, 2e-2),
+    ],
+)
+def test_shared_heads_and_low_precision_on_each_kind_of_device(
+    heads: int, key_heads: int, width: int, dtype: torch.dtype, tolerance: float, device: str
+) -> None:
+    """Values and gradients against attention in float64 on each sequence alone, relative to the largest entry."""
+    lengths, place = [40, 1, 17, 17, 130], torch.device(device)
+    whole = states(sum(lengths), heads, width)
+    exact = [whole[0], *(x[:, :key_heads].detach().requires_grad_() for x in whole[1:])]
+    ours = [x.detach().to(place, dtype).requires_grad_() for x in exact]
+    shared = [exact[0], *(x.repeat_interleave(heads // key_heads, 1) for x in exact[1:])]
+    expected = one_by_one(*shared, lengths).transpose(1, 2)
+    out = isolated_attention(*ours, bounds_of(lengths, place), SCALE)
+    found = [out, *torch.autograd.grad(out.double().sin().sum(), ours)]
+    wanted = [expected, *torch.autograd.grad(expected.sin().sum(), exact)]
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == dtype
+        assert float((a.double().cpu() - b).abs().max()) < tolerance * float(b.abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [5], [3, 3, 7, 1]])
 def test_the_operators_registered_with_the_compiler_are_correct(lengths: list[int], dtype: torch.dtype) -> None:
@@ -49,4 +89,4 @@ def test_the_operators_registered_with_the_compiler_are_correct(lengths: list[in
     inputs = [x.detach().transpose(1, 2).requires_grad_() for x in states(sum(lengths), dtype=dtype)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     close = {} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.library.opcheck(module._attend, (*inputs, bounds_of(lengths), SCALE), test_utils=tests, **close)
+    torch.library.opcheck(module._attend, (*inputs, bounds_of(lengths).starts, SCALE), test_utils=tests, **close)

@@ -74,9 +74,7 @@ def test_the_last_token_is_scored(make_roles: Callable, make_texts: Callable) ->
             torch.testing.assert_close(scores[i], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_computed_on_padding(
-    make_roles: Callable, make_texts: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_computed_on_padding(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch, seen = make_roles(), make_texts(9, seed=1), []
     assert roles.unpadded
     base = roles.trunk("policy").base_model
@@ -86,9 +84,7 @@ def test_nothing_is_computed_on_padding(
     roles.states("policy", even, even.predicting)  # without padding, one attention call for all rows is cheaper
     assert seen == [(1, int(batch.lengths.sum())), (2, 4)]
     assert int(batch.lengths.sum()) < batch.ids.numel()
-    monkeypatch.setattr(type(roles), "device", torch.device("cuda"))
-    assert not roles.unpadded
-    assert roles.groups([5, 5, 2], 10) == [[0, 1], [2]]
+    assert roles.groups([5, 2, 5], 10) == [[0, 1], [2]]  # in their order: rows of similar length need not be found
 
 
 @pytest.mark.parametrize(

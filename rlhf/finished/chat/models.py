@@ -90,7 +90,7 @@ class ModelCache:
 @torch.no_grad()
 def score(part: LoadedRole, prompt: list[int], response: list[int]) -> float:
     """The score of a response by a reward model, given token ids; not centred."""
-    batch = Sequences.from_lists([prompt], [response]).to(part.roles.device)
+    batch = Sequences.from_lists([prompt], [response])
     return float(part.roles.last_token_scores(part.role, batch))
 
 
