@@ -142,3 +142,15 @@ def test_seeds_of_one_pipeline_leave_the_upper_stages_open(tmp_path: Path) -> No
 
 def test_one_run_per_row_has_no_variance_table(tmp_path: Path) -> None:
     assert variance_table(load([write_pipelines(tmp_path / "s", replicates=(1,))])) is None
+
+
+def test_a_row_with_one_run_does_not_hide_the_spread_of_the_others(tmp_path: Path) -> None:
+    folder = write_pipelines(tmp_path / "s", variants=["lora_kl"], replicates=(1, 2, 3))
+    write_pipelines(folder, variants=["lora_none"], replicates=(1,))
+    sweep = load([folder])
+    sources = sources_of(sweep, Design.of(sweep), "eval/gold_utility")
+    assert sources is not None
+    assert sources.counts == (2.0,)
+    assert sources.nested[0] + sources.interaction / sources.prompts == pytest.approx(
+        np.var(sweep.trained[0].values("eval/gold_utility"), ddof=1)
+    )
