@@ -14,20 +14,22 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import isolated, report, spread, table
-from world import NEVER, SHAPES, World, make_stage, make_world
+from stage import make_stage
+from world import NEVER, SHAPES, make_world
 
 from rlhf.models.roles import Roles
 from rlhf.models.tokenizing import encode
 from rlhf.rollout.engine import Engine, GenerationRequest
 from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.seeding import generator
+from rlhf.stages.ppo import PPO
 
 ENGINES = ("native", "generate", "generate, merged")
 
@@ -69,28 +71,14 @@ def measure(shape: str, eos: float, options: argparse.Namespace) -> list[dict[st
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder), SHAPES[shape], tuple(options.prompt), eos, options.batch)
-        return rates(world, ["lora=r8", f"model.dtype={options.dtype}"], options.tokens, options.repeats)
-
-
-def rates(world: World, overrides: list[str], tokens: int, repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """Tokens per second and seconds of each engine, in alternation, after one warm-up; all prompts are one batch."""
-    stage = make_stage(world, overrides, world.folder, device)
-    roles, tokenizer = stage.roles.eval(), stage.tokenizer  # adapters' dropout off, for `generate` too
-    prompts = encode(tokenizer, world.prompts)
-    reference = TransformersEngine(tokenizer.eos_token_id, tokenizer.pad_token_id)
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
-    speeds: dict[str, list[float]] = {name: [] for name in ENGINES}
-    for repeat in range(repeats + 1):
-        for name in ENGINES:
-            engine: Engine = stage.engine if name == "native" else reference
-            stream = generator(0, "benchmark decoding", repeat, device)
-            with using_adapter(roles, merged=name.endswith("merged")) as role:
-                started = time.perf_counter()
-                lengths = engine.generate(roles, role, GenerationRequest(prompts, tokens, 1.0, stream)).lengths.cpu()
-                lap = time.perf_counter() - started
-            if repeat:  # the first pass is a warm-up
+        overrides = ["lora=r8", f"model.dtype={options.dtype}"]
+        stage = make_stage(world, overrides, world.folder)
+        speeds: dict[str, list[float]] = {name: [] for name in ENGINES}
+        seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+        for repeat, name, lap, tokens in laps(stage, world.prompts, options.tokens, options.repeats):
+            if repeat:  # the first is a warm-up
                 seconds[name].append(lap)
-                speeds[name].append(int(lengths.sum()) / lap)
+                speeds[name].append(tokens / lap)
     native = spread(speeds["native"]).median
     return [
         {
@@ -101,6 +89,22 @@ def rates(world: World, overrides: list[str], tokens: int, repeats: int, device:
         }
         for name in ENGINES
     ]
+
+
+def laps(stage: PPO, texts: Sequence[str], limit: int, repeats: int) -> Iterator[tuple[int, str, float, int]]:
+    """Decode one batch with each engine in turn: repeat (0 is a warm-up), engine, seconds, tokens."""
+    roles, tokenizer = stage.roles.eval(), stage.tokenizer  # adapters' dropout off, for `generate` too
+    prompts = encode(tokenizer, texts)
+    reference = TransformersEngine(tokenizer.eos_token_id, tokenizer.pad_token_id)
+    for repeat in range(repeats + 1):
+        for name in ENGINES:
+            engine: Engine = stage.engine if name == "native" else reference
+            stream = generator(0, "benchmark decoding", repeat, roles.device.type)
+            with using_adapter(roles, merged=name.endswith("merged")) as role:
+                started = time.perf_counter()
+                lengths = engine.generate(roles, role, GenerationRequest(prompts, limit, 1.0, stream)).lengths.cpu()
+                lap = time.perf_counter() - started
+            yield repeat, name, lap, int(lengths.sum())
 
 
 @contextmanager

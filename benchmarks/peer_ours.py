@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from common import emit, peak_rss, turn
-from world import NEVER, SHAPES, World, make_stage, make_world, train
+from stage import make_stage, train
+from world import NEVER, SHAPES, World, make_world
 
 
 def run(folder: str, steps: str, *overrides: str) -> None:
@@ -19,7 +20,7 @@ def run(folder: str, steps: str, *overrides: str) -> None:
     imported, world = peak_rss(), World(Path(folder))
     with tempfile.TemporaryDirectory() as out:
         stage = make_stage(world, [*overrides, f"ppo.steps={int(steps) + 1}"], Path(out))
-        for line in train(stage, world.prompts, Path(out), pause=turn):
+        for line in train(stage, world.prompts, Path(out), after=lambda _: turn()):
             phases = {phase: line[f"time/{phase}"] for phase in ("generate", "score", "update")}
             emit("step", seconds=line["seconds"], cpu=line["cpu"], **phases, tokens=line["ppo/response_tokens"],
                  reward=line["ppo/reward"])  # fmt: skip

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from common import MIB, Spread, isolated, peak_rss, report, spread, table
-from world import SHAPES, make_stage, make_world, train
+from stage import make_stage, train
+from world import SHAPES, make_world
 
 BASE = {"shape": "3.7M", "rollouts": 32, "tokens": 32}
 ROLES = {

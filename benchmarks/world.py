@@ -1,43 +1,30 @@
-"""Models of given shapes with random weights, and a PPO stage on them, assembled as in rlhf.pipeline.run."""
+"""Models of given shapes with random weights, reward adapters on them and prompts, in a folder or in memory."""
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-import rlhf.sweep.resolvers  # noqa: F401  (Hydra composes with them)
-from rlhf import root
-from rlhf.models.assembly import lora_config, ppo_roles
+from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter, save_model
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.loading import DTYPES, _keep_nf4_differentiable, switch_off_dropout
 from rlhf.models.roles import Role, Roles
-from rlhf.pipeline.allocation import keep_freed_memory
-from rlhf.pipeline.config import instantiate, settings_of
-from rlhf.pipeline.quiet import quieten
-from rlhf.scorers import Context
-from rlhf.scorers.reward_model import RewardModelScorer
 from rlhf.seeding import generator
 from rlhf.settings import LoraSettings, Settings, is_quantized
-from rlhf.stages.batches import SeededBatches, loader
-from rlhf.stages.ppo import PPO, make_ppo
-from rlhf.tracking.metrics_file import JsonLines, read_metrics
 
 PAD, EOS, UNK = 0, 1, 2
 NEVER = -30.0  # a logit of EOS with which no response ends before its limit
@@ -135,7 +122,7 @@ def save_world(
 ) -> World:
     """Write a model, a new reward adapter on it and, as a sign of completeness last, the prompts."""
     save_model(model, tokenizer, world.sft)
-    lora = lora_config(LoraSettings(r=8, alpha=64.0, target_modules=ATTENTION[model.config.model_type]))
+    lora = reward_lora(model)
     roles = Roles(model)
     roles.add_adapter("base", "reward", lora)
     roles.table["reward"] = Role("base", "reward")
@@ -189,82 +176,60 @@ def _set_eos(model: PreTrainedModel, prompts: Sequence[Sequence[int]], logit: fl
     output.weight[EOS, 0] = logit / torch.cat(first).mean()
 
 
-def composed(overrides: Sequence[str]) -> tuple[DictConfig, Settings]:
-    """The configuration that `rlhf` composes from these overrides, and its typed settings."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-        config = compose("config", list(overrides))
-    return config, settings_of(config)
+def reward_lora(model: PreTrainedModel) -> LoraConfig:
+    """The configuration of a reward adapter on `model`."""
+    return lora_config(LoraSettings(r=8, alpha=64.0, target_modules=ATTENTION[model.config.model_type]))
 
 
-def make_stage(world: World, overrides: Sequence[str], folder: Path, device: str = "cpu", reward: bool = True) -> PPO:
-    """A PPO stage of the configuration that `rlhf` composes; with `reward=False` every score is 0."""
-    fixed = [
-        "model=custom", f"model.name_or_path={world.sft}", "ppo.eval_every=1000000", "ppo.schedule=constant",
-        "ppo.warmup_steps=0", "ppo.missing_eos_penalty=0", "ppo.reference_every=1000000",
-    ]  # fmt: skip
-    config, settings = composed([*fixed, *overrides])
-    quieten()
-    lightning.seed_everything(settings.seed, verbose=False)
-    torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
-    tokenizer = load_tokenizer(settings.model)
+# -- in memory ---------------------------------------------------------------------------------------------------------
+
+
+def random_roles(shape: Mapping[str, Any], settings: Settings, device: str) -> Roles:
+    """The roles of a PPO run with LoRA on a random base that is drawn on `device`: no file is written or read.
+
+    Responses never end before their limit. A quantised base has the same weights in all its blocks.
+    """
     quantization = settings.quantization if is_quantized(settings.quantization) else None
-    roles = ppo_roles(settings, tokenizer, world.sft, world.reward if reward else None, quantization).to(device)
-    context = Context(None, tokenizer, roles, 0.0, settings.ppo.microbatch_tokens)  # type: ignore[arg-type]
-    scorer = RewardModelScorer(context)
-    if not reward:
-        scorer = lambda rollouts: torch.zeros(len(rollouts.prompts), device=device)  # noqa: E731
-    samples = folder / "samples.jsonl"
-    return make_ppo(settings, roles, tokenizer, scorer, instantiate(config.kl, "kl"), lambda *_: ({}, []), samples)
+    base = _quantised(shape, settings, quantization, device) if quantization else _plain(shape, settings, device)
+    switch_off_dropout(base)
+    base.config.use_cache = True
+    roles = Roles(base.eval(), DTYPES[settings.model.dtype])
+    adapters = {"reward": reward_lora(base), "policy": lora_config(settings.lora), "value": lora_config(settings.lora)}
+    for role, config in adapters.items():
+        roles.add_adapter("base", role, config)
+        roles.table[role] = Role("base", role)
+    roles.add_head("reward", zero=False)
+    roles.add_head("value", zero=True)
+    roles.train_only("policy", "value")
+    if settings.model.gradient_checkpointing:
+        roles.checkpoint_activations()
+    if settings.model.compile:
+        roles.compile_blocks()
+    return roles.to(device)
 
 
-class Clock(lightning.Callback):
-    """Measures wall and processor time of each step after the first, which is a warm-up.
-
-    Peak GPU memory is reset at the end of the warm-up. `pause` is called between steps and is not measured.
-    """
-
-    def __init__(self, pause: Callable[[], None]) -> None:
-        self.pause, self.started = pause, (0.0, 0.0)
-        self.laps: list[tuple[float, float]] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Record the step that ends, and start the clock for the next."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        if self.started[0]:
-            self.laps.append((wall - self.started[0], cpu - self.started[1]))
-        elif torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.pause()
-        self.started = time.perf_counter(), time.process_time()
+def _plain(shape: Mapping[str, Any], settings: Settings, device: str) -> PreTrainedModel:
+    """A random model whose EOS is never likely."""
+    config = AutoConfig.for_model(**shape, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.model.dtype]).eval()
+    _set_eos(model, [[UNK + 1 + i for i in range(8)]], NEVER)
+    return model
 
 
-def train(
-    stage: PPO,
-    prompts: Sequence[str],
-    folder: Path,
-    seconds: float | None = None,
-    pause: Callable[[], None] = lambda: None,
-) -> list[dict[str, float]]:
-    """Train to the last step, or for `seconds`.
-
-    Returns:
-        The metrics of each step after the warm-up, with its wall time as `seconds` and its processor time as `cpu`.
-
-    Raises:
-        RuntimeError: the time was up before a second step.
-    """
-    clock, settings = Clock(pause), stage.ppo
-    trainer = lightning.Trainer(
-        accelerator="gpu" if stage.roles.device.type == "cuda" else "cpu", devices=1, max_epochs=1, callbacks=[clock],
-        logger=[JsonLines(folder)], enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        inference_mode=False, log_every_n_steps=1, max_time=None if seconds is None else timedelta(seconds=seconds),
+def _quantised(
+    shape: Mapping[str, Any], settings: Settings, quantization: Mapping[str, Any], device: str
+) -> PreTrainedModel:
+    """A model whose blocks are copies of one random block, quantised by transformers as if read from a file."""
+    single = _plain({**shape, "num_hidden_layers": 1}, settings, device)
+    weights: dict[str, Tensor] = {}
+    for name, weight in single.state_dict().items():
+        numbers = range(shape["num_hidden_layers"]) if ".layers.0." in name else [0]
+        weights |= {name.replace(".layers.0.", f".layers.{i}."): weight for i in numbers}
+    config = AutoConfig.for_model(**shape, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
+    model = type(single).from_pretrained(
+        None, config=config, state_dict=weights, dtype=DTYPES[settings.model.dtype],
+        quantization_config=BitsAndBytesConfig(**quantization), device_map={"": single.device},
     )  # fmt: skip
-    batches = SeededBatches(len(prompts), settings.rollout_batch_size, stage.config.seed, settings.steps)
-    trainer.fit(stage, loader(prompts, list, batches))
-    metrics = read_metrics(folder)
-    if not clock.laps:  # better a warm-up than nothing
-        timed = sum(value for key, value in metrics[0].items() if key.startswith("time/"))
-        return [{**metrics[0], "seconds": timed, "cpu": 0.0, "warm_up": 1.0}]
-    lines = zip(metrics[1:], clock.laps, strict=False)
-    return [{**line, "seconds": wall, "cpu": cpu} for line, (wall, cpu) in lines]
+    _keep_nf4_differentiable(model)
+    return model

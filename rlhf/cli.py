@@ -156,10 +156,8 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     found = collectives.on_rank_zero(plan.finished) if resume != "never" else None
     # 1. See that the run fits before anything in the folder is touched.
     if found is None:
-        if plan.stage in ("ppo", "evaluate"):
-            settle_budget(plan, fresh=resume == "never", jobs=jobs)
-        if plan.stage == "ppo":
-            check_memory(plan)
+        settle_budget(plan, fresh=resume == "never", jobs=jobs)
+        check_memory(plan)
     # 2. The folder may hold a run of another configuration.
     collectives.on_rank_zero(lambda: _make_room(plan, resume))
     # 3. Reuse what is finished, or run.

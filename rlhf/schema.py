@@ -35,6 +35,11 @@ def positive(default: Any = omegaconf.MISSING) -> Any:
     return checked(lambda x: x > 0, "a number above 0", default)
 
 
+def number_or_auto(default: int) -> Any:
+    """A whole number above 0, or the word auto."""
+    return checked(lambda x: x == "auto" or (type(x) is int and x > 0), "a whole number above 0, or auto", default)
+
+
 def at_least_zero(default: Any = omegaconf.MISSING) -> Any:
     """A number of 0 or above."""
     return checked(lambda x: x >= 0, "a number of 0 or above", default)

@@ -11,19 +11,22 @@ from typing import Any
 
 import omegaconf
 
-from rlhf.schema import at_least_zero, checked, choice, fraction, optional_positive, positive, seed
+from rlhf.schema import at_least_zero, checked, choice, fraction, number_or_auto, optional_positive, positive, seed
 
 
 @dataclass
 class ModelSettings:
-    """`conf/model`: where the language model comes from, and the dtype of its frozen base."""
+    """`conf/model`: where the language model comes from, and the dtype of its frozen base.
+
+    `rlhf.pipeline.config.settings_of` replaces `dtype=auto` by a dtype.
+    """
 
     name: str = omegaconf.MISSING
     name_or_path: str | None = None
     gguf_file: str | None = None
     tokenizer: str | None = None
     config: dict[str, Any] | None = None
-    dtype: str = choice("float32", "bfloat16", "float16")
+    dtype: str = choice("float32", "bfloat16", "float16", "auto")
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
@@ -92,9 +95,7 @@ class PPOSettings(OptimizerSettings):
     `rlhf.pipeline.preflight.settle_budget` replaces `microbatch_tokens=auto` by a number before anything reads it.
     """
 
-    microbatch_tokens: Any = checked(
-        lambda x: x == "auto" or (type(x) is int and x > 0), "a whole number above 0, or auto", 4096
-    )
+    microbatch_tokens: Any = number_or_auto(4096)
     lr_full: float = positive()
     steps: int = positive()
     rollout_batch_size: int = positive()
@@ -131,14 +132,17 @@ class DivergenceSettings:
 
 @dataclass
 class GenerationSettings:
-    """`conf/generation`: how rollouts are sampled. Top-k and top-p are absent because they would bias every KL."""
+    """`conf/generation`: how rollouts are sampled. Top-k and top-p are absent because they would bias every KL.
+
+    `rlhf.pipeline.preflight.settle_budget` replaces `batch_size=auto` by a number before anything reads it.
+    """
 
     engine: str = choice("native", "transformers", "vllm")
     max_new_tokens: int = positive()
     temperature: float = positive(1.0)
-    batch_size: int = positive(64)
+    batch_size: Any = number_or_auto(64)
     capture_logprobs: str = choice("auto", "always", "never")
-    cuda_graphs: str = choice("never", "auto")
+    cuda_graphs: str = choice("auto", "never")
     vllm: dict[str, Any] = checked(
         lambda x: type(share := x.get("gpu_memory_utilization")) in (int, float) and 0 < share < 1,
         "keywords of vllm.LLM, gpu_memory_utilization being a number between 0 and 1",

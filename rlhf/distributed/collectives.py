@@ -64,6 +64,16 @@ def all_reduce_(tensors: Sequence[Tensor]) -> None:
                 member.copy_(summed.view_as(member))
 
 
+@torch.no_grad()
+def broadcast_(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by that of rank 0."""
+    if size() == 1:
+        return
+    lockstep.join()
+    for tensor in tensors:
+        dist.broadcast(tensor, 0)
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors in groups of at most `BUCKET` elements; a larger tensor is a group of its own."""
     bucket: list[Tensor] = []

@@ -1,15 +1,26 @@
-"""The transformer blocks of one model: find them, recompute their activations, switch their compiled code off."""
+"""The transformer blocks of one model: find them, recompute their activations, compile them and switch that off."""
 
-from collections.abc import Iterator, Sequence
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch._dynamo import config as dynamo
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from rlhf.models.adapters import selected, selection
+
+# Variants that torch.compile may make of one function: padded rows pass its own limit of 8, because adapters, modes,
+# single rows and single tokens need one each.
+VARIANTS = 64
+_LIMIT = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
+log = logging.getLogger(__name__)
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -34,6 +45,36 @@ def checkpoint_activations(model: PreTrainedModel, layers: Sequence[LoraLayer]) 
         if (checkpoint := getattr(block, "_gradient_checkpointing_func", None)) is not None:
             # torch.compile would trace the checkpoint without `contexts`, so passes with gradients run uncompiled.
             block._gradient_checkpointing_func = torch.compiler.disable(checkpoint)
+
+
+def compile_block(block: nn.Module, **options: Any) -> None:
+    """Compile a block, with keyword arguments of torch.compile; a warning says if there are too many variants of it."""
+    setattr(dynamo, _LIMIT, max(getattr(dynamo, _LIMIT), VARIANTS))
+    block.compile(**options)
+    block._compiled_call_impl = _watched(block._compiled_call_impl)
+
+
+def _watched(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, with a warning once torch.compile has run it eagerly for its many variants."""
+
+    @functools.wraps(compiled)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = compiled(*args, **kwargs)
+        if any(re.search("(recompile|cache_size)[_ ]limit", reason) for reason in counters["unimplemented"]):
+            _warn_of_variants()
+        return result
+
+    return run
+
+
+@functools.cache
+def _warn_of_variants() -> None:
+    """Warn, the first time only."""
+    log.warning(
+        "model.compile=true: torch.compile has made as many variants of a function as it may (%d for each function), "
+        "and further shapes and modes run uncompiled, slowly; model.compile=false may be faster",
+        getattr(dynamo, _LIMIT),
+    )
 
 
 @contextmanager

@@ -1,169 +1,211 @@
-"""Estimate the memory of a PPO run from its configuration, without creating weights."""
+"""Estimate the memory of every stage of a run from its configuration, without creating weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf.models.heads import chunk_elements
-from rlhf.models.loading import DTYPES, LINEAR, skeleton
+from rlhf.models.activations import FLOAT32, Passes
+from rlhf.models.sizes import Sizes
 from rlhf.settings import LoraSettings, Settings
 
 PROGRAM = 700 * 2**20  # bytes of the process itself on a CPU: torch, transformers, lightning (measured)
-AUTOMATIC = 0.8  # share of the free memory that an automatic budget may use: the estimate is right within a fifth
+CONTEXT = 512 * 2**20  # bytes that CUDA and its libraries take of a GPU's memory (assumed)
+GAPS = 1.05  # on a GPU: what PyTorch's allocator reserves for what is made and freed, relative to its size (assumed)
 TRAINED = 4 + 4 + 8  # bytes per trained parameter, in float32: itself, its gradient, AdamW's two moments
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in bytes. `generating` and `updating` alternate; the rest is always held."""
+    """Memory of a stage in bytes. `phases` alternate; the rest is held throughout."""
 
+    stage: str
     program: int
     weights: int
     trained: int
-    generating: int
-    updating: int
+    phases: Mapping[str, int]
 
     @property
     def peak(self) -> int:
         """The most memory held at once, in bytes."""
-        return self.program + self.weights + self.trained + max(self.generating, self.updating)
+        return self.peak_of(*self.phases)
+
+    def peak_of(self, *phases: str) -> int:
+        """The most memory held at once in these phases, in bytes; those that the stage does not have count 0."""
+        largest = max((self.phases.get(name, 0) for name in phases), default=0)
+        return self.program + self.weights + self.trained + largest
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "training state": self.trained, "generating": self.generating,
-                 "updating": self.updating}  # fmt: skip
-        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-        return f"about {self.peak / 2**30:.1f} GiB ({listed})"
-
-
-def estimate(settings: Settings, vocabulary: int | None, reward_model: bool, shares: int = 1) -> Memory | None:
-    """Estimate the memory of one process of a PPO run; None if the model's configuration cannot be read.
-
-    Counts the frozen base in its dtype, trained parameters in float32 with AdamW's moments, the key/value cache and the
-    merged matrices while generating, and the activations of `ppo.microbatch_tokens` tokens while updating.
-
-    `vocabulary` is the number of tokens of a model that is created from a config. `shares` is the number of processes
-    that the base is sharded over.
-    """
-    model = skeleton(settings.model, vocabulary)
-    if model is None:
-        return None
-    shape = _Shape.of(model.config.get_text_config(), torch.finfo(DTYPES[settings.model.dtype]).bits // 8)
-    generating = _generating(settings, model, shape, shares)
-    program = 0 if torch.cuda.is_available() else PROGRAM
-    if settings.generation.engine == "vllm":
-        generating, program = 0, program + _vllm_share(settings)
-    return Memory(
-        program=program,
-        weights=_frozen_weights(settings, model, shape, reward_model, shares),
-        trained=_trained(settings, model, reward_model),
-        generating=generating,
-        updating=_updating(settings, shape),
-    )
+        parts = {"weights": self.weights, "training state": self.trained, **self.phases}
+        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
+        return f"about {self.peak / 2**30:.1f} GiB for {self.stage} ({listed})"
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """The sizes of a model that activations depend on; where blocks differ, those of the largest.
+class Work:
+    """What a run will do, as far as its memory depends on it.
 
-    `keys` is the width of the keys of all heads together, 0 for a state space, which has no key/value cache. `inner` is
-    the width of the MLP. `size` is the number of bytes of a weight before quantisation.
+    `stages` are those whose memory counts, of sft, preferences, reward, ppo and evaluate. `reward_model` says whether
+    PPO's scorer or judge is one. Simulated preferences are of `answer_tokens`. The base is sharded over `shares`
+    processes. `on_gpu` says where the run trains.
     """
 
-    layers: int
-    hidden: int
-    keys: int
-    inner: int
-    vocabulary: int
-    size: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, size: int) -> "_Shape":
-        """Read off a configuration of transformers, whose keys differ between architectures."""
-        hidden, heads = _largest(config, "hidden_size"), _largest(config, "num_attention_heads")
-        head = _largest(config, "head_dim") or (hidden // heads if heads else 0)
-        keys = head * (_largest(config, "num_key_value_heads") or heads)
-        inner = _largest(config, "intermediate_size") or 4 * hidden
-        return cls(_largest(config, "num_hidden_layers"), hidden, keys, inner, config.vocab_size, size)
+    stages: tuple[str, ...] = ("ppo",)
+    reward_model: bool = True
+    answer_tokens: int = 0
+    shares: int = 1
+    on_gpu: bool = False
 
 
-def _largest(config: PreTrainedConfig, name: str) -> int:
-    """A number of the configuration, the largest if there is one per block; 0 if it is missing."""
-    found = getattr(config, name, None) or 0
-    return max(found) if isinstance(found, list | tuple) else int(found)
+def estimate(settings: Settings, sizes: Sizes, work: Work) -> Memory:
+    """The most demanding of the stages of a run, in one process."""
+    estimates = [stage_memory(stage, settings, sizes, work) for stage in work.stages]
+    return max(estimates, key=lambda memory: memory.peak)
 
 
-def _bytes_per_linear_weight(settings: Settings, shape: _Shape) -> float:
-    options = settings.quantization or {}
-    # 4-bit: half a byte, and the scales of the blocks.
-    return 1.0 if options.get("load_in_8bit") else 0.56 if options.get("load_in_4bit") else float(shape.size)
+def stage_memory(stage: str, settings: Settings, sizes: Sizes, work: Work) -> Memory:
+    """The memory of one stage in one process."""
+    return _Stage(settings, sizes, work).memory(stage)
 
 
-def _frozen_weights(settings: Settings, model: PreTrainedModel, shape: _Shape, reward_model: bool, shares: int) -> int:
-    """The base, with linear layers quantised or sharded, and the reward model's adapter in float32."""
-    parameters, linear = sum(p.numel() for p in model.parameters()), _linear_weights(model)
-    base = int((parameters - linear) * shape.size + linear * _bytes_per_linear_weight(settings, shape) / shares)
-    return base + (4 * _adapter_parameters(model, settings.reward.lora) if reward_model else 0)
+@dataclass(frozen=True)
+class _Stage:
+    settings: Settings
+    sizes: Sizes
+    work: Work
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(self.settings, self.sizes, self.work.on_gpu)
+
+    def memory(self, stage: str) -> Memory:
+        made: dict[str, tuple[int, int, dict[str, int]]] = {
+            "sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
+            "evaluate": self.evaluate,
+        }[stage]()  # fmt: skip
+        weights, trained, phases = made
+        program, gaps = (CONTEXT, GAPS) if self.work.on_gpu else (PROGRAM, 1.0)
+        phases = {name: int(gaps * size) for name, size in phases.items()}
+        if self.settings.generation.engine == "vllm":  # it sleeps in all other phases
+            phases |= {name: _vllm_share(self.settings) for name in ("generating", "evaluating") if name in phases}
+        return Memory(stage, program, weights, trained, phases)
+
+    # -- the stages: (frozen weights, training state, phases) ----------------------------------------------------------
+
+    def sft(self) -> tuple[int, int, dict[str, int]]:
+        sft, sizes = self.settings.sft, self.sizes
+        tokens = max(sft.microbatch_tokens, sft.max_length)
+        phases = {"updating": self.passes.kept(tokens, sft.lora) + self.passes.logits(tokens)}
+        # The merged model is made in float32; of a quantised base, from its weights loaded again on the CPU.
+        if not (self.passes.quantized and self.work.on_gpu):
+            phases["saving"] = FLOAT32 * sizes.parameters
+        return self.base if sft.lora.r else 0, self.trained(sft.lora), phases
+
+    def reward(self) -> tuple[int, int, dict[str, int]]:
+        reward = self.settings.reward
+        tokens = max(reward.microbatch_tokens, 2 * reward.max_length)  # both texts of a pair
+        phases = {"updating": self.passes.kept(tokens, reward.lora)}
+        return self.base if reward.lora.r else 0, self.trained(reward.lora), phases
+
+    def preferences(self) -> tuple[int, int, dict[str, int]]:
+        rows, prompt = self.settings.generation.batch_size, self.settings.model.max_prompt_tokens
+        return self.base, 0, {"generating": self.passes.decoding(rows, prompt, self.work.answer_tokens)}
+
+    def ppo(self) -> tuple[int, int, dict[str, int]]:
+        settings = self.settings
+        phases = {
+            "generating": self.answering(settings.ppo.rollout_batch_size, settings.generation.max_new_tokens),
+            **self.measuring(),
+            "updating": self.updating(),
+        }
+        return self.roles, self.trained(settings.lora) + self.value_trained, phases
+
+    def evaluate(self) -> tuple[int, int, dict[str, int]]:
+        parameters = (self.trained(self.settings.lora) + self.value_trained) * FLOAT32 // TRAINED
+        return self.roles, parameters, self.measuring()
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> int:
+        """The frozen base, with linear layers quantised or sharded."""
+        linear = self.sizes.linear * self.passes.bytes_per_linear_weight / self.work.shares
+        return int((self.sizes.parameters - self.sizes.linear) * self.passes.size + linear)
+
+    @property
+    def roles(self) -> int:
+        """Base and reward model: an adapter in float32, or a model of its own."""
+        lora = self.settings.reward.lora
+        own = FLOAT32 * self.sizes.adapter(lora) if lora.r else self.sizes.parameters * self.passes.size
+        return self.base + (own if self.work.reward_model else 0)
+
+    def trained(self, lora: LoraSettings) -> int:
+        """An adapter, or for r = 0 the whole model, in float32, its gradients and AdamW's moments."""
+        return TRAINED * (self.sizes.adapter(lora) if lora.r else self.sizes.parameters)
+
+    @property
+    def value_lora(self) -> LoraSettings | None:
+        """What the value function trains beside its head (r = 0: a whole model); None on the policy's trunk."""
+        settings, kind = self.settings, self.settings.ppo.value_model
+        if kind == "trunk_head":
+            return None
+        if settings.lora.r == 0 or kind == "full":
+            return LoraSettings(r=0)
+        lora, reward = settings.lora, settings.reward.lora
+        if not self.work.reward_model or reward.r == 0:
+            return lora
+        return replace(reward, r=max(lora.r, reward.r), dropout=lora.dropout)  # as `ppo_roles` makes it
+
+    @property
+    def value_trained(self) -> int:
+        return self.trained(self.value_lora) if self.value_lora else 0
+
+    @property
+    def merged(self) -> int:
+        """Copies of matrices with the policy's adapter merged in; none where it stays separate (`Roles.merged`)."""
+        if self.settings.lora.r == 0:
+            return self.passes.cast(self.settings.lora)
+        if self.passes.quantized or self.work.shares > 1:
+            return 0
+        return sum(inputs * outputs for inputs, outputs in self.sizes.adapted(self.settings.lora)) * self.passes.size
+
+    def answering(self, prompts: int, new: int) -> int:
+        """Answering so many prompts in batches, by the policy."""
+        rows = min(self.settings.generation.batch_size, prompts)
+        return self.merged + self.passes.decoding(rows, self.settings.model.max_prompt_tokens, new)
+
+    def measuring(self) -> dict[str, int]:
+        """Passes without gradients, and the answers of an evaluation: `best_of` to a prompt, in the same batches."""
+        evaluation, models = self.settings.evaluation, 2  # the true KL takes the logits of policy and reference
+        scoring = self.passes.frozen(self.tokens) + self.passes.logits(self.tokens, models) + self.states
+        merged = self.merged if self.passes.size == FLOAT32 else 0  # `Roles.scoring`
+        answering = self.answering(evaluation.prompts * evaluation.best_of, evaluation.max_new_tokens)
+        return {"scoring": scoring + merged, "evaluating": answering}
+
+    def updating(self) -> int:
+        """Passes with gradients of policy, value function and, for an exact divergence under dropout, policy again."""
+        lora, exact = self.settings.lora, self.settings.divergence.input == "logits"
+        loras = [lora, *([self.value_lora] if self.value_lora else [])]
+        if exact and lora.r and lora.dropout:
+            loras.append(lora)
+        kept = sum(self.passes.kept(self.tokens, trained) for trained in loras)
+        return kept + self.passes.logits(self.tokens, 2 if exact else 1) + self.states
+
+    @property
+    def states(self) -> int:
+        """The reference's hidden states of a rollout batch, which an exact divergence holds."""
+        rows, new = self.settings.ppo.rollout_batch_size, self.settings.generation.max_new_tokens
+        exact = self.settings.divergence.input == "logits"
+        return rows * new * self.sizes.hidden * self.passes.size if exact else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest pass of PPO."""
+        return max(self.settings.ppo.microbatch_tokens, longest_text(self.settings))
 
 
-def _trained(settings: Settings, model: PreTrainedModel, reward_model: bool) -> int:
-    """Trained parameters of policy and value function in float32, their gradients and AdamW's moments."""
-    parameters, full = sum(p.numel() for p in model.parameters()), settings.lora.r == 0
-    trained = parameters if full else _adapter_parameters(model, settings.lora)
-    if settings.ppo.value_model != "trunk_head":
-        lora = settings.reward.lora if reward_model and settings.reward.lora.r else settings.lora
-        whole = full or settings.ppo.value_model == "full"
-        trained += parameters if whole else _adapter_parameters(model, lora)
-    return trained * TRAINED
-
-
-def _generating(settings: Settings, model: PreTrainedModel, shape: _Shape, shares: int) -> int:
-    """The key/value cache, and the copies of matrices with the adapter merged in."""
-    rows = min(settings.generation.batch_size, settings.ppo.rollout_batch_size)
-    cache = 2 * rows * _longest_text(settings) * shape.layers * shape.keys * shape.size
-    stays_separate = _bytes_per_linear_weight(settings, shape) != shape.size or shares > 1  # see `Roles.merged`
-    if settings.lora.r == 0 or stays_separate:
-        return cache
-    return cache + sum(layer.weight.numel() for layer in _adapted_layers(model, settings.lora)) * shape.size
-
-
-def _updating(settings: Settings, shape: _Shape) -> int:
-    """Activations for the backward passes through policy and value function, and the logits of a chunk of tokens."""
-    tokens = max(settings.ppo.microbatch_tokens, _longest_text(settings))
-    # Autograd keeps, per block: residuals, norms, queries, keys and values before and after rotation, the output of
-    # attention, the MLP's two inner products, their activation and its gate.
-    block = (12 * shape.hidden + 4 * shape.keys + 4 * shape.inner) * shape.size
-    # With checkpointing: the input of every block, and all of one block while it is recomputed.
-    checkpointed = shape.layers * shape.hidden * shape.size + block
-    kept = tokens * (checkpointed if settings.model.gradient_checkpointing else shape.layers * block)
-    passes = 1 if settings.ppo.value_model == "trunk_head" else 2
-    held = chunk_elements("cuda" if torch.cuda.is_available() else "cpu")
-    logits = 3 * 4 * min(held, tokens * shape.vocabulary)  # float32, three copies
-    return passes * kept + logits
-
-
-def largest_budget(
-    settings: Settings, vocabulary: int | None, reward_model: bool, free: int, shares: int = 1
-) -> int | None:
-    """The largest `ppo.microbatch_tokens` whose estimate is at most `AUTOMATIC` of `free` bytes.
-
-    A power of two, at least large enough for the longest text, even if that does not fit, and at most large enough for
-    a minibatch. None if the model's configuration cannot be read; other arguments as in `estimate`.
-    """
-    smallest, most = _longest_text(settings), _longest_text(settings) * settings.ppo.minibatch_size
-    chosen = None
-    for power in range((smallest - 1).bit_length(), (most - 1).bit_length() + 1):
-        tried = replace(settings, ppo=replace(settings.ppo, microbatch_tokens=2**power))
-        needed = estimate(tried, vocabulary, reward_model, shares)
-        if needed is None or (chosen is not None and needed.peak > AUTOMATIC * free):
-            break
-        chosen = 2**power
-    return chosen
-
-
-def _longest_text(settings: Settings) -> int:
-    """Tokens of the longest prompt and the longest response together."""
+def longest_text(settings: Settings) -> int:
+    """Tokens of the longest prompt and the longest response of a rollout together."""
     return settings.model.max_prompt_tokens + settings.generation.max_new_tokens
 
 
@@ -176,24 +218,6 @@ def available() -> int:
 
 
 def _vllm_share(settings: Settings) -> int:
-    """The part of the GPU's memory that vLLM reserves for the whole run, in bytes."""
+    """The part of the GPU's memory that vLLM takes while it samples, in bytes."""
     total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
     return int(total * settings.generation.vllm["gpu_memory_utilization"])
-
-
-def _linear_weights(model: PreTrainedModel) -> int:
-    """Number of weights that quantisation applies to: of all linear layers except the language-model head."""
-    output = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, LINEAR) and m is not output]
-    return sum(layer.weight.numel() for layer in layers)
-
-
-def _adapter_parameters(model: PreTrainedModel, lora: LoraSettings) -> int:
-    """Number of parameters of a LoRA."""
-    shapes = [layer.weight.shape for layer in _adapted_layers(model, lora)]
-    return sum(lora.r * (rows + columns) for rows, columns in shapes)
-
-
-def _adapted_layers(model: PreTrainedModel, lora: LoraSettings) -> list[Any]:
-    names = set(lora.target_modules)
-    return [m for name, m in model.named_modules() if isinstance(m, LINEAR) and name.rpartition(".")[2] in names]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from rlhf.errors import ModelError
 from rlhf.models import adapters, unpadded
 from rlhf.models.architecture import hidden_size_of
-from rlhf.models.blocks import checkpoint_activations, transformer_blocks, uncompiled
+from rlhf.models.blocks import checkpoint_activations, compile_block, transformer_blocks, uncompiled
 from rlhf.models.heads import ScalarHead, TokenStats, token_stats
 from rlhf.models.logits import head_of
 from rlhf.models.sequences import Sequences, filled, length_buckets, select, send, spans
@@ -146,7 +146,7 @@ class Roles(nn.Module):
                 name = type(trunk).__name__
                 raise ModelError(f"model.compile=true: {name} does not say what its blocks are; allowed: false")
             for block in blocks:
-                block.compile(**self.compiled)
+                compile_block(block, **self.compiled)
             self._compiled_blocks += blocks
 
     def uncompiled_blocks(self) -> AbstractContextManager[None]:

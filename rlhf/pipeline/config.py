@@ -1,6 +1,7 @@
 """From a composed configuration to settings and objects: typed values, and the classes that `_target_` keys name."""
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -16,8 +17,11 @@ from rlhf import root
 from rlhf.data.records import DataSource
 from rlhf.errors import ConfigError, DataError
 from rlhf.errors.keys import unknown_key
+from rlhf.pipeline.precision import automatic_dtype, trains_on_gpu
 from rlhf.schema import typed
-from rlhf.settings import Settings
+from rlhf.settings import ModelSettings, Settings
+
+log = logging.getLogger(__name__)
 
 # Groups whose options name a class by `_target_`.
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
@@ -33,12 +37,16 @@ NUMBERS: dict[Any, tuple[Any, str]] = {
 def settings_of(config: DictConfig) -> Settings:
     """The typed settings of a composed configuration.
 
+    `model.dtype=auto` is replaced by a dtype in the configuration itself: cached models, identity and summary name the
+    one that was used.
+
     Raises:
         ConfigError: a key does not exist or has no value, or a value has the wrong type or is not allowed.
     """
     _check_keys(config)
     _check_replicate(config)
     _check_classes(config)
+    _settle_dtype(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} has no value, and there is no default for it")
@@ -74,6 +82,14 @@ def _check_classes(config: DictConfig) -> None:
             raise ConfigError(f"{group}={chosen} has no {key}; allowed: {', '.join(options)}")
         if group == "stage" and chosen.name not in options:
             raise ConfigError(f"stage.name={chosen.name} is not allowed; allowed: {', '.join(options)}")
+
+
+def _settle_dtype(config: DictConfig) -> None:
+    if OmegaConf.select(config, "model.dtype", throw_on_missing=False) != "auto":
+        return
+    model = typed(ModelSettings, OmegaConf.to_container(config.model, resolve=True), "model.")  # type: ignore[arg-type]
+    config.model.dtype = automatic_dtype(model, trains_on_gpu(config))
+    log.info("model.dtype=auto: %s", config.model.dtype)
 
 
 def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,21 +1,29 @@
 """What a run would do and how much memory it needs, found out before anything is loaded."""
 
 import logging
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from rlhf.distributed import collectives, processes
 from rlhf.errors import ModelError
 from rlhf.files import BUDGET, EARLIER, read_object, write_json
 from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
-from rlhf.models.memory import Memory, available, estimate, largest_budget
+from rlhf.models.memory import Memory, Work, available, estimate
+from rlhf.models.sizes import Sizes
 from rlhf.pipeline import cache, earlier
 from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.pipeline.fitting import advice, with_numbers
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.precision import trains_on_gpu
+from rlhf.settings import Settings
 
 log = logging.getLogger(__name__)
+# A number that memory may decide, as it is called in the saved budget → its key in the configuration.
+AUTOMATIC_KEYS = {"batch_size": "generation.batch_size", "microbatch_tokens": "ppo.microbatch_tokens"}
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -24,7 +32,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """
     found = plan.finished()
     place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
-    unmade = plan.stage == "ppo" and found is None
+    unmade = found is None
     if unmade:
         with suppress(ModelError):
             settle_budget(plan)
@@ -39,6 +47,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "step": StepCheckpoints.reached(place / "checkpoints"),
         "memory": f"{needed}; {available() / 2**30:.1f} GiB are free here" if needed else None,
         "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
+        "batch_size": plan.settings.generation.batch_size if unmade else None,
     }
 
 
@@ -54,71 +63,109 @@ def _moves_aside(plan: Plan) -> str | None:
 
 
 def check_memory(plan: Plan) -> None:
-    """Check that a PPO run fits into memory.
+    """Check that all stages of a run that are not finished yet fit into memory.
 
     Raises:
-        ModelError: it needs more than is free.
+        ModelError: one of them needs more than is free.
     """
-    needed, free = _needed(plan), available()
-    if needed is not None and needed.peak > free:
+    sizes, work, free = _sizes(plan), work_of(plan, unmade=True), available()
+    if sizes is None:
+        return
+    needed = estimate(plan.settings, sizes, work)
+    if needed.peak > free:
         raise ModelError(
-            f"the run needs {needed}, and {free / 2**30:.1f} GiB are free; allowed: a smaller model, "
-            "quantization=int8|nf4, lora=r8, model.gradient_checkpointing=true, fewer ppo.microbatch_tokens"
+            f"the run needs {needed}, and {free / 2**30:.1f} GiB are free; allowed: "
+            f"{advice(plan.settings, sizes, work, free)}"
         )
 
 
 def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
-    """Replace `ppo.microbatch_tokens=auto` in the settings by a number.
+    """Replace `ppo.microbatch_tokens=auto` and `generation.batch_size=auto` in the settings by numbers.
 
-    A run that is resumed keeps the number that it began with (`keep_budget`), however much memory is free now: another
-    number would sum in another order, and the run would not end with the same bits. Otherwise, or if the run starts
-    over (`fresh`), it is the largest number that fits, in all processes of the run and with `jobs` runs at once on this
-    machine. The configuration, and with it the run's identity, keeps saying auto.
+    A run that is resumed keeps the numbers that it began with (`keep_budget`), however much memory is free now: others
+    would sum in another order, and the run would not end with the same bits. Otherwise, or if the run starts over
+    (`fresh`), they are the largest that fit (`with_numbers`), in all processes of the run and with `jobs` runs at once
+    on this machine. The configuration, and with it the run's identity, keeps saying auto.
 
     Raises:
         ModelError: the model's configuration cannot be read, so that its memory cannot be estimated.
     """
-    ppo = plan.settings.ppo
-    if ppo.microbatch_tokens != "auto":
+    keys = _automatic(plan)
+    if not keys or plan.stage == "sft":
         return
-    kept = None if fresh else collectives.on_rank_zero(lambda: _kept_budget(plan))
-    if kept is not None:
-        log.info("ppo.microbatch_tokens=auto: %d, as the run began", kept)
-        ppo.microbatch_tokens = kept
+    kept = {} if fresh else collectives.on_rank_zero(lambda: _kept_budget(plan, keys))
+    if kept:
+        _set(plan, kept, ", as the run began")
         return
     sharing = jobs * (1 if torch.cuda.is_available() else processes.local_world_size(plan.config.trainer))
     free = min(collectives.all_gather(available())) // sharing
-    shares = processes.num_shards(plan.config.trainer)
-    chosen = largest_budget(plan.settings, _vocabulary(plan), plan.needs_reward_model, free, shares)
-    if chosen is None:
+    sizes, work = _sizes(plan), work_of(plan, unmade=False)  # so that the same run begins with the same numbers
+    if sizes is None:
         raise ModelError(
-            "ppo.microbatch_tokens=auto needs the configuration of model.name_or_path="
+            f"{AUTOMATIC_KEYS[min(keys)]}=auto needs the configuration of model.name_or_path="
             f"{plan.settings.model.name_or_path}, which cannot be read; allowed: a number"
         )
-    ppo.microbatch_tokens = chosen
-    log.info("ppo.microbatch_tokens=auto: %d; the run needs %s, %.1f GiB are free", chosen, _needed(plan), free / 2**30)
+    chosen = with_numbers(plan.settings, sizes, work, free)
+    needed = estimate(chosen, sizes, work)
+    _set(plan, _numbers(chosen, keys), f"; the run needs {needed}, {free / 2**30:.1f} GiB are free")
 
 
 def keep_budget(plan: Plan) -> None:
-    """Save the number chosen for `ppo.microbatch_tokens=auto` in the run's folder, for when the run is resumed."""
-    if plan.plain["ppo"]["microbatch_tokens"] == "auto" and isinstance(plan.settings.ppo.microbatch_tokens, int):
-        budget = {"identity": plan.identity, "microbatch_tokens": plan.settings.ppo.microbatch_tokens}
-        write_json(plan.folder / BUDGET, budget)
+    """Save the numbers chosen for keys that say auto in the run's folder, for when the run is resumed."""
+    keys = {key for key, name in AUTOMATIC_KEYS.items() if OmegaConf.select(plan.config, name) == "auto"}
+    numbers = _numbers(plan.settings, keys)
+    if numbers and "auto" not in numbers.values():
+        write_json(plan.folder / BUDGET, {"identity": plan.identity, **numbers})
 
 
-def _kept_budget(plan: Plan) -> int | None:
-    """The saved number of this very run; None if there is none."""
+def work_of(plan: Plan, unmade: bool) -> Work:
+    """What the run does, its products included; with `unmade`, only those that are not in the cache yet."""
+    products = collectives.on_rank_zero(
+        lambda: [product for product, folder in plan.needed().items() if not (unmade and cache.known(folder))]
+    )
+    own = [plan.stage] if plan.stage in ("ppo", "evaluate") else []
+    return Work(
+        stages=(*products, *own) or (plan.stage,),
+        reward_model=plan.needs_reward_model,
+        answer_tokens=plan.plain["preferences"].get("max_new_tokens", 0),
+        shares=processes.num_shards(plan.config.trainer),
+        on_gpu=trains_on_gpu(plan.config),
+    )
+
+
+def _automatic(plan: Plan) -> set[str]:
+    """Which of `AUTOMATIC_KEYS` still say auto."""
+    return {key for key, number in _numbers(plan.settings, AUTOMATIC_KEYS).items() if number == "auto"}
+
+
+def _numbers(settings: Settings, keys: Iterable[str]) -> dict[str, Any]:
+    numbers = {"microbatch_tokens": settings.ppo.microbatch_tokens, "batch_size": settings.generation.batch_size}
+    return {key: numbers[key] for key in keys}
+
+
+def _set(plan: Plan, numbers: Mapping[str, int], why: str) -> None:
+    plan.settings.ppo.microbatch_tokens = numbers.get("microbatch_tokens", plan.settings.ppo.microbatch_tokens)
+    plan.settings.generation.batch_size = numbers.get("batch_size", plan.settings.generation.batch_size)
+    for key, number in sorted(numbers.items()):
+        log.info("%s=auto: %d%s", AUTOMATIC_KEYS[key], number, why)
+
+
+def _kept_budget(plan: Plan, keys: Iterable[str]) -> dict[str, int]:
+    """The saved numbers of this very run; empty if there are none."""
     for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.identity) / BUDGET):
-        kept = read_object(path, microbatch_tokens=int) if path.exists() else {}
+        kept = read_object(path) if path.exists() else {}
         if kept.get("identity") == plan.identity:
-            return int(kept["microbatch_tokens"])
-    return None
+            return {key: read_object(path, **{key: int})[key] for key in keys}
+    return {}
+
+
+def _sizes(plan: Plan) -> Sizes | None:
+    return Sizes.of(plan.settings.model, _vocabulary(plan))
 
 
 def _needed(plan: Plan) -> Memory | None:
-    return estimate(
-        plan.settings, _vocabulary(plan), plan.needs_reward_model, processes.num_shards(plan.config.trainer)
-    )
+    sizes = _sizes(plan)
+    return None if sizes is None else estimate(plan.settings, sizes, work_of(plan, unmade=True))
 
 
 def _vocabulary(plan: Plan) -> int | None:

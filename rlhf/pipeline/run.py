@@ -1,5 +1,6 @@
 """Does a run: builds what it needs, then trains or evaluates. The one place that puts all parts together."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Prompt, as_records
 from rlhf.distributed import collectives, lockstep, processes
+from rlhf.distributed.strategies import SingleDevice
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.evaluator import Judge, ResponseEvaluator
@@ -39,6 +41,7 @@ from rlhf.pipeline.checks import best_metric
 from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.loggers import Loggers
+from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.rollout.trial import try_out
@@ -60,7 +63,7 @@ class Run:
         self.site = Site(
             plan.settings, plan.plain, plan.source, plan.quantization, self._make_trainer, self._place_models
         )
-        torch.set_float32_matmul_precision("high")
+        settle_numerics(plan.config.trainer.get("deterministic"))
         keep_freed_memory()
 
     def run(self) -> dict[str, Any]:
@@ -77,6 +80,7 @@ class Run:
         for product, folder in plan.needed().items():
             cache.ensure(folder, self._builder(product))
             lockstep.disable()
+            gc.collect()  # a stage and its trainer refer to each other, and hold models on the device
             self.loggers.hand_over(folder.name, folder)
         if plan.stage in ("sft", "preferences", "reward"):
             last = plan.needed()[plan.stage]
@@ -215,6 +219,8 @@ class Run:
         }
         if collectives.size() > 1:  # each stage gives the processes their shares itself
             defaults |= {"use_distributed_sampler": False, "plugins": [processes.cluster_environment()]}
+        if self.config.trainer.get("strategy") in (None, "auto"):
+            defaults["strategy"] = SingleDevice()
         return instantiate(self.config.trainer, "trainer", **{**defaults, **options})
 
     def _place_models(self, roles: Roles, packing: bool = False) -> None:

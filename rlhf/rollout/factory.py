@@ -1,5 +1,6 @@
 """The engine that `generation.engine` names, and whether PPO may use the log-probs it captures."""
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.models.roles import Roles
@@ -23,16 +24,25 @@ def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase
     if settings.engine == "transformers":
         return TransformersEngine(stops, tokenizer.pad_token_id)
     capture = settings.capture_logprobs != "never"
-    fixed = settings.cuda_graphs == "auto" and roles.device.type == "cuda" and not roles.sharded
-    return NativeEngine(stops, capture, fixed)
+    return NativeEngine(stops, capture, fixed=settings.cuda_graphs == "auto" and can_be_recorded(roles))
+
+
+def can_be_recorded(roles: Roles) -> bool:
+    """Whether steps of these models can run as CUDA graphs: on one GPU, and not on an int8 base.
+
+    bitsandbytes waits for the GPU in each product with int8 weights, to look for outliers. That breaks the recording.
+    """
+    int8 = any(parameter.dtype == torch.int8 for parameter in roles.parameters())
+    return roles.device.type == "cuda" and not roles.sharded and not int8
 
 
 def use_captured_logprobs(settings: GenerationSettings, roles: Roles) -> bool:
     """Whether PPO takes the log-probs captured while sampling as its old log-probs.
 
-    With `generation.capture_logprobs=auto`: only where they are exact, which is the native engine in float32. Elsewhere
-    a row has other log-probs in another batch shape or kernel. They are then computed again in the shapes of the
-    update, and the captured ones only serve to measure the gap.
+    With `generation.capture_logprobs=auto`: only where they are exact, which is the native engine in float32, on a GPU
+    with full products ("highest", not TF32). Elsewhere a row has other log-probs in another batch shape or kernel. They
+    are then computed again in the shapes of the update, and the captured ones only serve to measure the gap.
     """
-    exact = settings.engine == "native" and roles.in_float32
+    full = roles.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    exact = settings.engine == "native" and roles.in_float32 and full
     return exact if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"

@@ -17,7 +17,8 @@ def cache_argument(model: PreTrainedModel) -> str:
 class _BufferLayer(CacheLayerMixin):
     """One layer's keys and values [batch, heads, capacity, width], allocated once and written in place.
 
-    `filled` tokens are stored. If `place` is set, states are written there instead (see `BufferCache.fix`).
+    `filled` tokens are stored. If `place` is set, states are written there instead (see `BufferCache.fix`), and `end`
+    limits the part that is returned.
     """
 
     is_sliding = False
@@ -26,6 +27,7 @@ class _BufferLayer(CacheLayerMixin):
         super().__init__()
         self.capacity, self.filled = capacity, 0
         self.place: Tensor | None = None
+        self.end: int | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate buffers with the batch, heads, width and dtype of the first states."""
@@ -37,7 +39,7 @@ class _BufferLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append new states and return views of all states so far; or write to `place` and return whole buffers."""
+        """Append new states and return views of all so far; or write to `place` and return views of the first `end`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -45,7 +47,7 @@ class _BufferLayer(CacheLayerMixin):
         if self.place is not None:
             self.keys.index_copy_(2, self.place, key_states)
             self.values.index_copy_(2, self.place, value_states)
-            return self.keys, self.values
+            return self.keys[:, :, : self.end], self.values[:, :, : self.end]
         end = self.filled + key_states.shape[-2]
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
@@ -90,7 +92,7 @@ class BufferCache(Cache):
 
     @torch.no_grad()
     def fix(self, place: Tensor) -> None:
-        """From now on write a token's states to `place` [1] and return whole buffers, whose addresses never change.
+        """From now on write a token's states to `place` [1] and return buffers at addresses that never change.
 
         Zeroes the unfilled part. The mask gives it weight 0, but 0 × uninitialised memory can be NaN.
         """
@@ -98,6 +100,17 @@ class BufferCache(Cache):
             layer.place = place
             layer.keys[:, :, layer.filled :] = 0
             layer.values[:, :, layer.filled :] = 0
+
+    def attend_to(self, end: int) -> None:
+        """From now on return the first `end` places of fixed buffers only."""
+        for layer in self.layers:
+            layer.end = end
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """The dtype of the stored values; that of attention, because rotary positions may make keys float32."""
+        dtype: torch.dtype = self.layers[0].values.dtype
+        return dtype
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Our own decoding loop (generation.engine=native): with log-probs and values, and without work for finished rows."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -10,11 +11,14 @@ from transformers import PreTrainedModel
 from rlhf.models.logits import head_of
 from rlhf.models.roles import Roles
 from rlhf.models.unpadded import takes_visible
-from rlhf.rollout.decoding import CompiledStep, FixedStep, GrowingStep, prefill
+from rlhf.rollout.attention import grouped_attention
+from rlhf.rollout.batch import DecodingBatch
+from rlhf.rollout.decoding import CompiledStep, GrowingStep, prefill
 from rlhf.rollout.engine import Generated, GenerationRequest, id_list
+from rlhf.rollout.fixed import FixedStep
 from rlhf.rollout.kv_cache import BufferCache
 
-CHECK_EVERY = 4  # steps between looks for finished rows: each look waits for the device
+CHECK_EVERY = 4  # steps between looks for finished rows
 SHRINK_BELOW = 0.9  # drop finished rows once at most this share of the batch would remain: dropping copies the cache
 
 
@@ -23,7 +27,8 @@ class NativeEngine:
 
     The adapter is merged into copies of the adapted matrices. Keys and values are stored in one preallocated buffer per
     layer. Finished rows are dropped from the batch. Every row has its own random numbers, so its tokens do not depend
-    on the other rows. With `fixed`, steps have fixed shapes and run as CUDA graphs on a GPU.
+    on the other rows. With `fixed`, steps have fixed shapes and run as CUDA graphs on a GPU, if our own mask can say
+    everything about the model's attention.
     """
 
     def __init__(self, eos_token_id: int | Sequence[int], capture_logprobs: bool = True, fixed: bool = False):
@@ -43,16 +48,20 @@ class NativeEngine:
         value_head = roles.heads["value"] if self.capture and shared else None
 
         # 3. Fill the cache with the prompts, then sample token by token.
-        batch = _Batch(request, self.stops, pad_right, roles.device)
+        batch = DecodingBatch(request, self.stops, pad_right, roles.device)
         with roles.merged(role) as model, roles.autocast():
             forward, hidden = self._prefill(roles, model, batch)
-            self._decode(model, value_head, forward, hidden, batch)
+            output = head_of(model)
+            # Where our mask holds. A compiled step keeps the attention that it was compiled with.
+            grouped = pad_right and not isinstance(forward, CompiledStep)
+            with grouped_attention(model) if grouped else nullcontext():
+                self._decode(output, value_head, forward, hidden, batch)
         logprobs = batch.logprobs if self.capture else None
         values = None if value_head is None else batch.values
         return Generated(batch.ids, batch.lengths, logprobs, values)
 
     def _prefill(
-        self, roles: Roles, model: PreTrainedModel, batch: "_Batch"
+        self, roles: Roles, model: PreTrainedModel, batch: DecodingBatch
     ) -> tuple[GrowingStep, Float[Tensor, "batch hidden"]]:
         """Run the prompts through the model: the step to continue with, and each prompt's last hidden state."""
         capacity = batch.width + batch.limit
@@ -74,14 +83,13 @@ class NativeEngine:
 
     def _decode(
         self,
-        model: PreTrainedModel,
+        output: nn.Module,
         value_head: nn.Module | None,
         forward: GrowingStep,
         hidden: Float[Tensor, "batch hidden"],
-        batch: "_Batch",
+        batch: DecodingBatch,
     ) -> None:
         """Sample tokens into `batch`, from the hidden states after the prompts on."""
-        output = head_of(model)
         for step in range(batch.limit):
             # 1. Sample the next token of each active row.
             draws = batch.draws[batch.active, step]
@@ -91,61 +99,20 @@ class NativeEngine:
                 break
 
             # 2. Drop finished rows, and stop when all are finished.
-            if step % CHECK_EVERY == CHECK_EVERY - 1:
-                rows = forward.remaining(batch.finished)
-                if len(rows) == 0:
+            place = batch.width + step
+            if step and step % CHECK_EVERY == 0:
+                unfinished = batch.unfinished()
+                if unfinished == 0:
                     break
-                if len(rows) <= SHRINK_BELOW * len(batch.active):
+                size = forward.batch_size(unfinished, place)
+                if size <= SHRINK_BELOW * len(batch.active):
+                    rows = batch.first(size)
                     forward.keep(rows)
                     batch.keep(rows)
                     token = token[rows]
 
             # 3. Run the model on the sampled tokens.
-            hidden = forward(token, batch.prompt_lengths[batch.active] + step, batch.width + step)
-
-
-class _Batch:
-    """The prompts and responses of one request, and which rows are still being decoded.
-
-    `active` [rows] are the indices of these rows, `finished` [rows] marks those among them that have already ended
-    but were not dropped yet. All other tensors cover all rows of the request.
-    """
-
-    def __init__(self, request: GenerationRequest, stops: Sequence[int], pad_right: bool, device: torch.device):
-        count, self.limit, self.temperature = len(request.prompts), request.max_new_tokens, request.temperature
-        self.width, self.pad_right = max(map(len, request.prompts)), pad_right
-        prompts = torch.zeros(count, self.width, dtype=torch.long)
-        for row, prompt in zip(prompts, request.prompts, strict=True):
-            start = 0 if pad_right else self.width - len(prompt)
-            row[start : start + len(prompt)] = torch.tensor(prompt)
-        self.prompts = prompts.to(device)
-        self.prompt_lengths = torch.tensor([len(prompt) for prompt in request.prompts]).to(device)
-
-        # All random numbers are drawn at once, so that a row's do not depend on which other rows are still active.
-        generator = request.generator
-        self.draws = torch.rand(count, self.limit, generator=generator, device=generator.device).to(device)
-
-        self.stops = torch.tensor(stops, device=device)
-        self.ids = torch.full((count, self.limit), stops[0], device=device)
-        self.logprobs = torch.zeros(count, self.limit, device=device)
-        self.values = torch.zeros(count, self.limit, device=device)
-        self.lengths = torch.full((count,), self.limit, device=device)
-        self.active = torch.arange(count, device=device)
-        self.finished = torch.zeros(count, dtype=torch.bool, device=device)
-
-    def append(self, step: int, token: Tensor, logprob: Tensor, value: Tensor | None) -> None:
-        """Store what was sampled for the active rows; rows that sampled an EOS are finished."""
-        self.ids[self.active, step] = token
-        self.logprobs[self.active, step] = logprob
-        if value is not None:
-            self.values[self.active, step] = value
-        newly_finished = (token[:, None] == self.stops).any(1) & ~self.finished
-        self.lengths[self.active] = torch.where(newly_finished, step + 1, self.lengths[self.active])
-        self.finished |= newly_finished
-
-    def keep(self, rows: Int[Tensor, "rows"]) -> None:
-        """Keep only these of the active rows active."""
-        self.active, self.finished = self.active[rows], self.finished[rows]
+            hidden = forward(token, batch.prompt_lengths[batch.active] + step, place)
 
 
 def sample_tokens(
@@ -164,10 +131,20 @@ def sample_tokens(
         scaled = logits
     else:
         scaled = logits / temperature
-        cumulative = scaled.softmax(-1).cumsum(-1)
+        cumulative = _cumulative(scaled.softmax(-1))
         # The last entry of the cumulative sum is not exactly 1.
         threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
     if not capture:
         return token, torch.zeros_like(draws)
     return token, scaled.gather(-1, token[:, None]).squeeze(1) - scaled.logsumexp(-1)
+
+
+def _cumulative(probabilities: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
+    """Cumulative sums, up to a factor; in integers where they must have the same bits every time.
+
+    A GPU may add floats in another order each time, so torch refuses to in deterministic mode.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return probabilities.cumsum(-1)
+    return (probabilities.double() * 2**52).long().cumsum(-1).double()

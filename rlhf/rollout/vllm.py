@@ -1,12 +1,15 @@
 """Sampling with vLLM (generation.engine=vllm): it serves the SFT model and loads the policy's adapter for each call.
 
-Written against vLLM's public offline interface (`LLM`, `SamplingParams`, `LoRARequest`) and NEVER RUN, because no GPU
-was available. Tests cover the checks of the configuration and the adapter that is passed on.
+Written against the source of vLLM 0.27.1 (`LLM`, its sleep mode and shutdown, `SamplingParams`, `LoRARequest`) and
+NEVER RUN, because no GPU was available. Tests cover the checks of the configuration, the adapter that is passed on, and
+(with a stand-in for vLLM) when it sleeps and is shut down.
 """
 
 import gc
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,13 +28,13 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of vLLM's `max_
 TEMPERATURES = (0.01, 2.0)  # vLLM raises lower temperatures, except 0, to the first and refuses higher than the second
 # Keywords of `vllm.LLM` that users cannot set: this engine sets them, or they would change the sampling distribution.
 NOT_YOURS = ("model", "dtype", "enable_lora", "max_loras", "max_lora_rank", "enable_prefix_caching", "logprobs_mode",
-             "generation_config", "logits_processors")  # fmt: skip
+             "generation_config", "logits_processors", "enable_sleep_mode")  # fmt: skip
 _serving: dict[str, Any] = {}  # the only `vllm.LLM` of this process, by its options: two would not fit into memory
 _versions = itertools.count(1)  # vLLM identifies an adapter by a number: each set of weights needs its own
 
 
 class VllmEngine:
-    """Samples with vLLM on the GPU of this process.
+    """Samples with vLLM on the GPU of this process, where vLLM has its share of the memory only while it samples.
 
     Log-probs are requested in vLLM's `processed_logprobs` mode, that is, after the division by the temperature (the
     default, `raw_logprobs`, is before it). Without top-k, top-p and penalties they are those of the sampled
@@ -68,7 +71,7 @@ class VllmEngine:
 
         # 1. Sample with the role's current adapter, which vLLM reads from a folder.
         sampling = self._sampling_params(request)
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, _awake(self.llm):
             version, has_adapter = next(_versions), write_adapter(roles, role, Path(folder))
             outputs = self.llm.generate(
                 [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in request.prompts],
@@ -130,20 +133,52 @@ def write_adapter(roles: Roles, role: str, folder: Path) -> bool:
 
 
 def _serve(**options: Any) -> Any:
-    """The `vllm.LLM` with these options; a running one with other options is replaced.
+    """The `vllm.LLM` with these options, asleep; a running one with other options is shut down.
 
     Raises:
         ModelError: vLLM cannot serve this model, or needs more memory than it may use.
     """
     name = repr(sorted(options.items()))
     if name not in _serving:
-        _serving.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # vLLM reads it on import
         # In this process, vLLM seeds the global generators: restore them.
         with explained("generation.engine=vllm: the model cannot be served"), torch.random.fork_rng():
+            while _serving:
+                _shut_down(_serving.popitem()[1])
+            gc.collect()
+            torch.cuda.empty_cache()
             from vllm import LLM
 
-            _serving[name] = LLM(**options)
+            llm = LLM(**options, enable_sleep_mode=True)
+            # vLLM exempts all that exists from garbage collection: this run's models would outlive it.
+            gc.unfreeze()
+            llm.sleep(level=1)
+            _serving[name] = llm
     return _serving[name]
+
+
+@contextmanager
+def _awake(llm: Any) -> Iterator[None]:
+    """Give vLLM its share of the GPU's memory, and on exit take it back for the update.
+
+    Asleep at level 1, it keeps the weights in host memory and no cache. Level 2 would discard the weights, which never
+    change here (adapters do), and read them from the disk before each rollout.
+
+    Raises:
+        ModelError: the memory is taken.
+    """
+    with explained("generation.engine=vllm: vLLM cannot have its share of the GPU (gpu_memory_utilization) back"):
+        llm.wake_up()
+    try:
+        yield
+    finally:
+        llm.sleep(level=1)
+
+
+def _shut_down(llm: Any) -> None:
+    """Free what vLLM holds on the GPU, which dropping the object does not.
+
+    vLLM must be awake: asleep its memory is unmapped, and would be unmapped a second time when it is freed.
+    """
+    llm.wake_up()
+    llm.llm_engine.engine_core.shutdown()

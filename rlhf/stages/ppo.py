@@ -34,6 +34,12 @@ RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of the ratios' histogram; larger ratios c
 Scorer = Callable[[Rollouts], Float[Tensor, " batch"]]
 
 
+def _count_ratios(ratio: Float[Tensor, "tokens"]) -> Float[Tensor, "bins"]:
+    """The histogram of ratios (`torch.histc` has no deterministic kernel on a GPU; a count has one value)."""
+    bins = (ratio.clamp(max=LARGEST_RATIO) * (RATIO_BINS / LARGEST_RATIO)).long().clamp(0, RATIO_BINS - 1)
+    return torch.zeros(RATIO_BINS, device=ratio.device).scatter_add(0, bins, torch.ones_like(ratio))
+
+
 def make_ppo(
     settings: Settings,
     roles: Roles,
@@ -257,7 +263,7 @@ class PPO(PolicyEvaluation):
                 "clip_fraction": ((ratio - 1).abs() > self.ppo.clip_range).sum(),
             }
             if self.dashboards:
-                sums["ratio_counts"] = torch.histc(ratio.clamp(max=LARGEST_RATIO), RATIO_BINS, 0, LARGEST_RATIO)
+                sums["ratio_counts"] = _count_ratios(ratio)
         return policy_loss + self.ppo.value_coef * value_loss + penalty, sums
 
     def _divergence_loss(

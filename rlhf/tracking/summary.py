@@ -40,6 +40,7 @@ def write_summary(
         "wall_seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_memory(),
         "threads": torch.get_num_threads(),  # the last bits of sums depend on their number
+        "deterministic": torch.are_deterministic_algorithms_enabled(),  # on a GPU they vary without it
         "versions": {"rlhf": __version__, "python": platform.python_version(), **_versions()},
         "git_commit": git_commit(),
         "config": config,

@@ -16,13 +16,15 @@ from transformers import (
 
 from rlhf.data.farm import Farm
 from rlhf.errors import ConfigError
+from rlhf.models.activations import Passes
 from rlhf.models.architecture import check_architecture, max_positions
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import linear_names, load_causal_lm, skeleton
-from rlhf.models.memory import estimate
+from rlhf.models.memory import Work, estimate
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
+from rlhf.models.sizes import Sizes
 from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
 from rlhf.scorers import Context
@@ -153,12 +155,11 @@ def test_the_memory_of_any_configuration_is_estimated(kind: str) -> None:
     own = composed_settings()
     own.model.config, own.lora.r = STRANGE[kind], 0  # no adapter is merged
     lm = skeleton(own.model, 500)
-    needed = estimate(own, 500, reward_model=False)
-    assert needed is not None
+    sizes = Sizes(lm)
+    needed = estimate(own, sizes, Work(reward_model=False))
     assert needed.weights == 4 * sum(p.numel() for p in lm.parameters())
-    tokens = min(own.generation.batch_size, own.ppo.rollout_batch_size) * (64 + own.generation.max_new_tokens)
     cached = 0 if kind.startswith("mamba") else 2 * (2 * 16)  # two layers with two heads each
-    assert needed.generating == 4 * 2 * tokens * cached  # float32 keys and values
+    assert Passes(own, sizes).cache(3, 50) == 4 * 2 * 3 * 50 * cached  # float32 keys and values
 
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]

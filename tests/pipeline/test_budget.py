@@ -1,4 +1,4 @@
-"""`ppo.microbatch_tokens=auto`: which value is chosen, and that a resumed run keeps its value."""
+"""`ppo.microbatch_tokens=auto`, `generation.batch_size=auto`: what is chosen, and that a resumed run keeps it."""
 
 import logging
 from collections.abc import Callable
@@ -9,25 +9,25 @@ import pytest
 
 from rlhf.errors import ConfigError, Interrupted, ModelError
 from rlhf.files import BUDGET, read_json
-from rlhf.models.memory import AUTOMATIC, estimate, largest_budget
+from rlhf.models.memory import Work, stage_memory
 from rlhf.pipeline import preflight as preview
+from rlhf.pipeline.fitting import AUTOMATIC, with_numbers
 from rlhf.pipeline.plan import Plan
 from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
 from tests.helpers.calls import before_call
 from tests.helpers.command_line import TINY
 from tests.helpers.composed_config import composed_plan, composed_settings
-from tests.helpers.memory_estimates import VOCABULARY
+from tests.helpers.memory_estimates import sizes_of
 from tests.helpers.run_results import assert_identical, collect_run_results
 
 GIB = 2**30
+GENERATING = ("generating", "evaluating")
 
 
 def peak(chosen: Settings, tokens: int) -> int:
     chosen.ppo.microbatch_tokens = tokens
-    found = estimate(chosen, VOCABULARY, True)
-    assert found is not None
-    return found.peak
+    return stage_memory("ppo", chosen, sizes_of(chosen), Work()).peak_of("updating")
 
 
 @pytest.mark.parametrize("options", [(), ("ppo.minibatch_size=16", "lora=none"), ("model.max_prompt_tokens=200",)])
@@ -36,8 +36,8 @@ def test_the_largest_fitting_budget_is_chosen(options: tuple[str, ...]) -> None:
     text = chosen.model.max_prompt_tokens + chosen.generation.max_new_tokens
     budgets = []
     for free in [0, *(int(GIB * 1.16**i / 2) for i in range(15))]:
-        budget = largest_budget(chosen, VOCABULARY, True, free)
-        assert budget is not None
+        chosen.ppo.microbatch_tokens = "auto"
+        budget = with_numbers(chosen, sizes_of(chosen), Work(), free).ppo.microbatch_tokens
         budgets.append(budget)
         assert budget & (budget - 1) == 0
         least, most = budget // 2 < text, budget >= text * chosen.ppo.minibatch_size
@@ -48,11 +48,36 @@ def test_the_largest_fitting_budget_is_chosen(options: tuple[str, ...]) -> None:
     assert budgets[-1] // 2 < text * chosen.ppo.minibatch_size <= budgets[-1]  # and never more than a minibatch
 
 
+def test_the_largest_fitting_batch_of_answers_is_chosen() -> None:
+    chosen = composed_settings("generation.batch_size=auto", "ppo.microbatch_tokens=auto", "evaluation.prompts=8")
+    sizes, found = sizes_of(chosen), []
+    for free in [0, *(int(GIB * 1.004**i * 0.86) for i in range(20))]:
+        own = with_numbers(chosen, sizes, Work(), free)
+        found.append(own.generation.batch_size)
+        assert found[-1] == 1 or stage_memory("ppo", own, sizes, Work()).peak_of(*GENERATING) <= AUTOMATIC * free
+        more = -(-64 // (-(-64 // found[-1]) - 1)) if found[-1] < 64 else 64  # the next larger equal part of 64
+        own.generation.batch_size = more
+        assert found[-1] == 64 or stage_memory("ppo", own, sizes, Work()).peak_of(*GENERATING) > AUTOMATIC * free
+    assert all(one <= other for one, other in pairwise(found))
+    assert found[0] == 1
+    assert len(set(found)) > 3
+    assert found[-1] == 64
+
+
+def test_longer_answers_of_another_stage_mean_fewer_at_a_time() -> None:
+    chosen = composed_settings("generation.batch_size=auto")
+    sizes, free = sizes_of(chosen), int(1.2 * GIB)
+    own = with_numbers(chosen, sizes, Work(("ppo",)), free).generation.batch_size
+    simulated = with_numbers(chosen, sizes, Work(("preferences", "ppo"), answer_tokens=4000), free)
+    assert simulated.generation.batch_size < own
+
+
+@pytest.mark.parametrize("key", ["ppo.microbatch_tokens", "generation.batch_size"])
 @pytest.mark.parametrize("value", ["0", "-5", "2.5", "null", "all", "[1]", "{a: 1}", "true"])
-def test_other_values_are_refused_in_a_sentence(value: str) -> None:
+def test_other_values_are_refused_in_a_sentence(key: str, value: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        composed_settings(f"ppo.microbatch_tokens={value}")
-    assert str(refused.value).startswith("ppo.microbatch_tokens=")
+        composed_settings(f"{key}={value}")
+    assert str(refused.value).startswith(f"{key}=")
     assert str(refused.value).endswith("is not allowed; allowed: a whole number above 0, or auto")
 
 
@@ -99,6 +124,22 @@ def test_a_run_goes_on_with_what_it_began_with(
     )  # two processes get half of the memory each
 
 
+def test_both_numbers_are_kept(make_run_with_memory: Callable[..., Plan], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    both = ("ppo.microbatch_tokens=auto", "generation.batch_size=auto", "generation.max_new_tokens=150")
+    first = make_run_with_memory(0.9, *both)
+    settled(first)
+    began = first.settings.generation.batch_size
+    assert 1 < began < first.settings.ppo.rollout_batch_size
+    assert f"generation.batch_size=auto: {began}; the run needs about" in caplog.text
+    again = make_run_with_memory(2, *both)
+    assert settled(again) == first.settings.ppo.microbatch_tokens
+    assert again.settings.generation.batch_size == began
+    assert again.identity == first.identity
+    preview.settle_budget(more := make_run_with_memory(8, *both), fresh=True)
+    assert more.settings.generation.batch_size > began
+
+
 def test_the_identity_contains_auto_and_not_the_chosen_value(make_run_with_memory: Callable[..., Plan]) -> None:
     auto = "ppo.microbatch_tokens=auto"
     one = make_run_with_memory(2, auto)
@@ -121,7 +162,7 @@ def test_a_number_is_not_changed(make_run_with_memory: Callable[..., Plan]) -> N
 def test_what_cannot_be_estimated_is_refused(
     make_run_with_memory: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf.models.memory.skeleton", lambda *_: None)  # as when the Hub cannot be reached
+    monkeypatch.setattr("rlhf.models.sizes.skeleton", lambda *_: None)  # as when the Hub cannot be reached
     with pytest.raises(ModelError, match=r"ppo.microbatch_tokens=auto needs .* cannot be read; allowed: a number"):
         preview.settle_budget(
             make_run_with_memory(2, "ppo.microbatch_tokens=auto", "model=custom", "model.name_or_path=a/b")

@@ -254,3 +254,21 @@ def test_captured_log_probs_serve_as_old_ones_only_where_that_is_exact(
     assert captured(torch.float32, "auto", "vllm") == (True, False)
     assert captured(torch.bfloat16, "always") == (True, True)
     assert captured(torch.float32, "never") == (False, False)
+
+
+def test_on_a_gpu_captured_log_probs_are_exact_without_tf32_only(
+    make_roles: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TF32, log-probs captured while decoding are some 5e-3 nats from those of the update's shapes."""
+    settings, roles, before = GenerationSettings(max_new_tokens=2), make_roles(), torch.get_float32_matmul_precision()
+
+    def used(precision: str) -> bool:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return use_captured_logprobs(settings, roles)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    assert [used("high"), used("highest")] == [True, True]  # a CPU computes in float32 with either
+    monkeypatch.setattr(Roles, "device", torch.device("cuda"))
+    assert [used("high"), used("highest")] == [False, True]

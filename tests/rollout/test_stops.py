@@ -1,6 +1,5 @@
 """Stop tokens and sampling options: in each engine, for judges, and in exported models under plain transformers."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +37,7 @@ from rlhf.rollout.sample import rollout
 from rlhf.scorers import Context
 from rlhf.settings import GenerationSettings, ModelSettings
 from rlhf.stages.reward import RewardModeling
+from tests.helpers import vllm_stand_in
 from tests.helpers.scorer_context import NoSource
 from tests.helpers.tiny_models import EOS, PAD, UNK, tiny_lora, tiny_model, tiny_roles, word_tokenizer
 from tests.helpers.tiny_tokenizers import gpt2
@@ -130,23 +130,7 @@ def test_chat_stops_at_any_of_them() -> None:
 
 def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Against a stand-in for vLLM, which needs a GPU."""
-    from rlhf.rollout import vllm as vllm_engine
-
-    asked: dict[str, Any] = {}
-
-    class LLM:
-        def __init__(self, **options: Any):
-            asked["llm"] = options
-
-        def generate(self, prompts: list, sampling: list, **options: Any) -> list:
-            asked["sampling"] = sampling
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[9, OTHER], logprobs=None)]) for _ in prompts]
-
-    fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options, TokensPrompt=dict)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *_: None))
-    monkeypatch.setattr(vllm_engine, "_serving", {})
+    llm = vllm_stand_in.install(monkeypatch)
     save_model(tiny_model(), word_tokenizer(), tmp_path)
     GenerationConfig(eos_token_id=[OTHER, EOS], **FILTERS).save_pretrained(tmp_path)
     roles = Roles(AutoModelForCausalLM.from_pretrained(tmp_path))
@@ -154,8 +138,8 @@ def test_vllm_is_asked_for_the_plain_softmax_up_to_any_of_them(monkeypatch: pyte
     engine = make_engine(settings, word_tokenizer(), roles)
     made = engine.generate(roles, "reference", GenerationRequest([[5], [6]], 8, 0.7, torch.Generator()))
     assert made.lengths.tolist() == [2, 2]
-    assert asked["llm"]["generation_config"] == "vllm"
-    for sampling in asked["sampling"]:
+    assert llm.options["generation_config"] == "vllm"
+    for sampling in llm.sampling:
         assert sampling.pop("seed") >= 0
         assert sampling == {
             "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_tokens": 8, "ignore_eos": True,

@@ -1,10 +1,12 @@
 """`generation.engine=vllm`, as far as testable without vLLM and a GPU: refusals, and the adapter that it exports."""
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from peft import AutoPeftModelForCausalLM
 
 from rlhf.errors import ConfigError, ModelError
 from rlhf.models.export import ADAPTER
+from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.vllm import write_adapter
 from rlhf.settings import GenerationSettings
+from rlhf.stages.ppo import PPO
+from tests.helpers import vllm_stand_in
 from tests.helpers.composed_config import compose_and_check
 from tests.helpers.memory_estimates import estimate_of
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings
@@ -30,6 +35,10 @@ REFUSED = [
     ("evaluation.temperature=0.001", "evaluation.temperature=0.001: .* takes 0.01 to 2.0"),
     ("generation.vllm.gpu_memory_utilization=1.5", "allowed: keywords of vllm.LLM, gpu_memory_utilization being"),
     ("generation.vllm.gpu_memory_utilization=most", "allowed: keywords of vllm.LLM, gpu_memory_utilization being"),
+    (
+        "+generation.vllm.enable_sleep_mode=false",
+        "generation.vllm.enable_sleep_mode=False .* keywords of vllm.LLM but ",
+    ),
     ("+generation.vllm.generation_config=auto", "generation.vllm.generation_config=auto .* keywords of vllm.LLM but "),
     ("generation.vllm=0.5", "generation.vllm=0.5 is not allowed; allowed: keys below it"),
 ]
@@ -103,11 +112,70 @@ def test_what_goes_wrong_in_vllm_is_told_in_a_sentence(folders: SimpleNamespace,
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+# -- vLLM's memory, against a stand-in ---------------------------------------------------------------------------------
+
+
+def start_and_sample(stage: PPO, **options: Any) -> None:
+    """What a run does: make an engine and sample a rollout."""
+    settings = GenerationSettings(engine="vllm", max_new_tokens=8, capture_logprobs="never", vllm=options)
+    engine = make_engine(settings, stage.tokenizer, stage.roles)
+    made = engine.generate(stage.roles, "policy", GenerationRequest([[5], [6]], 8, 1.0, torch.Generator()))
+    assert made.lengths.tolist() == [2, 2]
+
+
+def test_vllm_sleeps_unless_it_samples(
+    monkeypatch: pytest.MonkeyPatch, folders: SimpleNamespace, tmp_path: Path
+) -> None:
+    llm = vllm_stand_in.install(monkeypatch)
+    stage = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl")
+    start_and_sample(stage)
+    assert llm.calls == ["start", "sleep", "wake up", "generate", "sleep"]
+    monkeypatch.setattr(llm, "generate", None)  # calling it fails
+    with pytest.raises(TypeError):
+        start_and_sample(stage)
+    assert llm.calls[5:] == ["wake up", "sleep"]
+
+
+def test_a_second_run_finds_the_card_empty(
+    monkeypatch: pytest.MonkeyPatch, folders: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The stand-in fails if two engines hold memory at once, and if one is shut down asleep."""
+    llm = vllm_stand_in.install(monkeypatch)
+    stage = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl")
+    gc.freeze()
+    start_and_sample(stage, gpu_memory_utilization=0.4)
+    assert gc.get_freeze_count() == 0  # or this run's models would stay on the card
+    start_and_sample(stage, gpu_memory_utilization=0.4)
+    assert llm.calls.count("start") == 1
+    start_and_sample(stage, gpu_memory_utilization=0.3)
+    assert llm.calls[8:] == ["wake up", "shut down", "start", "sleep", "wake up", "generate", "sleep"]
+
+
+def test_a_share_that_is_taken_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, folders: SimpleNamespace, tmp_path: Path
+) -> None:
+    llm = vllm_stand_in.install(monkeypatch)
+    stage = make_ppo(ppo_settings(), folders, tmp_path / "samples.jsonl")
+
+    def fail(_: object) -> None:
+        raise RuntimeError("CUDA Error: out of memory\nat some line")
+
+    monkeypatch.setattr(llm, "wake_up", fail)
+    with pytest.raises(
+        ModelError, match=r"^generation.engine=vllm: .* share .* back .RuntimeError: CUDA Error"
+    ) as told:
+        start_and_sample(stage)
+    assert "\n" not in str(told.value)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
 def test_the_estimate_knows_what_vllm_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = estimate_of("model.dtype=bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * 2**30, 10 * 2**30))
     served = estimate_of(*CHOSEN)
-    assert served.program == 4 * 2**30
-    assert served.generating == 0
-    assert served.peak == 4 * 2**30 + plain.weights + plain.trained + plain.updating
+    assert served.phases["generating"] == served.phases["evaluating"] == 4 * 2**30
+    assert served.peak == 4 * 2**30 + plain.peak_of()  # vLLM sleeps during updates
+    assert served.peak_of("updating") == plain.peak_of("updating")

@@ -47,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _check_gradio()
         # imported here so that mistakes do not wait for torch
         from rlhf.finished.chat.responders import Sampling, open_responders
+        from rlhf.pipeline.numerics import settle_numerics
         from rlhf.pipeline.quiet import quieten
 
         quieten()
+        settle_numerics()
         responders = open_responders(runs, options.score, options.seed)
         sampling = Sampling(options.temperature, options.max_new_tokens)
         if options.web:

@@ -76,7 +76,7 @@ def save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Pat
     """Save a whole reward model as transformers' sequence classifier, with the architecture of the model at `base`."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
-    model.score.weight.data = roles.heads["reward"].weight.data.to(model.dtype)
+    model.score.weight.data.copy_(roles.heads["reward"].weight.data)
     save_model(model, tokenizer, folder)
     # the float32 head itself, beside its copy in the model's dtype
     save_file({"score.weight": roles.heads["reward"].state_dict()["weight"].cpu()}, folder / HEAD)

@@ -65,5 +65,6 @@ def _save(
         load_adapter(plain, "base", "policy", folder / "adapter")
         plain.table["policy"] = roles.table["policy"]
         roles = plain
-    merged = roles.copy_trunk("policy").to(DTYPES[site.settings.model.dtype])
+    # on the CPU, as the copy in float32 may not fit the device
+    merged = roles.to("cpu").copy_trunk("policy").to(DTYPES[site.settings.model.dtype])
     save_model(merged, tokenizer, folder / MODEL)
