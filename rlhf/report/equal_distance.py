@@ -150,8 +150,9 @@ def _mean_cell(row: Row, metric: str, distance: float) -> Cell:
 def _difference_cell(item: Comparison) -> WithInterval:
     """A difference with its interval, in display units."""
     info, gap = metric_info(item.metric), item.difference
-    ends = (info.scale * number for number in (gap.mean, gap.low, gap.high))
-    return WithInterval(*ends, info.digits, ("*" if item.stands else "") + ("†" if item.single else ""), signed=True)
+    value, low, high = (info.scale * number for number in (gap.mean, gap.low, gap.high))
+    mark = ("*" if item.stands else "") + ("†" if item.single else "")
+    return WithInterval(value, low, high, info.digits, mark, signed=True)
 
 
 def _single_note(sweep: Sweep) -> str:

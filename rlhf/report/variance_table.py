@@ -85,7 +85,7 @@ def variance_table(sweep: Sweep) -> Table | None:
     header = ["metric", *(f"SD over {name}" for name in design.names), "SD over instructions", "largest source"]
     header += ["SE of a row", "with 1 more pipeline", "1 more PPO seed in each", "100 more instructions", "buy next"]
     lines: list[Sequence[Cell]] = []
-    asked = [(metric, None) for metric in columns(sweep)]
+    asked: list[tuple[str, Row | None]] = [(metric, None) for metric in columns(sweep)]
     asked += [(metric, baseline(sweep)) for metric in compared_metrics(sweep) if pair_replicates(sweep)]
     costs = Costs.of(sweep)
     for metric, against in asked:
@@ -124,7 +124,7 @@ def _minus(
     other = read(partner, metric) if partner else 0.0
     if value is None or other is None or (partner and np.shape(value) != np.shape(other)):
         return None
-    return value - other  # type: ignore[operator, return-value]
+    return value - other
 
 
 def _matrices(outcomes: Sequence[Sequence[Array | None]]) -> list[Array] | None:
