@@ -103,7 +103,7 @@ def test_a_data_set_of_the_page_trains() -> None:
 @pytest.mark.long
 def test_a_study_of_the_page_runs(capfd: pytest.CaptureFixture) -> None:
     (words,) = [words for words in COMMANDS if words[-1] == "experiments=short"]
-    small = [*words, *TINY, "seed=1"]  # the command line overrides the file
+    small = [*words, *TINY, "replicate=1"]  # the command line overrides the file
     assert run_in_process(*small) == 0
     assert len(list(Path("outputs/short").glob(f"*/{SUMMARY}"))) == 2
     report = Path("outputs/short/report")

@@ -44,6 +44,7 @@ def settings_of(config: DictConfig) -> Settings:
         ConfigError: a key does not exist or has no value, or a value has the wrong type or is not allowed.
     """
     _check_keys(config)
+    _check_replicate(config)
     _check_classes(config)
     _settle_dtype(config)
     missing = sorted(OmegaConf.missing_keys(config))
@@ -63,6 +64,13 @@ def _check_keys(config: DictConfig) -> None:
     for key in config:
         if str(key) not in allowed:
             raise ConfigError(unknown_key(str(key), allowed - {"hydra"}))
+
+
+def _check_replicate(config: DictConfig) -> None:
+    """Check the number that all seeds are derived from, so that an error names it and not the first of them."""
+    replicate = config.get("replicate", 0)
+    if type(replicate) is not int or not 0 <= replicate < 2**31:
+        raise ConfigError(f"replicate={replicate} is not allowed; allowed: a whole number from 0 to {2**31 - 1}")
 
 
 def _check_classes(config: DictConfig) -> None:

@@ -12,6 +12,7 @@ from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.plan import Plan
 from rlhf.tracking.dashboards import Dashboard, wandb_logger
 from rlhf.tracking.metrics_file import JsonLines
+from rlhf.tracking.seeds import without_seeds
 
 
 class Loggers:
@@ -47,8 +48,8 @@ class Loggers:
         if self.offline:  # W&B could not be reached for an earlier stage: do not wait for it again
             chosen["mode"] = "offline"
         dashboard = instantiate(plan.config.logger, "logger", **chosen)
-        row = ", ".join(item for item in plan.overrides if not item.startswith("seed="))
-        dashboard.log_hyperparams({**plan.plain, "row": row or "PPO"})  # what the seeds of a table's row share
+        row = ", ".join(without_seeds(plan.overrides))
+        dashboard.log_hyperparams({**plan.plain, "row": row or "PPO"})  # what the replicates of a table's row share
         for path in needed:
             dashboard.log_input_model(path.name, path)
         return dashboard

@@ -15,9 +15,9 @@ from rlhf.settings import Settings, is_quantized
 from rlhf.tracking.summary import read_summary
 
 # Keys that name, place or present a run but do not decide its result. What `preferences` decides is in the name of the
-# reward model, which is part of the identity by itself.
+# reward model, which is part of the identity by itself. `replicate` counts by the seeds that it sets.
 IGNORED_GROUPS = ("name", "output_dir", "resume", "dry_run", "logger", "trainer", "report", "variant", "guards",
-                "objectives", "preferences")  # fmt: skip
+                "objectives", "preferences", "replicate")  # fmt: skip
 # The splits that each product of the cache is built from.
 READS: dict[str, Collection[Split]] = {
     "sft": ("sft", "sft_validation"),

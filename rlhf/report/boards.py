@@ -16,7 +16,7 @@ from wandb_workspaces import expr
 from rlhf.errors import NoRunsError
 from rlhf.files import read_json, write_json
 from rlhf.objectives import objectives_of
-from rlhf.report.figures import figure_specs, x_metric, y_metrics
+from rlhf.report.figures import ROOTED, figure_specs, x_metric, y_metrics
 from rlhf.report.metric_info import metric_info
 from rlhf.report.pareto_front import front_table
 from rlhf.report.results import columns, main_table
@@ -111,9 +111,9 @@ class Boards:
         return [f"summary:{metric}{LAST}" for metric in self.metrics]
 
     def bars(self) -> list[wr.BarPlot]:
-        """The main table as bar plots: the last value of each metric by row, with the standard error over seeds."""
+        """The main table as bar plots: the last value of each metric by row, with the standard error over runs."""
         return [
-            wr.BarPlot(title=metric_info(metric).name, metrics=[f"{metric}{LAST}"], **_over_seeds())
+            wr.BarPlot(title=metric_info(metric).name, metrics=[f"{metric}{LAST}"], **_over_runs())
             for metric in self.metrics
         ]
 
@@ -170,19 +170,20 @@ class Boards:
         x = x_metric(spec)
         title = str(spec.get("title", spec["name"]))
         return wr.LinePlot(
-            title=f"{title}. {ROOT_NOTE}" if spec["kind"] == "sqrt_kl" else title,
+            title=f"{title}. {ROOT_NOTE}" if spec["kind"] in ROOTED else title,
             x=x,
             y=[y],
             title_x=metric_info(x).title,
             title_y=metric_info(y).name,
             smoothing_type="none",
             max_runs_to_show=MOST_RUNS,
-            **_over_seeds(),
+            **_over_runs(),
         )
 
 
-def _over_seeds() -> dict[str, Any]:
-    """Options of a plot that shows the mean of each row's seeds with their standard error."""
+def _over_runs() -> dict[str, Any]:
+    """Options of a plot that shows the mean of each row's runs with their standard error. W&B counts runs: if some
+    share an SFT or reward model, only the tables above the panels count those."""
     return {"groupby": wr.Config(ROW), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 
 

@@ -6,15 +6,16 @@ from typing import Any
 
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
-from rlhf.report.runs import Row, Sweep
+from rlhf.report.runs import Sweep
 from rlhf.report.text import abridged, count, quoted
+from rlhf.tracking.seeds import Seeds
 
 CUT_OFF = 0.2  # share of responses without an end of sequence above which a warning is due
 
 
 def warnings(sweep: Sweep) -> list[str]:
     """One sentence per warning, the most serious first."""
-    return [*_left_out(sweep), *_numbers(sweep), *_guards(sweep), *_seeds(sweep), *_origin(sweep)]
+    return [*_left_out(sweep), *_numbers(sweep), *_guards(sweep), *_replicates(sweep), *_origin(sweep)]
 
 
 def _left_out(sweep: Sweep) -> Iterator[str]:
@@ -28,19 +29,22 @@ def _left_out(sweep: Sweep) -> Iterator[str]:
             yield f"{count(len(names), 'run')} {words} ({abridged(names)})."
     if sweep.doubled:
         names = [str(run.folder) for run in sweep.doubled]
-        yield f"Another run has the same row and seed, so these are left out: {abridged(names)}."
+        yield f"Another run has the same row and seeds, so these are left out: {abridged(names)}."
     for run, differing in sweep.unlike:
         yield (
             f"{run.folder} is left out: it has the overrides of a row, but its configuration differs from that of the"
             f" row's other runs: {abridged(differing)}."
         )
     for row in sweep.trained:
-        models = sorted({str(run.summary.get("reward_model")) for run in row.runs})
-        if len(models) > 1:
-            yield (
-                f"The runs of “{row.label}” were trained on different reward models ({', '.join(models)}): data or code"
-                " changed between them."
-            )
+        models: dict[Seeds, set[str]] = {}
+        for run in row.runs:
+            models.setdefault(run.seeds._replace(ppo=0), set()).add(str(run.summary.get("reward_model")))
+        for names in map(sorted, models.values()):
+            if len(names) > 1:
+                yield (
+                    f"Runs of “{row.label}” with equal seeds were trained on different reward models"
+                    f" ({', '.join(names)}): data or code changed between them."
+                )
     if (name := sweep.layout.get("baseline")) and not any(row.is_called(name) for row in sweep.rows):
         yield f"The baseline {name} has no finished run: another row stands in for it."
 
@@ -80,20 +84,24 @@ def _guards(sweep: Sweep) -> Iterator[str]:
         )
 
 
-def _seeds(sweep: Sweep) -> Iterator[str]:
-    """Rows with a single seed or unequal numbers of seeds, and runs that do not start at the same SFT model."""
-    single = [row.label for row in sweep.trained if len(row.runs) == 1]
+def _replicates(sweep: Sweep) -> Iterator[str]:
+    """Rows with a single replicate or unequal numbers of them, and replicates that do not start at one SFT model."""
+    one = sweep.unit.removesuffix("s")
+    single = [row.label for row in sweep.trained if len(row.replicates) == 1]
     if single:
-        yield f"One seed only, so nothing is known of the spread over seeds: {quoted(single)}."
-    counts = {len(row.runs) for row in sweep.trained}
-    if len(counts) > 1 and counts != {1}:
-        yield f"The rows have different numbers of seeds ({min(counts)} to {max(counts)})."
+        yield f"One {one} only, so nothing is known of the spread over {sweep.unit}: {quoted(single)}."
+    counts = {len(row.replicates) for row in sweep.trained}
+    if len(counts) > 1:
+        yield f"The rows have different numbers of {sweep.unit} ({min(counts)} to {max(counts)})."
     for metric in ("eval/win_rate", "eval/response_tokens"):
-        starts = [value for run in sweep.finished for value in Row("", (run,), step=0).values(metric)]
-        if starts and max(starts) - min(starts) > 1e-6:
+        starts: dict[int, list[float]] = {}
+        for run in sweep.finished:
+            value = sweep.rows[0].value_of(run, metric)
+            starts.setdefault(run.seeds.sft, []).extend([] if value is None else [value])
+        if any(values and max(values) - min(values) > 1e-6 for values in starts.values()):
             yield (
-                f"The runs do not start from the same SFT model ({metric_info(metric).name} at step 0 differs): the row"
-                " SFT shows that of the first run."
+                f"Runs with one sft.seed do not start from the same SFT model ({metric_info(metric).name} at step 0"
+                " differs): the row SFT shows that of the first run."
             )
             return
 

@@ -5,19 +5,30 @@ import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from rlhf.errors import MISTAKE, FigureError, NoRunsError
 from rlhf.report import page
+from rlhf.report.comparisons import Comparison, baseline, compared_metrics, comparisons, difference_table
+from rlhf.report.equal_distance import common_distances, compared_at, distance_difference_table, distance_table
 from rlhf.report.figures import make_figures
 from rlhf.report.findings import findings
 from rlhf.report.pareto_front import front_table
-from rlhf.report.results import baseline, compared_metrics, comparisons, difference_table, main_table
-from rlhf.report.runs import load
+from rlhf.report.results import main_table
+from rlhf.report.runs import Sweep, load
 from rlhf.report.tables import Table
+from rlhf.report.variance_table import variance_table
 from rlhf.tracking.reading import printable
+
+
+class Headed(NamedTuple):
+    """A table under its heading."""
+
+    heading: str
+    table: Table
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -49,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(MISTAKE) from None
     console = Console()
     for name, table in tables.items():
-        if name != "differences":
+        if name in ("table", "front"):
             console.print(_on_terminal(table, console.width))
     console.print(str(path), soft_wrap=True, highlight=False)
 
@@ -68,26 +79,40 @@ def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Ta
     sweep = load(folders)
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
-    against, metrics = baseline(sweep), compared_metrics(sweep)
-    front = front_table(sweep)
-    compared = [] if front else comparisons(sweep, against, metrics)
+    metrics, front = compared_metrics(sweep), front_table(sweep)
+    compared = [] if front else comparisons(sweep, baseline(sweep), metrics)
     # 2. Write the tables, each in three formats.
-    tables, titles = {"table": main_table(sweep)}, {"table": "Results", "front": "The front of the search"}
+    tables = {"table": Headed("Results", main_table(sweep))}
     if front:
-        tables["front"] = front
+        tables["front"] = Headed("The front of the search", front)
     elif compared:
-        tables["differences"] = difference_table(sweep, compared, against)
-        titles["differences"] = f"Differences from “{against.label}”"
-    for name, table in tables.items():
+        tables |= _differences(sweep, compared, metrics[0])
+    if not front and (variances := variance_table(sweep)):
+        tables["variance"] = Headed("Where the spread comes from", variances)
+    for name, (_, table) in tables.items():
         for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             (out / f"{name}.{suffix}").write_text(text, encoding="utf-8")
     # 3. Draw the figures, and write the page that holds all of it.
     figures = make_figures(sweep, out / "figures")
     sentences = findings(sweep, compared, metrics[0] if metrics else None)
     path = out / "report.html"
-    shown = [(titles[name], table) for name, table in tables.items()]
-    path.write_text(page.render(sweep, sentences, shown, figures, out / "figures"), encoding="utf-8")
-    return path, tables
+    path.write_text(page.render(sweep, sentences, list(tables.values()), figures, out / "figures"), encoding="utf-8")
+    return path, {name: table for name, (_, table) in tables.items()}
+
+
+def _differences(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> dict[str, Headed]:
+    """The differences from the baseline; then rows and differences at equal distance, if rows have one in common."""
+    against = baseline(sweep)
+    heading = f"Differences from “{against.label}”"
+    tables = {"differences": Headed(heading, difference_table(sweep, compared, against))}
+    distances = common_distances(sweep)
+    if distances:
+        tables["distance"] = Headed("At equal distance from SFT", distance_table(sweep, distances))
+    found = compared_at(sweep, against, metric, distances)
+    if any(found.values()):
+        table = distance_difference_table(sweep, found, against, metric)
+        tables["distance_differences"] = Headed(f"{heading} at equal distance", table)
+    return tables
 
 
 def _on_terminal(table: Table, width: int) -> RichTable:

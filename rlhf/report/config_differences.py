@@ -1,4 +1,4 @@
-"""Which runs may be averaged as seeds of one row: those whose configurations agree in all that decides the result.
+"""Which runs may be averaged as replicates of one row: those whose configurations agree in all that decides the result.
 
 Overrides alone do not show this: after an edit of the experiment's file, the same overrides give another configuration.
 """
@@ -8,11 +8,12 @@ from typing import Any
 
 from rlhf.files import SUMMARY
 from rlhf.report.recorded_run import RecordedRun
+from rlhf.tracking.seeds import SEED_KEYS
 
-# Top-level keys that do not change what is trained: a run's name and place, how it is watched and reported, its seed,
-# and groups such as `variant` whose choice shows in the keys that they set.
+# Top-level keys that do not change what is trained: a run's name and place, how it is watched and reported, and groups
+# such as `variant` whose choice shows in the keys that they set.
 DESCRIPTIVE = (
-    "name", "output_dir", "seed", "resume", "dry_run", "report", "logger", "experiments", "sweeps", "objectives",
+    "name", "output_dir", "resume", "dry_run", "report", "logger", "experiments", "sweeps", "objectives",
     "guards", "variant", "recipe", "debug", "cluster",
 )  # fmt: skip
 # Keys of `trainer` that do not change what is trained: the devices, and what is printed.
@@ -28,7 +29,7 @@ MISSING = object()  # stands for the value of an absent key, as null is a value
 def split_by_config(runs: Sequence[RecordedRun]) -> tuple[list[RecordedRun], list[tuple[RecordedRun, list[str]]]]:
     """Split runs of the same overrides into those of one configuration and the others.
 
-    The configuration with most seeds is chosen; among equals, the one of the newest run.
+    The configuration with most replicates is chosen; among equals, the one of the newest run.
 
     Returns:
         (runs of the chosen configuration, [(other run, its `differences` from the chosen ones)]).
@@ -40,13 +41,13 @@ def split_by_config(runs: Sequence[RecordedRun]) -> tuple[list[RecordedRun], lis
             groups.append([run])
         else:
             matching.append(run)
-    chosen = max(groups, key=lambda group: (len({run.seed for run in group}), max(map(_finish_time, group))))
+    chosen = max(groups, key=lambda group: (len({run.seeds for run in group}), max(map(_finish_time, group))))
     others = [(run, differences(chosen[0], run)) for group in groups if group is not chosen for run in group]
     return chosen, others
 
 
 def differences(reference: RecordedRun, run: RecordedRun) -> list[str]:
-    """`key=value (there: reference's value)` for each key that decides the result and differs; [] for seeds of one row.
+    """`key=value (there: reference's value)` for each key that decides the result and differs; [] for replicates.
 
     A key that only one configuration has is a difference if the same code made both runs. Otherwise the key may just be
     newer than the other run, and is ignored. A run without a configuration (early versions recorded none) differs from
@@ -59,6 +60,7 @@ def differences(reference: RecordedRun, run: RecordedRun) -> list[str]:
     return [
         f"{key}={_short(value)} (there: {_short(other_value)})"
         for key, value, other_value in _unequal(own, other)
+        if key not in SEED_KEYS
         if same_code or (value is not MISSING and other_value is not MISSING)
     ]
 

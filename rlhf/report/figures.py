@@ -5,6 +5,7 @@ The configuration lists them under `report.figures`, each as `{name, title, kind
 - `curve`: a metric against the PPO step;
 - `path`: one metric against another along training;
 - `sqrt_kl`: metrics against the square root of the true KL, with the initial linear range;
+- `distance`: the same at equal distances instead of equal steps, as means over replicates where all of them got to;
 - `pull`, with only a name and a title: the restoring pull of each estimator. It needs no runs.
 """
 
@@ -20,14 +21,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf.errors import FigureError
+from rlhf.report.equal_distance import KL, along_distance
 from rlhf.report.figure_labels import End, label_column, label_points, make_room
 from rlhf.report.figure_style import SETTINGS, Look, canvas, looks
 from rlhf.report.linear_range import Line, initial_line
 from rlhf.report.metric_info import metric_info
-from rlhf.report.runs import Row, Sweep
-from rlhf.report.statistics import Array, seed_error
+from rlhf.report.rows import Row
+from rlhf.report.runs import Sweep
+from rlhf.report.statistics import Array, replicate_error
 
-KL = "eval/true_kl"
+ROOTED = ("sqrt_kl", "distance")  # the kinds with the square root of the true KL on the x axis
 # for a layout without `figures`
 DEFAULT: list[dict[str, Any]] = [
     {"name": "win_rate", "title": "Win rate during PPO", "kind": "curve", "y": "eval/win_rate"},
@@ -42,9 +45,12 @@ Drawn = tuple[Numbers, End]  # what a row adds to a panel: its numbers, and the 
 NOTES = {
     "pull": "By enumeration on a toy policy, not from these runs: the share of the KL's gradient that an estimator has"
     " when it is used as a reward. 1: all of it; 0: it does not pull.",
-    "curve": "Mean over seeds; the band is ± one standard error (the table says how often that covers the true mean).",
-    "path": "Evaluations during training, joined in order, as means over seeds. Paths start at the SFT model.",
-    "sqrt_kl": "Points: every evaluation of every seed; lines: means over seeds. The broad stroke is a straight line"
+    "curve": "Mean over replicates; the band is ± one standard error (the table says what replicates are, and how often"
+    " that covers the true mean).",
+    "distance": "Mean over replicates ± one standard error when √KL first gets to a value, interpolated between"
+    " evaluations, as far as all replicates went.",
+    "path": "Evaluations during training, joined in order, as means over replicates. Paths start at the SFT model.",
+    "sqrt_kl": "Points: every evaluation of every replicate; lines: their means. The broad stroke is a straight line"
     " from the SFT model, fitted to the longest initial range that does not bend (absent if it bends within the first"
     " three evaluations). A bar marks its end if training went beyond it.",
 }
@@ -106,13 +112,14 @@ def _draw(sweep: Sweep, spec: Mapping[str, Any]) -> tuple[Figure, Numbers, str] 
     for axes, y in zip(panels, ys, strict=True):
         labels.append([])
         for row in rows:
-            points = along(row, x, y)
+            points = along_distance(row, y) if kind == "distance" else along(row, x, y)
             if points:
-                lines, end = KINDS[kind](axes, row, style[row.label], points, (x, y))
+                names = ("sqrt_true_kl" if kind == "distance" else x, y)
+                lines, end = KINDS[kind](axes, row, style[row.label], points, names)
                 numbers += lines
                 labels[-1].append(end)
         axes.set_ylabel(metric_info(y).title)
-        axes.set_xlabel("√ true KL (√nats per token)" if kind == "sqrt_kl" else metric_info(x).title)
+        axes.set_xlabel("√ true KL (√nats per token)" if kind in ROOTED else metric_info(x).title)
     _set_title(figure, spec)
     # 3. Labels, once the panels have their final size.
     make_room(figure, labels)
@@ -160,7 +167,7 @@ def figure_specs(layout: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def x_metric(spec: Mapping[str, Any]) -> str:
     """The metric on the x axis of a figure: given by its kind, or else its `x`, the true KL by default."""
-    return {"curve": "step", "sqrt_kl": KL}.get(str(spec["kind"]), str(spec.get("x", KL)))
+    return {"curve": "step", **dict.fromkeys(ROOTED, KL)}.get(str(spec["kind"]), str(spec.get("x", KL)))
 
 
 def y_metrics(spec: Mapping[str, Any]) -> list[str]:
@@ -175,29 +182,34 @@ def _set_title(figure: Figure, spec: Mapping[str, Any]) -> None:
 
 
 def along(row: Row, x: str, y: str) -> dict[int, Array]:
-    """Step → [seeds, 2]: the values of x and y in display units, for the runs that have both."""
-    found: dict[int, list[tuple[float, float]]] = {}
-    for run in row.runs:
-        for step, values in sorted(run.metrics.items()):
-            pair = (values.get(x), values.get(y))
-            # a run that diverged logs NaN; the page has a warning about it
-            if all(isinstance(value, int | float) and math.isfinite(value) for value in pair):
-                found.setdefault(step, []).append((metric_info(x).scale * values[x], metric_info(y).scale * values[y]))
-    return {step: np.asarray(pairs, float) for step, pairs in sorted(found.items())}
+    """Step → [replicates, 2]: x and y in display units, means over the runs of a replicate that have both."""
+    found: dict[int, list[Array]] = {}
+    for runs in row.replicates.values():
+        pairs: dict[int, list[tuple[float, float]]] = {}
+        for run in runs:
+            for step, values in run.metrics.items():
+                pair = (values.get(x), values.get(y))
+                # a run that diverged logs NaN; the page has a warning about it
+                if all(isinstance(value, int | float) and math.isfinite(value) for value in pair):
+                    pairs.setdefault(step, []).append(pair)  # type: ignore[arg-type]
+        for step, values_of_runs in pairs.items():
+            found.setdefault(step, []).append(np.mean(values_of_runs, axis=0))
+    scales = [metric_info(x).scale, metric_info(y).scale]
+    return {step: np.stack(found[step]) * scales for step in sorted(found)}
 
 
 def _draw_curve(axes: Axes, row: Row, look: Look, points: dict[int, Array], names: tuple[str, str]) -> Drawn:
-    """The mean of y over seeds against the step, with a band of one standard error.
+    """The mean of y over replicates against the step or distance, with a band of one standard error.
 
-    `points` are those of `along`; `names` are the metrics of x and y.
+    `points` are those of `along` or `along_distance`; `names` are the metrics of x and y.
     """
     steps, means = list(points), np.array([pairs[:, 1].mean() for pairs in points.values()])
-    errors = np.array([seed_error(pairs[:, 1]) for pairs in points.values()])
-    band = np.nan_to_num(errors)  # one seed has no standard error, and no band
+    errors = np.array([replicate_error(pairs[:, 1]) for pairs in points.values()])
+    band = np.nan_to_num(errors)  # one replicate has no standard error, and no band
     axes.fill_between(steps, means - band, means + band, color=look.color, alpha=0.13, lw=0)
     axes.plot(steps, means, color=look.color, ls=look.line, marker=_marker_for(look, steps), ms=3.5)
     numbers = [
-        {"row": row.label, "step": step, names[1]: mean, "se": error, "seeds": len(points[step])}
+        {"row": row.label, names[0]: step, names[1]: mean, "se": error, "replicates": len(points[step])}
         for step, mean, error in zip(steps, means, errors, strict=True)
     ]
     return numbers, End(steps[-1], float(means[-1]), row.label, look)
@@ -208,8 +220,8 @@ def _draw_path(axes: Axes, row: Row, look: Look, points: dict[int, Array], names
     means = np.array([pairs.mean(axis=0) for pairs in points.values()])
     axes.plot(*means.T, color=look.color, ls=look.line, marker=look.marker, ms=4, lw=1.4)
     numbers = [
-        {"row": row.label, "step": step, names[0]: x, names[1]: y, f"{names[0]} se": seed_error(pairs[:, 0]),
-         f"{names[1]} se": seed_error(pairs[:, 1]), "seeds": len(pairs)}
+        {"row": row.label, "step": step, names[0]: x, names[1]: y, f"{names[0]} se": replicate_error(pairs[:, 0]),
+         f"{names[1]} se": replicate_error(pairs[:, 1]), "replicates": len(pairs)}
         for (step, pairs), (x, y) in zip(points.items(), means, strict=True)
     ]  # fmt: skip
     return numbers, End(float(means[-1, 0]), float(means[-1, 1]), row.label, look)
@@ -228,10 +240,10 @@ def _draw_sqrt_kl(axes: Axes, row: Row, look: Look, points: dict[int, Array], na
         _draw_linear_range(axes, line, look)
     fitted = {"linear_to": line.end, "slope": line.slope, "offset": line.offset, "bent": line.bent} if line else {}
     numbers = [
-        {"metric": names[1], "row": row.label, "step": step, "sqrt_true_kl": x, "value": y, "seeds": len(rooted[step])}
-        | fitted
+        {"metric": names[1], "row": row.label, "step": step, "sqrt_true_kl": x, "value": y,
+         "replicates": len(rooted[step])} | fitted
         for step, (x, y) in zip(rooted, means, strict=True)
-    ]
+    ]  # fmt: skip
     return numbers, End(float(means[-1, 0]), float(means[-1, 1]), row.label, look)
 
 
@@ -248,4 +260,5 @@ def _marker_for(look: Look, steps: Sequence[int]) -> str:
     return look.marker if len(steps) <= 25 else ""
 
 
-KINDS: dict[str, Callable[..., Drawn]] = {"curve": _draw_curve, "path": _draw_path, "sqrt_kl": _draw_sqrt_kl}
+KINDS: dict[str, Callable[..., Drawn]] = {"curve": _draw_curve, "path": _draw_path, "sqrt_kl": _draw_sqrt_kl,
+                                    "distance": _draw_curve}  # fmt: skip

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rlhf.report.comparisons import Comparison, compare, comparisons, corrected, pair_replicates
+from rlhf.report.equal_distance import at_distance, common_distances, reach
 from rlhf.report.metric_info import metric_info
-from rlhf.report.results import Comparison, comparisons
-from rlhf.report.runs import Row, Sweep
+from rlhf.report.rows import Row
+from rlhf.report.runs import Sweep
 from rlhf.report.text import count, duration, quoted
 
 
@@ -18,7 +20,8 @@ def findings(sweep: Sweep, compared: Sequence[Comparison], metric: str | None) -
         compared: every comparison with the baseline, in whatever metric.
         metric: the metric to speak of; None leaves out all but the cost.
     """
-    return [*(_results(sweep, compared, metric) if metric else ()), *_cost(sweep)]
+    found = [*_results(sweep, compared, metric), *_at_equal_distance(sweep, metric)] if metric else []
+    return [*found, *_cost(sweep)]
 
 
 def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Iterator[str]:
@@ -49,6 +52,24 @@ def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Itera
             standing = sum(item.stands for item in claims)
             family = f"Holm's correction for {count(len(compared), 'comparison')}"
             yield f"Of {count(len(claims), 'verdict')} that name a direction, {family} leaves {standing}."
+
+
+def _at_equal_distance(sweep: Sweep, metric: str) -> Iterator[str]:
+    """Which row is best at the farthest distance from SFT that all rows reach, and how sure that is."""
+    nearest = min(map(reach, sweep.trained))
+    far = max((distance for distance in common_distances(sweep) if distance <= nearest), default=0.0)
+    rows = [row for each in sweep.trained if (row := at_distance(each, far)) and row.values(metric)]
+    if not far or len(rows) < 2:
+        return
+    best = max(rows, key=lambda row: float(np.mean(row.values(metric))))
+    pairs = [compare(row, best, metric, pair_replicates(sweep)) for row in rows if row is not best]
+    rivals = corrected([item for item in pairs if item])
+    lower = [item.row.label for item in rivals if item.difference.verdict == "lower" and item.stands]
+    yield (
+        f"At √KL {far:g}, the farthest of the common distances that all rows reach, the highest"
+        f" {metric_info(metric).name} is that of “{best.label}”, {_value(best, metric)}; of the"
+        f" {count(len(rivals), 'other row')}, {_names(lower)} can be distinguished as lower."
+    )
 
 
 def _cost(sweep: Sweep) -> Iterator[str]:

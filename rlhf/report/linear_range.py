@@ -27,12 +27,12 @@ def initial_line(groups: Sequence[Array], offset: float) -> Line | None:
     """Fit a line through (0, offset) to the longest initial range over which the data are straight.
 
     A range consists of the first groups in order of x, at least three. The slope from the offset, (y − offset) / x, is
-    averaged with weights x, which suits a variance of y that grows with x: seeds drift apart during training. The range
-    is straight if a regression of that slope on x changes by no more than a tenth of its value at 0 over the range, or
-    if the change is not significant at 5 % (t-test).
+    averaged with weights x, which suits a variance of y that grows with x: replicates drift apart during training. The
+    range is straight if a regression of that slope on x changes by no more than a tenth of its value at 0 over the
+    range, or if the change is not significant at 5 % (t-test).
 
     Args:
-        groups: one array [seeds, 2] of (x, y) per evaluation; those with a mean x of 0 are ignored.
+        groups: one array [replicates, 2] of (x, y) per evaluation; those with a mean x of 0 are ignored.
         offset: y at x = 0.
 
     Returns:

@@ -12,13 +12,13 @@ from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
 from rlhf.report.tables import Table
 from rlhf.report.text import duration
+from rlhf.tracking.seeds import SEED_KEYS
 
 PROMPTS = 6  # of which the samples are shown side by side
-# top-level keys that the table of runs omits: they say where a run is stored and how its sweep is shown
+# top-level keys that the table of runs omits, besides seeds: they say where a run is stored and how its sweep is shown
 UNSHOWN = (
     "output_dir",
     "name",
-    "seed",
     "resume",
     "dry_run",
     "report",
@@ -60,7 +60,7 @@ def render(
 
 
 def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[dict[str, Any]]:
-    """For each of the first prompts: the final responses of SFT and of the first seed of every row.
+    """For each of the first prompts: the final responses of SFT and of the first run of every row.
 
     Returns:
         {prompt, reference, answers} per prompt; an answer is a line of `samples.jsonl` with its row's label as `row`.
@@ -91,7 +91,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """(dotted key, value) for every leaf of a configuration, without the keys that are not shown."""
     found: list[tuple[str, Any]] = []
     for key, value in config.items():
-        if not prefix and key in UNSHOWN:
+        if (not prefix and key in UNSHOWN) or f"{prefix}{key}" in SEED_KEYS:
             continue
         if isinstance(value, dict) and value:
             found += _flat(value, f"{prefix}{key}.")

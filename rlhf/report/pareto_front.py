@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from rlhf.objectives import objectives_of
 from rlhf.report.metric_info import metric_info
-from rlhf.report.runs import Row, Sweep
+from rlhf.report.rows import Row
+from rlhf.report.runs import Sweep
 from rlhf.report.statistics import Array
 from rlhf.report.tables import NOTHING, Cell, Number, Table
 
@@ -22,7 +23,7 @@ def front_table(sweep: Sweep) -> Table | None:
     rows = [row for row in sweep.trained if all(row.values(metric) for metric in objectives)]
     if not objectives or not rows:
         return None
-    # 1. The non-dominated rows, by their means over seeds.
+    # 1. The non-dominated rows, by their means over replicates.
     points = np.array([[np.mean(row.values(metric)) for metric in objectives] for row in rows])
     signs = np.array([1.0 if direction == "maximize" else -1.0 for direction in objectives.values()])
     best = sorted(np.flatnonzero(non_dominated(points * signs)), key=lambda i: -signs[0] * points[i, 0])
@@ -37,7 +38,7 @@ def front_table(sweep: Sweep) -> Table | None:
     goals = " and ".join(f"{metric_info(metric).name} ({direction})" for metric, direction in objectives.items())
     caption = (
         f"{len(best)} of {len(rows)} configurations: no other is as good in {goals} and better in one of them."
-        " The best of many single runs look better than they are: run them again with other seeds."
+        " The best of many single runs look better than they are: run them again as other replicates."
     )
     return Table(header, lines, caption)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.files import METRICS
 from rlhf.tracking.reading import numbers_only, renamed_metrics, stepped_lines
+from rlhf.tracking.seeds import Seeds, seeds_of, without_seeds
 
 Steps = dict[int, dict[str, Any]]  # step → what was written at that step
 
@@ -36,16 +37,15 @@ class RecordedRun:
         """The resolved configuration; {} for runs that recorded none."""
         return self.summary.get("config") or {}
 
-    @property
-    def seed(self) -> int:
-        """The seed of PPO; 0 if it is unknown."""
-        seed = self.config.get("seed", 0)
-        return seed if isinstance(seed, int) else 0
+    @cached_property
+    def seeds(self) -> Seeds:
+        """The seeds of its pipeline."""
+        return seeds_of(self.config)
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The overrides that all runs of a row share: all but the seed."""
-        return tuple(item for item in self.overrides if not item.startswith("seed="))
+        """The overrides that all runs of a row share: all but the seeds."""
+        return without_seeds(self.overrides)
 
     @cached_property
     def metrics(self) -> Steps:

@@ -1,7 +1,7 @@
 """Reads a sweep's folder into runs and rows.
 
-A *row* of the report is one configuration: all runs that differ only in their seed, in their overrides as well as in
-their resolved configuration.
+A *row* of the report is one configuration: all runs that differ only in their seeds (`rlhf.tracking.seeds`), in their
+overrides as well as in their resolved configuration.
 """
 
 import logging
@@ -10,64 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlhf.errors import NoRunsError
 from rlhf.files import EARLIER, FAILED, METRICS, SUMMARY
 from rlhf.report.config_differences import split_by_config
-from rlhf.report.recorded_run import RecordedRun, Steps
-from rlhf.report.statistics import Array
+from rlhf.report.recorded_run import RecordedRun
+from rlhf.report.rows import PPO_SEEDS, REPLICATES, Row, depth_of
 from rlhf.tracking.reading import renamed_overrides, try_object, try_plan, try_summary
+from rlhf.tracking.seeds import Seeds
 
 log = logging.getLogger(__name__)
 SFT = "SFT"  # the label of the first row, the common step 0
 PLAIN = "PPO"  # the label of a row without overrides
-# metric → key of its values in a line of outcomes.jsonl
-OUTCOME_KEYS = {
-    "eval/win_rate": "win",
-    "eval/gold_utility": "gold_utility",
-    "eval/reward": "reward",
-    "eval/response_tokens": "tokens",
-    "eval/facts_per_response": "stated",
-    "eval/factual_precision": "precision",
-    "eval/factscore": "factscore",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """The runs of one configuration at their last step, one per seed; with `step=0` the SFT row, one run at step 0."""
-
-    label: str
-    runs: tuple[RecordedRun, ...]
-    step: int | None = None
-
-    def is_called(self, name: str) -> bool:
-        """Whether `name` in a layout is this row: its label, its overrides, one of them, or the value of one."""
-        key = () if self.step == 0 else self.runs[0].key
-        return name in (self.label, ", ".join(key)) or any(name in (item, item.partition("=")[2]) for item in key)
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds of its runs; () for the SFT row, which does not depend on PPO's seed."""
-        return () if self.step == 0 else tuple(run.seed for run in self.runs)
-
-    def values(self, metric: str) -> list[float]:
-        """The value of a metric, final or at step 0, for each run that has it."""
-        where = "sft_metrics" if self.step == 0 else "metrics"
-        found = [(run.summary.get(where) or {}).get(metric) for run in self.runs]
-        return [float(value) for value in found if value is not None]
-
-    def outcomes(self, metric: str) -> Array | None:
-        """[seeds, prompts] whose mean is the metric, with NaN for prompts that were not judged.
-
-        None unless every run has the metric for the same number of prompts.
-        """
-        found = [_per_prompt(_at(run.outcomes, self.step), metric) for run in self.runs]
-        by_seed = [values for values in found if values is not None]
-        if not by_seed or len(by_seed) < len(found) or len({len(values) for values in by_seed}) > 1:
-            return None
-        return np.stack(by_seed)
 
 
 @dataclass(frozen=True)
@@ -77,9 +30,10 @@ class Sweep:
     Attributes:
         runs: every intended run, whatever its state.
         rows: the SFT row, then one row per configuration of finished runs.
-        doubled: finished runs left out because another run of the row has the same seed.
+        doubled: finished runs left out because another run of the row has the same seeds.
         layout: the configuration's `report`: title, labels, columns, figures, baseline.
         unlike: finished runs left out because their configuration differs from their row's, with the differences.
+        depth: how many leading seeds tell replicates apart (`rlhf.report.rows`).
     """
 
     runs: tuple[RecordedRun, ...]
@@ -87,6 +41,7 @@ class Sweep:
     doubled: tuple[RecordedRun, ...]
     layout: Mapping[str, Any]
     unlike: tuple[tuple[RecordedRun, list[str]], ...] = ()
+    depth: int = PPO_SEEDS
 
     @property
     def finished(self) -> list[RecordedRun]:
@@ -97,6 +52,11 @@ class Sweep:
     def trained(self) -> tuple[Row, ...]:
         """All rows except the SFT row."""
         return self.rows[1:]
+
+    @property
+    def unit(self) -> str:
+        """What the statistics count: pipelines, reward models or seeds."""
+        return REPLICATES[self.depth]
 
 
 def load(folders: Sequence[Path]) -> Sweep:
@@ -115,23 +75,33 @@ def load(folders: Sequence[Path]) -> Sweep:
     finished = [run for run in runs if run.state == "finished"]
     newest = max(finished, key=lambda run: (run.folder / SUMMARY).stat().st_mtime)
     layout = newest.config.get("report") or {}
-    # 2. Group the finished ones by their overrides without the seed.
+    # 2. Group the finished ones by their overrides without the seeds.
     keyed: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in finished:
         keyed.setdefault(run.key, []).append(run)
-    # 3. Make a row of each group, with runs of one configuration and one run per seed.
-    labels, trained = layout.get("labels") or {}, list[Row]()
+    # 3. For each group, the runs of one configuration, one per set of seeds.
+    kept = dict[tuple[str, ...], list[RecordedRun]]()
     doubled, unlike = list[RecordedRun](), list[tuple[RecordedRun, list[str]]]()
     for key, found in keyed.items():
         alike, others = split_by_config(found)
         unlike += others
-        seeds: dict[int, RecordedRun] = {}
+        by_seeds: dict[Seeds, RecordedRun] = {}
         for run in alike:
-            if seeds.setdefault(run.seed, run) is not run:
+            if by_seeds.setdefault(run.seeds, run) is not run:
                 doubled.append(run)
-        trained.append(Row(label(key, labels), tuple(run for _, run in sorted(seeds.items()))))
-    rows = (Row(SFT, (trained[0].runs[0],), step=0), *trained)
-    return Sweep(tuple(runs), rows, tuple(doubled), layout, tuple(unlike))
+        kept[key] = [run for _, run in sorted(by_seeds.items())]
+    # 4. A row of each, and the row of the models that they start from.
+    counted = [run for alike in kept.values() for run in alike]
+    labels, depth = layout.get("labels") or {}, depth_of(counted)
+    trained = [Row(label(key, labels), tuple(alike), depth=depth) for key, alike in kept.items()]
+    rows = (_sft_row(counted, depth), *trained)
+    return Sweep(tuple(runs), rows, tuple(doubled), layout, tuple(unlike), depth)
+
+
+def _sft_row(runs: Sequence[RecordedRun], depth: int) -> Row:
+    """The row of step 0: one run for each set of seeds above PPO's, as those above decide models and learned reward."""
+    starts = {run.seeds[: PPO_SEEDS - 1]: run for run in reversed(runs)}
+    return Row(SFT, tuple(run for _, run in sorted(starts.items())), step=0, depth=depth)
 
 
 def label(key: Sequence[str], labels: Mapping[str, str]) -> str:
@@ -187,22 +157,3 @@ def _is_run(folder: Path) -> bool:
     """Whether a folder is that of a run; `earlier/` holds runs that were moved aside, which do not count."""
     has_files = any((folder / name).exists() for name in (SUMMARY, FAILED, METRICS, ".hydra"))
     return has_files and folder.name != EARLIER
-
-
-def _at(outcomes: Steps, step: int | None) -> dict[str, Any]:
-    """The outcomes at a step, or at the last one (None); {} if there are none."""
-    return outcomes.get(max(outcomes) if step is None and outcomes else step or 0, {})
-
-
-def _per_prompt(outcome: Mapping[str, Any], metric: str) -> Array | None:
-    """[prompts] whose mean is the metric, from a line of `outcomes.jsonl`; None if the line lacks it."""
-    if metric == "eval/factual_precision" and "stated" in outcome and "true" in outcome:
-        stated, true = (np.asarray(outcome[key], float) for key in ("stated", "true"))
-        if not stated.sum():
-            return None
-        # The precision is a ratio of sums. Its linearisation has the same mean and, to first order, the same sampling
-        # error (delta method).
-        precision = true.sum() / stated.sum()
-        return precision + (true - precision * stated) / stated.mean()
-    values = outcome.get(OUTCOME_KEYS.get(metric, ""))
-    return None if values is None else np.asarray(values, float)

@@ -43,13 +43,30 @@ class Interval:
     high: float
     digits: int = 1
     mark: str = ""
+    signed: bool = True
 
     def __str__(self) -> str:
-        low, high = (str(Number(end, digits=self.digits, signed=True)) for end in (self.low, self.high))
+        low, high = (str(Number(end, digits=self.digits, signed=self.signed)) for end in (self.low, self.high))
         return f"{low} to {high}{self.mark}"
 
 
-Cell = str | int | Number | Interval
+@dataclass(frozen=True)
+class WithInterval:
+    """A value with the two ends of its interval in brackets; `mark` refers to a footnote."""
+
+    value: float
+    low: float
+    high: float
+    digits: int = 1
+    mark: str = ""
+    signed: bool = False
+
+    def __str__(self) -> str:
+        value, ends = Number(self.value, digits=self.digits, signed=self.signed), (self.low, self.high)
+        return f"{value} ({Interval(*ends, self.digits, signed=self.signed)}){self.mark}"
+
+
+Cell = str | int | Number | Interval | WithInterval
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ class Table:
         return "\n".join([*lines, "", self.caption] if self.caption else lines) + "\n"
 
     def csv(self) -> str:
-        """The unrounded values; errors get a column of their own (`… se`), intervals get two (`… low`, `… high`)."""
+        """The unrounded values; errors get a column of their own (`… se`), intervals two (`… low`, `… high`)."""
         cells = zip(*self.rows, strict=True) if self.rows else [()] * len(self.header)
         columns = [_csv_columns(name, column) for name, column in zip(self.header, cells, strict=True)]
         text = io.StringIO()
@@ -99,10 +116,14 @@ class Table:
 
 
 def _csv_columns(name: str, column: Sequence[Cell]) -> tuple[list[str], list[list[object]]]:
-    """One column of the table as one or two columns of a CSV file: (names, values per row)."""
+    """One column of the table as one to three columns of a CSV file: (names, values per row)."""
     if any(isinstance(cell, Interval) for cell in column):
         return [f"{name} low", f"{name} high"], [
             [cell.low, cell.high] if isinstance(cell, Interval) else ["", ""] for cell in column
+        ]
+    if any(isinstance(cell, WithInterval) for cell in column):
+        return [name, f"{name} low", f"{name} high"], [
+            [cell.value, cell.low, cell.high] if isinstance(cell, WithInterval) else ["", "", ""] for cell in column
         ]
     plain = [[_csv_value(cell)] for cell in column]
     errors = [cell.error if isinstance(cell, Number) else None for cell in column]

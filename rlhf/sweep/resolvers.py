@@ -27,5 +27,11 @@ def run_dir() -> str:
     return HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "."
 
 
+def shifted_seed(published: int, replicate: int) -> int:
+    """`${rlhf.seed:42,${replicate}}`: a published seed for replicate 0, and another one for every other replicate."""
+    return published + replicate
+
+
 OmegaConf.register_new_resolver("rlhf.folder", folder_name, replace=True)
 OmegaConf.register_new_resolver("rlhf.run_dir", run_dir, replace=True)
+OmegaConf.register_new_resolver("rlhf.seed", shifted_seed, replace=True)

@@ -26,10 +26,11 @@ from rlhf.objectives import objectives_of
 from rlhf.pipeline.cache import locked
 from rlhf.report.metric_info import EVAL_METRICS
 from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, run_folder
+from rlhf.tracking.seeds import SEED_KEYS
 
 log = logging.getLogger(__name__)
 Space = dict[str, BaseDistribution]
-SAME_STUDY = ("hydra", "report", "variant")  # top-level keys that do not tell studies apart
+SAME_STUDY = ("hydra", "report", "variant", "replicate")  # keys that tell no studies apart, or only by what they set
 
 
 class Study(OptunaSweeperImpl):
@@ -149,8 +150,9 @@ def check(space: Mapping[str, Any], objectives: Mapping[str, str]) -> None:
         raise ConfigError(
             "hydra/sweeper=search has nothing to search; allowed: an axis such as kl.coef=interval(0.01,0.1)"
         )
-    if "seed" in space:
-        raise ConfigError("seed is an axis of the search, which would find the luckiest one; allowed: one seed")
+    for key in SEED_KEYS:
+        if key in space:
+            raise ConfigError(f"{key} is an axis of the search, which would find the luckiest one; allowed: one seed")
 
 
 def enqueue_unfinished(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:

@@ -37,6 +37,8 @@ CONFIGURED: list[tuple[str, str]] = [
     ("divergence.input=words", "divergence.input=words is not allowed; allowed: logprobs, logits or none"),
     ("kl.coef=inf", "kl"),
     ("kl.coef=much", "kl"),
+    ("replicate=-1", "replicate=-1 is not allowed; allowed: a whole number from 0"),
+    ("replicate=many recipe=paper", "replicate=many is not allowed"),
     ("seed=-1", "seed=-1 is not allowed; allowed: a whole number from 0"),
     ("sft.seed=4294967296", "sft.seed=4294967296 is not allowed"),
     ("ppo.lr=inf", "ppo.lr=inf is not allowed; allowed: a number above 0"),

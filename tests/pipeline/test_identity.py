@@ -140,6 +140,9 @@ def test_alpacas_evaluation_concerns_what_it_excludes() -> None:
 DECIDED = [
     ("ppo.steps=7", "run"),
     ("seed=1", "run"),
+    ("replicate=1", "sft, reward, run"),
+    ("replicate=1 seed=0", "sft, reward, run"),
+    ("replicate=1 seed=0 sft.seed=0 reward.seed=0", ""),
     ("data.prompts=50", "run"),
     ("data.eval_prompts=50", "run"),
     ("model.max_prompt_tokens=20", "run"),

@@ -13,9 +13,10 @@ import pytest
 from rlhf.errors import NoRunsError
 from rlhf.report import statistics as st
 from rlhf.report.cli import main, make_report
+from rlhf.report.comparisons import comparisons
 from rlhf.report.figure_style import looks
 from rlhf.report.page import config_difference
-from rlhf.report.results import comparisons, main_table
+from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
 from rlhf.report.tables import Interval, Number, Table
 from tests.helpers.made_up_sweeps import PROMPTS, STEPS, write_lines, write_run, write_sweep
@@ -66,12 +67,12 @@ def test_a_table_renders_as_latex() -> None:
 
 def test_main_table_shows_what_is_there_or_what_is_asked_for(sweep: Sweep, tmp_path: Path) -> None:
     table = main_table(sweep)
-    assert table.header[:5] == ["row", "seeds", "win rate (%)", "judge SE (points)", "true KL (nats per token)"]
+    assert table.header[:5] == ["row", "seeds", "win rate (%)", "95 % interval", "judge SE (points)"]
     assert str(table.rows[0][1]) == "–"
     assert re.fullmatch(r"\d\d\.\d ± \d\.\d", str(table.rows[1][2]))
     asked = write_sweep(tmp_path / "s", {"columns": ["eval/factual_precision", "eval/facts_per_response"]}, ["lora_kl"])
     chosen = load([asked])
-    assert main_table(chosen).header == ["row", "seeds", "factual precision (%)", "facts per response"]
+    assert main_table(chosen).header[:4] == ["row", "seeds", "factual precision (%)", "95 % interval"]
 
 
 def test_comparisons_are_one_family(sweep: Sweep) -> None:
@@ -123,7 +124,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_report_has_all_its_files(report: Path) -> None:
     figures = [f"figures/{name}.{kind}" for name in ("curve", "path", "root") for kind in ("csv", "png", "svg")]
-    tables = [f"{name}.{kind}" for name in ("differences", "table") for kind in ("csv", "md", "tex")]
+    names = ("differences", "distance", "distance_differences", "table", "variance")
+    tables = [f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")]
     files = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
     assert files == sorted([*figures, *tables, "report.html"])
     assert "| LoRA, KL | 3 |" in (report / "table.md").read_text()
@@ -142,7 +144,7 @@ def test_the_csv_files_hold_the_numbers_of_the_figures(report: Path) -> None:
     row = sweep.rows[1]
     last = next(line for line in lines if line["row"] == row.label and line["step"] == "50")
     assert float(last["eval/win_rate"]) == pytest.approx(100 * np.mean(row.values("eval/win_rate")))
-    assert float(last["se"]) == pytest.approx(100 * st.seed_error(row.values("eval/win_rate")))
+    assert float(last["se"]) == pytest.approx(100 * st.replicate_error(row.values("eval/win_rate")))
     root = read_csv(report / "figures" / "root.csv")
     assert {line["row"] for line in root} == {"LoRA, KL"}
     assert float(root[0]["slope"]) == pytest.approx(0.6, abs=0.05)

@@ -16,14 +16,19 @@ from rlhf.errors import NoRunsError
 from rlhf.report.checks import warnings
 from rlhf.report.cli import make_report
 from rlhf.report.results import main_table
+from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep, label, load
 from rlhf.sweep.states import states
 from rlhf.sweep.status import status
 from tests.helpers.made_up_sweeps import PROMPTS, STEPS, write_lines, write_run, write_sweep
 
 
+def ppo_seeds(row: Row) -> tuple[int, ...]:
+    return tuple(run.seeds.ppo for runs in row.replicates.values() for run in runs)
+
+
 def test_rows_are_runs_that_differ_in_their_seed(sweep: Sweep) -> None:
-    assert [(row.label, row.seeds) for row in sweep.rows] == [
+    assert [(row.label, ppo_seeds(row)) for row in sweep.rows] == [
         ("SFT", ()),
         ("variant=full_none", (1, 2, 3)),
         ("variant=lora_kl", (1, 2, 3)),
@@ -33,7 +38,7 @@ def test_rows_are_runs_that_differ_in_their_seed(sweep: Sweep) -> None:
         for metric in ("eval/win_rate", "eval/factual_precision", "eval/response_tokens"):
             outcomes = row.outcomes(metric)
             assert outcomes is not None
-            assert outcomes.shape == (max(1, len(row.seeds)), PROMPTS)
+            assert outcomes.shape == (max(1, len(row.replicates)), PROMPTS)
             assert outcomes.mean(axis=1) == pytest.approx(row.values(metric))
 
 
@@ -98,7 +103,7 @@ def test_runs_of_other_configurations_are_no_seeds_of_a_row(tmp_path: Path) -> N
     for seed, steps in ((1, 8), (2, 3), (3, 8)):
         reconfigured(folder / f"variant-lora_kl_seed-{seed}", ppo={"steps": steps, "lr": 0.1})
     found = load([folder])
-    assert [row.seeds for row in found.trained] == [(1, 3)]
+    assert [ppo_seeds(row) for row in found.trained] == [(1, 3)]
     assert [(run.name, differing) for run, differing in found.unlike] == [
         ("variant-lora_kl_seed-2", ["ppo.steps=3 (there: 8)"])
     ]
@@ -118,18 +123,18 @@ def test_what_only_describes_a_run_does_not_part_the_seeds(tmp_path: Path) -> No
     )
     for seed, change in zip((1, 2, 3), changes, strict=True):
         reconfigured(folder / f"variant-lora_kl_seed-{seed}", **change)
-    assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
+    assert [ppo_seeds(row) for row in load([folder]).trained] == [(1, 2, 3)]
     reconfigured(folder / "variant-lora_kl_seed-3", trainer={"devices": 1, "limit_train_batches": 1})
-    assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
+    assert [ppo_seeds(row) for row in load([folder]).trained] == [(1, 2)]
 
 
 def test_a_key_that_an_older_version_lacks_does_not_part_the_seeds(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     reconfigured(folder / "variant-lora_kl_seed-3", evaluation={"difficulty": None})
-    assert [row.seeds for row in load([folder]).trained] == [(1, 2)]
+    assert [ppo_seeds(row) for row in load([folder]).trained] == [(1, 2)]
     path = folder / "variant-lora_kl_seed-3" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "git_commit": "newer"}))
-    assert [row.seeds for row in load([folder]).trained] == [(1, 2, 3)]
+    assert [ppo_seeds(row) for row in load([folder]).trained] == [(1, 2, 3)]
     path = folder / "variant-lora_kl_seed-2" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "reward_model": "reward-1"}))
     assert any("different reward models (None, reward-1)" in text for text in warnings(load([folder])))

@@ -79,6 +79,7 @@ REFUSED = [
         "did you mean eval/win_rate?",
     ),
     ("experiments=search seed=1,2", "seed is an axis", "one seed"),
+    ("experiments=search replicate=1,2", "replicate is an axis", "one seed"),
     ("hydra/sweeper=search kl.coef=interval(0.01,0.1)", "needs objectives", "eval/win_rate: maximize"),
     ("hydra/sweeper=search objectives={eval/win_rate:maximize}", "nothing to search", "an axis"),
 ]
