@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rlhf.models.activations import FLOAT32, Passes
+from rlhf.models.sequences import frozen_tokens
 from rlhf.models.sizes import Sizes
 from rlhf.settings import LoraSettings, Settings
 
@@ -177,7 +178,8 @@ class _Stage:
     def measuring(self) -> dict[str, int]:
         """Passes without gradients, and the answers of an evaluation: `best_of` to a prompt, in the same batches."""
         evaluation, models = self.settings.evaluation, 2  # the true KL takes the logits of policy and reference
-        scoring = self.passes.frozen(self.tokens) + self.passes.logits(self.tokens, models) + self.states
+        tokens = frozen_tokens(self.tokens, "cuda" if self.work.on_gpu else "cpu")
+        scoring = self.passes.frozen(tokens) + self.passes.logits(tokens, models) + self.states
         merged = self.merged if self.passes.size == FLOAT32 else 0  # `Roles.scoring`
         answering = self.answering(evaluation.prompts * evaluation.best_of, evaluation.max_new_tokens)
         return {"scoring": scoring + merged, "evaluating": answering}

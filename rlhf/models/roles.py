@@ -24,7 +24,7 @@ from rlhf.models.architecture import hidden_size_of
 from rlhf.models.blocks import checkpoint_activations, compile_block, transformer_blocks, uncompiled
 from rlhf.models.heads import ScalarHead, TokenStats, token_stats
 from rlhf.models.logits import head_of
-from rlhf.models.sequences import Sequences, filled, length_buckets, select, send, spans
+from rlhf.models.sequences import Sequences, filled, frozen_tokens, length_buckets, select, send, spans
 
 
 class Role(NamedTuple):
@@ -236,8 +236,12 @@ class Roles(nn.Module):
                 self._unpadded[name] = unpadded.allow(self.trunks[name])
         return all(self._unpadded.values())
 
-    def groups(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
-        """Split rows into groups for passes of at most `budget` tokens each, counting padding where there is any."""
+    def groups(self, lengths: Sequence[int], budget: int, frozen: bool = False) -> list[list[int]]:
+        """Split rows into groups for passes of at most `budget` tokens each, counting padding where there is any.
+
+        A frozen pass, which keeps no activations, may have `frozen_tokens` of them.
+        """
+        budget = frozen_tokens(budget, self.device.type) if frozen else budget
         return list(filled(lengths, budget) if self.unpadded else length_buckets(lengths, budget))
 
     def last_token_scores(self, role: str, batch: Sequences) -> Float[Tensor, "batch"]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+FROZEN_FACTOR = 8  # on a GPU, which waits for launches if a pass has few tokens
 PER_GROUP = 16  # each forward pass has a fixed cost, about that of `budget / PER_GROUP` tokens
 
 
@@ -121,6 +122,11 @@ def unflatten(flat: Float[Tensor, "tokens"], mask: Bool[Tensor, "batch response"
     """Put the concatenated values of all marked tokens into rows; 0 where the mask, on the host, is false."""
     places = send(mask.flatten().nonzero().squeeze(1), flat.device)
     return flat.new_zeros(mask.numel()).index_copy(0, places, flat).view(mask.shape)
+
+
+def frozen_tokens(budget: int, device_type: str) -> int:
+    """The tokens of a pass without activations to keep, where one that keeps them may have `budget` tokens."""
+    return budget * (FROZEN_FACTOR if device_type == "cuda" else 1)
 
 
 def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

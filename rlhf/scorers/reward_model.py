@@ -30,7 +30,8 @@ class RewardModelScorer:
     @torch.no_grad()
     def score(self, batch: Sequences) -> Float[Tensor, "batch"]:
         """The score of each sequence, in the order of the rows."""
-        groups = self.context.roles.groups(batch.lengths.tolist(), self.context.microbatch_tokens)
-        with self.context.roles.scoring("reward"):
-            scores = [self.context.roles.last_token_scores("reward", batch.rows(group)) for group in groups]
+        roles, budget = self.context.roles, self.context.microbatch_tokens
+        groups = roles.groups(batch.lengths.tolist(), budget, frozen=True)
+        with roles.scoring("reward"):
+            scores = [roles.last_token_scores("reward", batch.rows(group)) for group in groups]
         return concatenate(scores, [row for group in groups for row in group]) - self.baseline

@@ -40,7 +40,7 @@ def by_rows(
 @torch.no_grad()
 def compute_values(roles: Roles, batch: Sequences, budget: int) -> Float[Tensor, "batch response"]:
     """Value of the state in which each response token was chosen; at most `budget` tokens go through at once."""
-    groups = roles.groups(batch.lengths.tolist(), budget)
+    groups = roles.groups(batch.lengths.tolist(), budget, frozen=True)
     with roles.scoring("value"):
         return by_rows(
             batch, groups, lambda _, part: roles.heads["value"](roles.states("value", part, part.predicting))
@@ -52,7 +52,7 @@ def compute_logprobs(
     roles: Roles, role: str, batch: Sequences, budget: int, temperature: float
 ) -> Float[Tensor, "batch response"]:
     """Log-probability of each response token under a role, in nats at the sampling temperature."""
-    groups = roles.groups(batch.lengths.tolist(), budget)
+    groups = roles.groups(batch.lengths.tolist(), budget, frozen=True)
     return by_rows(batch, groups, lambda _, part: logprobs_of(roles, role, part, temperature))
 
 
@@ -66,7 +66,7 @@ def logprobs_of(roles: Roles, role: str, part: Sequences, temperature: float) ->
 def compute_reference_states(roles: Roles, batch: Sequences, budget: int) -> list[Float[Tensor, "response hidden"]]:
     """For each row the reference's hidden states that predict the response tokens."""
     states: list[Tensor] = [torch.empty(0)] * len(batch)
-    for group in roles.groups(batch.lengths.tolist(), budget):
+    for group in roles.groups(batch.lengths.tolist(), budget, frozen=True):
         part = batch.rows(group)
         hidden = roles.states("reference", part, part.predicting)
         for row, own in zip(group, hidden.split(part.response_mask.sum(1).tolist()), strict=True):
@@ -97,7 +97,7 @@ def compute_divergence(
     `states` are the reference's (`compute_reference_states`), computed here if not given. Logits exist for one chunk of
     tokens at a time.
     """
-    groups = roles.groups(batch.lengths.tolist(), budget)
+    groups = roles.groups(batch.lengths.tolist(), budget, frozen=True)
     known = compute_reference_states(roles, batch, budget) if states is None else states
 
     def passes(number: int, part: Sequences) -> Tensor:

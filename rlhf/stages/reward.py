@@ -104,7 +104,8 @@ class RewardModeling(SupervisedStage):
             self.tokenizer, [row.prompt for row in rows], [row.response for row in rows], self.reward.max_length
         )
         total = 0.0
-        for group in self.roles.groups([len(p) + len(r) for p, r in pairs], self.settings.microbatch_tokens):
+        lengths = [len(prompt) + len(response) for prompt, response in pairs]
+        for group in self.roles.groups(lengths, self.settings.microbatch_tokens, frozen=True):
             batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group])
             total += float(self.roles.last_token_scores("reward", batch).sum())
         return total / len(pairs)

@@ -74,6 +74,16 @@ def test_the_last_token_is_scored(make_roles: Callable, make_texts: Callable) ->
             torch.testing.assert_close(scores[i], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_frozen_passes_are_larger_on_a_gpu(make_roles: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    roles, lengths = make_roles(), [5, 2, 5] * 7
+    assert roles.groups(lengths, 10, frozen=True) == roles.groups(lengths, 10)
+    monkeypatch.setattr(type(roles), "device", torch.device("cuda"))
+    sizes = [sum(lengths[row] for row in group) for group in roles.groups(lengths, 10, frozen=True)]
+    assert sizes[0] > 70
+    assert max(sizes) <= 80
+    assert roles.groups(lengths, 10)[0] == [0, 1]
+
+
 def test_nothing_is_computed_on_padding(make_roles: Callable, make_texts: Callable) -> None:
     roles, batch, seen = make_roles(), make_texts(9, seed=1), []
     assert roles.unpadded
