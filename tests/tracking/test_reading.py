@@ -93,7 +93,7 @@ def test_old_and_new_runs_are_seeds_of_one_row(tmp_path: Path) -> None:
     write_summary(tmp_path / "s/b", PRESENT_CONFIG, ["variant=lora_kl", "seed=2"])
     sweep = load([tmp_path / "s"])
     assert sweep.unlike == ()
-    assert [(row.label, row.seeds) for row in sweep.trained] == [("KL", (1, 2))]
+    assert [(row.label, [run.seeds.ppo for run in row.runs]) for row in sweep.trained] == [("KL", [1, 2])]
 
 
 def test_an_old_plan_and_failure_belong_to_the_present_rows(tmp_path: Path) -> None:
