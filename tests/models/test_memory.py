@@ -62,7 +62,10 @@ def test_a_gpu_costs_its_context_and_the_gaps_of_the_allocator() -> None:
     assert gpu.phases["generating"] == int(GAPS * cpu.phases["generating"])
 
 
-LLAMA_7B = "{model_type:llama,hidden_size:4096,intermediate_size:11008,num_hidden_layers:32,num_attention_heads:32}"
+LLAMA_7B = (
+    "{model_type:llama,hidden_size:4096,intermediate_size:11008,num_hidden_layers:32,num_attention_heads:32,"
+    "num_key_value_heads:32}"
+)
 NEOX_20B = "{model_type:gpt_neox,hidden_size:6144,intermediate_size:24576,num_hidden_layers:44,num_attention_heads:64}"
 
 
@@ -95,11 +98,12 @@ def test_20b_in_int8_does_not_fit_24_gb_because_of_the_inputs_that_int8_layers_h
 
 
 def test_ppo_at_the_papers_sizes_fits_80_gb_with_fewer_answers_at_a_time() -> None:
-    own, needed = on_card("paper", LLAMA_7B, 32_000, 74, "lora@sft.lora=r8")
-    assert own.generation.batch_size == 128  # half of 256
-    assert own.ppo.microbatch_tokens == 1024
+    fitting = ("model.dtype=bfloat16", "lora@sft.lora=r8")
+    own, needed = on_card("paper", LLAMA_7B, 32_000, 74, *fitting)
+    assert own.generation.batch_size == 86  # a third of 256
+    assert own.ppo.microbatch_tokens == 2048
     assert needed.peak < 74 * 2**30
-    _, fixed = on_card("paper", LLAMA_7B, 32_000, 74, "lora@sft.lora=r8", "generation.batch_size=256")
+    _, fixed = on_card("paper", LLAMA_7B, 32_000, 74, *fitting, "generation.batch_size=256")
     assert fixed.stage == "ppo"
     assert fixed.peak_of("generating") > 80 * 2**30
 
