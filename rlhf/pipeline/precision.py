@@ -20,7 +20,8 @@ def trains_on_gpu(config: DictConfig) -> bool:
 
 def automatic_dtype(model: ModelSettings, on_gpu: bool) -> str:
     """The dtype that `auto` stands for: float32 for a small model, and for one whose configuration is not at hand."""
-    if not (gpu_multiplies_bfloat16() if on_gpu else cpu_multiplies_bfloat16()):
+    unnamed = model.name_or_path is None and not model.config
+    if unnamed or not (gpu_multiplies_bfloat16() if on_gpu else cpu_multiplies_bfloat16()):
         return "float32"
     sizes = Sizes.of(model, None)
     return "bfloat16" if sizes is not None and sizes.linear >= LARGE else "float32"
