@@ -1,7 +1,9 @@
 """Reward modelling: a scalar head on the supervised model, trained on pairwise preferences."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.records import Comparison, Demonstration
 from rlhf.distributed import collectives
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences
+from rlhf.models.sequences import Sequences, concatenate
 from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import RewardSettings
 from rlhf.stages.cutting import Encoded
@@ -27,6 +29,19 @@ def longer_accuracy(rows: Sequence[Comparison]) -> float:
     return statistics.fmean(0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in lengths)
 
 
+def accuracy_by_kind(
+    rows: Sequence[Comparison], margins: Sequence[float], kinds: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """For each kind of comparison the number of `pairs`, and the accuracies of the margins and of `length` alone."""
+    table: dict[str, dict[str, float]] = {}
+    for kind, count in Counter(kinds).most_common():
+        places = [place for place, name in enumerate(kinds) if name == kind]
+        right = [0.5 if margins[place] == 0 else float(margins[place] > 0) for place in places]
+        length = longer_accuracy([rows[place] for place in places])
+        table[kind] = {"pairs": count, "accuracy": statistics.fmean(right), "longer_accuracy": length}
+    return table
+
+
 class RewardModeling(SupervisedStage):
     """−log σ(r(chosen) − r(rejected)), the score read at each text's last token (Stiennon et al. 2020, section 3.4).
 
@@ -39,7 +54,8 @@ class RewardModeling(SupervisedStage):
     def __init__(self, settings: RewardSettings, roles: Roles, tokenizer: PreTrainedTokenizerBase, total_steps: int):
         super().__init__(settings, roles, tokenizer, total_steps)
         self.reward = settings
-        self._margins: list[Tensor] = []
+        self._margins: list[tuple[int, Tensor]] = []
+        self.held_out_margins: list[float] = []
 
     def encode(self, rows: Sequence[Comparison]) -> list[Pair]:
         """(chosen, rejected) of each comparison, both as (prompt ids, response ids)."""
@@ -87,11 +103,15 @@ class RewardModeling(SupervisedStage):
     def validation_step(self, batch: Sequences, index: int) -> None:
         """Measure a batch of held-out comparisons."""
         if self.has_turn(index):
-            self._margins += [self.margins(batch.rows(rows)) for rows in self.microbatches(batch)]
+            groups = self.microbatches(batch)
+            order = (torch.cat(groups)[::2] // 2).tolist()
+            self._margins.append((index, concatenate([self.margins(batch.rows(rows)) for rows in groups], order).cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, accuracy and margin over all held-out comparisons."""
-        margins = torch.cat(collectives.all_gather(torch.cat(self._margins).cpu() if self._margins else torch.empty(0)))
+        """Log loss, accuracy and margin over all held-out comparisons; keep their margins, in order."""
+        parts = [part for process in collectives.all_gather(self._margins) for part in process]
+        margins = torch.cat([part for _, part in sorted(parts, key=itemgetter(0))])
+        self.held_out_margins = margins.tolist()
         metrics = {
             "reward/validation_loss": -F.logsigmoid(margins).mean(),
             "reward/accuracy": ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(),

@@ -1,5 +1,6 @@
 """The farm as a data set: six splits, a tokenizer, and the gold utility of any response."""
 
+import math
 from collections.abc import Mapping
 from random import Random
 from typing import ClassVar
@@ -16,11 +17,15 @@ from rlhf.data.farm.writers import DAVINCI, sample_crowd_worker, write_pair, wri
 from rlhf.data.records import SPLITS, Split, columns
 from rlhf.errors import DataError
 
+GROUPS = ("famous", "known", "obscure")  # the most famous third of the people, the next, the last
+
 
 class Farm:
     """A miniature AlpacaFarm, generated from a seed: the same on every machine and in any order of loading.
 
-    Demonstrations are written by simulated crowd workers. Comparisons are labelled by a simulated annotator.
+    Demonstrations are written by simulated crowd workers. Comparisons are labelled by a simulated annotator. The world
+    has a long tail: demonstrations are mostly about a few famous people, while comparisons, prompts and evaluation ask
+    about all people alike. So the SFT model knows the famous by heart, and makes up what it has hardly ever read.
 
     The instructions of `eval` occur in no other split, and those of the validation splits in no training split; people,
     crafts and phrasings occur in all of them (see `Tasks`). `sft`, `preference` and `prompts` draw their instructions
@@ -29,6 +34,7 @@ class Farm:
 
     splits: ClassVar[tuple[Split, ...]] = SPLITS
     concerns: ClassVar[Mapping[str, tuple[Split, ...]]] = {
+        "fame": ("sft", "sft_validation"),
         "demonstrations": ("sft",),
         "comparisons": ("preference",),
         "label_noise": ("preference",),
@@ -41,7 +47,8 @@ class Farm:
         self,
         *,
         seed: int = 0,
-        people: int = 48,
+        people: int = 144,
+        fame: float = 1.0,
         demonstrations: int = 16000,
         comparisons: int = 8000,
         prompts: int = 2000,
@@ -54,6 +61,8 @@ class Farm:
         Args:
             seed: Selects the world and the rows; unrelated to the seeds of training.
             people: Number of people, 2 to 144. Each has eight attributes, which a model has to memorise.
+            fame: Exponent of the power law by which demonstrations are about people: the weight of the person at rank
+                k is 1 / k^`fame`. With 0 all are alike.
             demonstrations: Number of rows of `sft`.
             comparisons: Number of rows of `preference`.
             prompts: Number of rows of `prompts`.
@@ -63,11 +72,13 @@ class Farm:
             max_response_tokens: Length to which the responses of comparisons are truncated, in tokens.
 
         Raises:
-            ValueError: `people` is out of range.
+            ValueError: `people` is out of range, or `fame` is negative.
         """
+        if not 0 <= fame < math.inf:
+            raise ValueError(f"fame={fame} is not allowed; allowed: a number of at least 0")
         self.seed = seed
         self.world = World(seed, people)
-        self.tasks = Tasks(self.world, seed)
+        self.tasks = Tasks(self.world, seed, fame)
         self.label_noise = label_noise
         self.max_response_tokens = max_response_tokens
         self.sizes: dict[Split, int] = {
@@ -89,23 +100,34 @@ class Farm:
             raise DataError(f"the farm has no split {split!r}; allowed: {', '.join(self.splits)}")
         if self.sizes[split] < 1:
             raise DataError(f"the split {split!r} of the farm is empty: its configured size is {self.sizes[split]}")
+        rows = [fields for fields, _ in self._rows(split)]
+        return Dataset.from_dict(dict(zip(columns(split), map(list, zip(*rows, strict=True)), strict=True)))
+
+    def kinds(self, split: Split) -> list[str]:
+        """How the two responses of each row of `preference` or `preference_validation` differ (see `Pair`)."""
+        return [kind for _, kind in self._rows(split)]
+
+    def _rows(self, split: Split) -> list[tuple[tuple[str, ...], str]]:
+        """The fields of each record of `split`, and the kind of a comparison."""
         # Each split has its own random stream, so that its rows do not depend on which other splits were loaded.
         rng = Random(f"{self.seed}/{split}")
         part = "validation" if split.endswith("validation") else "eval" if split == "eval" else "train"
-        tasks = (self.tasks.sample_distinct if part == "eval" else self.tasks.sample)(part, rng, self.sizes[split])
-        rows = [self._row(split, task, rng) for task in tasks]
-        return Dataset.from_dict(dict(zip(columns(split), map(list, zip(*rows, strict=True)), strict=True)))
+        if part == "eval":
+            tasks = self.tasks.sample_distinct(part, rng, self.sizes[split])
+        else:
+            tasks = self.tasks.sample(part, rng, self.sizes[split], by_fame=split in ("sft", "sft_validation"))
+        return [self._row(split, task, rng) for task in tasks]
 
-    def _row(self, split: Split, task: Task, rng: Random) -> tuple[str, ...]:
-        """The fields of one record, in the order of its columns."""
+    def _row(self, split: Split, task: Task, rng: Random) -> tuple[tuple[str, ...], str]:
+        """The fields of one record, in the order of its columns, and the kind of a comparison."""
         if split in ("sft", "sft_validation"):
-            return task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)
+            return (task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)), ""
         if split in ("preference", "preference_validation"):
             noise = self.label_noise if split == "preference" else 0.0
-            first, second = write_pair(self.world, task, self.max_response_tokens, rng)
+            first, second, kind = write_pair(self.world, task, self.max_response_tokens, rng)
             first_is_chosen = prefers_first(self.world, task, first, second, rng) != (rng.random() < noise)
-            return (task.prompt, first, second) if first_is_chosen else (task.prompt, second, first)
-        return task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction
+            return (task.prompt, *((first, second) if first_is_chosen else (second, first))), kind
+        return (task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction), ""
 
     def _task(self, prompt: str) -> Task:
         """The task of a prompt, with or without the template.
@@ -144,6 +166,15 @@ class Farm:
         """
         task = self._task(prompt)
         return count_facts(task, analyze(self.world, task, response))
+
+    def group(self, prompt: str) -> str:
+        """The third of the people that the prompt is about, by fame: `famous`, `known` or `obscure`; "" for a craft.
+
+        Raises:
+            DataError: no task has this prompt.
+        """
+        rank = self.tasks.rank.get(self._task(prompt).subject)
+        return "" if rank is None else GROUPS[(rank - 1) * len(GROUPS) // len(self.world.people)]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A word-level tokenizer whose vocabulary covers every text of this world."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from rlhf.data.farm.judge import analyze, split_sentences
 from rlhf.data.farm.tasks import Task
@@ -204,12 +205,20 @@ EDITS: dict[Edit, float] = {
 }  # fmt: skip
 
 
-def random_edit(world: World, task: Task, text: str, rng: Random) -> str:
-    """`text` with one random edit, which makes most texts worse."""
-    return rng.choices(list(EDITS), list(EDITS.values()))[0](world, task, text, rng)
+def random_edit(rng: Random) -> Edit:
+    """A random edit; most of them make most texts worse."""
+    return rng.choices(list(EDITS), list(EDITS.values()))[0]
 
 
-def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> tuple[str, str]:
+class Pair(NamedTuple):
+    """Two responses to compare, and how they differ: the name of an edit, `writers`, or `writers_and_edits`."""
+
+    first: str
+    second: str
+    kind: str
+
+
+def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> Pair:
     """Two different responses to compare, each of at most `max_tokens` tokens, in random order.
 
     In 70 % of the pairs each response has its own writer and is edited with probability 0.2. In the other 30 % the
@@ -219,12 +228,13 @@ def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> tuple[
     writers = rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1), k=2)
     first, second = (write_response(world, task, writer, rng) for writer in writers)
     if rng.random() < 0.3:
-        second = random_edit(world, task, first, rng)
+        edit = random_edit(rng)
+        second, kind = edit(world, task, first, rng), edit.__name__
     else:
-        first, second = (
-            random_edit(world, task, text, rng) if rng.random() < 0.2 else text for text in (first, second)
-        )
+        texts = [random_edit(rng)(world, task, text, rng) if rng.random() < 0.2 else text for text in (first, second)]
+        kind = "writers" if texts == [first, second] else "writers_and_edits"
+        first, second = texts
     texts = [detokenize(tokenize(text)[:max_tokens]) for text in (first, second)]
     rng.shuffle(texts)
     # Draw again if both texts are the same.
-    return (texts[0], texts[1]) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)
+    return Pair(*texts, kind) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)
