@@ -83,6 +83,8 @@ class RewardSettings(SupervisedSettings):
 
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
+    lm_coef: float = at_least_zero(0.0)
+    token_coef: float = at_least_zero(0.0)
 
 
 @dataclass

@@ -117,8 +117,8 @@ class DataSource(Protocol):
       response and how many of them are true (`rlhf.data.farm.Facts`, for example); reported as factual precision.
     - `group(prompt: str) -> str`: which part of the evaluation a prompt belongs to, a word such as `famous`, or "" for
       none; factual precision is then also reported for each part.
-    - `kinds(split: Split) -> list[str]`: for each comparison of `load(split)` a word that says how its two responses
-      differ; the reward model's accuracy is then also reported for each kind.
+    - `kinds() -> list[str]`: for each row of `preference_validation` a word that says how its two responses differ; the
+      reward model's accuracy is then also reported for each kind.
     - `labelled(split: Split) -> Dataset`: rows with `text` (str) and `label` (0 or 1), on which
       `scorer=bag_of_words` trains (`sft`) and tests (`eval`) its classifier.
 

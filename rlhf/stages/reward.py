@@ -3,18 +3,19 @@
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Comparison, Demonstration
 from rlhf.distributed import collectives
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences, concatenate
+from rlhf.models.sequences import Sequences, concatenate, unflatten
 from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import RewardSettings
 from rlhf.stages.cutting import Encoded
@@ -42,8 +43,38 @@ def accuracy_by_kind(
     return table
 
 
+def grouped(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Consecutive pairs with the same prompt as one group."""
+    return [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0][0])]
+
+
+def distinct_texts(batch: Sequences) -> tuple[Int[Tensor, "texts"], Int[Tensor, "batch"]]:
+    """The first row of each different text of a batch, and which of these texts each row is."""
+    lengths = torch.stack([batch.prompt_lengths, batch.lengths], 1)
+    texts, which = torch.cat([lengths, batch.ids], 1).unique(dim=0, return_inverse=True)
+    rows = torch.arange(len(which), device=which.device)
+    first = torch.full((len(texts),), len(which), device=which.device).scatter_reduce(0, which, rows, "amin")
+    order = first.argsort()  # in the order of the batch
+    return first[order], order.argsort()[which]
+
+
+def _prompts(batch: Sequences) -> list[list[int]]:
+    """The prompt ids of each row."""
+    return [ids[:end] for ids, end in zip(batch.ids.tolist(), batch.prompt_lengths.tolist(), strict=True)]
+
+
+def mean(values: Float[Tensor, "*rows tokens"], mask: Bool[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows"]:
+    """The mean over the marked tokens of each row."""
+    return (values * mask).sum(-1) / mask.sum(-1)
+
+
 class RewardModeling(SupervisedStage):
     """−log σ(r(chosen) − r(rejected)), the score read at each text's last token (Stiennon et al. 2020, section 3.4).
+
+    All comparisons of a prompt are trained on together, and each text is read once (Ouyang et al. 2022, section 3.4).
+    There are two auxiliary losses. With `reward.lm_coef` it is the mean negative log-likelihood per response token of
+    both texts, in nats. With `reward.token_coef` a score at every response token has the same loss, against the other
+    text's last score, which gets no gradient from it (in the spirit of Cobbe et al. 2021's token-level verifiers).
 
     `roles` needs a role `reward` with a head. On held-out comparisons it logs `reward/validation_loss`,
     `reward/accuracy` (a tie counts ½) and `reward/margin`. Chosen and rejected go through the model together.
@@ -65,17 +96,24 @@ class RewardModeling(SupervisedStage):
             sides.append(encode_pairs(self.tokenizer, prompts, texts, self.reward.max_length, ended))
         return list(zip(*sides, strict=True))
 
-    def collate(self, rows: list[Pair]) -> Sequences:
-        """A batch in which row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
-        texts = [text for pair in rows for text in pair]
+    def collate(self, rows: Sequence[Pair | list[Pair]]) -> Sequences:
+        """A batch of comparisons or groups of them: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
+        pairs = [pair for row in rows for pair in (row if isinstance(row, list) else [row])]
+        texts = [text for pair in pairs for text in pair]
         return Sequences.from_lists([prompt for prompt, _ in texts], [response for _, response in texts])
 
     def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Groups of whole pairs, sorted by the longer text of each pair."""
-        longest = batch.lengths.view(-1, 2).max(1).values.tolist()
-        groups = self.roles.groups([2 * length for length in longest], self.settings.microbatch_tokens)
+        """Groups of whole pairs; consecutive pairs with the same prompt stay together, as they may share texts."""
+        which, prompts = distinct_texts(batch)[1], _prompts(batch)[::2]
+        groups = [list(group) for _, group in groupby(range(len(batch) // 2), key=lambda pair: prompts[pair])]
+        sizes = []
+        for group in groups:
+            rows = slice(2 * group[0], 2 * group[-1] + 2)
+            sizes.append(len(which[rows].unique()) * int(batch.lengths[rows].max()))
+        parts = self.roles.groups(sizes, self.settings.microbatch_tokens)
         return [
-            torch.tensor([2 * i + side for i in group for side in (0, 1)], device=batch.ids.device) for group in groups
+            torch.tensor([2 * i + side for g in part for i in groups[g] for side in (0, 1)], device=batch.ids.device)
+            for part in parts
         ]
 
     def count(self, batch: Sequences) -> int:
@@ -83,14 +121,39 @@ class RewardModeling(SupervisedStage):
         return len(batch) // 2
 
     def margins(self, batch: Sequences) -> Float[Tensor, "pairs"]:
-        """r(chosen) − r(rejected) of each pair."""
-        scores = self.roles.last_token_scores("reward", batch).view(-1, 2)
+        """r(chosen) − r(rejected) of each pair. Each text goes through the model once, however many pairs it is in."""
+        first, which = distinct_texts(batch)
+        scores = self.roles.last_token_scores("reward", batch.rows(first))[which].view(-1, 2)
         return scores[:, 0] - scores[:, 1]
 
     def loss(self, batch: Sequences) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """−log σ(margin) summed over the pairs, and how many pairs are ranked correctly."""
-        margins = self.margins(batch)
-        return -F.logsigmoid(margins).sum(), {"right": (margins > 0).sum()}
+        """−log σ(margin) and the auxiliary losses, summed over the pairs, and how many pairs are ranked correctly."""
+        if not (self.reward.lm_coef or self.reward.token_coef):
+            margins = self.margins(batch)
+            return -F.logsigmoid(margins).sum(), {"right": (margins > 0).sum()}
+        first, which = distinct_texts(batch)
+        texts = batch.rows(first)
+        needed = texts.targets | texts.predicting
+        states = self.roles.states("reward", texts, needed)
+        mask = texts.response_mask
+        # 1. The scores that count are those at the last tokens.
+        by_token = unflatten(self.roles.heads["reward"](states[texts.targets[needed]]), mask)
+        scores = by_token.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)[which].view(-1, 2)
+        margins = scores[:, 0] - scores[:, 1]
+        loss = -F.logsigmoid(margins)
+        # 2. A score at every other token already predicts how its text will compare with the other one.
+        if self.reward.token_coef:
+            others = scores.detach().flip(1)[..., None]
+            signs = torch.tensor([1.0, -1.0], device=scores.device)[:, None]
+            losses = -F.logsigmoid(signs * (by_token[which].view(len(margins), 2, -1) - others))
+            loss = loss + self.reward.token_coef * mean(losses, mask[which].view(losses.shape)).mean(1)
+        # 3. The language model goes on learning from both texts.
+        if self.reward.lm_coef:
+            predicting = states[texts.predicting[needed]]
+            logprobs = self.roles.token_stats("reward", predicting, texts.target_ids).logprobs
+            nll = mean(-unflatten(logprobs, mask), mask)
+            loss = loss + self.reward.lm_coef * nll[which].view(-1, 2).mean(1)
+        return loss.sum(), {"right": (margins > 0).sum()}
 
     def training_metrics(self, sums: Mapping[str, Tensor], count: Tensor) -> dict[str, Tensor]:
         """The accuracy on the batch itself."""

@@ -1,7 +1,8 @@
 """The farm as a data set: six splits, a tokenizer, and the gold utility of any response."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from random import Random
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from rlhf.data.farm.judge import GOLD, Facts, analyze, count_facts, prefers_firs
 from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
 from rlhf.data.farm.world import World
-from rlhf.data.farm.writers import DAVINCI, sample_crowd_worker, write_pair, write_response
+from rlhf.data.farm.writers import DAVINCI, sample_crowd_worker, write_pair, write_response, write_responses
 from rlhf.data.records import SPLITS, Split, columns
 from rlhf.errors import DataError
 
@@ -37,6 +38,7 @@ class Farm:
         "fame": ("sft", "sft_validation"),
         "demonstrations": ("sft",),
         "comparisons": ("preference",),
+        "responses": ("preference",),
         "label_noise": ("preference",),
         "max_response_tokens": ("preference", "preference_validation"),
         "prompts": ("prompts",),
@@ -50,7 +52,8 @@ class Farm:
         people: int = 144,
         fame: float = 1.0,
         demonstrations: int = 16000,
-        comparisons: int = 8000,
+        comparisons: int = 112000,
+        responses: int = 8,
         prompts: int = 2000,
         eval_prompts: int = 200,
         label_noise: float = 0.25,
@@ -65,6 +68,8 @@ class Farm:
                 k is 1 / k^`fame`. With 0 all are alike.
             demonstrations: Number of rows of `sft`.
             comparisons: Number of rows of `preference`.
+            responses: Number of responses to a prompt of `preference`, 2 to 16. Every pair of them is a row, one after
+                the other. Every second response is an edit of the one before.
             prompts: Number of rows of `prompts`.
             eval_prompts: Number of rows of `eval`, all of them different.
             label_noise: Probability that the label of a comparison in `preference` is flipped. Labels in
@@ -72,20 +77,23 @@ class Farm:
             max_response_tokens: Length to which the responses of comparisons are truncated, in tokens.
 
         Raises:
-            ValueError: `people` is out of range, or `fame` is negative.
+            ValueError: `people`, `fame` or `responses` is out of range.
         """
         if not 0 <= fame < math.inf:
             raise ValueError(f"fame={fame} is not allowed; allowed: a number of at least 0")
+        if not 2 <= responses <= 16:
+            raise ValueError(f"responses={responses} is not allowed; allowed: 2 to 16")
         self.seed = seed
         self.world = World(seed, people)
         self.tasks = Tasks(self.world, seed, fame)
+        self.responses = responses
         self.label_noise = label_noise
         self.max_response_tokens = max_response_tokens
         self.sizes: dict[Split, int] = {
             "sft": demonstrations,
             "sft_validation": 400,
             "preference": comparisons,
-            "preference_validation": 500,
+            "preference_validation": 1000,
             "prompts": prompts,
             "eval": eval_prompts,
         }
@@ -100,34 +108,52 @@ class Farm:
             raise DataError(f"the farm has no split {split!r}; allowed: {', '.join(self.splits)}")
         if self.sizes[split] < 1:
             raise DataError(f"the split {split!r} of the farm is empty: its configured size is {self.sizes[split]}")
-        rows = [fields for fields, _ in self._rows(split)]
+        rows = itertools.islice(self._rows(split), self.sizes[split])
         return Dataset.from_dict(dict(zip(columns(split), map(list, zip(*rows, strict=True)), strict=True)))
 
-    def kinds(self, split: Split) -> list[str]:
-        """How the two responses of each row of `preference` or `preference_validation` differ (see `Pair`)."""
-        return [kind for _, kind in self._rows(split)]
+    def _rows(self, split: Split) -> Iterator[tuple[str, ...]]:
+        """The fields of each record of `split`, in the order of its columns."""
+        rng, tasks = self._tasks(split)
+        for task in tasks:
+            if split in ("sft", "sft_validation"):
+                yield task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)
+            elif split == "preference":
+                yield from self._comparisons(task, rng)
+            elif split == "preference_validation":
+                yield self._held_out(task, rng)[:3]
+            else:
+                yield task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction
 
-    def _rows(self, split: Split) -> list[tuple[tuple[str, ...], str]]:
-        """The fields of each record of `split`, and the kind of a comparison."""
+    def _comparisons(self, task: Task, rng: Random) -> Iterator[tuple[str, ...]]:
+        """Every pair of some responses to a task, in random order, each labelled with noise."""
+        texts = write_responses(self.world, task, self.responses, self.max_response_tokens, rng)
+        answers = [(text, analyze(self.world, task, text)) for text in texts]
+        pairs = list(itertools.combinations(answers, 2))
+        rng.shuffle(pairs)
+        for (first, ours), (second, theirs) in pairs:
+            first_is_chosen = prefers_first(task, ours, theirs, rng) != (rng.random() < self.label_noise)
+            yield task.prompt, *((first, second) if first_is_chosen else (second, first))
+
+    def _held_out(self, task: Task, rng: Random) -> tuple[str, str, str, str]:
+        """One comparison for validation: prompt, chosen, rejected and kind. Its label is never flipped."""
+        first, second, kind = write_pair(self.world, task, self.max_response_tokens, rng)
+        first_is_chosen = prefers_first(task, *(analyze(self.world, task, text) for text in (first, second)), rng)
+        return task.prompt, *((first, second) if first_is_chosen else (second, first)), kind
+
+    def kinds(self) -> list[str]:
+        """How the two responses of each row of `preference_validation` differ (see `Pair`)."""
+        rng, tasks = self._tasks("preference_validation")
+        return [self._held_out(task, rng)[3] for task in tasks]
+
+    def _tasks(self, split: Split) -> tuple[Random, list[Task]]:
+        """The random stream of a split, and the tasks that its rows are about."""
         # Each split has its own random stream, so that its rows do not depend on which other splits were loaded.
-        rng = Random(f"{self.seed}/{split}")
-        part = "validation" if split.endswith("validation") else "eval" if split == "eval" else "train"
-        if part == "eval":
-            tasks = self.tasks.sample_distinct(part, rng, self.sizes[split])
-        else:
-            tasks = self.tasks.sample(part, rng, self.sizes[split], by_fame=split in ("sft", "sft_validation"))
-        return [self._row(split, task, rng) for task in tasks]
-
-    def _row(self, split: Split, task: Task, rng: Random) -> tuple[tuple[str, ...], str]:
-        """The fields of one record, in the order of its columns, and the kind of a comparison."""
-        if split in ("sft", "sft_validation"):
-            return (task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)), ""
-        if split in ("preference", "preference_validation"):
-            noise = self.label_noise if split == "preference" else 0.0
-            first, second, kind = write_pair(self.world, task, self.max_response_tokens, rng)
-            first_is_chosen = prefers_first(self.world, task, first, second, rng) != (rng.random() < noise)
-            return (task.prompt, *((first, second) if first_is_chosen else (second, first))), kind
-        return (task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction), ""
+        rng, size = Random(f"{self.seed}/{split}"), self.sizes[split]
+        if split == "eval":
+            return rng, self.tasks.sample_distinct(split, rng, size)
+        part = "validation" if split.endswith("validation") else "train"
+        size = math.ceil(size / math.comb(self.responses, 2)) if split == "preference" else size
+        return rng, self.tasks.sample(part, rng, size, by_fame=split in ("sft", "sft_validation"))
 
     def _task(self, prompt: str) -> Task:
         """The task of a prompt, with or without the template.

@@ -210,6 +210,26 @@ def random_edit(rng: Random) -> Edit:
     return rng.choices(list(EDITS), list(EDITS.values()))[0]
 
 
+def write_responses(world: World, task: Task, count: int, max_tokens: int, rng: Random) -> list[str]:
+    """`count` different responses to compare with each other, each of at most `max_tokens` tokens.
+
+    Each response is followed by an edit of it. The two differ in one aspect only, so that a reward model learns what
+    makes a response better and not only which writer it is by.
+    """
+    texts: list[str] = []
+    while len(texts) < count:
+        response = write_response(world, task, _annotated_writer(rng), rng)
+        for text in (response, random_edit(rng)(world, task, response, rng)):
+            cut = detokenize(tokenize(text)[:max_tokens])
+            texts += [cut] * (cut not in texts)
+    return texts[:count]
+
+
+def _annotated_writer(rng: Random) -> Writer:
+    """A random writer of responses that are compared."""
+    return rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1))[0]
+
+
 class Pair(NamedTuple):
     """Two responses to compare, and how they differ: the name of an edit, `writers`, or `writers_and_edits`."""
 
@@ -222,10 +242,9 @@ def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> Pair:
     """Two different responses to compare, each of at most `max_tokens` tokens, in random order.
 
     In 70 % of the pairs each response has its own writer and is edited with probability 0.2. In the other 30 % the
-    second response is an edit of the first. Such a pair differs in one aspect only, so that a reward model learns what
-    makes a response better and not only which writer it is by.
+    second response is an edit of the first.
     """
-    writers = rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1), k=2)
+    writers = [_annotated_writer(rng) for _ in range(2)]
     first, second = (write_response(world, task, writer, rng) for writer in writers)
     if rng.random() < 0.3:
         edit = random_edit(rng)

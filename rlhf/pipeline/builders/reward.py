@@ -21,7 +21,7 @@ from rlhf.pipeline import cache
 from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
-from rlhf.stages.reward import RewardModeling, accuracy_by_kind, longer_accuracy
+from rlhf.stages.reward import RewardModeling, accuracy_by_kind, grouped, longer_accuracy
 from rlhf.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,10 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     held_out, measured, _ = distinct(held_out, stage.encode(held_out), "preference, held out", limit)
     texts = [text for pair in pairs for text in pair]
     short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
-    stage.total_steps = steps_of(settings, len(train))
+    groups = grouped(pairs)
+    stage.total_steps = steps_of(settings, len(groups))
     # 3. The training, and what it leaves.
-    metrics = train_supervised(site.make_trainer, stage, settings, pairs, measured, folder)
+    metrics = train_supervised(site.make_trainer, stage, settings, groups, measured, folder)
     demonstrations = as_records(site.source.load("sft").select(range(settings.baseline_rows)), "sft")
     metrics |= {"reward/baseline": stage.baseline(demonstrations), "reward/longer_accuracy": longer_accuracy(held_out)}
     log.info("right on %.1f %% of %d held-out comparisons; always preferring the longer answer is right on %.1f %%",
@@ -70,7 +71,7 @@ def _by_kind(source: DataSource, rows: list[Comparison], margins: list[float]) -
     if not hasattr(source, "kinds") or "preference_validation" not in source.splits:
         return {}
     known = as_records(source.load("preference_validation"), "preference_validation")
-    kinds = dict(zip(known, source.kinds("preference_validation"), strict=True))
+    kinds = dict(zip(known, source.kinds(), strict=True))
     table = accuracy_by_kind(rows, margins, [kinds[row] for row in rows])
     lines = [
         f"{kind:<20}{row['pairs']:>6}{100 * row['accuracy']:>9.1f}{100 * row['longer_accuracy']:>9.1f}"
