@@ -148,7 +148,7 @@ def win_rates(
 
 
 def precision_by_group(groups: Sequence[str], facts: Sequence[Any]) -> dict[str, float]:
-    """Return true / stated facts of each group as `eval/factual_precision_<group>`; groups without facts are left out.
+    """Return true / stated facts of each group as `eval/factual_precision_<group>`, 0 if it states none.
 
     `facts` holds a pair (stated, true) for each prompt, and `groups` its group ("" for none), or nothing at all.
     """
@@ -156,7 +156,7 @@ def precision_by_group(groups: Sequence[str], facts: Sequence[Any]) -> dict[str,
     for group, counts in zip(groups, facts, strict=False):
         stated[group] += counts.stated
         true[group] += counts.true
-    return {f"eval/factual_precision_{group}": true[group] / n for group, n in sorted(stated.items()) if group and n}
+    return {f"eval/factual_precision_{group}": true[group] / max(n, 1) for group, n in stated.items() if group}
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import math
 import os
 import statistics
 import subprocess
@@ -22,7 +23,8 @@ from rlhf.data.farm.writers import CAREFUL, EDITS, ORACLE, Writer, falsify_fact,
 from rlhf.data.records import SPLITS, DataSource, Split, columns
 from rlhf.errors import DataError
 
-FARM = Farm()
+COMPARISONS = 5600
+FARM = Farm(comparisons=COMPARISONS)
 TOKENIZER = FARM.tokenizer()
 VOCABULARY = sorted(TOKENIZER.get_vocab())
 EVAL = FARM.load("eval").to_list()
@@ -82,6 +84,8 @@ def test_bad_requests_are_explained():
         FARM.utility("What is the time?", "Noon.")
     with pytest.raises(ValueError, match="people"):
         Farm(people=1)
+    with pytest.raises(ValueError, match="responses"):
+        Farm(responses=1)
     with pytest.raises(ValueError, match="fame"):
         Farm(fame=-0.5)
 
@@ -187,7 +191,7 @@ def share_told(farm: Farm, group: str) -> float:
 def test_demonstrations_tell_all_about_the_famous_and_little_about_the_obscure():
     famous, known, obscure = (share_told(FARM, group) for group in GROUPS)
     assert famous == 1
-    assert famous > known > obscure > 0.5
+    assert famous >= known > obscure > 0.5
     assert share_told(FARM, "") == 1
     assert share_told(Farm(fame=0.0), "obscure") == 1
 
@@ -197,7 +201,7 @@ def test_demonstrations_follow_the_power_law_and_nothing_else_does():
         return sum(farm.group(row["prompt"]) == group for row in farm.load(split).to_list())
 
     for fame in (0.5, 1.0):
-        farm = Farm(fame=fame, demonstrations=4000)
+        farm = Farm(fame=fame, demonstrations=4000, comparisons=COMPARISONS)
         weights = [rank**-fame for rank in range(1, 145)]
         people = sum(count(farm, "sft", group) for group in GROUPS)
         assert count(farm, "sft", "famous") / people == pytest.approx(sum(weights[:48]) / sum(weights), abs=0.03)
@@ -212,8 +216,20 @@ def test_groups_are_thirds_of_the_people_by_fame():
     assert FARM.group("How do I make cheese?") == ""
 
 
+@pytest.mark.parametrize("responses", [2, 5, 8])
+def test_all_responses_to_a_prompt_are_compared_one_pair_after_the_other(responses: int):
+    pairs = math.comb(responses, 2)
+    rows = Farm(responses=responses, comparisons=20 * pairs + 1).load("preference").to_list()
+    assert len(rows) == 20 * pairs + 1
+    for start in range(0, 20 * pairs, pairs):
+        group = rows[start : start + pairs]
+        assert len({row["prompt"] for row in group}) == 1
+        assert len({text for row in group for text in (row["chosen"], row["rejected"])}) == responses
+        assert len({frozenset((row["chosen"], row["rejected"])) for row in group}) == pairs
+
+
 def test_the_kind_of_a_comparison_says_how_its_responses_differ():
-    rows, kinds = rows_of("preference_validation"), FARM.kinds("preference_validation")
+    rows, kinds = rows_of("preference_validation"), FARM.kinds()
     assert len(kinds) == len(rows)
     assert set(kinds) == {"writers", "writers_and_edits", *(edit.__name__ for edit in EDITS)}
     for row, kind in zip(rows, kinds, strict=True):
@@ -245,7 +261,7 @@ def test_tokenizer_is_small_dense_and_survives_saving(tmp_path):
 
 
 def test_label_noise_flips_a_quarter_and_nothing_else():
-    noisy, clean = rows_of("preference"), Farm(label_noise=0.0).load("preference")
+    noisy, clean = rows_of("preference"), Farm(comparisons=COMPARISONS, label_noise=0.0).load("preference")
     flips = 0
     for ours, theirs in zip(noisy, clean, strict=True):
         assert {ours["chosen"], ours["rejected"]} == {theirs["chosen"], theirs["rejected"]}
