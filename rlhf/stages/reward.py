@@ -1,9 +1,9 @@
 """Reward modelling: a scalar head on the supervised model, trained on pairwise preferences."""
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from operator import itemgetter
 
 import torch
@@ -45,7 +45,7 @@ def accuracy_by_kind(
 
 def grouped(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """Consecutive pairs with the same prompt as one group."""
-    return [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0][0])]
+    return [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[0][0])]
 
 
 def distinct_texts(batch: Sequences) -> tuple[Int[Tensor, "texts"], Int[Tensor, "batch"]]:
@@ -90,11 +90,15 @@ class RewardModeling(SupervisedStage):
 
     def encode(self, rows: Sequence[Comparison]) -> list[Pair]:
         """(chosen, rejected) of each comparison, both as (prompt ids, response ids)."""
-        prompts, sides = [row.prompt for row in rows], []
-        for side in ("chosen", "rejected"):
-            texts, ended = [getattr(row, side) for row in rows], [getattr(row, f"{side}_ended", True) for row in rows]
-            sides.append(encode_pairs(self.tokenizer, prompts, texts, self.reward.max_length, ended))
-        return list(zip(*sides, strict=True))
+        sides = [
+            [(row.prompt, getattr(row, side), getattr(row, f"{side}_ended", True)) for row in rows]
+            for side in ("chosen", "rejected")
+        ]
+        texts = list(dict.fromkeys(itertools.chain(*sides)))  # each text once, however many comparisons it is in
+        prompts, responses, ended = map(list, zip(*texts, strict=True))
+        encoded = encode_pairs(self.tokenizer, prompts, responses, self.reward.max_length, ended)
+        ids = dict(zip(texts, encoded, strict=True))
+        return [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
 
     def collate(self, rows: Sequence[Pair | list[Pair]]) -> Sequences:
         """A batch of comparisons or groups of them: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
@@ -105,7 +109,7 @@ class RewardModeling(SupervisedStage):
     def microbatches(self, batch: Sequences) -> list[Tensor]:
         """Groups of whole pairs; consecutive pairs with the same prompt stay together, as they may share texts."""
         which, prompts = distinct_texts(batch)[1], _prompts(batch)[::2]
-        groups = [list(group) for _, group in groupby(range(len(batch) // 2), key=lambda pair: prompts[pair])]
+        groups = [list(group) for _, group in itertools.groupby(range(len(batch) // 2), key=lambda pair: prompts[pair])]
         sizes = []
         for group in groups:
             rows = slice(2 * group[0], 2 * group[-1] + 2)
