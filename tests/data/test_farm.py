@@ -200,7 +200,7 @@ def test_demonstrations_follow_the_power_law_and_nothing_else_does():
     def count(farm: Farm, split: Split, group: str) -> int:
         return sum(farm.group(row["prompt"]) == group for row in farm.load(split).to_list())
 
-    for fame in (0.5, 1.0):
+    for fame in (0.4, 1.0):
         farm = Farm(fame=fame, demonstrations=4000, comparisons=COMPARISONS)
         weights = [rank**-fame for rank in range(1, 145)]
         people = sum(count(farm, "sft", group) for group in GROUPS)
