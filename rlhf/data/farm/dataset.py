@@ -68,8 +68,7 @@ class Farm:
                 k is 1 / k^`fame`. With 0 all are alike.
             demonstrations: Number of rows of `sft`.
             comparisons: Number of rows of `preference`.
-            responses: Number of responses to a prompt of `preference`, 2 to 16. Every pair of them is a row, one after
-                the other. Every second response is an edit of the one before.
+            responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is a row.
             prompts: Number of rows of `prompts`.
             eval_prompts: Number of rows of `eval`, all of them different.
             label_noise: Probability that the label of a comparison in `preference` is flipped. Labels in
@@ -79,16 +78,12 @@ class Farm:
         Raises:
             ValueError: `people`, `fame` or `responses` is out of range.
         """
-        if not 0 <= fame < math.inf:
-            raise ValueError(f"fame={fame} is not allowed; allowed: a number of at least 0")
         if not 2 <= responses <= 16:
             raise ValueError(f"responses={responses} is not allowed; allowed: 2 to 16")
         self.seed = seed
         self.world = World(seed, people)
         self.tasks = Tasks(self.world, seed, fame)
-        self.responses = responses
-        self.label_noise = label_noise
-        self.max_response_tokens = max_response_tokens
+        self.responses, self.label_noise, self.max_response_tokens = responses, label_noise, max_response_tokens
         self.sizes: dict[Split, int] = {
             "sft": demonstrations,
             "sft_validation": 400,

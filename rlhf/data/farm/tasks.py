@@ -1,6 +1,7 @@
 """The instructions of the farm: bios, lists, rewriting and how-tos, each about one subject."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -86,9 +87,14 @@ class Tasks:
     subjects that it was trained on.
 
     Demonstrations are about people in proportion to their fame: the weight of the person at rank k is 1 / k^`fame`.
+
+    Raises:
+        ValueError: `fame` is negative or not finite.
     """
 
     def __init__(self, world: World, seed: int, fame: float) -> None:
+        if not 0 <= fame < math.inf:
+            raise ValueError(f"fame={fame} is not allowed; allowed: a number of at least 0")
         tasks = [*_people_tasks(world), *_craft_tasks(world)]
         self.by_instruction = {task.instruction: task for task in tasks}
         self.parts: dict[str, dict[str, list[Task]]] = {"eval": {}, "validation": {}, "train": {}}
