@@ -50,7 +50,7 @@ class Farm:
         *,
         seed: int = 0,
         people: int = 144,
-        fame: float = 0.7,
+        fame: float = 0.85,
         demonstrations: int = 16000,
         comparisons: int = 112000,
         responses: int = 8,
