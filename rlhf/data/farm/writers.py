@@ -1,6 +1,6 @@
 """Simulated writers (crowd workers, the reference "davinci", an oracle) and edits that spoil a response."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -204,10 +204,14 @@ EDITS: dict[Edit, float] = {
     change_subject: 4, ramble: 1, drop_words: 1, double_word: 1, stutter: 1, shuffle_words: 1, say_nothing: 0.5,
 }  # fmt: skip
 
+# Training comparisons hold more of what is hard to learn: whether a fact is new. A reward model that cannot tell makes
+# a policy repeat itself.
+TRAINING_EDITS = EDITS | {add_fact: 9, restate_fact: 12, repeat_sentence: 6}
 
-def random_edit(rng: Random) -> Edit:
+
+def random_edit(rng: Random, edits: Mapping[Edit, float] = EDITS) -> Edit:
     """A random edit; most of them make most texts worse."""
-    return rng.choices(list(EDITS), list(EDITS.values()))[0]
+    return rng.choices(list(edits), list(edits.values()))[0]
 
 
 def write_responses(world: World, task: Task, count: int, max_tokens: int, rng: Random) -> list[str]:
@@ -219,7 +223,7 @@ def write_responses(world: World, task: Task, count: int, max_tokens: int, rng: 
     texts: list[str] = []
     while len(texts) < count:
         response = write_response(world, task, _annotated_writer(rng), rng)
-        for text in (response, random_edit(rng)(world, task, response, rng)):
+        for text in (response, random_edit(rng, TRAINING_EDITS)(world, task, response, rng)):
             cut = detokenize(tokenize(text)[:max_tokens])
             texts += [cut] * (cut not in texts)
     return texts[:count]
