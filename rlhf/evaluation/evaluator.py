@@ -116,6 +116,7 @@ def evaluation_metrics(source: DataSource, judged: bool, factscore: bool, diffic
         names += ["eval/gold_utility"]
     if hasattr(source, "facts"):
         names += ["eval/facts_per_response", "eval/factual_precision"]
+        names += [f"eval/factual_precision_{group}" for group in getattr(source, "groups", ())]
     return names
 
 

@@ -34,6 +34,7 @@ class Farm:
     """
 
     splits: ClassVar[tuple[Split, ...]] = SPLITS
+    groups: ClassVar[tuple[str, ...]] = GROUPS
     concerns: ClassVar[Mapping[str, tuple[Split, ...]]] = {
         "fame": ("sft", "sft_validation"),
         "demonstrations": ("sft",),
@@ -50,7 +51,7 @@ class Farm:
         *,
         seed: int = 0,
         people: int = 144,
-        fame: float = 0.85,
+        fame: float = 0.7,
         demonstrations: int = 16000,
         comparisons: int = 112000,
         responses: int = 8,
