@@ -133,7 +133,8 @@ class Farm:
     def _held_out(self, task: Task, rng: Random) -> tuple[str, str, str, str]:
         """One comparison for validation: prompt, chosen, rejected and kind. Its label is never flipped."""
         first, second, kind = write_pair(self.world, task, self.max_response_tokens, rng)
-        first_is_chosen = prefers_first(task, *(analyze(self.world, task, text) for text in (first, second)), rng)
+        ours, theirs = analyze(self.world, task, first), analyze(self.world, task, second)
+        first_is_chosen = prefers_first(task, ours, theirs, rng)
         return task.prompt, *((first, second) if first_is_chosen else (second, first)), kind
 
     def kinds(self) -> list[str]:

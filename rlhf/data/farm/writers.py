@@ -260,4 +260,4 @@ def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> Pair:
     texts = [detokenize(tokenize(text)[:max_tokens]) for text in (first, second)]
     rng.shuffle(texts)
     # Draw again if both texts are the same.
-    return Pair(*texts, kind) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)
+    return Pair(texts[0], texts[1], kind) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)
