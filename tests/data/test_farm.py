@@ -20,8 +20,7 @@ from rlhf.data.farm.writers import CAREFUL, EDITS, ORACLE, Writer, falsify_fact,
 from rlhf.data.records import SPLITS, DataSource, Split, columns
 from rlhf.errors import DataError
 
-COMPARISONS = 5600
-FARM = Farm(comparisons=COMPARISONS)
+FARM = Farm()
 TOKENIZER = FARM.tokenizer()
 VOCABULARY = sorted(TOKENIZER.get_vocab())
 EVAL = FARM.load("eval").to_list()
@@ -195,7 +194,7 @@ def test_tokenizer_is_small_dense_and_survives_saving(tmp_path):
 
 
 def test_label_noise_flips_a_quarter_and_nothing_else():
-    noisy, clean = rows_of("preference"), Farm(comparisons=COMPARISONS, label_noise=0.0).load("preference")
+    noisy, clean = rows_of("preference"), Farm(label_noise=0.0).load("preference")
     flips = 0
     for ours, theirs in zip(noisy, clean, strict=True):
         assert {ours["chosen"], ours["rejected"]} == {theirs["chosen"], theirs["rejected"]}

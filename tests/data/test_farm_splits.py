@@ -12,7 +12,7 @@ from rlhf.data.farm.writers import EDITS
 from rlhf.data.records import Split
 
 COMPARISONS = 560
-FARM = Farm(comparisons=COMPARISONS)
+FARM = Farm(people=144, fame=0.85, responses=8, comparisons=COMPARISONS, held_out_comparisons=1000)
 
 
 def share_told(farm: Farm, group: str) -> float:
@@ -26,10 +26,10 @@ def share_told(farm: Farm, group: str) -> float:
 
 
 def test_demonstrations_tell_all_about_the_famous_and_little_about_the_obscure():
-    famous, known, obscure = (share_told(Farm(fame=1.2), group) for group in GROUPS)
+    famous, known, obscure = (share_told(Farm(people=144, fame=1.2), group) for group in GROUPS)
     assert famous == 1
     assert famous > known > obscure > 0.4
-    assert share_told(FARM, "") == share_told(Farm(fame=0.0), "obscure") == 1
+    assert share_told(FARM, "") == share_told(Farm(people=144), "obscure") == 1
 
 
 def test_demonstrations_follow_the_power_law_and_nothing_else_does():
@@ -37,7 +37,7 @@ def test_demonstrations_follow_the_power_law_and_nothing_else_does():
         return sum(farm.group(row["prompt"]) == group for row in farm.load(split).to_list())
 
     for fame in (0.4, 1.0):
-        farm = Farm(fame=fame, demonstrations=4000, comparisons=COMPARISONS)
+        farm = Farm(people=144, fame=fame, responses=8, demonstrations=4000, comparisons=COMPARISONS)
         weights = [rank**-fame for rank in range(1, 145)]
         people = sum(count(farm, "sft", group) for group in GROUPS)
         assert count(farm, "sft", "famous") / people == pytest.approx(sum(weights[:48]) / sum(weights), abs=0.03)
@@ -55,7 +55,7 @@ def test_groups_are_thirds_of_the_people_by_fame():
 @pytest.mark.parametrize("responses", [2, 5, 8])
 def test_all_responses_to_a_prompt_are_compared_one_pair_after_the_other(responses: int):
     pairs = math.comb(responses, 2)
-    rows = Farm(responses=responses, comparisons=20 * pairs + 1).load("preference").to_list()
+    rows = Farm(people=144, responses=responses, comparisons=20 * pairs + 1).load("preference").to_list()
     assert len(rows) == 20 * pairs + 1
     for start in range(0, 20 * pairs, pairs):
         group = rows[start : start + pairs]

@@ -18,7 +18,7 @@ def test_precision_is_pooled_within_each_group() -> None:
 
 
 def test_the_evaluation_tells_the_farms_precision_by_fame() -> None:
-    farm = Farm()
+    farm = Farm(people=144)
     people = [farm.world.people[0], farm.world.people[143]]
     prompts = [Prompt(f"Who is {person.name}?\n") for person in people]
     towns = people[0].truth["home"], next(town for town in farm.world.attribute(people[1], "home").values

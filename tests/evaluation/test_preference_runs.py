@@ -32,7 +32,7 @@ def test_the_reward_model_learns_from_answers_that_the_farm_compares(
     (folder,) = cached("preferences")
     summary = read_summary(folder)
     assert summary is not None
-    metrics, farm = summary["metrics"], Farm(people=12, comparisons=120, responses=2)
+    metrics, farm = summary["metrics"], Farm(people=12, comparisons=120)
     assert read_metrics(folder)[0]["preferences/pairs"] == metrics["preferences/pairs"] == 30
     assert (tmp_path / "outputs/made" / next((tmp_path / "outputs/made").iterdir()) / "preference.jsonl").exists()
     for split, prefix, prompts in (

@@ -16,14 +16,13 @@ def test_weights_and_adapters_agree_with_hand_computation() -> None:
     rest = VOCABULARY * hidden + (2 * layers + 1) * hidden
     policy = layers * 4 * 8 * 2 * hidden
     reward = layers * (4 * 16 * 2 * hidden + 3 * 16 * (hidden + inner))
-    adapter = "lora@reward.lora=r16_all"
-    memory = estimate_of(adapter)
+    memory = estimate_of()
     assert memory.weights == 4 * (linear + rest) + 4 * reward
     assert memory.trained == TRAINED * (policy + reward)  # the value adapter has the reward adapter's rank and targets
-    assert estimate_of(adapter, "ppo.value_model=trunk_head").trained == TRAINED * policy
-    assert estimate_of(adapter, "lora=none").trained == 2 * TRAINED * (linear + rest)
-    assert estimate_of(adapter, "quantization=int8").weights == 4 * rest + linear + 4 * reward
-    assert estimate_of(adapter, shares=4).weights == 4 * rest + linear + 4 * reward  # a quarter of the float32 size
+    assert estimate_of("ppo.value_model=trunk_head").trained == TRAINED * policy
+    assert estimate_of("lora=none").trained == 2 * TRAINED * (linear + rest)
+    assert estimate_of("quantization=int8").weights == 4 * rest + linear + 4 * reward
+    assert estimate_of(shares=4).weights == 4 * rest + linear + 4 * reward  # a quarter of the float32 size
 
 
 def test_savings_make_the_estimate_smaller() -> None:

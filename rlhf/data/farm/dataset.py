@@ -24,9 +24,11 @@ GROUPS = ("famous", "known", "obscure")  # the most famous third of the people, 
 class Farm:
     """A miniature AlpacaFarm, generated from a seed: the same on every machine and in any order of loading.
 
-    Demonstrations are written by simulated crowd workers. Comparisons are labelled by a simulated annotator. The world
-    has a long tail: demonstrations are mostly about a few famous people, while comparisons, prompts and evaluation ask
-    about all people alike. So the SFT model knows the famous by heart, and makes up what it has hardly ever read.
+    Demonstrations are written by simulated crowd workers. Comparisons are labelled by a simulated annotator.
+
+    With `fame` above 0 the world has a long tail: demonstrations are mostly about a few famous people, while
+    comparisons, prompts and evaluation ask about all people alike. So the SFT model knows the famous by heart, and
+    makes up what it has hardly ever read.
 
     The instructions of `eval` occur in no other split, and those of the validation splits in no training split; people,
     crafts and phrasings occur in all of them (see `Tasks`). `sft`, `preference` and `prompts` draw their instructions
@@ -40,6 +42,7 @@ class Farm:
         "demonstrations": ("sft",),
         "comparisons": ("preference",),
         "responses": ("preference",),
+        "held_out_comparisons": ("preference_validation",),
         "label_noise": ("preference",),
         "max_response_tokens": ("preference", "preference_validation"),
         "prompts": ("prompts",),
@@ -50,11 +53,12 @@ class Farm:
         self,
         *,
         seed: int = 0,
-        people: int = 144,
-        fame: float = 0.7,
+        people: int = 48,
+        fame: float = 0.0,
         demonstrations: int = 16000,
-        comparisons: int = 112000,
-        responses: int = 8,
+        comparisons: int = 8000,
+        responses: int = 2,
+        held_out_comparisons: int = 500,
         prompts: int = 2000,
         eval_prompts: int = 200,
         label_noise: float = 0.25,
@@ -69,7 +73,9 @@ class Farm:
                 k is 1 / k^`fame`. With 0 all are alike.
             demonstrations: Number of rows of `sft`.
             comparisons: Number of rows of `preference`.
-            responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is a row.
+            responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is a row. With
+                more than 2, every second response is an edit of the one before.
+            held_out_comparisons: Number of rows of `preference_validation`.
             prompts: Number of rows of `prompts`.
             eval_prompts: Number of rows of `eval`, all of them different.
             label_noise: Probability that the label of a comparison in `preference` is flipped. Labels in
@@ -89,7 +95,7 @@ class Farm:
             "sft": demonstrations,
             "sft_validation": 400,
             "preference": comparisons,
-            "preference_validation": 1000,
+            "preference_validation": held_out_comparisons,
             "prompts": prompts,
             "eval": eval_prompts,
         }
@@ -122,7 +128,10 @@ class Farm:
 
     def _comparisons(self, task: Task, rng: Random) -> Iterator[tuple[str, ...]]:
         """Every pair of some responses to a task, in random order, each labelled with noise."""
-        texts = write_responses(self.world, task, self.responses, self.max_response_tokens, rng)
+        if self.responses == 2:
+            texts = list(write_pair(self.world, task, self.max_response_tokens, rng)[:2])
+        else:
+            texts = write_responses(self.world, task, self.responses, self.max_response_tokens, rng)
         answers = [(text, analyze(self.world, task, text)) for text in texts]
         pairs = list(itertools.combinations(answers, 2))
         rng.shuffle(pairs)
@@ -135,6 +144,7 @@ class Farm:
         first, second, kind = write_pair(self.world, task, self.max_response_tokens, rng)
         ours, theirs = analyze(self.world, task, first), analyze(self.world, task, second)
         first_is_chosen = prefers_first(task, ours, theirs, rng)
+        rng.random()  # in `preference`, whether the label is flipped
         return task.prompt, *((first, second) if first_is_chosen else (second, first)), kind
 
     def kinds(self) -> list[str]:

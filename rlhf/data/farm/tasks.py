@@ -116,6 +116,8 @@ class Tasks:
         """
         kinds = rng.choices(list(SHARES), list(SHARES.values()), k=count)
         fame = self.fame if by_fame else 0.0
+        if not fame:
+            return [rng.choice(self.parts[part][kind]) for kind in kinds]
         cumulative = {
             kind: list(itertools.accumulate(self.rank.get(task.subject, 1) ** -fame for task in tasks))
             for kind, tasks in self.parts[part].items()
