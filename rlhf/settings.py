@@ -86,6 +86,9 @@ class RewardSettings(SupervisedSettings):
 
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
+    group_prompts: bool = False
+    lm_coef: float = at_least_zero(0.0)
+    token_coef: float = at_least_zero(0.0)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ class ResponseEvaluator:
 
     - `utility(prompt, response)` gives `eval/gold_utility`, the mean over responses;
     - `facts(prompt, response)`, a pair (stated, true) of counts, gives `eval/factual_precision` (true / stated, summed
-      over all responses) and `eval/facts_per_response` (the mean of stated).
+      over all responses) and `eval/facts_per_response` (the mean of stated);
+    - `group(prompt)`, the name of a part of the prompts ("" for none), gives the precision of each part as
+      `eval/factual_precision_<group>`.
 
     Args:
         source: The data set.
@@ -87,6 +90,8 @@ class ResponseEvaluator:
             stated, true = sum(f.stated for f in facts), sum(f.true for f in facts)
             metrics["eval/facts_per_response"] = stated / len(facts)
             metrics["eval/factual_precision"] = true / stated if stated else 0.0
+            groups = [self.source.group(row.prompt) for row in prompts] if hasattr(self.source, "group") else []
+            metrics |= precision_by_group(groups, facts)
             _add_column(records, "stated", [f.stated for f in facts])
             _add_column(records, "true", [f.true for f in facts])
         return metrics, records
@@ -125,6 +130,7 @@ def evaluation_metrics(
         names += ["eval/gold_utility"]
     if hasattr(source, "facts"):
         names += ["eval/facts_per_response", "eval/factual_precision"]
+        names += [f"eval/factual_precision_{group}" for group in getattr(source, "groups", ())]
     return names
 
 
@@ -154,6 +160,18 @@ def win_rates(
     return {
         f"eval/{name}{end}": x for name, rate in rates.items() for end, x in (("", rate.value), ("_se", rate.error))
     }
+
+
+def precision_by_group(groups: Sequence[str], facts: Sequence[Any]) -> dict[str, float]:
+    """Return true / stated facts of each group as `eval/factual_precision_<group>`, 0 if it states none.
+
+    `facts` holds a pair (stated, true) for each prompt, and `groups` its group ("" for none), or nothing at all.
+    """
+    stated, true = Counter[str](), Counter[str]()
+    for group, counts in zip(groups, facts, strict=False):
+        stated[group] += counts.stated
+        true[group] += counts.true
+    return {f"eval/factual_precision_{group}": true[group] / max(n, 1) for group, n in stated.items() if group}
 
 
 def standard_error(values: Sequence[float]) -> float:

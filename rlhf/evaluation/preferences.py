@@ -4,6 +4,7 @@ Follows AlpacaFarm (Dubois et al. 2023), whose annotators disagree as much as pe
 can be the annotator, except the reward model that is to be trained on its labels.
 """
 
+import itertools
 import json
 import logging
 import re
@@ -145,9 +146,10 @@ class Simulated:
 
     def _shuffled_prompts(self, source: DataSource, split: Split, template: Template | None) -> list[Prompt]:
         rows = source.load(split)
-        order = torch.randperm(len(rows), generator=generator(self.settings.seed, "preference prompts")).tolist()
         instructions = rows["instruction"] if "instruction" in rows.column_names else [""] * len(rows)
-        prompts = list(zip(rows["prompt"], instructions, strict=True))
+        # consecutive comparisons of one prompt ask it once
+        prompts = [asked for asked, _ in itertools.groupby(zip(rows["prompt"], instructions, strict=True))]
+        order = torch.randperm(len(prompts), generator=generator(self.settings.seed, "preference prompts")).tolist()
         return [
             Prompt(prompt, instruction=instruction or strip_template(prompt, template))
             for prompt, instruction in (prompts[i] for i in order)

@@ -17,6 +17,8 @@ from rlhf.stages.supervised import SupervisedStage
 from rlhf.tracking.dashboards import Dashboard, maybe_unsent
 from rlhf.tracking.metrics_file import forget_after, numbers, read_metrics
 
+HELD_OUT = 32  # held-out rows read at a time, at least; they go through the model in micro-batches
+
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +40,7 @@ def train_supervised(
     start = checkpoints.step_of(last) if last else 0
     stage.resumed_at = start
     trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
-    validation = DataLoader(held_out, batch_size=settings.batch_size, collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
+    validation = DataLoader(held_out, batch_size=max(settings.batch_size, HELD_OUT), collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
     # without a checkpoint, even step 0 is measured again
     kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, evaluated=False))
     # 2. Measure the untrained model, or catch up with what was logged.

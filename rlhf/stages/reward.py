@@ -1,18 +1,21 @@
 """Reward modelling: a scalar head on the supervised model, trained on pairwise preferences."""
 
+import itertools
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Comparison, Demonstration
 from rlhf.distributed import collectives
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences
+from rlhf.models.sequences import Sequences, concatenate, select, send, unflatten
 from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import RewardSettings
 from rlhf.stages.cutting import Encoded
@@ -27,8 +30,50 @@ def longer_accuracy(rows: Sequence[Comparison]) -> float:
     return statistics.fmean(0.5 if chosen == rejected else float(chosen > rejected) for chosen, rejected in lengths)
 
 
+def accuracy_by_kind(
+    rows: Sequence[Comparison], margins: Sequence[float], kinds: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """For each kind of comparison the number of `pairs`, and the accuracies of the margins and of `length` alone."""
+    table: dict[str, dict[str, float]] = {}
+    for kind, count in Counter(kinds).most_common():
+        places = [place for place, name in enumerate(kinds) if name == kind]
+        right = [0.5 if margins[place] == 0 else float(margins[place] > 0) for place in places]
+        length = longer_accuracy([rows[place] for place in places])
+        table[kind] = {"pairs": count, "accuracy": statistics.fmean(right), "longer_accuracy": length}
+    return table
+
+
+def grouped(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Consecutive pairs with the same prompt as one group."""
+    return [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[0][0])]
+
+
+def distinct_texts(batch: Sequences) -> tuple[Int[Tensor, "texts"], Int[Tensor, "batch"]]:
+    """The first row of each different text of a batch, and which of these texts each row is."""
+    lengths = torch.stack([batch.prompt_lengths, batch.lengths], 1)
+    texts, which = torch.cat([lengths, batch.ids], 1).unique(dim=0, return_inverse=True)
+    first = torch.full((len(texts),), len(which)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
+    order = first.argsort()  # in the order of the batch
+    return first[order], order.argsort()[which]
+
+
+def _prompts(batch: Sequences) -> list[list[int]]:
+    """The prompt ids of each row."""
+    return [ids[:end] for ids, end in zip(batch.ids.tolist(), batch.prompt_lengths.tolist(), strict=True)]
+
+
+def mean(values: Float[Tensor, "*rows tokens"], mask: Bool[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows"]:
+    """The mean over the marked tokens of each row."""
+    return (values * mask).sum(-1) / mask.sum(-1)
+
+
 class RewardModeling(SupervisedStage):
     """−log σ(r(chosen) − r(rejected)), the score read at each text's last token (Stiennon et al. 2020, section 3.4).
+
+    Each text of a batch is read once. With `reward.group_prompts`, all comparisons of a prompt are trained on together
+    (Ouyang et al. 2022, section 3.4). There are two auxiliary losses. With `reward.lm_coef` it is the mean negative log-likelihood per response token of
+    both texts, in nats. With `reward.token_coef` a score at every response token has the same loss, against the other
+    text's last score, which gets no gradient from it (in the spirit of Cobbe et al. 2021's token-level verifiers).
 
     `roles` needs a role `reward` with a head. On held-out comparisons it logs `reward/validation_loss`,
     `reward/accuracy` (a tie counts ½) and `reward/margin`. Chosen and rejected go through the model together.
@@ -39,40 +84,82 @@ class RewardModeling(SupervisedStage):
     def __init__(self, settings: RewardSettings, roles: Roles, tokenizer: PreTrainedTokenizerBase, total_steps: int):
         super().__init__(settings, roles, tokenizer, total_steps)
         self.reward = settings
-        self._margins: list[Tensor] = []
+        self._margins: list[tuple[int, Tensor]] = []
+        self.held_out_margins: list[float] = []
 
     def encode(self, rows: Sequence[Comparison]) -> list[Pair]:
         """(chosen, rejected) of each comparison, both as (prompt ids, response ids)."""
-        prompts, sides = [row.prompt for row in rows], []
-        for side in ("chosen", "rejected"):
-            texts, ended = [getattr(row, side) for row in rows], [getattr(row, f"{side}_ended", True) for row in rows]
-            sides.append(encode_pairs(self.tokenizer, prompts, texts, self.reward.max_length, ended))
-        return list(zip(*sides, strict=True))
+        sides = [
+            [(row.prompt, getattr(row, side), getattr(row, f"{side}_ended", True)) for row in rows]
+            for side in ("chosen", "rejected")
+        ]
+        texts = list(dict.fromkeys(itertools.chain(*sides)))  # each text once, however many comparisons it is in
+        prompts, responses, ended = map(list, zip(*texts, strict=True))
+        encoded = encode_pairs(self.tokenizer, prompts, responses, self.reward.max_length, ended)
+        ids = dict(zip(texts, encoded, strict=True))
+        return [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
 
-    def collate(self, rows: list[Pair]) -> Sequences:
-        """A batch in which row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
-        texts = [text for pair in rows for text in pair]
+    def collate(self, rows: Sequence[Pair | list[Pair]]) -> Sequences:
+        """A batch of comparisons or groups of them: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
+        pairs = [pair for row in rows for pair in (row if isinstance(row, list) else [row])]
+        texts = [text for pair in pairs for text in pair]
         return Sequences.from_lists([prompt for prompt, _ in texts], [response for _, response in texts])
 
     def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Groups of whole pairs, sorted by the longer text of each pair."""
-        longest = batch.lengths.view(-1, 2).max(1).values.tolist()
-        groups = self.roles.groups([2 * length for length in longest], self.settings.microbatch_tokens)
-        return [torch.tensor([2 * i + side for i in group for side in (0, 1)]) for group in groups]
+        """Groups of whole pairs; consecutive pairs with the same prompt stay together, as they may share texts."""
+        which, prompts = distinct_texts(batch)[1], _prompts(batch)[::2]
+        groups = [list(group) for _, group in itertools.groupby(range(len(batch) // 2), key=lambda pair: prompts[pair])]
+        sizes = []
+        for group in groups:
+            rows = slice(2 * group[0], 2 * group[-1] + 2)
+            sizes.append(len(which[rows].unique()) * int(batch.lengths[rows].max()))
+        parts = self.roles.groups(sizes, self.settings.microbatch_tokens)
+        return [
+            torch.tensor([2 * i + side for g in part for i in groups[g] for side in (0, 1)])
+            for part in parts
+        ]
 
     def count(self, batch: Sequences) -> int:
         """The number of pairs."""
         return len(batch) // 2
 
     def margins(self, batch: Sequences) -> Float[Tensor, "pairs"]:
-        """r(chosen) − r(rejected) of each pair."""
-        scores = self.roles.last_token_scores("reward", batch).view(-1, 2)
+        """r(chosen) − r(rejected) of each pair. Each text goes through the model once, however many pairs it is in."""
+        first, which = distinct_texts(batch)
+        scores = self.roles.last_token_scores("reward", batch.rows(first))
+        scores = scores[send(which, scores.device)].view(-1, 2)
         return scores[:, 0] - scores[:, 1]
 
     def loss(self, batch: Sequences) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """−log σ(margin) summed over the pairs, and how many pairs are ranked correctly."""
-        margins = self.margins(batch)
-        return -F.logsigmoid(margins).sum(), {"right": (margins > 0).sum()}
+        """−log σ(margin) and the auxiliary losses, summed over the pairs, and how many pairs are ranked correctly."""
+        if not (self.reward.lm_coef or self.reward.token_coef):
+            margins = self.margins(batch)
+            return -F.logsigmoid(margins).sum(), {"right": (margins > 0).sum()}
+        first, which = distinct_texts(batch)
+        texts = batch.rows(first)
+        needed = texts.targets | texts.predicting
+        states = self.roles.states("reward", texts, needed)
+        on_host = texts.response_mask
+        mask, which = send(on_host, states.device), send(which, states.device)
+        # 1. The scores that count are those at the last tokens.
+        responses = select(states[None], texts.targets[needed][None])
+        by_token = unflatten(self.roles.heads["reward"](responses), on_host)
+        scores = by_token.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)[which].view(-1, 2)
+        margins = scores[:, 0] - scores[:, 1]
+        loss = -F.logsigmoid(margins)
+        # 2. A score at every other token already predicts how its text will compare with the other one.
+        if self.reward.token_coef:
+            others = scores.detach().flip(1)[..., None]
+            signs = torch.tensor([1.0, -1.0], device=scores.device)[:, None]
+            losses = -F.logsigmoid(signs * (by_token[which].view(len(margins), 2, -1) - others))
+            loss = loss + self.reward.token_coef * mean(losses, mask[which].view(losses.shape)).mean(1)
+        # 3. The language model goes on learning from both texts.
+        if self.reward.lm_coef:
+            predicting = select(states[None], texts.predicting[needed][None])
+            logprobs = self.roles.token_stats("reward", predicting, texts.target_ids).logprobs
+            nll = mean(-unflatten(logprobs, on_host), mask)
+            loss = loss + self.reward.lm_coef * nll[which].view(-1, 2).mean(1)
+        return loss.sum(), {"right": (margins > 0).sum()}
 
     def training_metrics(self, sums: Mapping[str, Tensor], count: Tensor) -> dict[str, Tensor]:
         """The accuracy on the batch itself."""
@@ -85,11 +172,15 @@ class RewardModeling(SupervisedStage):
     def validation_step(self, batch: Sequences, index: int) -> None:
         """Measure a batch of held-out comparisons."""
         if self.has_turn(index):
-            self._margins += [self.margins(batch.rows(rows)) for rows in self.microbatches(batch)]
+            groups = self.microbatches(batch)
+            order = (torch.cat(groups)[::2] // 2).tolist()
+            self._margins.append((index, concatenate([self.margins(batch.rows(rows)) for rows in groups], order).cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, accuracy and margin over all held-out comparisons."""
-        margins = torch.cat(collectives.all_gather(torch.cat(self._margins).cpu() if self._margins else torch.empty(0)))
+        """Log loss, accuracy and margin over all held-out comparisons; keep their margins, in order."""
+        parts = [part for process in collectives.all_gather(self._margins) for part in process]
+        margins = torch.cat([part for _, part in sorted(parts, key=itemgetter(0))])
+        self.held_out_margins = margins.tolist()
         metrics = {
             "reward/validation_loss": -F.logsigmoid(margins).mean(),
             "reward/accuracy": ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(),

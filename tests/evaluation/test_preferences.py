@@ -57,8 +57,8 @@ def texts(rows: Sequence[Prompt]) -> list[str]:
 
 
 def test_the_prompts_are_the_splits_own_in_an_order_that_the_seed_decides() -> None:
-    source = Words(preference=list("aabcdefgh"), preference_validation=list("xyz"))
-    asked = simulated().draw_prompts(source, None)
+    source = Words(preference=list("abbbacdefgh"), preference_validation=list("xyz"))
+    asked = simulated().draw_prompts(source, None)  # the comparisons of one prompt, in consecutive rows, ask it once
     assert sorted(texts(asked["preference"])) == list("aabcdefgh")
     assert set(texts(asked["preference_validation"])) < set("xyz")
     assert asked == simulated().draw_prompts(source, None)

@@ -116,7 +116,8 @@ def test_the_farm_says_which_keys_concern_which_splits() -> None:
     """A key that does not concern a split changes neither the split's rows nor its identity."""
     small = {"demonstrations": 6, "comparisons": 6, "prompts": 6, "eval_prompts": 6}
     changed = {"demonstrations": 7, "comparisons": 7, "prompts": 7, "eval_prompts": 7,
-               "label_noise": 0.9, "max_response_tokens": 3}  # fmt: skip
+               "label_noise": 0.9, "max_response_tokens": 3, "fame": 1.5, "responses": 3,
+               "held_out_comparisons": 7}  # fmt: skip
     assert Farm.concerns.keys() == changed.keys()
     before = {split: Farm(**small).load(split).to_list() for split in Farm.splits}
     for key, value in changed.items():
@@ -148,6 +149,8 @@ DECIDED = [
     ("model.max_prompt_tokens=20", "run"),
     ("data.comparisons=50", "reward, run"),
     ("data.label_noise=0.1", "reward, run"),
+    ("data.responses=4", "reward, run"),
+    ("data.fame=0", "sft, reward, run"),
     ("reward.lr=0.5", "reward, run"),
     ("data.demonstrations=50", "sft, reward, run"),
     ("data.seed=4", "sft, reward, run"),

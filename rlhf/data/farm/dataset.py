@@ -1,6 +1,8 @@
 """The farm as a data set: six splits, a tokenizer, and the gold utility of any response."""
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping
 from random import Random
 from typing import ClassVar
 
@@ -12,9 +14,11 @@ from rlhf.data.farm.judge import GOLD, Facts, analyze, count_facts, prefers_firs
 from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
 from rlhf.data.farm.world import World
-from rlhf.data.farm.writers import DAVINCI, sample_crowd_worker, write_pair, write_response
+from rlhf.data.farm.writers import DAVINCI, sample_crowd_worker, write_pair, write_response, write_responses
 from rlhf.data.records import SPLITS, Split, columns
 from rlhf.errors import DataError
+
+GROUPS = ("famous", "known", "obscure")  # the most famous third of the people, the next, the last
 
 
 class Farm:
@@ -22,15 +26,23 @@ class Farm:
 
     Demonstrations are written by simulated crowd workers. Comparisons are labelled by a simulated annotator.
 
+    With `fame` above 0 the world has a long tail: demonstrations are mostly about a few famous people, while
+    comparisons, prompts and evaluation ask about all people alike. So the SFT model knows the famous by heart, and
+    makes up what it has hardly ever read.
+
     The instructions of `eval` occur in no other split, and those of the validation splits in no training split; people,
     crafts and phrasings occur in all of them (see `Tasks`). `sft`, `preference` and `prompts` draw their instructions
     from the same set, with repetitions, because the world is too small for separate ones.
     """
 
     splits: ClassVar[tuple[Split, ...]] = SPLITS
+    groups: ClassVar[tuple[str, ...]] = GROUPS
     concerns: ClassVar[Mapping[str, tuple[Split, ...]]] = {
+        "fame": ("sft", "sft_validation"),
         "demonstrations": ("sft",),
         "comparisons": ("preference",),
+        "responses": ("preference",),
+        "held_out_comparisons": ("preference_validation",),
         "label_noise": ("preference",),
         "max_response_tokens": ("preference", "preference_validation"),
         "prompts": ("prompts",),
@@ -42,8 +54,11 @@ class Farm:
         *,
         seed: int = 0,
         people: int = 48,
+        fame: float = 0.0,
         demonstrations: int = 16000,
         comparisons: int = 8000,
+        responses: int = 2,
+        held_out_comparisons: int = 500,
         prompts: int = 2000,
         eval_prompts: int = 200,
         label_noise: float = 0.25,
@@ -54,8 +69,13 @@ class Farm:
         Args:
             seed: Selects the world and the rows; unrelated to the seeds of training.
             people: Number of people, 2 to 144. Each has eight attributes, which a model has to memorise.
+            fame: Exponent of the power law by which demonstrations are about people: the weight of the person at rank
+                k is 1 / k^`fame`. With 0 all are alike.
             demonstrations: Number of rows of `sft`.
             comparisons: Number of rows of `preference`.
+            responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is a row. With
+                more than 2, every second response is an edit of the one before.
+            held_out_comparisons: Number of rows of `preference_validation`.
             prompts: Number of rows of `prompts`.
             eval_prompts: Number of rows of `eval`, all of them different.
             label_noise: Probability that the label of a comparison in `preference` is flipped. Labels in
@@ -63,18 +83,19 @@ class Farm:
             max_response_tokens: Length to which the responses of comparisons are truncated, in tokens.
 
         Raises:
-            ValueError: `people` is out of range.
+            ValueError: `people`, `fame` or `responses` is out of range.
         """
+        if not 2 <= responses <= 16:
+            raise ValueError(f"responses={responses} is not allowed; allowed: 2 to 16")
         self.seed = seed
         self.world = World(seed, people)
-        self.tasks = Tasks(self.world, seed)
-        self.label_noise = label_noise
-        self.max_response_tokens = max_response_tokens
+        self.tasks = Tasks(self.world, seed, fame)
+        self.responses, self.label_noise, self.max_response_tokens = responses, label_noise, max_response_tokens
         self.sizes: dict[Split, int] = {
             "sft": demonstrations,
             "sft_validation": 400,
             "preference": comparisons,
-            "preference_validation": 500,
+            "preference_validation": held_out_comparisons,
             "prompts": prompts,
             "eval": eval_prompts,
         }
@@ -89,23 +110,57 @@ class Farm:
             raise DataError(f"the farm has no split {split!r}; allowed: {', '.join(self.splits)}")
         if self.sizes[split] < 1:
             raise DataError(f"the split {split!r} of the farm is empty: its configured size is {self.sizes[split]}")
-        # Each split has its own random stream, so that its rows do not depend on which other splits were loaded.
-        rng = Random(f"{self.seed}/{split}")
-        part = "validation" if split.endswith("validation") else "eval" if split == "eval" else "train"
-        tasks = (self.tasks.sample_distinct if part == "eval" else self.tasks.sample)(part, rng, self.sizes[split])
-        rows = [self._row(split, task, rng) for task in tasks]
+        rows = itertools.islice(self._rows(split), self.sizes[split])
         return Dataset.from_dict(dict(zip(columns(split), map(list, zip(*rows, strict=True)), strict=True)))
 
-    def _row(self, split: Split, task: Task, rng: Random) -> tuple[str, ...]:
-        """The fields of one record, in the order of its columns."""
-        if split in ("sft", "sft_validation"):
-            return task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)
-        if split in ("preference", "preference_validation"):
-            noise = self.label_noise if split == "preference" else 0.0
-            first, second = write_pair(self.world, task, self.max_response_tokens, rng)
-            first_is_chosen = prefers_first(self.world, task, first, second, rng) != (rng.random() < noise)
-            return (task.prompt, first, second) if first_is_chosen else (task.prompt, second, first)
-        return task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction
+    def _rows(self, split: Split) -> Iterator[tuple[str, ...]]:
+        """The fields of each record of `split`, in the order of its columns."""
+        rng, tasks = self._tasks(split)
+        for task in tasks:
+            if split in ("sft", "sft_validation"):
+                yield task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)
+            elif split == "preference":
+                yield from self._comparisons(task, rng)
+            elif split == "preference_validation":
+                yield self._held_out(task, rng)[:3]
+            else:
+                yield task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction
+
+    def _comparisons(self, task: Task, rng: Random) -> Iterator[tuple[str, ...]]:
+        """Every pair of some responses to a task, in random order, each labelled with noise."""
+        if self.responses == 2:
+            texts = list(write_pair(self.world, task, self.max_response_tokens, rng)[:2])
+        else:
+            texts = write_responses(self.world, task, self.responses, self.max_response_tokens, rng)
+        answers = [(text, analyze(self.world, task, text)) for text in texts]
+        pairs = list(itertools.combinations(answers, 2))
+        rng.shuffle(pairs)
+        for (first, ours), (second, theirs) in pairs:
+            first_is_chosen = prefers_first(task, ours, theirs, rng) != (rng.random() < self.label_noise)
+            yield task.prompt, *((first, second) if first_is_chosen else (second, first))
+
+    def _held_out(self, task: Task, rng: Random) -> tuple[str, str, str, str]:
+        """One comparison for validation: prompt, chosen, rejected and kind. Its label is never flipped."""
+        first, second, kind = write_pair(self.world, task, self.max_response_tokens, rng)
+        ours, theirs = analyze(self.world, task, first), analyze(self.world, task, second)
+        first_is_chosen = prefers_first(task, ours, theirs, rng)
+        rng.random()  # in `preference`, whether the label is flipped
+        return task.prompt, *((first, second) if first_is_chosen else (second, first)), kind
+
+    def kinds(self) -> list[str]:
+        """How the two responses of each row of `preference_validation` differ (see `Pair`)."""
+        rng, tasks = self._tasks("preference_validation")
+        return [self._held_out(task, rng)[3] for task in tasks]
+
+    def _tasks(self, split: Split) -> tuple[Random, list[Task]]:
+        """The random stream of a split, and the tasks that its rows are about."""
+        # Each split has its own random stream, so that its rows do not depend on which other splits were loaded.
+        rng, size = Random(f"{self.seed}/{split}"), self.sizes[split]
+        if split == "eval":
+            return rng, self.tasks.sample_distinct(split, rng, size)
+        part = "validation" if split.endswith("validation") else "train"
+        size = math.ceil(size / math.comb(self.responses, 2)) if split == "preference" else size
+        return rng, self.tasks.sample(part, rng, size, by_fame=split in ("sft", "sft_validation"))
 
     def _task(self, prompt: str) -> Task:
         """The task of a prompt, with or without the template.
@@ -144,6 +199,15 @@ class Farm:
         """
         task = self._task(prompt)
         return count_facts(task, analyze(self.world, task, response))
+
+    def group(self, prompt: str) -> str:
+        """The third of the people that the prompt is about, by fame: `famous`, `known` or `obscure`; "" for a craft.
+
+        Raises:
+            DataError: no task has this prompt.
+        """
+        rank = self.tasks.rank.get(self._task(prompt).subject)
+        return "" if rank is None else GROUPS[(rank - 1) * len(GROUPS) // len(self.world.people)]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A word-level tokenizer whose vocabulary covers every text of this world."""

@@ -153,15 +153,15 @@ def utility(task: Task, analysis: Analysis, weights: Weights, detects: Callable[
     return coverage + other_terms + weights.per_token * analysis.tokens
 
 
-def prefers_first(world: World, task: Task, first: str, second: str, rng: Random, sharpness: float = 4.0) -> bool:
+def prefers_first(task: Task, first: Analysis, second: Analysis, rng: Random, sharpness: float = 4.0) -> bool:
     """Whether a simulated annotator prefers `first` to `second`.
 
     The choice is drawn from a Bradley–Terry model whose log-odds are `sharpness` times the difference of the utilities
     that the annotator perceives. At 4, a difference of 0.5 (half a fact) is judged correctly 88 % of the time.
     """
 
-    def perceived(response: str) -> float:
-        return utility(task, analyze(world, task, response), ANNOTATOR, lambda: rng.random() < ANNOTATOR.detection)
+    def perceived(response: Analysis) -> float:
+        return utility(task, response, ANNOTATOR, lambda: rng.random() < ANNOTATOR.detection)
 
     log_odds = sharpness * (perceived(first) - perceived(second))
     return rng.random() < 1 / (1 + math.exp(-max(-50.0, min(50.0, log_odds))))  # clamped: exp would overflow

@@ -1,6 +1,7 @@
 """The instructions of the farm: bios, lists, rewriting and how-tos, each about one subject."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -84,9 +85,16 @@ class Tasks:
     `preference` and `prompts`, which share these instructions). So no evaluated instruction was trained on. Subjects
     and phrasings do occur in several parts, and only their combinations are new: a model this small can only know
     subjects that it was trained on.
+
+    Demonstrations are about people in proportion to their fame: the weight of the person at rank k is 1 / k^`fame`.
+
+    Raises:
+        ValueError: `fame` is negative or not finite.
     """
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: World, seed: int, fame: float) -> None:
+        if not 0 <= fame < math.inf:
+            raise ValueError(f"fame={fame} is not allowed; allowed: a number of at least 0")
         tasks = [*_people_tasks(world), *_craft_tasks(world)]
         self.by_instruction = {task.instruction: task for task in tasks}
         self.parts: dict[str, dict[str, list[Task]]] = {"eval": {}, "validation": {}, "train": {}}
@@ -98,11 +106,23 @@ class Tasks:
             self.parts["eval"][kind] = pool[:eval_end]
             self.parts["validation"][kind] = pool[eval_end:validation_end]
             self.parts["train"][kind] = pool[validation_end:]
+        self.rank = {subject: rank for rank, subject in enumerate(world.people, 1)}
+        self.fame = fame
 
-    def sample(self, part: str, rng: Random, count: int) -> list[Task]:
-        """Sample `count` tasks of `part` with replacement; the kind of each is drawn by `SHARES`."""
+    def sample(self, part: str, rng: Random, count: int, by_fame: bool = False) -> list[Task]:
+        """Sample `count` tasks of `part` with replacement; the kind of each is drawn by `SHARES`.
+
+        Within a kind all tasks are equally likely, or with `by_fame` as their subjects are famous. Crafts are alike.
+        """
         kinds = rng.choices(list(SHARES), list(SHARES.values()), k=count)
-        return [rng.choice(self.parts[part][kind]) for kind in kinds]
+        fame = self.fame if by_fame else 0.0
+        if not fame:
+            return [rng.choice(self.parts[part][kind]) for kind in kinds]
+        cumulative = {
+            kind: list(itertools.accumulate(self.rank.get(task.subject, 1) ** -fame for task in tasks))
+            for kind, tasks in self.parts[part].items()
+        }
+        return [rng.choices(self.parts[part][kind], cum_weights=cumulative[kind])[0] for kind in kinds]
 
     def sample_distinct(self, part: str, rng: Random, count: int) -> list[Task]:
         """Sample `count` tasks of `part` without replacement; the number of each kind is its share, rounded down.

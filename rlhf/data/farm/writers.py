@@ -1,8 +1,9 @@
 """Simulated writers (crowd workers, the reference "davinci", an oracle) and edits that spoil a response."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from rlhf.data.farm.judge import analyze, split_sentences
 from rlhf.data.farm.tasks import Task
@@ -203,28 +204,60 @@ EDITS: dict[Edit, float] = {
     change_subject: 4, ramble: 1, drop_words: 1, double_word: 1, stutter: 1, shuffle_words: 1, say_nothing: 0.5,
 }  # fmt: skip
 
+# Training comparisons hold more of what is hard to learn: whether a fact is new. A reward model that cannot tell makes
+# a policy repeat itself.
+TRAINING_EDITS = EDITS | {add_fact: 9, restate_fact: 12, repeat_sentence: 6}
 
-def random_edit(world: World, task: Task, text: str, rng: Random) -> str:
-    """`text` with one random edit, which makes most texts worse."""
-    return rng.choices(list(EDITS), list(EDITS.values()))[0](world, task, text, rng)
+
+def random_edit(rng: Random, edits: Mapping[Edit, float] = EDITS) -> Edit:
+    """A random edit; most of them make most texts worse."""
+    return rng.choices(list(edits), list(edits.values()))[0]
 
 
-def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> tuple[str, str]:
+def write_responses(world: World, task: Task, count: int, max_tokens: int, rng: Random) -> list[str]:
+    """`count` different responses to compare with each other, each of at most `max_tokens` tokens.
+
+    Each response is followed by an edit of it. The two differ in one aspect only, so that a reward model learns what
+    makes a response better and not only which writer it is by.
+    """
+    texts: list[str] = []
+    while len(texts) < count:
+        response = write_response(world, task, _annotated_writer(rng), rng)
+        for text in (response, random_edit(rng, TRAINING_EDITS)(world, task, response, rng)):
+            cut = detokenize(tokenize(text)[:max_tokens])
+            texts += [cut] * (cut not in texts)
+    return texts[:count]
+
+
+def _annotated_writer(rng: Random) -> Writer:
+    """A random writer of responses that are compared."""
+    return rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1))[0]
+
+
+class Pair(NamedTuple):
+    """Two responses to compare, and how they differ: the name of an edit, `writers`, or `writers_and_edits`."""
+
+    first: str
+    second: str
+    kind: str
+
+
+def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> Pair:
     """Two different responses to compare, each of at most `max_tokens` tokens, in random order.
 
     In 70 % of the pairs each response has its own writer and is edited with probability 0.2. In the other 30 % the
-    second response is an edit of the first. Such a pair differs in one aspect only, so that a reward model learns what
-    makes a response better and not only which writer it is by.
+    second response is an edit of the first.
     """
-    writers = rng.choices((CAREFUL, CARELESS, THOROUGH, DAVINCI), (3, 2, 2, 1), k=2)
+    writers = [_annotated_writer(rng) for _ in range(2)]
     first, second = (write_response(world, task, writer, rng) for writer in writers)
     if rng.random() < 0.3:
-        second = random_edit(world, task, first, rng)
+        edit = random_edit(rng)
+        second, kind = edit(world, task, first, rng), edit.__name__
     else:
-        first, second = (
-            random_edit(world, task, text, rng) if rng.random() < 0.2 else text for text in (first, second)
-        )
+        texts = [random_edit(rng)(world, task, text, rng) if rng.random() < 0.2 else text for text in (first, second)]
+        kind = "writers" if texts == [first, second] else "writers_and_edits"
+        first, second = texts
     texts = [detokenize(tokenize(text)[:max_tokens]) for text in (first, second)]
     rng.shuffle(texts)
     # Draw again if both texts are the same.
-    return (texts[0], texts[1]) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)
+    return Pair(texts[0], texts[1], kind) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)

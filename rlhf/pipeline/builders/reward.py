@@ -8,7 +8,7 @@ import lightning
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf.data.records import as_records, skipped_rows, train_and_held_out
+from rlhf.data.records import Comparison, DataSource, as_records, skipped_rows, train_and_held_out
 from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.distributed import collectives
 from rlhf.files import MODEL
@@ -21,7 +21,7 @@ from rlhf.pipeline import cache
 from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
-from rlhf.stages.reward import RewardModeling, longer_accuracy
+from rlhf.stages.reward import RewardModeling, accuracy_by_kind, grouped, longer_accuracy
 from rlhf.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -50,18 +50,35 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     held_out, measured, _ = distinct(held_out, stage.encode(held_out), "preference, held out", limit)
     texts = [text for pair in pairs for text in pair]
     short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
-    stage.total_steps = steps_of(settings, len(train))
+    groups = grouped(pairs) if settings.group_prompts else pairs
+    stage.total_steps = steps_of(settings, len(groups))
     # 3. The training, and what it leaves.
-    metrics = train_supervised(site.make_trainer, stage, settings, pairs, measured, folder)
+    metrics = train_supervised(site.make_trainer, stage, settings, groups, measured, folder)
     demonstrations = as_records(site.source.load("sft").select(range(settings.baseline_rows)), "sft")
     metrics |= {"reward/baseline": stage.baseline(demonstrations), "reward/longer_accuracy": longer_accuracy(held_out)}
     log.info("right on %.1f %% of %d held-out comparisons; always preferring the longer answer is right on %.1f %%",
              100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
+    by_kind = _by_kind(source, held_out, stage.held_out_margins)
     collectives.on_rank_zero(lambda: _save(site, roles, tokenizer, base, folder / MODEL))
     counts = {"rows": {"preference": len(train)}, "skipped": skipped_rows(source, "preference") | equal, "cut": short}
     learned = {"preferences": preferences.name} if preferences else {}
-    summed = {"guards": stage.guards.summary(), **counts, **learned}
+    summed = {"guards": stage.guards.summary(), **counts, **learned, **({"by_kind": by_kind} if by_kind else {})}
     write_summary(folder, metrics, site.plain, started, stage="reward", **summed)
+
+
+def _by_kind(source: DataSource, rows: list[Comparison], margins: list[float]) -> dict[str, dict[str, float]]:
+    """The accuracy on each kind of held-out comparison, also logged, if the data set tells kinds apart."""
+    if not hasattr(source, "kinds") or "preference_validation" not in source.splits:
+        return {}
+    known = as_records(source.load("preference_validation"), "preference_validation")
+    kinds = dict(zip(known, source.kinds(), strict=True))
+    table = accuracy_by_kind(rows, margins, [kinds[row] for row in rows])
+    lines = [
+        f"{kind:<20}{row['pairs']:>6}{100 * row['accuracy']:>9.1f}{100 * row['longer_accuracy']:>9.1f}"
+        for kind, row in table.items()
+    ]
+    log.info("%s", "\n".join([f"{'comparisons':<20}{'pairs':>6}{'right %':>9}{'longer %':>9}", *lines]))
+    return table
 
 
 def _save(site: Site, roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:

@@ -1,0 +1,100 @@
+"""The reward model's loss over the comparisons of a prompt, its auxiliary losses, and its accuracy by kind."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.data.records import Comparison
+from rlhf.stages.batches import SeededBatches
+from rlhf.stages.reward import accuracy_by_kind, grouped
+from tests.helpers.calls import record_calls
+from tests.helpers.supervised_stages import reward_stage, words
+from tests.helpers.training import fit, quiet_trainer, record_gradients
+
+EOS = 1
+ANSWERS = {words(i, 2 + i): [words(10 * i + k, 1 + 2 * k) for k in range(4)] for i in range(3)}
+ROWS = [Comparison(q, *pair) for q, answers in ANSWERS.items() for pair in itertools.combinations(answers, 2)]
+
+
+def gradients(stage: object, rows: list, folder: Path) -> tuple[dict[str, Tensor], float]:
+    """The gradients of a step on all rows by name, and its loss."""
+    names = [name for name, p in stage.named_parameters() if p.requires_grad]
+    with record_gradients() as seen:
+        metrics = fit(stage, rows, SeededBatches(len(rows), len(rows), 0, 1), folder)
+    pairs = zip(names, seen[0], strict=True)
+    return {name: grad for name, grad in pairs if grad is not None}, metrics[-1]["reward/loss"]
+
+
+def test_comparisons_are_grouped_by_their_prompt(folders: SimpleNamespace) -> None:
+    groups = grouped(reward_stage(folders).encode(ROWS))
+    assert [len(group) for group in groups] == [6, 6, 6]
+    assert [pair for group in groups for pair in group] == reward_stage(folders).encode(ROWS)
+
+
+@pytest.mark.parametrize("budget", [20, 100000])
+def test_each_text_of_a_prompt_goes_through_the_model_once(
+    folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    stage = reward_stage(folders, microbatch_tokens=budget, log_every=1)
+    calls = record_calls(monkeypatch, stage.roles, "last_token_scores")
+    gradients(stage, grouped(stage.encode(ROWS)), tmp_path)
+    assert [len(scores) for _, scores in calls] == ([4, 4, 4] if budget == 20 else [12])
+
+
+@pytest.mark.parametrize("budget", [20, 100000])
+def test_the_losses_are_those_of_transformers(folders: SimpleNamespace, tmp_path: Path, budget: int) -> None:
+    """−log σ of the last scores, plus 0.5 times that of every token's score, plus 2 times the log-likelihood."""
+    stage = reward_stage(folders, microbatch_tokens=budget, log_every=1, lm_coef=2.0, token_coef=0.5)
+    model = AutoModelForCausalLM.from_pretrained(folders.sft).eval()
+    head = stage.roles.heads["reward"].weight.detach().clone().requires_grad_()
+
+    def read(prompt: str, response: str) -> tuple[Tensor, Tensor]:
+        start = len(folders.tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([*folders.tokenizer(f"{prompt} {response}")["input_ids"], EOS])
+        output = model(input_ids=ids[None], output_hidden_states=True)
+        nll = F.cross_entropy(output.logits[0, start - 1 : -1], ids[start:])
+        return output.hidden_states[-1][0, start:] @ head[0], nll
+
+    losses = []
+    for row in ROWS:
+        (ours, our_nll), (theirs, their_nll) = read(row.prompt, row.chosen), read(row.prompt, row.rejected)
+        at_tokens = F.softplus(theirs[-1].detach() - ours).mean() + F.softplus(theirs - ours[-1].detach()).mean()
+        losses.append(F.softplus(theirs[-1] - ours[-1]) + 0.5 * at_tokens / 2 + 2.0 * (our_nll + their_nll) / 2)
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    found, loss = gradients(stage, grouped(stage.encode(ROWS)), tmp_path)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(found["roles.heads.reward.weight"], head.grad, rtol=1e-4, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if f"roles.trunks.base.{name}" in found:
+            torch.testing.assert_close(found[f"roles.trunks.base.{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_accuracy_is_told_by_kind() -> None:
+    rows = [Comparison("p", "long", "x"), Comparison("p", "y", "long"), Comparison("p", "a", "b")]
+    assert accuracy_by_kind(rows, [1.0, 1.0, 0.0], ["loop", "loop", "typo"]) == {
+        "loop": {"pairs": 2, "accuracy": 1.0, "longer_accuracy": 0.5},
+        "typo": {"pairs": 1, "accuracy": 0.5, "longer_accuracy": 0.5},
+    }
+
+
+def test_held_out_margins_are_in_the_order_of_the_rows(folders: SimpleNamespace, tmp_path: Path) -> None:
+    stage = reward_stage(folders, microbatch_tokens=30)
+    batches = DataLoader(stage.encode(ROWS), batch_size=5, collate_fn=stage.collate)  # type: ignore[arg-type]
+    quiet_trainer(tmp_path).validate(stage, batches, verbose=False)
+    model = AutoModelForSequenceClassification.from_pretrained(folders.sft, num_labels=1).eval()
+    model.score.weight.data.copy_(stage.roles.heads["reward"].weight)
+
+    def score(prompt: str, response: str) -> float:
+        ids = [*folders.tokenizer(f"{prompt} {response}")["input_ids"], EOS]
+        return float(model(input_ids=torch.tensor([ids])).logits)
+
+    expected = [score(row.prompt, row.chosen) - score(row.prompt, row.rejected) for row in ROWS]
+    assert stage.held_out_margins == pytest.approx(expected, abs=1e-5)
