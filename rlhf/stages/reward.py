@@ -71,9 +71,10 @@ class RewardModeling(SupervisedStage):
     """−log σ(r(chosen) − r(rejected)), the score read at each text's last token (Stiennon et al. 2020, section 3.4).
 
     Each text of a batch is read once. With `reward.group_prompts`, all comparisons of a prompt are trained on together
-    (Ouyang et al. 2022, section 3.4). There are two auxiliary losses. With `reward.lm_coef` it is the mean negative log-likelihood per response token of
-    both texts, in nats. With `reward.token_coef` a score at every response token has the same loss, against the other
-    text's last score, which gets no gradient from it (in the spirit of Cobbe et al. 2021's token-level verifiers).
+    (Ouyang et al. 2022, section 3.4). There are two auxiliary losses. With `reward.lm_coef` it is the mean negative
+    log-likelihood per response token of both texts, in nats. With `reward.token_coef` a score at every response token
+    has the same loss, against the other text's last score, which gets no gradient from it (in the spirit of Cobbe et
+    al. 2021's token-level verifiers).
 
     `roles` needs a role `reward` with a head. On held-out comparisons it logs `reward/validation_loss`,
     `reward/accuracy` (a tie counts ½) and `reward/margin`. Chosen and rejected go through the model together.
@@ -114,10 +115,7 @@ class RewardModeling(SupervisedStage):
             rows = slice(2 * group[0], 2 * group[-1] + 2)
             sizes.append(len(which[rows].unique()) * int(batch.lengths[rows].max()))
         parts = self.roles.groups(sizes, self.settings.microbatch_tokens)
-        return [
-            torch.tensor([2 * i + side for g in part for i in groups[g] for side in (0, 1)])
-            for part in parts
-        ]
+        return [torch.tensor([2 * i + side for g in part for i in groups[g] for side in (0, 1)]) for part in parts]
 
     def count(self, batch: Sequences) -> int:
         """The number of pairs."""

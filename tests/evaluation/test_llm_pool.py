@@ -17,7 +17,7 @@ from rlhf.evaluation.client import ChatClient, uniform_from_hash
 from rlhf.evaluation.client_settings import ClientSettings
 from rlhf.evaluation.endpoint import Request
 from rlhf.evaluation.evaluator import ResponseEvaluator
-from rlhf.report.runs import _per_prompt
+from rlhf.report.rows import per_prompt
 from tests.helpers.llm_judges import GOOD_ANSWERS, PROMPTS, make_llm_pool, prefers_good, shown_outputs
 from tests.helpers.openai_server import serving, text_of
 from tests.helpers.scorer_context import NoSource
@@ -106,7 +106,7 @@ def test_unparsable_answers_are_counted_and_asked_again_but_never_scored(tmp_pat
         metrics, records = ResponseEvaluator(NoSource(), judge)(PROMPTS[:4], GOOD_ANSWERS[:4])
     assert metrics["eval/win_rate"] == 1.0
     assert [record["win"] for record in records] == outcomes
-    kept = _per_prompt({"win": outcomes}, "eval/win_rate")
+    kept = per_prompt({"win": outcomes}, "eval/win_rate")
     assert kept is not None
     assert [x == x for x in kept.tolist()] == [True, False, True, True]
 
