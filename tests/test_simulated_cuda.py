@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-# Host syncs of an update's micro-batch, at most; each keeps the GPU idle for about as long as a kernel is launched.
-MICROBATCH_SYNCS = 40
+STEP_SYNCS = 45  # of a whole PPO step with one optimiser step, at most: 39 were counted, 23 of them by masked means
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,12 @@ def test_decoding_waits_for_no_token(counts: dict[str, Any]) -> None:
     assert counts["32 tokens"] == counts["16 tokens"]
 
 
-def test_the_syncs_of_a_microbatch_are_bounded(counts: dict[str, Any]) -> None:
+def test_no_microbatch_waits(counts: dict[str, Any]) -> None:
+    """Its forward passes and its loss, that is: backward passes are not simulated."""
     few, many = counts["few"], counts["many"]
-    more = many["microbatches"] - few["microbatches"]
-    assert more > 2
-    assert (many["syncs"] - few["syncs"]) / more <= MICROBATCH_SYNCS, many["places"]
+    assert many["microbatches"] > few["microbatches"] + 2
+    assert many["syncs"] == few["syncs"] == 0, many["places"]
+    assert many["step"] == few["step"] <= STEP_SYNCS, many["places"]
 
 
 @pytest.mark.parametrize("stage", ["evaluation", "sft", "reward"])

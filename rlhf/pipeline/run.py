@@ -137,6 +137,7 @@ class Run:
             reward_model=reward and reward.name,
             guards=stage.guards.summary(),
             microbatch_tokens=settings.ppo.microbatch_tokens,
+            generation_batch_size=settings.generation.batch_size,
             overrides=plan.overrides,
             identity=plan.identity,
             **best,
