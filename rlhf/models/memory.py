@@ -97,15 +97,17 @@ class _Stage:
         sft, sizes = self.settings.sft, self.sizes
         tokens = max(sft.microbatch_tokens, sft.max_length)
         phases = {"updating": self.passes.kept(tokens, sft.lora) + self.passes.logits(tokens)}
-        # The merged model is made in float32; of a quantised base, from its weights loaded again on the CPU.
-        if not (self.passes.quantized and self.work.on_gpu):
+        # On the CPU the merged model is made in float32 beside all that; after training on a GPU, in host memory.
+        if not self.work.on_gpu:
             phases["saving"] = FLOAT32 * sizes.parameters
         return self.base if sft.lora.r else 0, self.trained(sft.lora), phases
 
     def reward(self) -> tuple[int, int, dict[str, int]]:
         reward = self.settings.reward
         tokens = max(reward.microbatch_tokens, 2 * reward.max_length)  # both texts of a pair
-        phases = {"updating": self.passes.kept(tokens, reward.lora)}
+        frozen = self.passes.frozen(frozen_tokens(tokens, "cuda" if self.work.on_gpu else "cpu"))
+        logits = self.passes.logits(tokens) if reward.lm_coef else 0
+        phases = {"updating": self.passes.kept(tokens, reward.lora) + logits, "baseline": frozen}
         return self.base if reward.lora.r else 0, self.trained(reward.lora), phases
 
     def preferences(self) -> tuple[int, int, dict[str, int]]:
@@ -211,9 +213,9 @@ def longest_text(settings: Settings) -> int:
     return settings.model.max_prompt_tokens + settings.generation.max_new_tokens
 
 
-def available() -> int:
-    """Free memory in bytes: of the GPU if there is one, else of the machine (`MemAvailable`)."""
-    if torch.cuda.is_available():
+def available(on_gpu: bool) -> int:
+    """Free memory in bytes: of the GPU, or of the machine (`MemAvailable`)."""
+    if on_gpu:
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

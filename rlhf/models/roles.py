@@ -66,10 +66,12 @@ class Roles(nn.Module):
 
     @property
     def in_float32(self) -> bool:
-        """Whether matrix products and all floating-point weights are in float32.
+        """Whether all floating-point weights are in float32, and matrix products too, which a GPU may round to TF32.
 
         Log-probs then do not depend on the shape of the batch. Integer weights are ignored; see `quantized`.
         """
+        if self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+            return False
         weights = (parameter for parameter in self.parameters() if parameter.is_floating_point())
         return self.compute_dtype == torch.float32 and all(weight.dtype == torch.float32 for weight in weights)
 
@@ -229,7 +231,7 @@ class Roles(nn.Module):
     @property
     def unpadded(self) -> bool:
         """Whether `states` lays sequences end to end instead of padding: if every trunk supports it here."""
-        if self.sharded:
+        if self.sharded or self.device.type not in ("cpu", "cuda"):
             return False
         for name in self.trunks.keys() - self._unpadded.keys():
             with adapters.selected(self._layers[name], None):

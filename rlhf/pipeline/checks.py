@@ -64,6 +64,11 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     # 2. What parts need of each other.
     _check_quantization(config, settings)
     simulated = _check_preferences(config, source)
+    if settings.reward.group_prompts and not simulated and "preference_validation" not in source.splits:
+        raise ConfigError(
+            "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "
+            "a prompt part; allowed: reward.group_prompts=false"
+        )
     if config.stage.name in ("ppo", "evaluate"):
         _check_evaluation(config, settings, source, simulated)
     # 3. What this machine and these models can do.

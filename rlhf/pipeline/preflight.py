@@ -45,7 +45,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "same_as": str(found) if found not in (None, plan.folder, place) else None,
         "moves_aside": _moves_aside(plan),
         "step": StepCheckpoints.reached(place / "checkpoints"),
-        "memory": f"{needed}; {available() / 2**30:.1f} GiB are free here" if needed else None,
+        "memory": f"{needed}; {available(trains_on_gpu(plan.config)) / 2**30:.1f} GiB are free here"
+        if needed
+        else None,
         "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
         "batch_size": plan.settings.generation.batch_size if unmade else None,
     }
@@ -68,7 +70,7 @@ def check_memory(plan: Plan) -> None:
     Raises:
         ModelError: one of them needs more than is free.
     """
-    sizes, work, free = _sizes(plan), work_of(plan, unmade=True), available()
+    sizes, work, free = _sizes(plan), work_of(plan, unmade=True), available(trains_on_gpu(plan.config))
     if sizes is None:
         return
     needed = estimate(plan.settings, sizes, work)
@@ -98,7 +100,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
         _set(plan, kept, ", as the run began")
         return
     sharing = jobs * (1 if torch.cuda.is_available() else processes.local_world_size(plan.config.trainer))
-    free = min(collectives.all_gather(available())) // sharing
+    free = min(collectives.all_gather(available(trains_on_gpu(plan.config)))) // sharing
     sizes, work = _sizes(plan), work_of(plan, unmade=False)  # so that the same run begins with the same numbers
     if sizes is None:
         raise ModelError(

@@ -28,7 +28,7 @@ def make_engine(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase
 
 
 def can_be_recorded(roles: Roles) -> bool:
-    """Whether steps of these models can run as CUDA graphs: on one GPU, and not on an int8 base.
+    """Whether steps of these models can run as CUDA graphs: on a GPU, and not on an int8 base.
 
     bitsandbytes waits for the GPU in each product with int8 weights, to look for outliers. That breaks the recording.
     """
@@ -43,6 +43,5 @@ def use_captured_logprobs(settings: GenerationSettings, roles: Roles) -> bool:
     with full products ("highest", not TF32). Elsewhere a row has other log-probs in another batch shape or kernel. They
     are then computed again in the shapes of the update, and the captured ones only serve to measure the gap.
     """
-    full = roles.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
-    exact = settings.engine == "native" and roles.in_float32 and full
+    exact = settings.engine == "native" and roles.in_float32
     return exact if settings.capture_logprobs == "auto" else settings.capture_logprobs == "always"

@@ -1,7 +1,7 @@
 """Sampling with vLLM (generation.engine=vllm): it serves the SFT model and loads the policy's adapter for each call.
 
 Written against the source of vLLM 0.27.1 (`LLM`, its sleep mode and shutdown, `SamplingParams`, `LoRARequest`) and
-NEVER RUN, because no GPU was available. Tests cover the checks of the configuration, the adapter that is passed on, and
+NEVER RUN. Tests cover the checks of the configuration, the adapter that is passed on, and
 (with a stand-in for vLLM) when it sleeps and is shut down.
 """
 
@@ -168,6 +168,7 @@ def _awake(llm: Any) -> Iterator[None]:
         ModelError: the memory is taken.
     """
     with explained("generation.engine=vllm: vLLM cannot have its share of the GPU (gpu_memory_utilization) back"):
+        torch.cuda.empty_cache()  # what an update has freed is PyTorch's until then
         llm.wake_up()
     try:
         yield
@@ -180,5 +181,6 @@ def _shut_down(llm: Any) -> None:
 
     vLLM must be awake: asleep its memory is unmapped, and would be unmapped a second time when it is freed.
     """
+    torch.cuda.empty_cache()
     llm.wake_up()
     llm.llm_engine.engine_core.shutdown()

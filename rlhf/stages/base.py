@@ -120,7 +120,7 @@ class Stage(lightning.LightningModule):
         ]
 
     def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Row indices of `batch` in groups of at most `microbatch_tokens` tokens, padding included."""
+        """Row indices of `batch` in groups of at most `microbatch_tokens` tokens, with padding where there is any."""
         groups = self.roles.groups(batch.lengths.tolist(), self.settings.microbatch_tokens)
         return [torch.tensor(group) for group in groups]
 

@@ -29,7 +29,7 @@ def by_rows(
         rows = torch.as_tensor(group)
         parts.append(passes(number, batch.rows(rows)))
         places.append(place[rows][mask[rows]])
-    values = torch.cat(parts)
+    values = torch.cat(parts).float()
     flat = torch.zeros(mask.numel(), device=values.device)
     return flat.index_copy(0, send(torch.cat(places), values.device), values).view(mask.shape)
 

@@ -107,8 +107,9 @@ class RewardModeling(SupervisedStage):
         return Sequences.from_lists([prompt for prompt, _ in texts], [response for _, response in texts])
 
     def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Groups of whole pairs; consecutive pairs with the same prompt stay together, as they may share texts."""
-        which, prompts = distinct_texts(batch)[1], _prompts(batch)[::2]
+        """Groups of whole pairs; with `group_prompts`, those of a prompt stay together, as they share texts."""
+        which = distinct_texts(batch)[1]
+        prompts = _prompts(batch)[::2] if self.reward.group_prompts else list(range(len(batch) // 2))
         groups = [list(group) for _, group in itertools.groupby(range(len(batch) // 2), key=lambda pair: prompts[pair])]
         sizes = []
         for group in groups:

@@ -141,7 +141,9 @@ def test_the_card_names_the_hubs_data_and_no_place_of_this_machine() -> None:
 def test_the_card_names_the_licence_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    runs = finished_outputs(tmp_path / "outputs", "model=custom", f"model.name_or_path={tmp_path}/base")
+    runs = finished_outputs(
+        tmp_path / "outputs", "model=custom", "model.dtype=float32", f"model.name_or_path={tmp_path}/base"
+    )
     cli.main([str(runs.sft), str(tmp_path / "out"), "--dry-run"])
     said = capsys.readouterr().out
     assert ModelCard(said).data.license == "apache-2.0"
