@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from rlhf.distributed import collectives, processes
@@ -99,7 +98,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
     if kept:
         _set(plan, kept, ", as the run began")
         return
-    sharing = jobs * (1 if torch.cuda.is_available() else processes.local_world_size(plan.config.trainer))
+    sharing = jobs * (1 if trains_on_gpu(plan.config) else processes.local_world_size(plan.config.trainer))
     free = min(collectives.all_gather(available(trains_on_gpu(plan.config)))) // sharing
     sizes, work = _sizes(plan), work_of(plan, unmade=False)  # so that the same run begins with the same numbers
     if sizes is None:

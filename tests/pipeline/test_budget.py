@@ -91,7 +91,7 @@ def make_run_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Make a run of the default configuration on a machine with `gib` GiB of free memory."""
 
     def make(gib: float, *overrides: str) -> Plan:
-        monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
+        monkeypatch.setattr(preview, "available", lambda _: int(gib * GIB))
         return composed_plan(tmp_path, *overrides)
 
     return make
@@ -178,7 +178,7 @@ def test_a_run_can_continue_where_less_memory_is_free(
     ample, scarce = 8, 0.75
 
     def run(gib: float, *more: str) -> tuple[int, str]:
-        monkeypatch.setattr(preview, "available", lambda: int(gib * GIB))
+        monkeypatch.setattr(preview, "available", lambda _: int(gib * GIB))
         code, output, error = command(*arguments, *more)
         return code, output + error
 

@@ -54,7 +54,7 @@ def test_int8_that_does_not_fit_is_answered_by_nf4() -> None:
 def test_a_stage_that_is_not_ppo_is_refused_too(
     command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "available", lambda: int(1.0 * GIB))
+    monkeypatch.setattr(preflight, "available", lambda _: int(1.0 * GIB))
     code, _, error = command("stage=sft", "sft.microbatch_tokens=65536", f"output_dir={tmp_path}")
     assert code == 2
     assert " for sft (" in error

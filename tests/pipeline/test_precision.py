@@ -65,10 +65,9 @@ def test_caches_identity_and_quantization_see_the_dtype_itself(able: None, tmp_p
     assert auto.identity == low.identity != full.identity
 
 
-@pytest.mark.parametrize("name", ["custom", "smollm2_135m"])
-def test_models_of_any_size_leave_the_dtype_to_the_processor(name: str) -> None:
-    assert composed(f"model={name}").model.dtype == "auto"
-    assert composed("model=tiny").model.dtype == "float32"
+@pytest.mark.parametrize("name", ["custom", "smollm2_135m", "tiny"])
+def test_no_default_depends_on_the_processor(name: str) -> None:
+    assert composed(f"model={name}").model.dtype == "float32"
 
 
 def test_in_bfloat16_the_ratio_is_exact_and_log_probs_are_near() -> None:

@@ -42,7 +42,7 @@ def test_comparisons_are_grouped_by_their_prompt(folders: SimpleNamespace) -> No
 def test_each_text_of_a_prompt_goes_through_the_model_once(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    stage = reward_stage(folders, microbatch_tokens=budget, log_every=1)
+    stage = reward_stage(folders, microbatch_tokens=budget, log_every=1, group_prompts=True)
     calls = record_calls(monkeypatch, stage.roles, "last_token_scores")
     gradients(stage, grouped(stage.encode(ROWS)), tmp_path)
     assert [len(scores) for _, scores in calls] == ([4, 4, 4] if budget == 20 else [12])
