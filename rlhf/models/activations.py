@@ -1,6 +1,6 @@
 """The memory of forward and backward passes, estimated from a model's sizes; all in bytes.
 
-The terms were compared with what PyTorch's allocator reports on a CPU (tests/models/test_memory.py).
+The terms were compared with what PyTorch's allocator reports on a CPU (tests/models/test_activations.py).
 """
 
 from dataclasses import dataclass
@@ -95,8 +95,7 @@ class Passes:
 
     def logits(self, tokens: int, models: int = 1) -> int:
         """Logits of a chunk of tokens in float32, of so many models: themselves, log-probs and their gradient."""
-        held = chunk_elements("cuda" if self.on_gpu else "cpu")
-        return models * 3 * FLOAT32 * min(held, tokens * self.sizes.vocabulary)
+        return models * 3 * FLOAT32 * min(chunk_elements(self.on_gpu), tokens * self.sizes.vocabulary)
 
     def cache(self, rows: int, tokens: int) -> int:
         """Keys and values of so many texts."""

@@ -36,15 +36,15 @@ class TokenStats(NamedTuple):
     entropy: Float[Tensor, "tokens"] | None = None
 
 
-def chunk_elements(device_type: str) -> int:
-    """The number of float32 logits held at once on this type of device."""
-    return CHUNK_ELEMENTS * (GPU_FACTOR if device_type == "cuda" else 1)
+def chunk_elements(on_gpu: bool) -> int:
+    """The number of float32 logits held at once."""
+    return CHUNK_ELEMENTS * (GPU_FACTOR if on_gpu else 1)
 
 
 def chunk_size(output: nn.Module) -> int:
     """The number of tokens whose logits may be held at once."""
     assert isinstance(output.weight, Tensor)
-    return max(chunk_elements(output.weight.device.type) // output.weight.shape[0], 1)
+    return max(chunk_elements(output.weight.device.type == "cuda") // output.weight.shape[0], 1)
 
 
 def token_stats(

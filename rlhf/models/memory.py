@@ -105,7 +105,7 @@ class _Stage:
     def reward(self) -> tuple[int, int, dict[str, int]]:
         reward = self.settings.reward
         tokens = max(reward.microbatch_tokens, 2 * reward.max_length)  # both texts of a pair
-        frozen = self.passes.frozen(frozen_tokens(tokens, "cuda" if self.work.on_gpu else "cpu"))
+        frozen = self.passes.frozen(frozen_tokens(tokens, self.work.on_gpu))
         logits = self.passes.logits(tokens) if reward.lm_coef else 0
         phases = {"updating": self.passes.kept(tokens, reward.lora) + logits, "baseline": frozen}
         return self.base if reward.lora.r else 0, self.trained(reward.lora), phases
@@ -180,7 +180,7 @@ class _Stage:
     def measuring(self) -> dict[str, int]:
         """Passes without gradients, and the answers of an evaluation: `best_of` to a prompt, in the same batches."""
         evaluation, models = self.settings.evaluation, 2  # the true KL takes the logits of policy and reference
-        tokens = frozen_tokens(self.tokens, "cuda" if self.work.on_gpu else "cpu")
+        tokens = frozen_tokens(self.tokens, self.work.on_gpu)
         scoring = self.passes.frozen(tokens) + self.passes.logits(tokens, models) + self.states
         merged = self.merged if self.passes.size == FLOAT32 else 0  # `Roles.scoring`
         answering = self.answering(evaluation.prompts * evaluation.best_of, evaluation.max_new_tokens)

@@ -243,7 +243,7 @@ class Roles(nn.Module):
 
         A frozen pass, which keeps no activations, may have `frozen_tokens` of them.
         """
-        budget = frozen_tokens(budget, self.device.type) if frozen else budget
+        budget = frozen_tokens(budget, self.device.type == "cuda") if frozen else budget
         return list(filled(lengths, budget) if self.unpadded else length_buckets(lengths, budget))
 
     def last_token_scores(self, role: str, batch: Sequences) -> Float[Tensor, "batch"]:

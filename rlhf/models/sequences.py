@@ -98,8 +98,19 @@ class Sequences:
     @property
     def response_mask(self) -> Bool[Tensor, "batch response"]:
         """Marks the response tokens of each row, in tensors whose rows begin with the first response token."""
-        lengths = self.lengths - self.prompt_lengths
+        lengths = self.response_lengths
         return torch.arange(int(lengths.max())) < lengths[:, None]
+
+    @property
+    def response_lengths(self) -> Int[Tensor, "batch"]:
+        """The number of response tokens of each row."""
+        return self.lengths - self.prompt_lengths
+
+    def response_places(self, rows: Int[Tensor, "rows"] | Sequence[int]) -> Int[Tensor, "tokens"]:
+        """Where the response tokens of these rows lie in a flattened tensor [batch, response], row after row."""
+        rows, lengths = torch.as_tensor(rows), self.response_lengths
+        column, width = torch.arange(int(lengths[rows].max())), int(lengths.max())
+        return (rows[:, None] * width + column)[column < lengths[rows][:, None]]
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -113,20 +124,24 @@ def spans(starts: Int[Tensor, "batch"], ends: Int[Tensor, "batch"], time: int) -
     return (position >= starts[:, None]) & (position < ends[:, None])
 
 
-def select(x: Shaped[Tensor, "batch time *rest"], mask: Bool[Tensor, "batch time"]) -> Shaped[Tensor, "marked *rest"]:
-    """`x[mask]` for a mask on the host: the device need not count its entries first."""
-    return x.flatten(0, 1).index_select(0, send(mask.flatten().nonzero().squeeze(1), x.device))
+def marked(mask: Bool[Tensor, "*places"], device: torch.device) -> Int[Tensor, "marked"]:
+    """Where a mask on the host is true, in its flattened form, on the device."""
+    return send(mask.flatten().nonzero().squeeze(1), device)
+
+
+def select(x: Shaped[Tensor, "*places_and_rest"], mask: Bool[Tensor, "*places"]) -> Shaped[Tensor, "marked *rest"]:
+    """`x[mask]` for a mask on the host over the first dimensions: the device need not count its entries first."""
+    return x.flatten(0, mask.dim() - 1).index_select(0, marked(mask, x.device))
 
 
 def unflatten(flat: Float[Tensor, "tokens"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
     """Put the concatenated values of all marked tokens into rows; 0 where the mask, on the host, is false."""
-    places = send(mask.flatten().nonzero().squeeze(1), flat.device)
-    return flat.new_zeros(mask.numel()).index_copy(0, places, flat).view(mask.shape)
+    return flat.new_zeros(mask.numel()).index_copy(0, marked(mask, flat.device), flat).view(mask.shape)
 
 
-def frozen_tokens(budget: int, device_type: str) -> int:
+def frozen_tokens(budget: int, on_gpu: bool) -> int:
     """The tokens of a pass without activations to keep, where one that keeps them may have `budget` tokens."""
-    return budget * (FROZEN_FACTOR if device_type == "cuda" else 1)
+    return budget * (FROZEN_FACTOR if on_gpu else 1)
 
 
 def length_buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.isolated_attention import Bounds, isolated_attention
-from rlhf.models.sequences import Sequences, send, spans
+from rlhf.models.sequences import Sequences, select, send, spans
 
 ATTENTION = "rlhf_unpadded"
 TRIED = 4  # tokens per sequence in the trial of a model
@@ -68,8 +68,7 @@ def hidden_states(
     time = batch.ids.shape[1]
     is_token = spans(torch.zeros_like(batch.lengths), batch.lengths, time)
     positions = torch.arange(time).expand_as(batch.ids) if batch.position_ids is None else batch.position_ids
-    states = _run(model, batch.ids[is_token], positions[is_token])
-    return states.index_select(0, send(where[is_token].nonzero().squeeze(1), states.device))
+    return select(_run(model, batch.ids[is_token], positions[is_token]), where[is_token])
 
 
 def _run(
@@ -97,7 +96,7 @@ def allow(model: PreTrainedModel) -> bool:
     before = model.config._attn_implementation
     if before == ATTENTION:
         return True
-    if before != "sdpa" or model.device.type not in ("cpu", "cuda"):
+    if before != "sdpa":
         return False
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

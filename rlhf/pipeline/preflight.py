@@ -26,8 +26,9 @@ AUTOMATIC_KEYS = {"batch_size": "generation.batch_size", "microbatch_tokens": "p
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """What a run would do (`dry_run=true`). A run that needs more memory than is free is
-    described, not refused, because it may be meant for another machine.
+    """What a run would do (`dry_run=true`).
+
+    A run that needs more memory than is free is described, not refused, because it may be meant for another machine.
     """
     found = plan.finished()
     place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
@@ -44,9 +45,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "same_as": str(found) if found not in (None, plan.folder, place) else None,
         "moves_aside": _moves_aside(plan),
         "step": StepCheckpoints.reached(place / "checkpoints"),
-        "memory": f"{needed}; {available(trains_on_gpu(plan.config)) / 2**30:.1f} GiB are free here"
-        if needed
-        else None,
+        "memory": f"{needed}; {_free(plan) / 2**30:.1f} GiB are free here" if needed else None,
         "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
         "batch_size": plan.settings.generation.batch_size if unmade else None,
     }
@@ -69,7 +68,7 @@ def check_memory(plan: Plan) -> None:
     Raises:
         ModelError: one of them needs more than is free.
     """
-    sizes, work, free = _sizes(plan), work_of(plan, unmade=True), available(trains_on_gpu(plan.config))
+    sizes, work, free = _sizes(plan), work_of(plan, unmade=True), _free(plan)
     if sizes is None:
         return
     needed = estimate(plan.settings, sizes, work)
@@ -99,7 +98,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
         _set(plan, kept, ", as the run began")
         return
     sharing = jobs * (1 if trains_on_gpu(plan.config) else processes.local_world_size(plan.config.trainer))
-    free = min(collectives.all_gather(available(trains_on_gpu(plan.config)))) // sharing
+    free = min(collectives.all_gather(_free(plan))) // sharing
     sizes, work = _sizes(plan), work_of(plan, unmade=False)  # so that the same run begins with the same numbers
     if sizes is None:
         raise ModelError(
@@ -158,6 +157,11 @@ def _kept_budget(plan: Plan, keys: Iterable[str]) -> dict[str, int]:
         if kept.get("identity") == plan.identity:
             return {key: read_object(path, **{key: int})[key] for key in keys}
     return {}
+
+
+def _free(plan: Plan) -> int:
+    """Free memory of the device that the run trains on, in bytes."""
+    return available(trains_on_gpu(plan.config))
 
 
 def _sizes(plan: Plan) -> Sizes | None:

@@ -8,7 +8,7 @@ import numpy as np
 from rlhf.report.metric_info import metric_info
 from rlhf.report.rows import PPO_SEEDS, Row
 from rlhf.report.runs import Sweep
-from rlhf.report.statistics import Array, Estimate, Need, difference, holm, replicates_needed
+from rlhf.report.statistics import Array, Estimate, Need, difference, holm, mean_of, replicates_needed
 from rlhf.report.tables import NOTHING, Cell, Interval, Number, Table
 
 WIN = "eval/win_rate"
@@ -41,8 +41,8 @@ class Comparison:
 
     @property
     def single(self) -> bool:
-        """Whether one of the trained rows has a single replicate, so that its spread over replicates is unknown."""
-        return any(row.step is None and len(row.replicates) == 1 for row in (self.row, self.other))
+        """Whether one of the rows has a single replicate."""
+        return self.row.single or self.other.single
 
 
 def baseline(sweep: Sweep) -> Row:
@@ -117,6 +117,20 @@ def judged(*outcomes: Array) -> list[Array]:
     """
     kept = ~np.any([np.isnan(rows).any(axis=0) for rows in outcomes], axis=0)
     return [rows[:, kept] for rows in outcomes]
+
+
+def mean_over(row: Row, metric: str) -> Estimate | None:
+    """The mean of a row, whose interval counts replicates and instructions; None below two judged instructions."""
+    outcomes = row.outcomes(metric)
+    kept = None if outcomes is None else judged(outcomes)[0]
+    return None if kept is None or kept.shape[1] < 2 else mean_of(kept)
+
+
+def single_note(sweep: Sweep) -> str:
+    """What the mark † of a mean over a single replicate means, if there is one."""
+    if not any(row.single for row in sweep.rows):
+        return ""
+    return f" † One {sweep.unit.removesuffix('s')} only: the interval counts nothing but the instructions."
 
 
 def difference_table(sweep: Sweep, found: Sequence[Comparison], against: Row) -> Table:

@@ -12,12 +12,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from rlhf.report.comparisons import Comparison, compare, corrected, judged, pair_replicates
+from rlhf.report.comparisons import Comparison, compare, corrected, mean_over, pair_replicates, single_note
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.rows import Row, per_prompt
 from rlhf.report.runs import Sweep
-from rlhf.report.statistics import Array, mean_of
+from rlhf.report.statistics import Array
 from rlhf.report.tables import NOTHING, Cell, Number, Table, WithInterval
 
 KL = "eval/true_kl"
@@ -97,7 +97,7 @@ def distance_table(sweep: Sweep, distances: Sequence[float]) -> Table:
         " at the head of the column, interpolated between evaluations. –: not all its runs got that far; “reach” is how"
         " far all of them got. Distance is measured per token, at the training temperature."
     )
-    caption += _single_note(sweep)
+    caption += single_note(sweep)
     return Table(["metric", "row", "reach", *(f"√KL {at:g}" for at in distances)], lines, caption)
 
 
@@ -132,18 +132,16 @@ def distance_difference_table(sweep: Sweep, found: dict[float, list[Comparison]]
         " first got to the same √KL; 95 % intervals as in the table of differences at equal steps. *: significant after"
         f" Holm's correction for all {family} comparisons of this table."
     )
-    caption += _single_note(sweep)
+    caption += single_note(sweep)
     return Table(["row", *(f"√KL {at:g}" for at in found)], lines, caption)
 
 
 def _mean_cell(row: Row, metric: str, distance: float) -> Cell:
     """The mean of a row at a distance with its interval, in display units."""
     here, info = at_distance(row, distance), metric_info(metric)
-    outcomes = here.outcomes(metric) if here else None
-    kept = None if outcomes is None else judged(outcomes)[0]
-    if kept is None or kept.shape[1] < 2:
+    mean, mark = mean_over(here, metric) if here else None, "†" if row.single else ""
+    if mean is None:
         return NOTHING
-    mean, mark = mean_of(kept), "†" if len(row.replicates) == 1 else ""
     return WithInterval(info.scale * mean.mean, info.scale * mean.low, info.scale * mean.high, info.digits, mark)
 
 
@@ -153,13 +151,6 @@ def _difference_cell(item: Comparison) -> WithInterval:
     value, low, high = (info.scale * number for number in (gap.mean, gap.low, gap.high))
     mark = ("*" if item.stands else "") + ("†" if item.single else "")
     return WithInterval(value, low, high, info.digits, mark, signed=True)
-
-
-def _single_note(sweep: Sweep) -> str:
-    """What the mark of a row with a single replicate means, if there is one."""
-    if all(len(row.replicates) > 1 for row in sweep.trained):
-        return ""
-    return f" † One {sweep.unit.removesuffix('s')} only: the interval counts nothing but the instructions."
 
 
 def _distances(run: RecordedRun) -> dict[int, float]:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from rlhf.report.comparisons import WIN, compared_metrics, judged
+from rlhf.report.comparisons import WIN, compared_metrics, judged, mean_over, single_note
 from rlhf.report.metric_info import EVAL_METRICS, metric_info
 from rlhf.report.rows import PPO_SEEDS, Row
 from rlhf.report.runs import Sweep
-from rlhf.report.statistics import covered, errors_for, judge_error, mean_of, replicate_error
+from rlhf.report.statistics import covered, errors_for, judge_error, replicate_error
 from rlhf.report.tables import NOTHING, Cell, Interval, Number, Table
 from rlhf.tracking.reading import ADJUSTED, CONTROLLED
 
@@ -43,9 +43,7 @@ def _caption(sweep: Sweep, has_judge_error: bool) -> str:
             " Judge SE: the win rate's standard error from the finite set of evaluation instructions, which all rows"
             " share; it is not part of ±."
         )
-    if any(row.step is None and len(row.replicates) == 1 for row in sweep.rows):
-        text += f" † One {sweep.unit.removesuffix('s')} only: the interval counts nothing but the instructions."
-    return f"{text} {scope(sweep)}"
+    return f"{text}{single_note(sweep)} {scope(sweep)}"
 
 
 def scope(sweep: Sweep) -> str:
@@ -98,13 +96,10 @@ def mean_cell(row: Row, metric: str) -> Cell:
 
 def _interval_cell(row: Row, metric: str) -> Cell:
     """The 95 % interval of a row's mean, which counts replicates and instructions, in display units."""
-    outcomes, info = row.outcomes(metric), metric_info(metric)
-    kept = None if outcomes is None else judged(outcomes)[0]
-    if kept is None or kept.shape[1] < 2:
+    mean, info = mean_over(row, metric), metric_info(metric)
+    if mean is None:
         return NOTHING
-    mean = mean_of(kept)
-    mark = "†" if row.step is None and len(row.replicates) == 1 else ""
-    return Interval(info.scale * mean.low, info.scale * mean.high, info.digits, mark, signed=False)
+    return Interval(info.scale * mean.low, info.scale * mean.high, info.digits, "†" if row.single else "", signed=False)
 
 
 def _judge_error_cell(row: Row) -> Cell:

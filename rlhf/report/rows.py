@@ -66,6 +66,11 @@ class Row:
         return self._groups
 
     @property
+    def single(self) -> bool:
+        """Whether it is trained and has a single replicate, so that its spread over replicates is unknown."""
+        return self.step is None and len(self.replicates) == 1
+
+    @property
     def _groups(self) -> dict[Key, list[RecordedRun]]:
         groups: dict[Key, list[RecordedRun]] = {}
         for run in self.runs:

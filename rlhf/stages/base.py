@@ -203,8 +203,7 @@ class Stage(lightning.LightningModule):
         """
         tensors = {key: value.double() for key, value in metrics.items() if isinstance(value, Tensor)}
         on_host = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
-        values = {key: on_host.get(key, value) for key, value in metrics.items()}
-        values = {key: float(value) for key, value in values.items()}
+        values = {key: float(on_host.get(key, value)) for key, value in metrics.items()}
         found = self.guards.update(step, values)
         for logger in self.loggers:
             logger.log_metrics(values | found, step)

@@ -55,10 +55,8 @@ class Experience:
     sampling_gap: Tensor | None = None
 
     def places(self, rows: Int[Tensor, "rows"]) -> Int[Tensor, "tokens"]:
-        """Where the response tokens of some rows lie in the flattened tensors, row after row."""
-        mask = self.sequences.response_mask
-        place = torch.arange(mask.numel()).view(mask.shape)
-        return send(place[rows][mask[rows]], self.mask.device)
+        """Where the response tokens of some rows lie in the flattened tensors, row after row, on the device."""
+        return send(self.sequences.response_places(rows), self.mask.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, to be saved and looked at elsewhere."""

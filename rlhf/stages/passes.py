@@ -23,15 +23,9 @@ def by_rows(
 ) -> Float[Tensor, "batch response"]:
     """Run a pass over groups of rows; each gives a number per response token, put back into the order of the batch."""
     mask = batch.response_mask
-    place = torch.arange(mask.numel()).view(mask.shape)
-    parts, places = [], []
-    for number, group in enumerate(groups):
-        rows = torch.as_tensor(group)
-        parts.append(passes(number, batch.rows(rows)))
-        places.append(place[rows][mask[rows]])
-    values = torch.cat(parts).float()
-    flat = torch.zeros(mask.numel(), device=values.device)
-    return flat.index_copy(0, send(torch.cat(places), values.device), values).view(mask.shape)
+    values = torch.cat([passes(number, batch.rows(group)) for number, group in enumerate(groups)]).float()
+    places = torch.cat([batch.response_places(group) for group in groups])
+    return values.new_zeros(mask.numel()).index_copy(0, send(places, values.device), values).view(mask.shape)
 
 
 # -- frozen passes ---------------------------------------------------------------------------------------------------
@@ -69,7 +63,7 @@ def compute_reference_states(roles: Roles, batch: Sequences, budget: int) -> lis
     for group in roles.groups(batch.lengths.tolist(), budget, frozen=True):
         part = batch.rows(group)
         hidden = roles.states("reference", part, part.predicting)
-        for row, own in zip(group, hidden.split(part.response_mask.sum(1).tolist()), strict=True):
+        for row, own in zip(group, hidden.split(part.response_lengths.tolist()), strict=True):
             states[row] = own
     return states
 

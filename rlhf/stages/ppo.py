@@ -172,7 +172,7 @@ class PPO(PolicyEvaluation):
             result = self.accumulate(
                 parts,
                 lambda part: self.microbatch_loss(experience, part, step),
-                int(experience.sequences.rows(rows).response_mask.sum()),
+                int(experience.sequences.response_lengths[rows].sum()),
                 clip_each=self.ppo.accumulation == "as_published",
             )
             if result.skip_reason == KL_EARLY_STOP:

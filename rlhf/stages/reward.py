@@ -141,7 +141,7 @@ class RewardModeling(SupervisedStage):
         on_host = texts.response_mask
         mask, which = send(on_host, states.device), send(which, states.device)
         # 1. The scores that count are those at the last tokens.
-        responses = select(states[None], texts.targets[needed][None])
+        responses = select(states, texts.targets[needed])
         by_token = unflatten(self.roles.heads["reward"](responses), on_host)
         scores = by_token.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)[which].view(-1, 2)
         margins = scores[:, 0] - scores[:, 1]
@@ -154,7 +154,7 @@ class RewardModeling(SupervisedStage):
             loss = loss + self.reward.token_coef * mean(losses, mask[which].view(losses.shape)).mean(1)
         # 3. The language model goes on learning from both texts.
         if self.reward.lm_coef:
-            predicting = select(states[None], texts.predicting[needed][None])
+            predicting = select(states, texts.predicting[needed])
             logprobs = self.roles.token_stats("reward", predicting, texts.target_ids).logprobs
             nll = mean(-unflatten(logprobs, on_host), mask)
             loss = loss + self.reward.lm_coef * nll[which].view(-1, 2).mean(1)
