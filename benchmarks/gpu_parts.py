@@ -7,6 +7,7 @@ from typing import Any
 from common import spread
 from gpu_checks import CHECKS
 from gpu_probe import PROBES, rates
+from gpu_profile import profiled_step
 from gpu_runner import END, Part
 from gpu_steps import PHASES, decoding, ppo_steps
 
@@ -25,6 +26,7 @@ SMALL = (
     "ppo.epochs=2", "ppo.microbatch_tokens=16384", "generation.max_new_tokens=128", "generation.batch_size=256",
     "generation.cuda_graphs=auto",
 )  # fmt: skip
+BRIEF = ("ppo.rollout_batch_size=64", "ppo.minibatch_size=64", "ppo.epochs=1", "ppo.microbatch_tokens=4096")
 FEW = ("ppo.rollout_batch_size=64", "ppo.minibatch_size=32", "generation.batch_size=64", "quantization=nf4")
 
 
@@ -41,8 +43,14 @@ def parts(settings: Sequence[str]) -> dict[str, Part]:
         "smollm2": Part({"steps": steps(**small)}, 15, 60),
         "llama_7b_bf16": Part({"steps": steps(overrides=[*PAPER, *settings], **seven)}, 70, 240),
         "decode_smollm2": Part({"engines": partial(decoding, limit=128, **small)}, 20, 60),
-        "llama_7b_nf4": Part({"steps": steps(overrides=[*PAPER, *FEW, *settings], **seven)}, 50, 150),
-        "neox_20b_nf4": Part({"steps": steps(overrides=[*CARD, *settings], **twenty)}, 40, 120),
+        "llama_7b_nf4": Part({"steps": steps(overrides=[*PAPER, *FEW, *settings], **seven)}, 50, 120),
+        "neox_20b_nf4": Part({"steps": steps(overrides=[*CARD, *settings], **twenty)}, 40, 85),
+        "profile": Part(
+            {"smollm2": partial(profiled_step, **{**small, "overrides": [*small["overrides"], *BRIEF]})}, 20, 60
+        ),
+        "smollm2_compiled": Part(
+            {"steps": steps(**{**small, "overrides": [*small["overrides"], "model.compile=true"]})}, 40, 90
+        ),
     }
 
 
