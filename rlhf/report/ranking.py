@@ -22,6 +22,7 @@ Outcomes = Mapping[tuple[int, int], Array]
 ELO = 400 / math.log(10)  # points on Elo's scale per unit of θ: 400 points are odds of ten to one
 PRIOR_PRECISION = 0.01  # of the Gaussian prior on θ, which keeps it finite for a player that wins or loses everything
 NEWTON_STEPS, LARGEST_STEP, PRECISION = 200, 1.0, 1e-10
+EQUAL = 1e-6  # points by which two strengths must differ to be told apart
 LEVEL = 0.95
 RESAMPLES = 2000
 
@@ -47,7 +48,7 @@ class Rank:
         strength: points on Elo's scale; all players have 0 on average.
         low: lower end of the strength's 95 % interval.
         high: upper end.
-        rank: from 1, the strongest.
+        rank: from 1, the strongest; equal players have the same.
         best: the best rank within the 95 % interval.
         worst: the worst rank in it.
         first: how often the player is the strongest among the resamples.
@@ -123,15 +124,14 @@ def rank_players(players: int, outcomes: Outcomes, seed: int = 0, resamples: int
         seed: of the resamples.
         resamples: how many.
     """
-    theta = ELO * bradley_terry(_wins(players, outcomes, np.ones((1, _instructions(outcomes)))))[0]
-    drawn = ELO * bradley_terry(_wins(players, outcomes, _weights(_instructions(outcomes), resamples, seed)))
+    count = len(next(iter(outcomes.values())))
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+    theta = ELO * bradley_terry(_wins(players, outcomes, np.ones((1, count))))[0]
+    drawn = ELO * bradley_terry(_wins(players, outcomes, weights))
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    # [resamples, players]: 1 + the number of players that are stronger
-    places = 1 + (drawn[:, None, :] > drawn[:, :, None]).sum(-1)
+    places = _places(drawn)
     best, worst = np.quantile(places, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest")
-    order = np.argsort(-theta, kind="stable")
-    rank = np.empty(players, int)
-    rank[order] = np.arange(1, players + 1)
+    rank = _places(theta)
     fitted = expit((theta[:, None] - theta) / ELO)
     expected = (fitted.sum(1) - 0.5) / max(players - 1, 1)
     first = (places == 1).mean(0)
@@ -164,14 +164,15 @@ def misfits(ranks: list[Rank], outcomes: Outcomes) -> list[tuple[int, int, float
     return found
 
 
-def _instructions(outcomes: Outcomes) -> int:
-    return len(next(iter(outcomes.values())))
+def unanimous(players: int, outcomes: Outcomes) -> list[int]:
+    """Players that won all of their comparisons or lost all of them, so that their strength is only a bound."""
+    wins = _wins(players, outcomes, np.ones((1, len(next(iter(outcomes.values()))))))[0]
+    return [i for i in range(players) if (wins[i].sum() == 0) != (wins[:, i].sum() == 0)]
 
 
-def _weights(instructions: int, resamples: int, seed: int) -> Array:
-    """[resamples, instructions]: how often each instruction was drawn."""
-    share = np.full(instructions, 1 / instructions)
-    return np.random.default_rng(seed).multinomial(instructions, share, size=resamples).astype(float)
+def _places(strengths: Array) -> NDArray[np.int_]:
+    """[..., players]: 1 + the number of players that are stronger, by more than the fit's precision."""
+    return 1 + (strengths[..., None, :] > strengths[..., :, None] + EQUAL).sum(-1)
 
 
 def _wins(players: int, outcomes: Outcomes, weights: Array) -> Array:

@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from rlhf.report import ranking
-from rlhf.report.ranking import ELO, PRIOR_PRECISION, bradley_terry, misfits, rank_players, wilson, win_rate
+from rlhf.report.ranking import ELO, PRIOR_PRECISION, bradley_terry, misfits, rank_players, unanimous, wilson, win_rate
 
 
 def test_win_rates_count_a_tie_as_half_and_leave_out_what_was_not_judged() -> None:
@@ -67,10 +67,11 @@ def test_fits_are_independent_of_each_other() -> None:
 def test_a_player_that_always_wins_has_a_finite_strength_and_the_first_rank() -> None:
     outcomes = {(0, 1): np.zeros(50), (0, 2): np.full(50, 0.5), (1, 2): np.ones(50)}
     ranks = rank_players(3, outcomes, resamples=200)
-    assert [one.rank for one in ranks] == [2, 1, 3]  # 0 and 2 are equal
+    assert [one.rank for one in ranks] == [2, 1, 2]
     assert math.isfinite(ranks[1].high)
     assert (ranks[1].best, ranks[1].worst, ranks[1].first) == (1, 1, 1.0)
     assert ranks[0].strength == pytest.approx(ranks[2].strength)
+    assert unanimous(3, outcomes) == [1]
 
 
 def test_a_circle_is_named_as_a_misfit() -> None:
