@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,9 @@ class ChatTemplate:
 
         None if that cannot be told: the template has another form than one text around each role's content.
         """
-        for system in (self.system, None) if self.system else (None, SYSTEM):
+        for system in ((), ({"role": "system", "content": SYSTEM},)):
             messages = self._split(prompt, system)
-            with_own = [{"role": "system", "content": self.system}] if self.system else []
-            if messages is not None and self.render_messages([*with_own, *messages]) == prompt:
+            if messages is not None and self.render_messages(messages) == prompt:
                 return messages
         return None
 
@@ -219,34 +219,25 @@ class ChatTemplate:
     def _between(self, messages: Sequence[Message], first: str, second: str, ask: bool = True) -> str:
         return self._rendered(messages, ask).partition(first)[2].partition(second)[0]
 
-    def _split(self, prompt: str, system: str | None) -> list[dict[str, str]] | None:
-        """Split a prompt at the texts that the template writes between messages; the contents alternate.
-
-        `system` is the content of the system message: `SYSTEM` stands for any, None for no such message.
-        """
-        own = [{"role": "system", "content": system}] if system else []
+    def _split(self, prompt: str, system: tuple[Message, ...]) -> list[dict[str, str]] | None:
+        """Split a prompt at what the template writes between the messages of `system` and `CONTINUED`."""
         try:
-            probe = self._rendered([*own, *CONTINUED], True)
+            probe = self._rendered([*system, *CONTINUED], True)
         except Exception:  # a template without system messages
             return None
-        head, tail = probe.partition(USER)[0], probe.rpartition(LAST)[2]
-        messages: list[dict[str, str]] = []
-        if system == SYSTEM:
-            before, _, after = head.partition(SYSTEM)
-            content, found, rest = prompt.removeprefix(before).partition(after)
-            if not prompt.startswith(before) or not found:
-                return None
-            messages, head, prompt = [{"role": "system", "content": unmarked(content)}], "", rest
-        if not prompt.startswith(head) or not prompt.endswith(tail):
+        gaps = re.split(f"{SYSTEM}|{USER}|{ANSWER}|{LAST}", probe)  # of as many contents as there are messages
+        first, *inner, last = gaps
+        if len(inner) != len(system) + 2 or not all(inner) or not (prompt.startswith(first) and prompt.endswith(last)):
             return None
-        rest = prompt[len(head) : len(prompt) - len(tail)]
-        gaps = (self._between(CONTINUED, USER, ANSWER), self._between(CONTINUED, ANSWER, LAST))
-        found, turn = "?", 0
-        while found:
-            content, found, rest = rest.partition(gaps[turn % 2])
-            messages.append({"role": ("user", "assistant")[turn % 2], "content": unmarked(content)})
-            turn += 1
-        return messages if turn % 2 else None
+        contents, rest = list[str](), prompt[len(first) : len(prompt) - len(last)]
+        for gap in chain(inner[:-2], cycle(inner[-2:])):  # behind the system message; between the turns
+            content, found, rest = rest.partition(gap)
+            contents.append(unmarked(content))
+            if not found:
+                break
+        roles = chain((message["role"] for message in system), cycle(("user", "assistant")))
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+        return messages if messages[-1]["role"] == "user" else None
 
 
 def _load(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
