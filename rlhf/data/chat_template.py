@@ -54,7 +54,9 @@ class ChatTemplate:
         Raises:
             RowError, DataError: as `render_messages`.
         """
-        return self.render_messages([{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}])
+        return self.render_messages(
+            [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
+        )
 
     def render_messages(self, messages: Sequence[Message]) -> str:
         """The prompt for a conversation: it ends where the assistant speaks.
@@ -245,6 +247,5 @@ def _load(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> P
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # only the tokenizer's files, or the network, can be at fault
-        raise DataError(
-            f"data/template=chat: no tokenizer could be loaded from {name} ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"data/template=chat: no tokenizer could be loaded from {name} ({reason})") from error

@@ -126,7 +126,7 @@ def test_what_cannot_be_used_is_refused_in_a_sentence_that_says_what_can(tmp_pat
 
 def test_messages_that_a_template_refuses_are_a_bad_row(tmp_path: Path) -> None:
     template = ChatTemplate(str(save_chat_tokenizer("model", tmp_path)))
-    with pytest.raises(RowError, match="the chat template refuses the messages .*Roles must alternate"):
+    with pytest.raises(RowError, match=r"the chat template refuses the messages .*Roles must alternate"):
         template.render_messages([TALK[0], TALK[2]])
     plain = Template("{instruction} {input}", "Q: {instruction}")
     assert plain.render_messages(TALK[:1]) == "Q: Name a tea."
@@ -153,7 +153,8 @@ def test_the_rows_cached_with_a_template_depend_on_its_text_and_special_tokens(t
 
 
 def test_a_configuration_chooses_between_strings_and_a_chat_template() -> None:
-    assert isinstance(parse_template({"with_input": "{instruction}{input}", "without_input": "{instruction}"}), Template)
+    strings = {"with_input": "{instruction}{input}", "without_input": "{instruction}"}
+    assert isinstance(parse_template(strings), Template)
     made = parse_template({"name_or_path": "a", "options": {"enable_thinking": False}})
     assert made == ChatTemplate("a", options={"enable_thinking": False})
     for wrong in (None, "chat", {"name_or_path": "a", "sytem": "b"}, {"with_input": "{instruction}"}):
