@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import chain, cycle
+from itertools import chain, cycle, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +169,25 @@ class ChatTemplate:
         return str(self.own_tokenizer.eos_token)
 
     @cached_property
-    def turn_start(self) -> str:
-        """What the template writes before an earlier answer of the assistant, after the end of the user's turn."""
-        asked = self._rendered(ASKED, False).rpartition(USER)[2]
-        between = self._between(CONTINUED, USER, ANSWER)
-        start = between.removeprefix(asked).rstrip(" ")
-        return start if self.special.search(start) else between.rstrip(" ")
+    def earlier_turn(self) -> tuple[str, str]:
+        """What begins and ends an earlier answer of a conversation: texts that begin with a special token.
+
+        Raises:
+            DataError: the template writes no special token there, so that a content could say the same.
+        """
+        closing, opening = (self._rendered(ASKED, ask).rpartition(USER)[2] for ask in (False, True))
+        before, after = (self._between(CONTINUED, *pair) for pair in ((USER, ANSWER), (ANSWER, LAST)))
+        # of a prompt's "<|im_start|>assistant\n<think>\n\n</think>\n\n", an earlier answer may only have the beginning
+        both = zip(before.removeprefix(closing), opening.removeprefix(closing), strict=False)
+        start = "".join(one for one, other in takewhile(lambda pair: pair[0] == pair[1], both))
+        found = self.special.search(start) or self.special.search(before)
+        end = self.special.search(after)
+        if found is None or end is None:
+            raise DataError(
+                "data/template=chat: the template writes no special token around the assistant's turns, by which "
+                "sft.loss_on=assistant finds them; allowed: sft.loss_on=response, the last turn alone"
+            )
+        return found.string[found.start() :].rstrip(" "), end[0]
 
     def check(self) -> None:
         """Check that the template exists, can be rendered, and takes the configured system prompt.
@@ -218,8 +231,8 @@ class ChatTemplate:
     def _closing_has_end(self) -> bool:
         return self.special.search(self._rendered(ANSWERED, False).rpartition(ANSWER)[2]) is not None
 
-    def _between(self, messages: Sequence[Message], first: str, second: str, ask: bool = True) -> str:
-        return self._rendered(messages, ask).partition(first)[2].partition(second)[0]
+    def _between(self, messages: Sequence[Message], first: str, second: str) -> str:
+        return self._rendered(messages, True).partition(first)[2].partition(second)[0]
 
     def _split(self, prompt: str, system: tuple[Message, ...]) -> list[dict[str, str]] | None:
         """Split a prompt at what the template writes between the messages of `system` and `CONTINUED`."""
