@@ -65,12 +65,15 @@ class ChatTemplate:
             RowError: the template refuses these messages.
             DataError: there is no template, or it cannot be read.
         """
-        try:
-            return self._rendered(messages, True)
-        except (DataError, RowError):
-            raise
-        except Exception as error:  # Jinja, or what a template raises itself
-            raise RowError(f"the chat template refuses the messages ({first_line(error)})") from None
+        return self._checked(messages, True)
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """A whole conversation, whose last message is the assistant's: what a reward model reads.
+
+        Raises:
+            RowError, DataError: as `render_messages`.
+        """
+        return self._checked(messages, False)
 
     def answer(self, text: str) -> str:
         """What the model writes to say `text`: with what the template puts around it, up to the end of the turn.
@@ -81,12 +84,7 @@ class ChatTemplate:
         Raises:
             RowError, DataError: as `render_messages`.
         """
-        try:
-            whole = self._rendered([*ASKED, {"role": "assistant", "content": text}], False)
-        except (DataError, RowError):
-            raise
-        except Exception as error:
-            raise RowError(f"the chat template refuses the answer ({first_line(error)})") from None
+        whole = self._checked([*ASKED, {"role": "assistant", "content": text}], False)
         body = next((whole[len(head) :] for head in self._heads if whole.startswith(head)), None)
         if body is None:
             return marked(text, self.special) + self.end
@@ -208,6 +206,14 @@ class ChatTemplate:
         return {**{one.name: getattr(self, one.name) for one in fields(self)}, "_decisive": repr(decisive)}
 
     # -- rendering -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, messages: Sequence[Message], ask: bool) -> str:
+        try:
+            return self._rendered(messages, ask)
+        except DataError:
+            raise
+        except Exception as error:  # Jinja, or what a template raises itself
+            raise RowError(f"the chat template refuses the messages ({first_line(error)})") from None
 
     def _rendered(self, messages: Sequence[Message], ask: bool) -> str:
         roles = [message["role"] for message in messages]
