@@ -13,7 +13,7 @@ from rlhf.data.options import check_sources, first_rows, parse_max_rows, parse_o
 from rlhf.data.reading import read_records
 from rlhf.data.records import SPLITS, Comparison, Demonstration, Prompt, Split
 from rlhf.data.reports import RowReport
-from rlhf.data.templates import Template
+from rlhf.data.templates import PromptTemplate
 from rlhf.errors import DataError, RowError
 
 TRAINING_SPLITS: tuple[Split, ...] = ("sft", "preference", "prompts")
@@ -51,7 +51,7 @@ class Alpaca:
         """Check the configuration, whose values may be anything (hence `Any`); no file is read.
 
         Args:
-            template: Mapping with the two strings of a `rlhf.data.templates.Template`.
+            template: What `rlhf.data.options.parse_template` accepts.
             root: The folder of the files.
             sft, sft_validation, preference, preference_validation, prompts, eval: The source of the split, or a list of
                 sources (`rlhf.data.sources.Source.parse`). A split without a source is not offered.
@@ -135,7 +135,7 @@ class _ToRecord:
     """Makes the record of a row of `split`; `excluded` are the normalized evaluation instructions."""
 
     split: Split
-    template: Template
+    template: PromptTemplate
     excluded: set[str]
 
     def __call__(self, row: Mapping[str, Any]) -> Demonstration | Comparison | Prompt:

@@ -115,8 +115,9 @@ class DataSource(Protocol):
       mapping affects all splits.
     - `report: Mapping[Split, ...]`: after `load(split)`, `report[split].counts` maps each reason for skipping a row to
       the number of skipped rows. A stage copies it into its `summary.json`.
-    - `template: rlhf.data.templates.Template`: the prompt template. Special tokens that are spelled out in its fixed
-      text, such as `<|im_start|>`, are tokenized as special tokens.
+    - `template: rlhf.data.templates.PromptTemplate`: the prompt template. Special tokens that are spelled out in its
+      fixed text, such as `<|im_start|>`, are tokenized as special tokens. With a chat template, responses are what the
+      assistant says, without the end of its turn, which the stages append.
     - `tokenizer() -> PreTrainedTokenizerBase`: a tokenizer for models trained from scratch. Without it, a BPE
       tokenizer is trained on the `sft` split.
     - `utility(prompt: str, response: str) -> float`: the ground-truth quality of a response, which makes `judge=gold`

@@ -19,7 +19,7 @@ from rlhf.data.records import RECORDS, Split, columns
 from rlhf.data.reports import reasons_and_counts
 from rlhf.data.sources import Source
 from rlhf.data.splitting import Shares, expand
-from rlhf.data.templates import Template
+from rlhf.data.templates import PromptTemplate
 from rlhf.data.thread_sources import Dump, Pairs
 from rlhf.data.threads import Pairing, Tally, Thread, ThreadReport
 from rlhf.errors import DataError
@@ -68,7 +68,7 @@ class StackExchange:
         """Check the configuration, whose values may be anything (hence `Any`); no file is read.
 
         Args:
-            template: Mapping with the two strings of a `rlhf.data.templates.Template`; only `without_input` is used.
+            template: What `rlhf.data.options.parse_template` accepts. There are no inputs, so of two strings only `without_input` is used.
             sources: A source or a list of sources: a site's `Posts.xml`, `Posts.xml.gz` or `Posts.xml.zst`, or rows of
                 pairs (`rlhf.data.sources.Source.parse`) with the fields `question`, `response_j` (the better answer),
                 `response_k` and optionally `qid`.
@@ -177,7 +177,7 @@ class _ToRecords:
     """Makes the records of a thread, if its question is in `split`: one per pair in `preference`, else at most one."""
 
     split: Split
-    template: Template
+    template: PromptTemplate
     shares: Shares
 
     def __call__(self, thread: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.records import DataSource, Prompt
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
@@ -75,7 +76,10 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
-    # 4. The files of the data set.
+    # 4. The data set: its template and its files.
+    template = getattr(source, "template", None)
+    if isinstance(template, ChatTemplate):
+        template.check()
     if hasattr(source, "check"):
         source.check()
 
