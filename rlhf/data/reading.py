@@ -64,7 +64,7 @@ def read_records(
         split: The split, whose record class gives the columns; with `record`, only a name for messages.
         on_bad_row: `skip` counts and skips bad rows; `fail` raises an error.
         deduplicate: Whether a row with the same records as an earlier one is a bad row.
-        record: The record class, if it is not that of the split. Its fields are strings, and numbers if they are of type
+        record: The record class, if it is not that of the split. Its fields are strings, or numbers if their type is
             `float | None`.
 
     Returns:
@@ -108,7 +108,8 @@ def _convert_rows(job: _Job) -> Iterator[dict[str, Any]]:
                 empty = False
                 yield {**record, "_file": source.name, "_row": number, REASON: reason}
     if empty:
-        raise DataError(f"none of the rows of {', '.join(source.name for source in job.sources)} falls into this split.")
+        names = ", ".join(source.name for source in job.sources)
+        raise DataError(f"none of the rows of {names} falls into this split.")
 
 
 def _record_fields(row: Any, to_record: ToRecord, seen: set[bytes] | None) -> list[dict[str, Any]]:

@@ -55,8 +55,8 @@ class Source:
         Args:
             spec: A file name relative to `root`; a Hub id `owner/name[@revision][:config][:split]`; or a mapping of
                 arguments for `datasets.load_dataset`, with at least `path`. The revision is a branch, tag or commit of
-                the Hub; the split is `train` if not given. A file name or Hub id may end in a slice `[start:stop]`. A file may also be in a Hub repository
-                (`hf://datasets/owner/name/file.json`).
+                the Hub; the split is `train` if not given. A file name or Hub id may end in a slice `[start:stop]`. A
+                file may also be in a Hub repository (`hf://datasets/owner/name[@revision]/file.json`).
             root: The folder of the files; it may be in a Hub repository as well.
 
         Raises:
@@ -95,7 +95,8 @@ class Source:
         if self.path is None:
             return
         if not os.path.exists(self.path):
-            raise DataError(f"{self.path} does not exist: name a file, or a Hub id as owner/name[@revision][:config][:split].")
+            allowed = "name a file, or a Hub id as owner/name[@revision][:config][:split]"
+            raise DataError(f"{self.path} does not exist: {allowed}.")
         if not self.path.is_file():
             raise DataError(f"{self.path} is not a file; allowed: a file that ends in {ALLOWED}.")
         if not self.path.name.lower().endswith(SUFFIXES):
@@ -120,7 +121,7 @@ class Source:
             raise DataError(f"{self.path} cannot be read: {error}.") from error
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """Yield the number of each row of the slice and its fields, or a `RowError` if it cannot be parsed or is no object.
+        """Yield the number of each row of the slice, and its fields or a `RowError` if it is not a readable object.
 
         Rows are numbered from 1 within the whole source; in a `.jsonl` file the number is that of the line.
 
