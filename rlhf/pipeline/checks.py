@@ -15,6 +15,7 @@ from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
+from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.scorers import TextScorer
 from rlhf.settings import Settings, is_quantized
@@ -75,6 +76,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
+    taken_of(settings, source)
     # 4. The files of the data set.
     if hasattr(source, "check"):
         source.check()
@@ -244,9 +246,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
         raise ConfigError(
             f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
         )
-    if needs(config, key, "needs_reward_model") and not simulated and "preference" not in source.splits:
+    trained = needs(config, key, "needs_reward_model") and not config.reward.get("from")
+    if trained and not simulated and "preference" not in source.splits:
         raise ConfigError(
-            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on"
+            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on; "
+            "allowed: reward.from, or another choice"
         )
 
 
