@@ -121,9 +121,13 @@ def recover(
 
 
 def _whole(difference: Tensor, name: str, below: Weights | None, where: Path) -> Tensor:
-    """The sum of a difference and the base's tensor of that name, if it has one; rows that it lacks are its mean."""
-    if below is None or name not in below:
+    """The sum of a difference and the base's tensor of that name, whose missing rows are the mean of the others."""
+    if below is None or name.startswith(HEAD):
         return difference
+    if name not in below:
+        raise ModelError(
+            f"{where}: there is no {name} in {below.folder}, so that these are no differences to that model"
+        )
     own = below[name]
     if own.dim() == 2 and own.shape[1:] == difference.shape[1:] and len(own) < len(difference):
         own = torch.cat([own, own.mean(0, keepdim=True).expand(len(difference) - len(own), -1)])

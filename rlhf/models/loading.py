@@ -204,6 +204,11 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
 
 
 def config_of(model: ModelSettings) -> PreTrainedConfig:
+    """The configuration of a model that is loaded or made.
+
+    Raises:
+        OSError: it cannot be downloaded now.
+    """
     if model.name_or_path is None:
         return AutoConfig.for_model(**(model.config or {}))
     gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}

@@ -1,4 +1,4 @@
-"""Checkpoints that others trained, or that earlier runs left: where they lie and what they hold, from their small files.
+"""Checkpoints that others trained, or that earlier runs left: where they lie and what they hold, by their small files.
 
 The weights are downloaded only when they are needed (`Checkpoint.complete`).
 """
@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf.errors import ConfigError, DamagedError, first_line
@@ -124,9 +125,16 @@ class Checkpoint:
         for folder in dict.fromkeys((self.folder, self.whole.folder)):
             try:
                 return AutoTokenizer.from_pretrained(folder)
-            except Exception:  # noqa: BLE001  (any library may raise; without a tokenizer there is nothing to compare)
+            except Exception:  # any library may raise; without a tokenizer there is nothing to compare
                 continue
         return None
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights of a whole classifier, from its configuration."""
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.whole.folder)
+            return sum(p.numel() for p in AutoModelForSequenceClassification.from_config(config).parameters())
 
     def identity(self, known: Path | None) -> str:
         """What its weights are: the Hub's commit, or a digest of the files, base included.

@@ -1,6 +1,7 @@
 """Contradictions between parts of a configuration, found before any model is loaded."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -15,10 +16,10 @@ from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
-from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.pipeline.taken import taken_of
 from rlhf.scorers import TextScorer
-from rlhf.settings import Settings, is_quantized
+from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
 INSTEAD = (
@@ -76,6 +77,10 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
+    if settings.reward.model:
+        own = replace(settings, model=settings.reward.model, lora=LoraSettings(r=0))
+        _check_model(own)
+        check_model(config, own, needs_reward_model(config), simulated)
     taken_of(settings, source)
     # 4. The files of the data set.
     if hasattr(source, "check"):

@@ -63,9 +63,7 @@ class Run:
         self.plan, self.progress = plan, progress
         self.config, self.settings, self.source = plan.config, plan.settings, plan.source
         self.loggers = Loggers(plan)
-        self.site = Site(
-            plan.settings, plan.plain, plan.source, plan.quantization, self._make_trainer, self._place_models
-        )
+        self.site = self._site(plan)
         settle_numerics(plan.config.trainer.get("deterministic"))
         keep_freed_memory()
 
@@ -97,14 +95,19 @@ class Run:
 
     def _builder(self, product: str) -> Callable[[Path], None]:
         """The function that builds a product of the cache into a folder."""
-        sft, preferences = self.plan.sft_folder, self.plan.preferences_folder
+        sft, preferences, own = self.plan.sft_folder, self.plan.preferences_folder, self.plan.beside or self.plan
         if product in self.plan.taken:
             return partial(build_taken, self.site, taken=self.plan.taken[product], device=self._device)
         if product == "sft":
             return partial(build_sft, self.site)
+        if product == "reward_sft":
+            return partial(build_sft, self._site(own))
         if product == "reward":
-            return partial(build_reward, self.site, sft=sft, preferences=preferences)
+            return partial(build_reward, self._site(own), sft=own.sft_folder, preferences=preferences)
         return partial(build_preferences, self.site, simulated=self._simulated, sft=sft, device=self._device)
+
+    def _site(self, plan: Plan) -> Site:
+        return Site(plan.settings, plan.plain, plan.source, plan.quantization, self._make_trainer, self._place_models)
 
     @property
     def _simulated(self) -> Simulated:
@@ -141,6 +144,7 @@ class Run:
             stage=plan.stage,
             sft_metrics=before,
             reward_model=reward and reward.name,
+            reward_reads=plan.reward_reads,
             guards=stage.guards.summary(),
             microbatch_tokens=settings.ppo.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
@@ -156,10 +160,7 @@ class Run:
         settings, cached = self.settings, self.plan.outputs / "cache"
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
-        if reward and self.plan.reward_reads != IDS:
-            context.reward = reward_scorer(
-                context, reward / MODEL, self.plan.reward_reads, settings.reward.max_length, settings.model
-            )
+        context.reward = reward_scorer(context, self.plan) if reward else None
         node = self.config.evaluation.get("factscore")
         factscore = instantiate(node, "evaluation.factscore", cached) if node else None
         held_out = self._held_out(factscore)

@@ -63,6 +63,18 @@ class Taken:
         return found
 
     @property
+    def described(self) -> str:
+        """Where it comes from and what becomes of it, for a preview."""
+        base = f" added to {self.difference_to.name}" if self.difference_to else ""
+        commit = f" at {self.checkpoint.hub[1][:12]}" if self.checkpoint.hub else ""
+        use = {
+            IDS: "",
+            TEXT: ", as a scorer with its own tokenizer",
+            CLASSIFIER: ", as a scorer with its own tokenizer",
+        }
+        return f"taken from {self.checkpoint.name}{commit}{base}{use[self.reads]}"
+
+    @property
     def whole(self) -> bool:
         """Whether it becomes a whole model, not an adapter on the SFT model."""
         return self.difference_to is not None or self.checkpoint.base is None
@@ -87,8 +99,8 @@ def taken_of(settings: Settings, source: DataSource) -> dict[str, Taken]:
         found[product] = taken if product == "sft" else _reward(taken, settings.model, tokenizer)
     if settings.reward.model and settings.reward.from_:
         raise ConfigError(
-            f"reward.from={settings.reward.from_} is not trained here, and model@reward.model={settings.reward.model.name} "
-            "says what to train one on; allowed: one of the two"
+            f"reward.from={settings.reward.from_} is not trained here, and model@reward.model="
+            f"{settings.reward.model.name} says what to train one on; allowed: one of the two"
         )
     return found
 
@@ -176,7 +188,7 @@ def _config(checkpoint: Checkpoint, model: ModelSettings) -> PreTrainedConfig:
 
 
 def _differing(config: PreTrainedConfig, model: ModelSettings) -> str:
-    """The parts of the shape that differ from the configured model's, in words; empty if none does, or none is known."""
+    """The parts of the shape that differ from the configured model's, in words; empty if none is known to."""
     try:
         own = config_of(model).get_text_config()
     except OSError:  # the Hub cannot be reached
