@@ -43,10 +43,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_of_the_page_would_run(words: list[str], hub: Path, tmp_path: Path) -> None:
     words = [part for word in words for part in INSTEAD.get(word, word).split()]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *words, *SMALL_DATA, "dry_run=true"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "rlhf", *words, *SMALL_DATA, "dry_run=true"]
+    environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for word in words:
         key, _, name = word.partition("=")

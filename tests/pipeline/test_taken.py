@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -60,11 +61,18 @@ def measured(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_ppo_on_released_models_trains_neither_and_is_exported(made: SimpleNamespace, caplog: Any) -> None:
+def said(capfd: Any) -> str:
+    """What the runs since the last call have said, in one line."""
+    captured = capfd.readouterr()
+    return " ".join(f"{captured.out} {captured.err}".split())
+
+
+def test_ppo_on_released_models_trains_neither_and_is_exported(made: SimpleNamespace, capfd: Any) -> None:
     words = [*with_released_shape(made), f"sft.from={made.sft}", f"reward.from={made.reward}"]
     assert run_in_process(*words, "name=ppo") == 0
-    assert not [text for text in TRAINING if text in caplog.text]
-    assert "2 model(s) in memory (base, reward)" in caplog.text
+    told = said(capfd)
+    assert not [text for text in TRAINING if text in told]
+    assert "2 model(s) in memory (base, reward)" in told
     kept = load_file(cached("sft") / "model/model.safetensors")
     original = load_file(made.sft / "model.safetensors")
     assert kept.keys() == original.keys()
@@ -84,14 +92,14 @@ def test_ppo_on_released_models_trains_neither_and_is_exported(made: SimpleNames
     assert torch.equal(theirs(ids).logits, ours(ids).logits)
 
 
-def test_each_stage_takes_instead_of_training(made: SimpleNamespace, caplog: Any) -> None:
+def test_each_stage_takes_instead_of_training(made: SimpleNamespace, capfd: Any) -> None:
     words = [*with_released_shape(made), f"sft.from={made.adapter}", f"reward.from={made.reward}"]
     assert run_in_process(*words, "stage=sft", "name=sft") == 0
     assert run_in_process(*words, "stage=reward", "name=reward") == 0
     assert run_in_process(*words, "stage=evaluate", "name=evaluate") == 0
-    assert not [text for text in TRAINING if text in caplog.text]
-    from peft import PeftModel
-
+    told = said(capfd)
+    assert told.count("taking ") == 2
+    assert not [text for text in TRAINING if text in told]
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.sft), made.adapter).merge_and_unload()
     taken = AutoModelForCausalLM.from_pretrained(done("sft") / "model")
     ids = torch.arange(3, 9)[None]
@@ -100,7 +108,7 @@ def test_each_stage_takes_instead_of_training(made: SimpleNamespace, caplog: Any
     assert (before - taken(ids).logits).abs().max() > 1e-3
 
 
-def test_models_of_the_cache_make_the_same_run_and_copies_the_same_bits(caplog: Any) -> None:
+def test_models_of_the_cache_make_the_same_run_and_copies_the_same_bits(capfd: Any) -> None:
     words = [*TINY, "lora@reward.lora=none"]
     assert run_in_process(*words, "name=trained") == 0
     sft, reward = cached("sft"), cached("reward")
@@ -111,17 +119,19 @@ def test_models_of_the_cache_make_the_same_run_and_copies_the_same_bits(caplog: 
     for folder in (sft, reward):
         shutil.copytree(folder, folder.name)
     assert run_in_process(*words, f"sft.from={sft.name}", f"reward.from={reward.name}/model", "name=copied") == 0
-    assert caplog.text.count("training the SFT model") == 1
+    told = said(capfd)
+    assert told.count("training the SFT model") == 1
     assert "same_as" not in summary_of(done("copied"))
     assert measured(done("copied")) == measured(done("trained"))
     policies = [load_file(done(name) / "model/adapter_model.safetensors") for name in ("trained", "copied")]
     assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
 
 
-def test_a_reward_model_with_another_tokenizer_is_a_scorer(made: SimpleNamespace, caplog: Any) -> None:
+def test_a_reward_model_with_another_tokenizer_is_a_scorer(made: SimpleNamespace, capfd: Any) -> None:
     words = [*with_released_shape(made), f"sft.from={made.sft}", f"reward.from={made.foreign}"]
     assert run_in_process(*words, "name=ppo", "judge=reward_model") == 0
-    assert "1 model(s) in memory (base)" in caplog.text  # the value function starts from the SFT model
+    told = said(capfd)
+    assert "1 model(s) in memory (base)" in told  # the value function starts from the SFT model
     baseline = summary_of(cached("reward"))["metrics"]["reward/baseline"]
     rows = [row for row in read_lines(done("ppo") / "samples.jsonl") if row["step"] == 0]
     model = AutoModelForSequenceClassification.from_pretrained(made.foreign, num_labels=1)
@@ -132,11 +142,12 @@ def test_a_reward_model_with_another_tokenizer_is_a_scorer(made: SimpleNamespace
             assert row["reward"] == pytest.approx(float(model(ids).logits) - baseline, abs=1e-4)
 
 
-def test_a_reward_model_of_another_size_is_trained_on_its_own_sft_model(caplog: Any) -> None:
+def test_a_reward_model_of_another_size_is_trained_on_its_own_sft_model(capfd: Any) -> None:
     size = ["model@reward.model=tiny", "reward.model.config.hidden_size=48", "reward.model.config.num_hidden_layers=1"]
     assert run_in_process(*TINY, *size, "name=ppo") == 0
-    assert caplog.text.count("training the SFT model") == 2
-    assert "1 model(s) in memory (base)" in caplog.text
+    told = said(capfd)
+    assert told.count("training the SFT model") == 2
+    assert "1 model(s) in memory (base)" in told
     reward = cached("reward")
     config = json.loads((reward / "model/adapter_config.json").read_text())
     own = json.loads((Path(config["base_model_name_or_path"]) / "config.json").read_text())
@@ -146,16 +157,17 @@ def test_a_reward_model_of_another_size_is_trained_on_its_own_sft_model(caplog: 
     assert run_in_process(*TINY, "stage=reward", "name=own") == 0
     shape = [word.replace("model.", "reward.model.") for word in TINY if word.startswith("model.config")]
     assert run_in_process(*TINY, "model@reward.model=tiny", *shape, "stage=reward", "name=named") == 0
-    assert caplog.text.count("training the reward model") == 2
+    assert said(capfd).count("training the reward model") == 1
 
 
 def test_weight_differences_become_the_models_they_were_made_from(
-    made: SimpleNamespace, differences: SimpleNamespace, caplog: Any
+    made: SimpleNamespace, differences: SimpleNamespace, capfd: Any
 ) -> None:
     words = [*with_released_shape(made), f"sft.from={differences.sft}", f"sft.difference_to={differences.base}",
              f"reward.from={differences.reward}", f"reward.difference_to={differences.base}"]  # fmt: skip
     assert run_in_process(*words, "name=ppo") == 0
-    assert caplog.text.count("as published") == 2
+    told = said(capfd)
+    assert told.count("as published") == 2
     ids = torch.arange(3, 9)[None]
     tuned, recovered = (AutoModelForCausalLM.from_pretrained(place) for place in (made.sft, cached("sft") / "model"))
     torch.testing.assert_close(recovered(ids).logits, tuned(ids).logits, atol=1e-6, rtol=1e-5)
@@ -179,7 +191,7 @@ def test_differences_to_another_base_are_refused_and_leave_nothing(
 def test_a_dry_run_says_what_is_taken(made: SimpleNamespace, capfd: Any) -> None:
     words = [*with_released_shape(made), f"sft.from={made.sft}", f"reward.from={made.foreign}"]
     assert run_in_process(*words, "dry_run=true") == 0
-    said = capfd.readouterr().out
-    assert f"sft: taken from {made.sft}\n" in said
-    assert f"reward: taken from {made.foreign}, as a scorer with its own tokenizer" in said
+    told = said(capfd)
+    assert f"sft: taken from {made.sft} " in told
+    assert f"reward: taken from {made.foreign}, as a scorer with its own tokenizer" in told
     assert not Path("outputs/cache/runs").exists()
