@@ -1,10 +1,11 @@
 """`judge=finished_reward_model`: the reward model of a finished run, or of the cache, as the judge of another run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError, RunError
 from rlhf.evaluation.judges import RewardModelJudge
 from rlhf.finished.chat.models import ModelCache
@@ -39,6 +40,18 @@ class FinishedRewardModelJudge(RewardModelJudge):
         roles.table["reward"], roles.heads["reward"] = roles.table[role], roles.heads[role]
         tokenizer = keep_template(run.tokenizer(), context.source)
         super().__init__(replace(context, tokenizer=tokenizer, roles=roles), tie, max_tokens)
+        self._known: dict[tuple[str, str, bool], float] = {}
+
+    def _scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """The scores of the responses, each of which is scored once, however many others it is compared with."""
+        keys = [
+            (row.prompt, str(text), getattr(text, "ended", True)) for row, text in zip(prompts, responses, strict=True)
+        ]
+        new = list({key: i for i, key in enumerate(keys) if key not in self._known}.values())
+        if new:
+            scores = super()._scores([prompts[i] for i in new], [responses[i] for i in new])
+            self._known |= {keys[i]: score for i, score in zip(new, scores, strict=True)}
+        return [self._known[key] for key in keys]
 
     @classmethod
     def check(cls, keys: Mapping[str, Any]) -> None:
