@@ -1,6 +1,7 @@
 """The `rlhf-agreement` command: how far a judge agrees with the annotations of pairs."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,13 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
 def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
     """Judge the pairs and write the results."""
     from rlhf.files import write_json
-    from rlhf.finished.compare.duels import CountingJudge
+    from rlhf.finished.compare.duels import ConfiguredJudge
     from rlhf.finished.compare.results import write_lines
     from rlhf.finished.export.cli import atomic_folder
-    from rlhf.pipeline.config import data_source, instantiate
+    from rlhf.pipeline.config import data_source
     from rlhf.report.agreement import agreement
-    from rlhf.scorers import Context
 
-    cached = Path(config.output_dir) / "cache"
-    context = Context(data_source(config), None, None, cache=cached)  # type: ignore[arg-type]  (no run's own models)
-    judge = CountingJudge(instantiate(config.judge, "judge", context))
+    judge = ConfiguredJudge(config, data_source(config), Path(config.output_dir) / "cache")
     prompts, first = [pair.prompt for pair in pairs], [pair.first for pair in pairs]
     verdicts = {
         "annotations": [pair.outcome for pair in pairs],
@@ -99,7 +97,7 @@ def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, A
         raise ConfigError(f"{about['annotations']} has no verdict on any pair; allowed: annotated pairs")
     compared = [("judge", "annotations"), ("longer answer", "annotations"), ("judge", "longer answer")]
     instructions = [row.instruction or row.prompt for row in prompts]
-    found = {pair: agreement(*(verdicts[name] for name in pair), instructions) for pair in compared}
+    found = {(a, b): agreement(verdicts[a], verdicts[b], instructions) for a, b in compared}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as work:
         (work / PAGE).write_text(table(found, len(set(instructions))), encoding="utf-8")
@@ -118,7 +116,8 @@ def table(found: Mapping[tuple[str, str], Any], instructions: int) -> str:
     from rlhf.report.tables import NOTHING, Table, WithInterval
 
     def cell(value: tuple[float, float, float], scale: int, digits: int) -> Any:
-        return NOTHING if value[0] != value[0] else WithInterval(*(scale * x for x in value), digits=digits)
+        share, low, high = (scale * x for x in value)
+        return NOTHING if math.isnan(share) else WithInterval(share, low, high, digits)
 
     rows = [
         [

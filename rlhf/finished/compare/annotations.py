@@ -49,7 +49,7 @@ def read_annotations(word: str, source: DataSource) -> list[Annotated]:
     """
     path, template = Path(word).expanduser(), getattr(source, "template", None)
     if word in PREFERENCE_SPLITS:
-        return _of_data(source, word, template)  # type: ignore[arg-type]  (one of the splits)
+        return _of_data(source, word, template)
     if (path / COMPARISON).exists():
         return list(_of_comparison(path))
     if path.is_dir() or not path.exists():
