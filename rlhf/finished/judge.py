@@ -58,8 +58,8 @@ class FinishedRewardModelJudge(RewardModelJudge):
         return [self._known[key] for key in keys]
 
     def _prompts(self, rows: Sequence[Prompt]) -> list[str]:
-        """Return the prompts in the template of the reward model."""
-        if self.template is None or self.template == self.asked:
+        """Return the prompts in the template of the reward model; as they are if they are in none."""
+        if self.asked is None or self.template is None or self.template == self.asked:
             return super()._prompts(rows)
         try:
             return [self.template.render_messages(conversation_of(row.prompt, self.asked)) for row in rows]
