@@ -75,7 +75,10 @@ def _by_kind(source: DataSource, rows: list[Comparison], margins: list[float]) -
     if not hasattr(source, "kinds") or "preference_validation" not in source.splits:
         return {}
     known = as_records(source.load("preference_validation"), "preference_validation")
-    kinds = dict(zip(known, source.kinds(), strict=True))
+    names = source.kinds()
+    if not names:
+        return {}
+    kinds = dict(zip(known, names, strict=True))
     table = accuracy_by_kind(rows, margins, [kinds[row] for row in rows])
     lines = [
         f"{kind:<20}{row['pairs']:>6}{100 * row['accuracy']:>9.1f}{100 * row['longer_accuracy']:>9.1f}"
