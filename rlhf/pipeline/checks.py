@@ -131,6 +131,11 @@ def _check_ppo(settings: Settings) -> None:
         )
     if ppo.warmup_steps >= ppo.steps:
         raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    if ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
+        raise ConfigError(
+            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
+            f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
+        )
     _check_function("divergence.function", settings.divergence.function)
 
 

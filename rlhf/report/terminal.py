@@ -29,6 +29,8 @@ def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
     """Print what a job of a sweep would do (`rlhf.pipeline.preflight.describe`), in a line."""
     step = description["step"]
     state = "done   " if description["done"] else f"step {step:<3}" if step else "missing"
+    if description.get("measures"):
+        state = "measure"
     same = f"  (= {description['same_as']})" if description["same_as"] else ""
     memory = (
         f"  {description['memory'].partition(' (')[0]}" if description["memory"] and not description["done"] else ""
