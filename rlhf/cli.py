@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +111,14 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         _share_cores(parallel_jobs(launcher), workers)
     elif on_slurm(launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
+    given, excluded = HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
+    overrides = distinctive_overrides(given, excluded)
+    if config.stage.name == "evaluate" and config.policy is not None:
+        return _evaluate_policy(config, folder, overrides, workers, sweeping)
     # 1. Check everything that can be checked before a model is loaded.
     settings, objectives = settings_of(config), objectives_of(config)
     source = data_source(config)
     check(config, settings, source)
-    overrides = distinctive_overrides(
-        HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
-    )
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
         described = describe(plan)
@@ -134,6 +136,11 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     # 3. Show the results, once.
     if not is_first_process() or processes.LAUNCHER_PID in os.environ:  # the process that started this one shows them
         return None
+    return _shown(summary, folder, sweeping, objectives)
+
+
+def _shown(summary: dict[str, Any], folder: Path, sweeping: bool, objectives: Mapping[str, str] | None) -> Result:
+    """Show the results, or in a sweep how far it is; returns what a sweeper optimises."""
     if sweeping:
         intended = folder.parent / PLAN
         line = progress_line(states(folder.parent), planned_parallelism(intended)) if intended.exists() else "done"
@@ -141,6 +148,26 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     else:
         show_results(summary, folder)
     return result(summary["metrics"], objectives)
+
+
+def _evaluate_policy(config: DictConfig, folder: Path, overrides: list[str], workers: int, sweeping: bool) -> Result:
+    """Measure the policy that `config.policy` names (stage=evaluate), and show the results."""
+    from rlhf.finished.evaluate import evaluate
+    from rlhf.pipeline import cache
+
+    if workers > 1:
+        raise ConfigError(f"trainer.devices={workers}: policy={config.policy} is measured by one process; allowed: 1")
+    given, objectives = HydraConfig.get().overrides.task, objectives_of(config)
+    if config.dry_run:
+        described = evaluate(config, folder, given, overrides)
+        if not sweeping:
+            print(OmegaConf.to_yaml(described))
+            return None
+        show_plan(described, overrides)
+        return described
+    with cache.locked(folder / ".lock", f"another process works in {folder}"):
+        summary = evaluate(config, folder, given, overrides)
+    return _shown(summary, folder, sweeping, objectives)
 
 
 def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[str, Any]:
@@ -176,6 +203,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     # 4. Measure it as asked, without a training step.
     todo = collectives.on_rank_zero(lambda: measuring.unmeasured(plan, folder))
     if todo:
+        settle_budget(plan, jobs=jobs)
         place = evaluations.place(folder, plan.evaluation)
         log.info("%s is measured without training, at step %s: %s", folder.name, ", ".join(map(str, todo)), place)
         Run(plan, progress).measure(todo, place)

@@ -69,6 +69,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "
             "a prompt part; allowed: reward.group_prompts=false"
         )
+    if config.policy is not None and config.stage.name != "evaluate":
+        raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
     if config.stage.name in ("ppo", "evaluate"):
         _check_evaluation(config, settings, source, simulated)
     # 3. What this machine and these models can do.
@@ -76,6 +78,20 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
     # 4. The files of the data set.
+    if hasattr(source, "check"):
+        source.check()
+
+
+def check_measuring(config: DictConfig, settings: Settings, source: DataSource, scored: bool) -> None:
+    """Refuse an evaluation that cannot measure a policy from elsewhere; its scorer is checked only if it is used.
+
+    Raises:
+        ConfigError: one sentence that names the key, its value and what is allowed.
+        DataError: a file of the data set is missing.
+    """
+    if "eval" not in source.splits and not config.evaluation.get("factscore"):
+        raise ConfigError(f"policy={config.policy}: the data set has no evaluation prompts; allowed: another data set")
+    _check_evaluation(config, settings, source, simulated=False, keys=("scorer", "judge") if scored else ("judge",))
     if hasattr(source, "check"):
         source.check()
 
@@ -202,13 +218,19 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     return True
 
 
-def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource, simulated: bool) -> None:
+def _check_evaluation(
+    config: DictConfig,
+    settings: Settings,
+    source: DataSource,
+    simulated: bool,
+    keys: tuple[str, ...] = ("scorer", "judge"),
+) -> None:
     """Scorer, judge and evaluation must have what they need, and be content with their own configuration."""
-    for key in ("scorer", "judge"):
+    for key in keys:
         _check_needs(config, key, source, simulated)
     if settings.evaluation.gold:
         _check_gold(config, source)
-    for key in ("scorer", "judge", "evaluation.factscore", "evaluation.gold"):
+    for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
     best_metric(config, settings, source)
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:

@@ -41,6 +41,7 @@ class Plan:
         self.config, self.settings, self.source, self.folder = config, settings, source, folder
         self.overrides = list(overrides)
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        self.trained_scorer: Mapping[str, Any] | None = None  # that of a finished run, if it is measured by another one
         self.quantization = settings.quantization if is_quantized(settings.quantization) else None
 
     @property
@@ -136,8 +137,16 @@ class Plan:
         return self.evaluation_of(self.plain)
 
     def evaluation_of(self, config: Mapping[str, Any]) -> str:
-        """The digest `evaluation` of another resolved configuration of this run."""
-        return identity.digest(identity.decisive(identity.of_evaluation(config, self.source)), known=self._digests)
+        """The digest `evaluation` of another resolved configuration of this run.
+
+        The scorer counts only if it is another one than that of the training, which is part of the run.
+        """
+        measured = identity.decisive(identity.of_evaluation(config, self.source))
+        scorer, trained = (
+            identity.decisive(config["scorer"]),
+            identity.decisive(self.trained_scorer or config["scorer"]),
+        )
+        return identity.digest(measured if scorer == trained else {**measured, "scorer": scorer}, known=self._digests)
 
     @property
     def noted(self) -> str:

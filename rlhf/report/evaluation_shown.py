@@ -38,7 +38,7 @@ def with_evaluation(
 
 def evaluation_shown(runs: Sequence[RecordedRun]) -> list[str]:
     """The sentence that says which evaluation a report of these runs shows; none if there is no other."""
-    if not any((run.folder / EVALUATIONS).is_dir() for run in runs):
+    if not any((run.folder / EVALUATIONS).is_dir() or run.summary.get("stage") == "evaluate" for run in runs):
         return []
     shown: dict[str, list[RecordedRun]] = {}
     for run in runs:
@@ -56,5 +56,6 @@ def _name(run: RecordedRun) -> str:
     node = factscore or judge
     by = str(node.get("_target_", "")).rpartition(".")[2]
     model = next((f" ({node[key]})" for key in ("model", "folder") if node.get(key)), "")
-    digest = run.measured.name if run.measured else "made during the training"
+    own = run.summary.get("evaluation", "") if run.summary.get("stage") == "evaluate" else "made during the training"
+    digest = run.measured.name if run.measured else own
     return f"the evaluation {digest}, {by}{model} on {measured.get('prompts')} prompts"

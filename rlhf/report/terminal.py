@@ -46,7 +46,7 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
     table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
     table.add_column("")
-    if summary["stage"] == "ppo":
+    if summary["stage"] == "ppo" or before:
         table.add_column("SFT", justify="right")
         table.add_column("PPO", justify="right")
         for key, (label, scale) in ROWS.items():
