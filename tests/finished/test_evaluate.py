@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from rlhf import root
 from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines
-from rlhf.pipeline import run
+from rlhf.pipeline import identity, run
+from rlhf.pipeline.config import data_source
 from rlhf.report.cli import main as report
 from rlhf.tracking.metrics_file import evaluated_at
 from tests.helpers.command_line import TINY, error_sentence, run_in_process
+from tests.helpers.composed_config import composed
 from tests.helpers.run_results import without_times
 
 ARGUMENTS = [*TINY, "logger=csv", "ppo.eval_every=1", "ppo.lr=0.05", "ppo.keep_evaluated=true"]
@@ -140,3 +144,44 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(
     sentence = error_sentence(capsys.readouterr().err)
     assert re.search(said, sentence), sentence
     assert not (outputs / "bad/run" / SUMMARY).exists()
+
+
+# -- docs/evaluation.md ------------------------------------------------------------------------------------------------
+
+PAGE = (root() / "docs" / "evaluation.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = [line.split()[1:] for text in BLOCKS for line in text.splitlines() if "…" not in line and "-m" not in line]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_of_the_page_trains_nothing(words: list[str], outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder whose `outputs/rlhf/default` is the finished run, at its sizes."""
+    monkeypatch.chdir(outputs.parent)
+    (outputs / "rlhf").mkdir(exist_ok=True)
+    if not (outputs / "rlhf/default").exists():
+        (outputs / "rlhf/default").symlink_to(outputs / "study/run", target_is_directory=True)
+    sizes = ARGUMENTS if "stage=evaluate" not in words else ["debug=quick", *(DATA if is_outside(words[1]) else [])]
+    before = set(outputs.glob(f"rlhf/*/{SUMMARY}"))
+    assert run_in_process(*sizes, *words) == 0
+    assert len(set(outputs.glob(f"rlhf/*/{SUMMARY}")) - before) == 1
+
+
+def is_outside(policy: str) -> bool:
+    return policy.endswith(("@sft", ".json", "=reference"))
+
+
+def test_the_page_has_commands_of_both_kinds() -> None:
+    assert {"stage=evaluate" in words for words in COMMANDS} == {True, False}
+
+
+def test_table_2_measures_the_runs_of_table_1() -> None:
+    """Their configurations differ in nothing that is trained, so that `policy=finished` finds them."""
+    first, second = (composed(f"experiments=table{number}", "variant=lora_kl", "replicate=2") for number in (1, 2))
+    assert (second.stage.name, second.policy) == ("evaluate", "finished")
+    source = data_source(first)
+    trained = [identity.of_training({**OmegaConf.to_container(config, resolve=True), **same}, source)  # type: ignore[dict-item]
+               for config in (first, second) for same in ({"stage": "", "name": "", "report": ""},)]  # fmt: skip
+    assert trained[0] == trained[1]
+    axes = [composed(f"experiments=table{number}", with_hydra=True).hydra.sweeper.params for number in (1, 2)]
+    assert axes[0].replicate == axes[1].replicate
+    assert set(axes[1].variant.split(",")) <= set(axes[0].variant.split(","))
