@@ -141,6 +141,8 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
     ):
         allowed = chosen in (MODEL, BEST_MODEL) or chosen.startswith(f"{KEPT}/")
         if allowed and (place / SUMMARY).exists() and read_object(place / SUMMARY, stage=str)["stage"] == "ppo":
+            if not (place / chosen).is_dir():
+                raise RunError(f"{word}: {place} has no {chosen}; allowed: {MODEL}, or another policy that it has kept")
             run = FinishedRun.open(place, chosen)
             merged = as_trained(config, run, given)
             return _subject(merged, run, None if place == path else _step_of(run))

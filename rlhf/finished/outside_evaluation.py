@@ -21,7 +21,7 @@ from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
 from rlhf.finished.policies import Policy, open_policy
 from rlhf.models.tokenizing import Response
 from rlhf.pipeline import identity
-from rlhf.pipeline.checks import check_measuring
+from rlhf.pipeline.checks import check_evaluation
 from rlhf.pipeline.config import data_source, instantiate, needs, settings_of, target_class
 from rlhf.pipeline.evaluating import make_evaluator, ping
 from rlhf.pipeline.plan import Plan
@@ -31,6 +31,14 @@ from rlhf.tracking.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
 BATCH = 64  # prompts answered at a time where generation.batch_size=auto
+
+
+@dataclass(frozen=True)
+class TextContext(Context):
+    """What a judge or a scorer of texts may use: a context without the models of a run, but with their device."""
+
+    tokenizer: Any = None
+    roles: Any = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,11 @@ class OutsideEvaluation:
         settings, source = settings_of(config), data_source(config)
         policy = open_policy(str(config.policy))
         scores = isinstance(scorer := target_class(config.scorer, "scorer"), type) and issubclass(scorer, TextScorer)
-        check_measuring(config, settings, source, scores)
+        if "eval" not in source.splits and not settings.evaluation.factscore:
+            raise ConfigError(f"policy={config.policy}: the data set has no evaluation prompts; allowed: another one")
+        check_evaluation(config, settings, source, False, ("scorer", "judge") if scores else ("judge",))
+        if hasattr(source, "check"):
+            source.check()
         if needs(config, "judge", "needs_reward_model"):
             raise ConfigError(
                 f"judge=reward_model is that of a run, which policy={config.policy} has not; allowed: another judge, "
@@ -94,7 +106,7 @@ class OutsideEvaluation:
         ping(plan.config)
         # 1. What judges, and the prompts.
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        context = Context(plan.source, None, SimpleNamespace(device=device), cache=plan.outputs / "cache")  # type: ignore[arg-type]
+        context = TextContext(plan.source, cache=plan.outputs / "cache", roles=SimpleNamespace(device=device))
         evaluator, loader = make_evaluator(plan, context, self.place)
         prompts = list(loader.dataset)  # type: ignore[arg-type]
         scorer = instantiate(plan.config.scorer, "scorer", context) if self._scores else None

@@ -87,9 +87,9 @@ class RunPolicy:
         from rlhf.finished.chat.models import ModelCache
 
         part, tokenizer = ModelCache().policy(self.run), self.run.tokenizer()
-        own = self.run.config["data"].get("template")
-        template = parse_template(own) if own else getattr(source, "template", None)
-        if template == getattr(source, "template", None):
+        own, data = self.run.config["data"].get("template"), getattr(source, "template", None)
+        template = parse_template(own) if own else None
+        if template is None or template == data:
             return answering.sample(part, tokenizer, [row.prompt for row in prompts], settings, source)
         texts = [template.render(instruction_or_prompt(row)) for row in prompts]
         return answering.sample(part, tokenizer, texts, settings, SimpleNamespace(template=template))

@@ -18,6 +18,8 @@ from rlhf.tracking.reading import renamed_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf.data.templates import PromptTemplate
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -68,6 +70,25 @@ class FinishedRun:
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run."""
         return self.summary["config"]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The config group `data` of the run. A chat template is that of the run's own tokenizer, saved with its model.
+
+        So it can be used where the model is not that the run began with.
+        """
+        data = self.config["data"]
+        if "name_or_path" not in (data.get("template") or {}):
+            return data
+        elsewhere = {"name_or_path": str(self.model), "tokenizer": None, "gguf_file": None, "chat_template": None}
+        return {**data, "template": {**data["template"], **elsewhere}}
+
+    @property
+    def template(self) -> "PromptTemplate | None":
+        """The prompt template that the run was trained with, if its data set has one."""
+        from rlhf.data.options import parse_template
+
+        return parse_template(self.data["template"]) if self.data.get("template") else None
 
     @property
     def settings(self) -> ModelSettings:

@@ -8,7 +8,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.records import DataSource, Prompt
+from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.evaluator import evaluation_metrics
@@ -72,26 +74,13 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     if config.policy is not None and config.stage.name != "evaluate":
         raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
     if config.stage.name in ("ppo", "evaluate"):
-        _check_evaluation(config, settings, source, simulated)
+        check_evaluation(config, settings, source, simulated)
     # 3. What this machine and these models can do.
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
-    # 4. The files of the data set.
-    if hasattr(source, "check"):
-        source.check()
-
-
-def check_measuring(config: DictConfig, settings: Settings, source: DataSource, scored: bool) -> None:
-    """Refuse an evaluation that cannot measure a policy from elsewhere; its scorer is checked only if it is used.
-
-    Raises:
-        ConfigError: one sentence that names the key, its value and what is allowed.
-        DataError: a file of the data set is missing.
-    """
-    if "eval" not in source.splits and not config.evaluation.get("factscore"):
-        raise ConfigError(f"policy={config.policy}: the data set has no evaluation prompts; allowed: another data set")
-    _check_evaluation(config, settings, source, simulated=False, keys=("scorer", "judge") if scored else ("judge",))
+    # 4. The data set: its template and its files.
+    _check_template(settings, getattr(source, "template", None))
     if hasattr(source, "check"):
         source.check()
 
@@ -218,14 +207,18 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     return True
 
 
-def _check_evaluation(
+def check_evaluation(
     config: DictConfig,
     settings: Settings,
     source: DataSource,
     simulated: bool,
     keys: tuple[str, ...] = ("scorer", "judge"),
 ) -> None:
-    """Scorer, judge and evaluation must have what they need, and be content with their own configuration."""
+    """Check that scorer, judge and evaluation have what they need, and are content with their own configuration.
+
+    Raises:
+        ConfigError: one sentence that names the key, its value and what is allowed.
+    """
     for key in keys:
         _check_needs(config, key, source, simulated)
     if settings.evaluation.gold:
@@ -283,6 +276,19 @@ def _check_own(config: DictConfig, key: str) -> None:
         own = getattr(target_class(node, key), "check", None) if "_target_" in node else None
         if own:
             own(OmegaConf.to_container(node, resolve=True))
+
+
+def _check_template(settings: Settings, template: PromptTemplate | None) -> None:
+    """A chat template must exist, and tell turns apart if earlier ones are learnt."""
+    if isinstance(template, ChatTemplate):
+        template.check()
+    if settings.sft.loss_on != "assistant":
+        return
+    if not isinstance(template, ChatTemplate):
+        raise ConfigError(
+            "sft.loss_on=assistant needs data/template=chat, which tells turns apart; allowed: response or text"
+        )
+    _ = template.earlier_turn
 
 
 def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource) -> None:
