@@ -139,7 +139,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     return _shown(summary, folder, sweeping, objectives)
 
 
-def _shown(summary: dict[str, Any], folder: Path, sweeping: bool, objectives: Mapping[str, str] | None) -> Result:
+def _shown(summary: dict[str, Any], folder: Path, sweeping: bool, objectives: Mapping[str, str]) -> Result:
     """Show the results, or in a sweep how far it is; returns what a sweeper optimises."""
     if sweeping:
         intended = folder.parent / PLAN

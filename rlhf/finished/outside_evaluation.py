@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 BATCH = 64  # prompts answered at a time where generation.batch_size=auto
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextContext(Context):
     """What a judge or a scorer of texts may use: a context without the models of a run, but with their device."""
 
@@ -108,7 +108,7 @@ class OutsideEvaluation:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         context = TextContext(plan.source, cache=plan.outputs / "cache", roles=SimpleNamespace(device=device))
         evaluator, loader = make_evaluator(plan, context, self.place)
-        prompts = list(loader.dataset)  # type: ignore[arg-type]
+        prompts = [row for batch in loader for row in batch]
         scorer = instantiate(plan.config.scorer, "scorer", context) if self._scores else None
         # 2. The answers, and their judgement.
         responses, scores = best_answers(self.policy, prompts, plan.settings, plan.source, scorer)

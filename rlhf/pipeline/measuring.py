@@ -1,7 +1,8 @@
 """The policies of a finished run, and which of them an evaluation has measured."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def begin(plan: Plan) -> None:
     judges never mix in one file.
     """
     before = earlier.read_note(plan.folder)
-    if plan.stage == "ppo" and (before.get("config") or {}).get("ppo"):
+    if plan.stage == "ppo" and {"judge", "evaluation", "data", "scorer"} <= (before.get("config") or {}).keys():
         measured = before.get("evaluation") or plan.evaluation_of(renamed_config(before["config"]))
         if measured != plan.evaluation:
             set_aside(plan.folder, measured)
@@ -122,4 +123,8 @@ def set_aside(run: Path, digest: str) -> None:
                 "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8"
             )
         if (run / name).exists():
-            keep_lines(run / name, lambda line, moved=found: line not in moved, "step")
+            keep_lines(run / name, partial(_stays, found), "step")
+
+
+def _stays(moved: Sequence[dict[str, Any]], line: dict[str, Any]) -> bool:
+    return line not in moved

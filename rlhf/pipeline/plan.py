@@ -188,8 +188,8 @@ class Plan:
         if noted == self.identity:
             return True
         note = earlier.read_note(folder)
-        config = note.get("config")
-        if self.stage != "ppo" or "evaluation" in note or not isinstance(config, dict) or not config.get("ppo"):
+        config = note.get("config") or {}
+        if self.stage == "evaluate" or "evaluation" in note or not {"ppo", "data"} <= config.keys():
             return False
         former = {key: value for key, value in config.items() if key not in IGNORED_GROUPS}
         return noted == self._digest_of(former) and self._identity_of(config) == self.identity

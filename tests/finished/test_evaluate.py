@@ -102,10 +102,14 @@ def test_models_adapters_and_outputs_from_elsewhere(outputs: Path, tmp_path: Pat
     assert draws["eval/gold_utility"] > own["eval/gold_utility"]
 
 
+def variety(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(set(response))) for response in responses]
+
+
 def test_the_best_of_several_answers_of_a_model(outputs: Path) -> None:
     [sft] = outputs.glob("cache/sft-*/model")
-    decoding = [*DATA, "evaluation.temperature=3.0", "scorer=gold"]
-    means = [measured(outputs, "best", sft, *decoding, f"evaluation.best_of={count}")["metrics"]["eval/gold_utility"]
+    decoding = [*DATA, "evaluation.temperature=1.0", "scorer=function", f"scorer.function={__name__}.variety"]
+    means = [measured(outputs, "best", sft, *decoding, f"evaluation.best_of={count}")["metrics"]["eval/reward"]
              for count in (1, 8)]  # fmt: skip
     assert means[1] > means[0]
 
