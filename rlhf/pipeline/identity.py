@@ -25,8 +25,9 @@ IGNORED_TRAINER_KEYS = frozenset({
     "_target_", "accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark", "profiler",
     "detect_anomaly", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "default_root_dir",
 })  # fmt: skip
-# Labels, and intervals of saving and logging.
-IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every"})
+# Labels, intervals of saving and logging, and what only changes the speed of decoding: recorded as CUDA graphs, the same
+# kernels run on the same numbers, and off a GPU the key has no effect.
+IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function

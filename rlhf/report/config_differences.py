@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.files import SUMMARY
+from rlhf.pipeline.identity import LIGHTNING, decisive, of_trainer
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.tracking.seeds import SEED_KEYS
 
@@ -16,11 +17,8 @@ DESCRIPTIVE = (
     "name", "output_dir", "resume", "dry_run", "report", "logger", "experiments", "sweeps", "objectives",
     "guards", "variant", "recipe", "debug", "cluster",
 )  # fmt: skip
-# Keys of `trainer` that do not change what is trained: the devices, and what is printed.
-DEVICES = (
-    "_target_", "accelerator", "devices", "num_nodes", "strategy", "plugins", "callbacks", "logger", "profiler",
-    "default_root_dir", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps",
-)  # fmt: skip
+# Keys of `trainer` that early versions set themselves; today they are refused.
+EARLY_TRAINER_KEYS = ("plugins", "callbacks", "logger", "enable_checkpointing")
 # Keys at any depth that do not change the result: how a judge's answers are fetched and stored.
 FETCHING = ("client", "cache")
 MISSING = object()  # stands for the value of an absent key, as null is a value
@@ -76,12 +74,13 @@ def _unequal(own: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "")
 
 
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides the result."""
-    decisive = {key: _without_fetching(value) for key, value in config.items() if key not in DESCRIPTIVE}
-    trainer = decisive.get("trainer")
+    """The part of a configuration that decides the result: what a run is known by, but for how answers are fetched."""
+    found = {key: decisive(_without_fetching(value)) for key, value in config.items() if key not in DESCRIPTIVE}
+    trainer = found.get("trainer")
     if isinstance(trainer, Mapping):
-        decisive["trainer"] = {key: value for key, value in trainer.items() if key not in DEVICES}
-    return decisive
+        kept = {key: value for key, value in trainer.items() if key not in EARLY_TRAINER_KEYS}
+        found["trainer"] = of_trainer({"_target_": LIGHTNING[0], **kept})
+    return found
 
 
 def _without_fetching(node: Any) -> Any:

@@ -36,7 +36,6 @@ class Farm:
     """
 
     splits: ClassVar[tuple[Split, ...]] = SPLITS
-    groups: ClassVar[tuple[str, ...]] = GROUPS
     concerns: ClassVar[Mapping[str, tuple[Split, ...]]] = {
         "fame": ("sft", "sft_validation"),
         "demonstrations": ("sft",),
@@ -90,6 +89,7 @@ class Farm:
         self.seed = seed
         self.world = World(seed, people)
         self.tasks = Tasks(self.world, seed, fame)
+        self.groups = GROUPS if fame else ()
         self.responses, self.label_noise, self.max_response_tokens = responses, label_noise, max_response_tokens
         self.sizes: dict[Split, int] = {
             "sft": demonstrations,
@@ -99,6 +99,12 @@ class Farm:
             "prompts": prompts,
             "eval": eval_prompts,
         }
+
+    def check(self) -> None:
+        """Raise `DataError` if comparisons are cut so short that responses do not differ."""
+        _, tasks = self._tasks("preference_validation")
+        for task in tasks[:1]:
+            list(self._comparisons(task, Random(0)))
 
     def load(self, split: Split) -> Dataset:
         """The rows of `split`; see `DataSource.load`.
@@ -201,13 +207,15 @@ class Farm:
         return count_facts(task, analyze(self.world, task, response))
 
     def group(self, prompt: str) -> str:
-        """The third of the people that the prompt is about, by fame: `famous`, `known` or `obscure`; "" for a craft.
+        """The third of the people that the prompt is about, by fame: `famous`, `known` or `obscure`.
+
+        It is "" for a craft, and for everybody if demonstrations are about all people alike (`fame` 0).
 
         Raises:
             DataError: no task has this prompt.
         """
         rank = self.tasks.rank.get(self._task(prompt).subject)
-        return "" if rank is None else GROUPS[(rank - 1) * len(GROUPS) // len(self.world.people)]
+        return "" if rank is None or not self.groups else GROUPS[(rank - 1) * len(GROUPS) // len(self.world.people)]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A word-level tokenizer whose vocabulary covers every text of this world."""
