@@ -25,8 +25,8 @@ IGNORED_TRAINER_KEYS = frozenset({
     "_target_", "accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark", "profiler",
     "detect_anomaly", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "default_root_dir",
 })  # fmt: skip
-# Labels, intervals of saving and logging, and what only changes the speed of decoding: recorded as CUDA graphs, the same
-# kernels run on the same numbers, and off a GPU the key has no effect.
+# Labels, intervals of saving and logging, and CUDA graphs, which only make decoding faster: on a GPU the metrics were
+# equal with and without them, and elsewhere the key has no effect.
 IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
@@ -115,7 +115,7 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decisive(node: Any) -> Any:
-    """A part of the configuration without labels and without intervals of saving and logging.
+    """A part of the configuration without `IGNORED_KEYS`.
 
     Of a judge's client only the model that answers is kept, not how it is reached.
     """

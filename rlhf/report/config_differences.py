@@ -3,7 +3,7 @@
 Overrides alone do not show this: after an edit of the experiment's file, the same overrides give another configuration.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.files import SUMMARY
@@ -44,8 +44,10 @@ def split_by_config(runs: Sequence[RecordedRun]) -> tuple[list[RecordedRun], lis
     return chosen, others
 
 
-def differences(reference: RecordedRun, run: RecordedRun) -> list[str]:
+def differences(reference: RecordedRun, run: RecordedRun, groups: Collection[str] = ()) -> list[str]:
     """`key=value (there: reference's value)` for each key that decides the result and differs; [] for replicates.
+
+    With `groups` only keys of these groups of the configuration count.
 
     A key that only one configuration has is a difference if the same code made both runs. Otherwise the key may just be
     newer than the other run, and is ignored. A run without a configuration (early versions recorded none) differs from
@@ -58,7 +60,7 @@ def differences(reference: RecordedRun, run: RecordedRun) -> list[str]:
     return [
         f"{key}={_short(value)} (there: {_short(other_value)})"
         for key, value, other_value in _unequal(own, other)
-        if key not in SEED_KEYS
+        if key not in SEED_KEYS and (not groups or key.partition(".")[0] in groups)
         if same_code or (value is not MISSING and other_value is not MISSING)
     ]
 

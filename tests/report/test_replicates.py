@@ -1,6 +1,7 @@
 """Replicates: which runs the statistics count as one, and what is compared in pairs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,3 +135,41 @@ def test_equal_seeds_on_different_reward_models_are_warned_of(tmp_path: Path) ->
     run = next(folder.glob("*replicate-2_seed-2")) / "summary.json"
     run.write_text(run.read_text().replace("reward-2", "reward-9"))
     assert any("different reward models (reward-2, reward-9)" in text for text in warnings(load([folder])))
+
+
+def shared_by(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """The sentence about what runs share, for rows with these summaries and two PPO seeds each."""
+    for number, row in enumerate(rows):
+        for seed in (1, 2):
+            config = {"seed": seed, "sft": {"seed": 0, "lr": row.get("lr", 0.1)}, "reward": {"seed": 0}}
+            axes = [f"row={number}", f"seed={seed}"]
+            models = {"reward_model": row["reward_model"]} if "reward_model" in row else {}
+            write_run(folder / "_".join(axes), "lora_kl", seed, config=config, overrides=axes, **models)
+    return main_table(load([folder])).caption
+
+
+SHARED: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"reward_model": "reward-a"}] * 2, "All runs share one SFT model and one reward model: "),
+    ([{}] * 2, "All runs share one SFT model and one reward model: "),  # early versions
+    ([{"reward_model": None}] * 2, "All runs share one SFT model: "),  # a classifier is the scorer
+    (
+        [{"reward_model": "reward-a"}, {"reward_model": "reward-b"}],
+        "All runs of a row share one SFT model and one reward model, which differ from row to row: ",
+    ),
+    (
+        [{"reward_model": None, "lr": 0.1}, {"reward_model": None, "lr": 0.2}],
+        "All runs of a row share one SFT model, which differ from row to row: ",
+    ),
+    (
+        [{"reward_model": None}, {"reward_model": "reward-a"}],
+        "All runs share one SFT model and, if they need one, one reward model: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "sentence"), SHARED)
+def test_what_runs_are_said_to_share_is_what_they_recorded(
+    tmp_path: Path, rows: list[dict[str, Any]], sentence: str
+) -> None:
+    """Equal seeds alone do not make equal models."""
+    assert sentence in shared_by(tmp_path / "s", rows)
