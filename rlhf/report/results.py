@@ -76,7 +76,7 @@ def _shared_models(sweep: Sweep) -> str:
     one_reward = sweep.depth < PPO_SEEDS or len(rewards - {None}) < 2
     if one_start and one_reward:
         return f"All runs share {models}"
-    return f"All runs of a row share {models}, which differ from row to row"
+    return f"All runs of a row share {models}, but rows differ in theirs"
 
 
 def _coverage(sweep: Sweep) -> str:

@@ -69,7 +69,7 @@ def reml(values: Array, rows: Labels, sources: Sequence[Labels]) -> list[float]:
 class Sources:
     """The variances of one metric by source, and how much of each there is in the mean of a row.
 
-    The mean of a row is that of its outermost groups, and the mean of a group that of its runs: the report's replicates.
+    The mean of a row is that of its outermost groups, the report's replicates, and theirs that of their runs.
 
     Attributes:
         nested: the variances of the nested sources, the outermost first, each per group.

@@ -80,7 +80,7 @@ class Costs(NamedTuple):
         return cls(evaluation_cost(sweep.finished), shared)
 
     def of_more(self, sources: Sources, design: Design, source: int) -> float:
-        """What one more of a source in each group above it costs a row: PPO runs, and the models that they start from."""
+        """What one more of a source in each group above it costs a row: PPO runs, and what they start from."""
         added = sources.groups_added(source)
         above = [(design.source_of(stage), cost) for stage, cost in zip(STAGES, self.upstream, strict=False)]
         return float(added[-1] + sum(cost * added[place] for place, cost in above if place is not None))

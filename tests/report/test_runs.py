@@ -161,6 +161,14 @@ def test_a_key_that_an_older_version_lacks_does_not_part_the_seeds(tmp_path: Pat
     assert any("different reward models (None, reward-1)" in text for text in warnings(load([folder])))
 
 
+def test_a_misspelt_key_of_the_layout_is_warned_of(tmp_path: Path) -> None:
+    for name, layout in (("right", {"pair_seeds": True, "notes": "n"}), ("wrong", {"pair_seed": True, "notes": "n"})):
+        told = warnings(load([write_sweep(tmp_path / name, layout, ["lora_kl"])]))
+        assert [text.partition(" has no effect; allowed: title, ")[0] for text in told] == ["report.pair_seed"] * (
+            name == "wrong"
+        )
+
+
 def test_runs_moved_aside_are_no_rows(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     write_run(folder / "variant-lora_kl_seed-1" / "earlier" / "1", "lora_none", 1)

@@ -89,7 +89,6 @@ class Farm:
         self.seed = seed
         self.world = World(seed, people)
         self.tasks = Tasks(self.world, seed, fame)
-        self.groups = GROUPS if fame else ()
         self.responses, self.label_noise, self.max_response_tokens = responses, label_noise, max_response_tokens
         self.sizes: dict[Split, int] = {
             "sft": demonstrations,
@@ -99,6 +98,11 @@ class Farm:
             "prompts": prompts,
             "eval": eval_prompts,
         }
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The values of `group`; none if demonstrations are about all people alike."""
+        return GROUPS if self.tasks.fame else ()
 
     def check(self) -> None:
         """Raise `DataError` if comparisons are cut so short that responses do not differ."""
