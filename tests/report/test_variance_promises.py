@@ -55,9 +55,9 @@ def draw(rng: np.random.Generator, runs: Sequence[Run], world: World, prompts: i
 
 
 def spread_of_a_row(runs: Sequence[Run], world: World, prompts: int) -> float:
-    """The true standard error of a row's mean over its outermost groups, by 6,000 studies."""
-    rng, groups, means = np.random.default_rng(5), groups_of(runs, 1), []
-    for _ in range(20):
+    """The true standard error of a row's mean over its outermost groups, by 18,000 studies."""
+    rng, groups, means = np.random.default_rng((len(runs), prompts)), groups_of(runs, 1), []
+    for _ in range(60):
         made = draw(rng, runs, world, prompts, 300)
         means.append(np.mean([made[:, groups == group].mean(axis=(1, 2)) for group in np.unique(groups)], axis=0))
     return float(np.std(means))
@@ -111,7 +111,7 @@ def test_the_promised_standard_errors_are_those_of_larger_studies(name: str) -> 
     """Variances cannot be negative, so that the estimates are a little too large where they are near 0."""
     runs, world = WORLDS[name]
     rng = np.random.default_rng(1)
-    found = [estimated(rng, runs, world) for _ in range(150)]
+    found = [estimated(rng, runs, world) for _ in range(150 if len(runs) > 10 else 400)]
     truth = {"as it is": spread_of_a_row(runs, world, PROMPTS)}
     told = {"as it is": [one.error for one in found]}
     for source in range(len(world.nested)):
