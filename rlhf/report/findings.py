@@ -31,13 +31,13 @@ def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Itera
     best = max(sweep.trained, key=lambda row: float(np.mean(row.values(metric) or [-np.inf])))
     name, sft = metric_info(metric).name, _value(sweep.rows[0], metric)
     yield f"Highest {name}: “{best.label}”, {_value(best, metric)} (SFT: {sft})."
-    rivals, family = _rivals(sweep, best, sweep.rows, metric)
+    rivals, pairs = _rivals(sweep, best, sweep.rows, metric)
     if rivals:
         lower = [item.row.label for item in rivals if item.difference.verdict == "lower" and item.stands]
         same = [item.row.label for item in rivals if item.row.label not in lower]
         text = f"Of the {len(rivals)} other rows, {_names(lower)} can be distinguished as lower"
         text += f"; {_names(same)} cannot" if same else ""
-        yield f"{text} (Holm's correction for all {count(family, 'pair')} of rows, as the best was picked afterwards)."
+        yield f"{text} (Holm's correction for all {count(pairs, 'pair')} of rows, as the best was picked afterwards)."
     # 2. Every row against the baseline.
     in_metric = [item for item in compared if item.metric == metric]
     if in_metric:
