@@ -96,7 +96,7 @@ def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> 
     if front:
         tables["front"] = Headed("The front of the search", front)
     elif compared:
-        tables |= _differences(sweep, compared, metrics[0])
+        tables |= _differences(sweep, compared, metrics)
     if not front and (variances := variance_table(sweep)):
         tables["variance"] = Headed("Where the spread comes from", variances)
     for name, (_, table) in tables.items():
@@ -110,7 +110,7 @@ def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> 
     return path, {name: table for name, (_, table) in tables.items()}
 
 
-def _differences(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> dict[str, Headed]:
+def _differences(sweep: Sweep, compared: Sequence[Comparison], metrics: Sequence[str]) -> dict[str, Headed]:
     """The differences from the baseline; then rows and differences at equal distance, if rows have one in common."""
     against = baseline(sweep)
     heading = f"Differences from “{against.label}”"
@@ -118,9 +118,9 @@ def _differences(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> d
     distances = common_distances(sweep)
     if distances:
         tables["distance"] = Headed("At equal distance from SFT", distance_table(sweep, distances))
-    found = compared_at(sweep, against, metric, distances)
+    found = compared_at(sweep, against, metrics, distances)
     if any(found.values()):
-        table = distance_difference_table(sweep, found, against, metric)
+        table = distance_difference_table(sweep, found, against)
         tables["distance_differences"] = Headed(f"{heading} at equal distance", table)
     return tables
 
