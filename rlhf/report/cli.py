@@ -20,6 +20,7 @@ from rlhf.report.pareto_front import front_table
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
 from rlhf.report.tables import Table
+from rlhf.report.tuning import tuning_table
 from rlhf.report.variance_table import variance_table
 from rlhf.tracking.reading import printable
 
@@ -40,7 +41,7 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
     Raises:
         NoRunsError: a folder has no finished run.
-        FigureError: the layout asks for a figure that cannot be drawn.
+        FigureError: the layout asks for a figure that cannot be drawn, or for a choice by an incomplete rule.
     """
     return _make(folders, out)[0]
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(MISTAKE) from None
     console = Console()
     for name, table in tables.items():
-        if name in ("table", "front"):
+        if name in ("table", "front", "tuning"):
             console.print(_on_terminal(table, console.width))
     console.print(str(path), soft_wrap=True, highlight=False)
 
@@ -87,6 +88,8 @@ def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Ta
         tables["front"] = Headed("The front of the search", front)
     elif compared:
         tables |= _differences(sweep, compared, metrics[0])
+    if chosen := tuning_table(sweep):
+        tables["tuning"] = Headed("Chosen by the rule", chosen)
     if not front and (variances := variance_table(sweep)):
         tables["variance"] = Headed("Where the spread comes from", variances)
     for name, (_, table) in tables.items():
