@@ -75,7 +75,7 @@ class SupervisedSettings(OptimizerSettings):
 class SFTSettings(SupervisedSettings):
     """`conf/sft`: supervised fine-tuning."""
 
-    loss_on: str = choice("response", "text")
+    loss_on: str = choice("response", "assistant", "text")
     packing: bool = False
     validation_size: int = positive(200)
 
