@@ -16,6 +16,7 @@ from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.pipeline.training_checks import check_length, check_packing, check_patience
 from rlhf.scorers import TextScorer
 from rlhf.settings import Settings, is_quantized
 
@@ -60,6 +61,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             _check_function(key, OmegaConf.select(config, key))
     check_trainer(config)
     _check_model(settings)
+    check_packing(settings.sft)
     instantiate(config.kl, "kl")
     # 2. What parts need of each other.
     _check_quantization(config, settings)
@@ -129,8 +131,7 @@ def _check_ppo(settings: Settings) -> None:
             f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
             "allowed: a divisor of it"
         )
-    if ppo.warmup_steps >= ppo.steps:
-        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    check_length(ppo)
     _check_function("divergence.function", settings.divergence.function)
 
 
@@ -205,7 +206,7 @@ def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource
         _check_gold(config, source)
     for key in ("scorer", "judge", "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
-    best_metric(config, settings, source)
+    check_patience(settings.ppo, best_metric(config, settings, source))
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
         raise ConfigError(
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"

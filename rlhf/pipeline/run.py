@@ -43,6 +43,7 @@ from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.loggers import Loggers
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.plateau import Plateau
 from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
@@ -124,6 +125,8 @@ class Run:
             keep = self._best
             before = self._train(stage, evaluation, keep)
             best = {"best": collectives.on_rank_zero(lambda: self._save_best(stage, keep)) if keep else None}
+            plateau = Plateau.of(settings.ppo, keep)
+            best |= {"plateau": collectives.on_rank_zero(plateau.describe)} if plateau else {}
         else:
             before = self._evaluate(stage, evaluation)
         # 3. What it came to.

@@ -20,6 +20,7 @@ from rlhf.models.sharding import full_weights
 from rlhf.pipeline import cache
 from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.train_supervised import train_supervised
+from rlhf.settings import JOINED
 from rlhf.stages.cutting import count_short
 from rlhf.stages.sft import SupervisedFineTuning
 from rlhf.tracking.summary import write_summary
@@ -35,14 +36,15 @@ def build_sft(site: Site, folder: Path) -> None:
     # 1. The models.
     tokenizer = load_tokenizer(site.settings.model, site.source)
     roles = sft_roles(site.settings, tokenizer, site.quantization)
-    site.place(roles, settings.packing)
+    site.place(roles, settings.packing is True)
     # 2. The rows.
     train, held_out = train_and_held_out(site.source, "sft", "sft_validation", settings.validation_size)
     stage = SupervisedFineTuning(settings, roles, tokenizer, steps_of(settings, len(train)))
     stage.guards = Guards(site.settings.guards, folder)
-    texts = stage.encode(train)
-    limit = f"sft.max_length={settings.max_length}"
-    short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "sft", limit)
+    texts = stage.training_rows(train)
+    stage.total_steps = steps_of(settings, len(texts))
+    limit, cut = f"sft.max_length={settings.max_length}", [] if settings.packing == JOINED else texts
+    short = count_short(cut, settings.max_length, tokenizer.eos_token_id, "sft", limit)
     # 3. The training, and what it leaves.
     metrics = train_supervised(site.make_trainer, stage, settings, texts, stage.encode(held_out), folder)
     whole = full_weights(roles) if roles.sharded else None  # every process takes part, the first one writes
