@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 class Plateau:
     """Ends a run at the evaluation that is the `patience`-th in a row without a gain of more than `min_gain`.
 
-    A gain is over the best evaluation before; the first one is that of step 0. Like `Best`, the rule reads
-    `metrics.jsonl`, which a resumed run continues exactly, so that it ends at the same step however often it was
-    interrupted.
+    A gain is over the evaluation of the last gain, so that a slow rise adds up; the first one is that of step 0. Like
+    `Best`, the rule reads `metrics.jsonl`, which a resumed run continues exactly, so that it ends at the same step
+    however often it was interrupted.
     """
 
     best: Best
@@ -36,8 +36,7 @@ class Plateau:
         """The step at which the rule ends the run; None if it has not so far."""
         highest, waited = float("-inf"), 0
         for step, value in self.best.evaluations():
-            waited = 0 if value > highest + self.min_gain else waited + 1
-            highest = max(highest, value)
+            highest, waited = (value, 0) if value > highest + self.min_gain else (highest, waited + 1)
             if waited == self.patience:
                 return step
         return None

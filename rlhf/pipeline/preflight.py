@@ -11,10 +11,11 @@ from rlhf.distributed import collectives, processes
 from rlhf.errors import ModelError
 from rlhf.files import BUDGET, EARLIER, read_object, write_json
 from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
-from rlhf.models.memory import Memory, Work, available, estimate
+from rlhf.models.memory import Work, available, estimate
 from rlhf.models.sizes import Sizes
-from rlhf.pipeline import cache, earlier
+from rlhf.pipeline import cache, earlier, fetching
 from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.pipeline.estimates import stage_estimates
 from rlhf.pipeline.fitting import advice, with_numbers
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.precision import trains_on_gpu
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 AUTOMATIC_KEYS = {"batch_size": "generation.batch_size", "microbatch_tokens": "ppo.microbatch_tokens"}
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """What a run would do (`dry_run=true`).
+def describe(plan: Plan, timed: bool = True) -> dict[str, Any]:
+    """What a run would do (`dry_run=true`); with `timed`, also how long it would take here.
 
     A run that needs more memory than is free is described, not refused, because it may be meant for another machine.
     """
@@ -36,7 +37,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     if unmade:
         with suppress(ModelError):
             settle_budget(plan)
-    needed = _needed(plan) if unmade else None
+    sizes, work = (_sizes(plan), work_of(plan, unmade=True)) if unmade else (None, Work())
+    needed = estimate(plan.settings, sizes, work) if sizes else None
     return {
         "folder": str(plan.folder),
         "stage": plan.stage,
@@ -48,6 +50,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         "memory": f"{needed}; {_free(plan) / 2**30:.1f} GiB are free here" if needed else None,
         "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
         "batch_size": plan.settings.generation.batch_size if unmade else None,
+        "fetches": {**fetching.checkpoints(plan.plain), "data": fetching.data_sets(plan.plain["data"])}
+        if unmade
+        else {},
+        **(stage_estimates(plan, sizes, work) if unmade and timed else {}),
     }
 
 
@@ -166,11 +172,6 @@ def _free(plan: Plan) -> int:
 
 def _sizes(plan: Plan) -> Sizes | None:
     return Sizes.of(plan.settings.model, _vocabulary(plan))
-
-
-def _needed(plan: Plan) -> Memory | None:
-    sizes = _sizes(plan)
-    return None if sizes is None else estimate(plan.settings, sizes, work_of(plan, unmade=True))
 
 
 def _vocabulary(plan: Plan) -> int | None:

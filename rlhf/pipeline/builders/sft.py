@@ -50,6 +50,8 @@ def build_sft(site: Site, folder: Path) -> None:
     whole = full_weights(roles) if roles.sharded else None  # every process takes part, the first one writes
     collectives.on_rank_zero(lambda: _save(site, roles, whole, tokenizer, folder))
     counts = {"rows": {"sft": len(train)}, "skipped": skipped_rows(site.source, "sft"), "cut": short}
+    if settings.packing == JOINED:
+        counts["joined"] = {"texts": len(train), "sequences": len(texts)}
     write_summary(folder, metrics, site.plain, started, stage="sft", guards=stage.guards.summary(), **counts)
 
 
