@@ -88,7 +88,7 @@ class SupervisedSettings(OptimizerSettings):
 class SFTSettings(SupervisedSettings):
     """`conf/sft`: supervised fine-tuning."""
 
-    loss_on: str = choice("response", "text")
+    loss_on: str = choice("response", "assistant", "text")
     packing: Any = checked(lambda x: x is True or x is False or x == JOINED, "false, true or joined", False)
     validation_size: int = positive(200)
 
