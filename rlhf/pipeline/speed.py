@@ -123,6 +123,7 @@ def _shallow(model: PreTrainedModel, depth: int, dtype: torch.dtype, device: str
     with torch.device("meta"):
         shallow = AutoModelForCausalLM.from_config(config, dtype=dtype)
     shallow.to_empty(device=device)
+    shallow.tie_weights()
     for tensor in (*shallow.parameters(), *shallow.buffers()):
         tensor.data.fill_(0.01)
     switch_off_dropout(shallow)

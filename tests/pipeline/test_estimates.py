@@ -129,7 +129,7 @@ def test_what_would_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_data_on_the_hub_is_not_downloaded_to_estimate_a_time(command: Callable) -> None:
-    code, out, err = command(*TINY, "dry_run=true", "data=imdb", "scorer=bag_of_words", "judge=none")
+    code, out, err = command("debug=quick", "dry_run=true", "data=imdb", "scorer=bag_of_words", "judge=none")
     assert code == 0, err
     plan = OmegaConf.create(out)
     assert plan.time == "unknown: a dry run does not download stanfordnlp/imdb, whose rows decide it"
