@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from rlhf import root
+from rlhf.finished.compare.configuration import compose, split_words
 from rlhf.pipeline.config import settings_of, target_class
 from tests.helpers.composed_config import composed
 
@@ -30,11 +31,18 @@ def test_every_command_composes(command: str) -> None:
         assert callable(target_class(config[key], key))
 
 
+@pytest.mark.parametrize("command", re.findall(r"`(rlhf-compare [^`]*)`", PAGE))
+def test_every_comparison_composes(command: str) -> None:
+    players, overrides = split_words(shlex.split(command)[1:])
+    assert players == ["RUN", "RUN"]
+    assert callable(target_class(compose(overrides, None).judge, "judge"))
+
+
 def test_every_claim_has_a_command_or_a_reason() -> None:
     assert len(CLAIMS) > 50
     for claim, command, here in CLAIMS:
-        assert re.match(r"(yes|in part|not here|see below)", here), claim
-        assert command.startswith("`rlhf") or here.startswith(("not here", "see below")), claim
+        assert re.match(r"(yes|in part|not here)", here), claim
+        assert command.startswith("`rlhf") or here.startswith("not here"), claim
 
 
 def test_a_command_that_does_not_compose_is_found() -> None:
