@@ -101,7 +101,7 @@ class StackExchange:
         }
         # all questions of a split's own sources belong to it
         self._shares = {split: Shares.parse({split: 1} if by_split else shares, seed) for split in self._sources}
-        self.splits = tuple(self._sources) if by_split else self._shares[None].splits
+        self.splits: tuple[Split, ...] = tuple(sources) if by_split else self._shares[None].splits
         self.report: dict[Split, ThreadReport] = {}
         self._pairing = Pairing(limit, seed, title)
         self._fail_on_bad_row = parse_on_bad_row(on_bad_row) == "fail"

@@ -1,7 +1,9 @@
 """Memory and time of every stage that a run would do, in words (`dry_run=true`)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.data.records import Split
 from rlhf.errors import DataError, ModelError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.memory import Work, stage_memory
@@ -9,7 +11,8 @@ from rlhf.models.sizes import Sizes
 from rlhf.pipeline import fetching
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.speed import Speed
-from rlhf.pipeline.timing import Times, count_texts
+from rlhf.pipeline.timing import Texts, Times, count_texts
+from rlhf.settings import Settings
 
 BASIS = (
     "from passes of this model with a few blocks, timed here, and the lengths of the data's texts; an answer is taken "
@@ -17,31 +20,49 @@ BASIS = (
 )
 
 
-def stage_estimates(plan: Plan, sizes: Sizes | None, work: Work) -> dict[str, Any]:
+TIMED = frozenset({"sft", "preferences", "reward", "ppo", "evaluate"})  # not the reading of what others trained
+Part = tuple[Settings, Sizes, Work]  # what a run does with one of its models
+
+
+def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
     """For each stage that is still to be done its memory and its time, and what the times are based on.
 
-    `sizes` are those of the model, None if its configuration cannot be read here.
+    `parts` are first what the run does with the policy's model, then with a reward model's own; none of them if the
+    sizes of the models are not known.
     """
-    if sizes is None:
+    if not parts:
         name = plan.settings.model.name_or_path
         return {"time": f"unknown, as the memory: the configuration of model.name_or_path={name} cannot be read here"}
-    stages = {stage: {"memory": str(stage_memory(stage, plan.settings, sizes, work))} for stage in work.stages}
+    stages = {
+        stage if part is parts[0] else f"{stage} of the reward model": (part, stage)
+        for part in parts
+        for stage in part[2].stages
+    }
+    described = {name: {"memory": str(stage_memory(stage, *part))} for name, (part, stage) in stages.items()}
     try:
-        likely, most, answer = _times(plan, sizes, work)
+        texts = _texts(plan)
     except (DataError, ModelError) as error:
-        return {"stages": stages, "time": f"unknown: {error}"}
-    longest = plan.settings.generation.max_new_tokens
-    for stage, described in stages.items():
-        seconds = likely.stage(stage)
-        described["time"] = f"about {in_words(seconds)}"
+        return {"stages": described, "time": f"unknown: {error}"}
+    longest, total = plan.settings.generation.max_new_tokens, 0.0
+    answer = min(texts["sft"].response, longest) if "sft" in texts else longest
+    for name, ((settings, sizes, work), stage) in stages.items():
+        if stage not in TIMED:
+            continue
+        speed = Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
+        seconds, most = (
+            Times(settings, speed, texts, work, _pairs(plan, texts), length).stage(stage)
+            for length in ((answer, longest) if stage not in ("sft", "reward") else (answer, answer))
+        )
+        total += seconds
+        described[name]["time"] = f"about {in_words(seconds)}"
         if stage not in ("sft", "reward") and answer < longest:
-            described["time"] += f"; {in_words(most.stage(stage))} if every answer has {longest} tokens"
-    total = sum(likely.stage(stage) for stage in stages)
-    return {"stages": stages, "time": f"about {in_words(total)} on this {likely.speed.device}, {BASIS}"}
+            described[name]["time"] += f"; {in_words(most)} if every answer has {longest} tokens"
+    device = "GPU" if parts[0][2].on_gpu else "CPU"
+    return {"stages": described, "time": f"about {in_words(total)} on this {device}, {BASIS}"}
 
 
-def _times(plan: Plan, sizes: Sizes, work: Work) -> tuple[Times, Times, float]:
-    """Times with answers of the likely and of the greatest length; and the likely length.
+def _texts(plan: Plan) -> dict[Split, Texts]:
+    """The texts of the data.
 
     Raises:
         DataError: the data is on the Hub, or cannot be read.
@@ -50,18 +71,15 @@ def _times(plan: Plan, sizes: Sizes, work: Work) -> tuple[Times, Times, float]:
     remote = fetching.data_sets(plan.plain["data"])
     if remote:
         raise DataError(f"a dry run does not download {', '.join(remote)}, whose rows decide it")
-    settings = plan.settings
-    texts = count_texts(plan.source, load_tokenizer(settings.model, plan.source))
-    answer = min(texts["sft"].response, settings.generation.max_new_tokens)
-    speed = Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
-    pairs = 0
-    if plan.preferences_folder:
-        simulated = plan.plain["preferences"]
-        pairs = (simulated["pairs"] or texts[simulated["split"]].rows) + simulated["validation_pairs"]
-    likely, most = (
-        Times(settings, speed, texts, work, pairs, length) for length in (answer, settings.generation.max_new_tokens)
-    )
-    return likely, most, answer
+    return count_texts(plan.source, load_tokenizer(plan.settings.model, plan.source))
+
+
+def _pairs(plan: Plan, texts: Mapping[Split, Texts]) -> int:
+    """The number of simulated comparisons; 0 if they come from the data set."""
+    if not plan.preferences_folder:
+        return 0
+    simulated = plan.plain["preferences"]
+    return int((simulated["pairs"] or texts[simulated["split"]].rows) + simulated["validation_pairs"])
 
 
 def in_words(seconds: float) -> str:

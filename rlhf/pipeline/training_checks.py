@@ -1,15 +1,36 @@
 """Settings of the training that contradict each other: how long it lasts, when it ends, and what it learns from."""
 
 from rlhf.errors import ConfigError
-from rlhf.settings import JOINED, PPOSettings, SFTSettings
+from rlhf.settings import JOINED, PPOSettings, Settings, SFTSettings
 
 
-def check_length(ppo: PPOSettings) -> None:
-    """The warm-up ends before the training, and the schedule not before it.
+def check_ppo(settings: Settings) -> None:
+    """Batches divide into their parts, and the training is long enough for its schedule.
 
     Raises:
-        ConfigError: it is the other way round.
+        ConfigError: two keys of `ppo` contradict each other.
     """
+    ppo = settings.ppo
+    if ppo.rollout_batch_size % ppo.minibatch_size:
+        raise ConfigError(
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
+            "allowed: a divisor of it"
+        )
+    if ppo.accumulation == "as_published" and ppo.minibatch_size % ppo.published_rows:
+        raise ConfigError(
+            f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
+            "allowed: a divisor of it"
+        )
+    _check_length(ppo)
+    if ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
+        raise ConfigError(
+            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
+            f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
+        )
+
+
+def _check_length(ppo: PPOSettings) -> None:
+    """The warm-up ends before the training, and the schedule not before it."""
     if ppo.warmup_steps >= ppo.steps:
         raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
     if ppo.schedule_steps is not None and ppo.schedule_steps < ppo.steps:
