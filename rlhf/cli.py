@@ -121,7 +121,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     check(config, settings, source)
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
-        described = describe(plan)
+        described = describe(plan, timed=not sweeping)
         if not sweeping:
             print(OmegaConf.to_yaml(described))
             return None

@@ -200,7 +200,7 @@ def _starting_point(run: FinishedRun) -> Path:
 def _step_of(run: FinishedRun) -> int:
     """The step of the policy that is meant by `RUN/model`, `RUN/model_best` or `RUN/kept/step-000020`."""
     if run.chosen == MODEL:
-        return int(run.config["ppo"]["steps"])
+        return measuring.last_step({**run.summary, "config": run.config})
     if run.chosen == BEST_MODEL:
         return int(run.summary["best"]["step"])
     return int(run.chosen.rpartition("step-")[2])

@@ -78,7 +78,26 @@ def ppo_roles(
     reward = None if only_judges else reward
     reward_config = _add_reward(roles, reward) if reward is not None else None
 
-    # 2. The policy is an adapter on the base, or a trainable copy of it.
+    # 2. What is trained. A model that only judges comes last, so that it changes no random number of those.
+    add_policy_and_value(roles, settings, reward_config)
+    if judge is not None:
+        _add_reward(roles, judge)
+        roles.train_only("policy", "value")
+    num_bytes = sum(p.numel() * p.element_size() for p in roles.parameters())
+    trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
+    log.info(
+        "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
+        len(roles.trunks), ", ".join(roles.trunks), num_bytes / 2**20, f"{trained:,}",
+    )  # fmt: skip
+    return _configured(roles, settings)
+
+
+def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | None) -> None:
+    """Add the roles `policy` and `value`, and train only these.
+
+    `reward` is the adapter of the role `reward`, if there is that role and it is one.
+    """
+    # 1. The policy is an adapter on the base, or a trainable copy of it.
     full = settings.lora.r == 0
     if full:
         roles.add_trunk("policy", roles.copy_trunk("reference"))
@@ -87,29 +106,16 @@ def ppo_roles(
         roles.add_adapter("base", "policy", lora_config(settings.lora))
         roles.table["policy"] = Role("base", "policy")
 
-    # 3. The value function is a head on the policy, an adapter, or a trunk of its own.
+    # 2. The value function is a head on the policy, an adapter, or a trunk of its own.
     if settings.ppo.value_model == "trunk_head":
         roles.table["value"] = roles.table["policy"]
     elif full or settings.ppo.value_model == "full":
-        roles.add_trunk("value", roles.copy_trunk("reward" if reward else "reference"))
+        roles.add_trunk("value", roles.copy_trunk("reward" if "reward" in roles.table else "reference"))
         roles.table["value"] = Role("value", None)
     else:
-        _add_value_adapter(roles, settings.lora, reward_config)
-    roles.add_head("value", zero=True)
-
-    # 4. A model that only judges comes last, so that it changes no random number of those that are trained.
-    if judge is not None:
-        _add_reward(roles, judge)
-
-    # 5. Only policy and value are trained.
+        _add_value_adapter(roles, settings.lora, reward)
+    roles.add_head("value", zero=True, bias=settings.ppo.value_bias)
     roles.train_only("policy", "value")
-    num_bytes = sum(p.numel() * p.element_size() for p in roles.parameters())
-    trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
-    log.info(
-        "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
-        len(roles.trunks), ", ".join(roles.trunks), num_bytes / 2**20, f"{trained:,}",
-    )  # fmt: skip
-    return _configured(roles, settings)
 
 
 def load_policy(roles: Roles, settings: Settings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -20,6 +20,7 @@ from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.taken import taken_of
+from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
 from rlhf.scorers import TextScorer
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -64,6 +65,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             _check_function(key, OmegaConf.select(config, key))
     check_trainer(config)
     _check_model(settings)
+    check_packing(settings.sft)
     instantiate(config.kl, "kl")
     # 2. What parts need of each other.
     _check_quantization(config, settings)
@@ -130,24 +132,7 @@ def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> s
 
 
 def _check_ppo(settings: Settings) -> None:
-    ppo = settings.ppo
-    if ppo.rollout_batch_size % ppo.minibatch_size:
-        raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
-            "allowed: a divisor of it"
-        )
-    if ppo.accumulation == "as_published" and ppo.minibatch_size % ppo.published_rows:
-        raise ConfigError(
-            f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
-            "allowed: a divisor of it"
-        )
-    if ppo.warmup_steps >= ppo.steps:
-        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
-    if ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
-        raise ConfigError(
-            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
-            f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
-        )
+    check_ppo(settings)
     _check_function("divergence.function", settings.divergence.function)
 
 
@@ -232,7 +217,7 @@ def check_evaluation(
         _check_gold(config, source)
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
-    best_metric(config, settings, source)
+    check_patience(settings.ppo, best_metric(config, settings, source))
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
         raise ConfigError(
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"

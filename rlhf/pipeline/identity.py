@@ -116,7 +116,12 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
 
 
 def of_training(config: Mapping[str, Any], source: Any) -> dict[str, Any]:
-    """The keys that decide what is trained: all but `MEASURING`, and of `data` those of more than the split `eval`."""
+    """The keys that decide what is trained: all but `MEASURING`, and of `data` those of more than the split `eval`.
+
+    With `ppo.patience` the evaluations decide when the training ends, so that all keys count.
+    """
+    if config["ppo"].get("patience"):
+        return dict(config)
     kept = {key: value for key, value in config.items() if key not in MEASURING}
     return {
         **kept,

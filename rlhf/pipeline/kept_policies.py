@@ -26,7 +26,7 @@ class KeptPolicies(Callback):
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Save the present policy; that of an interrupted process is replaced, as its step is trained again."""
         assert isinstance(module, PPO)
-        if module.ppo_step:
+        if module.ppo_step and module.ppo.evaluates(module.ppo_step):  # Lightning asks at regular intervals
             collectives.on_rank_zero(lambda: self._keep(module))
 
     def _keep(self, stage: PPO) -> None:

@@ -32,12 +32,18 @@ def begin(plan: Plan) -> None:
     earlier.note(plan.folder, plan.identity, plan.plain, plan.overrides, evaluation=plan.evaluation)
 
 
+def last_step(summary: Mapping[str, Any]) -> int:
+    """The step after which a finished run of PPO ended: all of `ppo.steps`, or fewer at a plateau."""
+    plateau = summary.get("plateau") or {}
+    return int(plateau.get("step", summary["config"]["ppo"]["steps"]))
+
+
 def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Path | None]:
     """The policies that a finished run of PPO has left: step → the folder of its weights, None for the SFT model.
 
     `steps` is `last` for the last one alone.
     """
-    last = int(summary["config"]["ppo"]["steps"])
+    last = last_step(summary)
     if steps == "last":
         return {last: run / MODEL}
     best = summary.get("best") or {}
@@ -94,7 +100,7 @@ def evaluation_results(plan: Plan, folder: Path) -> dict[str, Any]:
     if best:
         measured = evaluated_at(folder, best["step"])
         best |= {"metrics": measured, "chosen_by": own_evaluation(plan, run)}
-    found = {"metrics": evaluated_at(folder, plan.settings.ppo.steps), "sft_metrics": evaluated_at(folder, 0)}
+    found = {"metrics": evaluated_at(folder, last_step(run)), "sft_metrics": evaluated_at(folder, 0)}
     return {**found, "best": best or None}
 
 

@@ -14,10 +14,11 @@ from rlhf.errors import ModelError
 from rlhf.files import BUDGET, EARLIER, read_object, write_json
 from rlhf.models.activations import FLOAT32, Passes
 from rlhf.models.loading import BPE_VOCABULARY, DTYPES, load_tokenizer
-from rlhf.models.memory import Memory, Work, available, estimate
+from rlhf.models.memory import Work, available, estimate
 from rlhf.models.sizes import Sizes
-from rlhf.pipeline import cache, earlier
+from rlhf.pipeline import cache, earlier, fetching
 from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.pipeline.estimates import stage_estimates
 from rlhf.pipeline.fitting import advice, with_numbers
 from rlhf.pipeline.measuring import unmeasured
 from rlhf.pipeline.plan import Plan
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 AUTOMATIC_KEYS = {"batch_size": "generation.batch_size", "microbatch_tokens": "ppo.microbatch_tokens"}
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """What a run would do (`dry_run=true`).
+def describe(plan: Plan, timed: bool = True) -> dict[str, Any]:
+    """What a run would do (`dry_run=true`); with `timed`, also how long it would take here.
 
     A run that needs more memory than is free is described, not refused, because it may be meant for another machine.
     """
@@ -41,7 +42,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     if unmade:
         with suppress(ModelError):
             settle_budget(plan)
-    needed = _needed(plan) if unmade else None
+    parts = list(_parts(plan)) if unmade else []
+    needed = max((estimate(*part) for part in parts), key=lambda memory: memory.peak, default=None)
     return {
         "folder": str(plan.folder),
         "stage": plan.stage,
@@ -55,6 +57,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         "memory": f"{needed}; {_free(plan) / 2**30:.1f} GiB are free here" if needed else None,
         "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
         "batch_size": plan.settings.generation.batch_size if unmade else None,
+        "fetches": {**fetching.checkpoints(plan.plain), "data": fetching.data_sets(plan.plain["data"])}
+        if unmade
+        else {},
+        **(stage_estimates(plan, parts) if unmade and timed else {}),
     }
 
 
@@ -172,11 +178,6 @@ def _free(plan: Plan) -> int:
 
 def _sizes(plan: Plan) -> Sizes | None:
     return Sizes.of(plan.settings.model, _vocabulary(plan))
-
-
-def _needed(plan: Plan) -> Memory | None:
-    estimates = [estimate(*part) for part in _parts(plan)]
-    return max(estimates, key=lambda memory: memory.peak, default=None)
 
 
 def _parts(plan: Plan) -> Iterator[tuple[Settings, Sizes, Work]]:

@@ -43,6 +43,7 @@ from rlhf.pipeline.loggers import Loggers
 from rlhf.pipeline.measuring import check_sound, evaluation_results, make_ready
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.plateau import Plateau
 from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.reward_scorer import reward_scorer
 from rlhf.pipeline.taken import IDS
@@ -167,6 +168,8 @@ class Run:
             keep = self._best
             before = self._train(stage, evaluation, keep)
             best = {"best": collectives.on_rank_zero(lambda: self._save_best(stage, keep)) if keep else None}
+            plateau = Plateau.of(settings.ppo, keep)
+            best |= {"plateau": collectives.on_rank_zero(plateau.describe)} if plateau else {}
         else:
             self._evaluation_trainer(plan.folder).validate(stage, evaluation, verbose=False)
             before = dict(stage.last_evaluation)

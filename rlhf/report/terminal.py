@@ -57,3 +57,5 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
         for key, value in metrics.items():
             table.add_row(key, f"{value:.4f}")
     console.print(table)
+    if plateau := summary.get("plateau"):
+        console.print(f"ended at step {plateau['step']} of {summary['config']['ppo']['steps']}: {plateau['reason']}")
