@@ -34,7 +34,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_what_the_model_reads_is_logged_and_kept(
-    chat: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    chat: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_in_process(*chat, *QUICK, "output_dir=outputs", "name=chat") == 0
@@ -44,7 +44,8 @@ def test_what_the_model_reads_is_logged_and_kept(
         r"<\|bos\|><\|start_header_id\|>user<\|end_header_id\|>\n\nSay <\|eot_id\|> \d+\.<\|eot_id\|>", text
     )
     assert re.search(r"response \(learnt\), \d+ tokens ---\nIt is \d+\.<\|eot_id\|>\n$", text)
-    assert text.rstrip() in caplog.text
+    said = capsys.readouterr()
+    assert text.rstrip() in said.out + said.err
     tokenizer = AutoTokenizer.from_pretrained(kept.parent / "model")
     assert tokenizer.eos_token == "<|eot_id|>"
 
