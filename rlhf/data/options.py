@@ -89,6 +89,17 @@ def parse_template(template: Any) -> PromptTemplate:
     return Template(**template)
 
 
+def parse_positive(number: Any, name: str) -> int:
+    """A positive integer.
+
+    Raises:
+        DataError: any other value of the key `name`.
+    """
+    if type(number) is not int or number < 1:
+        raise DataError(f"{name}={number!r} is not allowed; allowed: a positive integer.")
+    return number
+
+
 def parse_max_rows(max_rows: Any) -> Mapping[Split, int]:
     """Parse the largest number of rows: one number for all splits, a mapping from split to number, or null.
 

@@ -14,7 +14,15 @@ from datasets import Dataset, Features, Sequence, Value
 
 from rlhf.data.caching import REASON, cached_rows, code_digest
 from rlhf.data.compression import without_compression
-from rlhf.data.options import as_list, check_sources, first_rows, parse_max_rows, parse_on_bad_row, parse_template
+from rlhf.data.options import (
+    as_list,
+    check_sources,
+    first_rows,
+    parse_max_rows,
+    parse_on_bad_row,
+    parse_positive,
+    parse_template,
+)
 from rlhf.data.records import RECORDS, Split, columns
 from rlhf.data.reports import reasons_and_counts
 from rlhf.data.sources import Source
@@ -84,15 +92,12 @@ class StackExchange:
             DataError: a malformed template, source, `shares`, `max_pairs_per_question`, `on_bad_row` or `max_rows`.
         """
         self.template = parse_template(template)
-        if type(max_pairs_per_question) is not int or max_pairs_per_question < 1:
-            raise DataError(
-                f"max_pairs_per_question={max_pairs_per_question!r} is not allowed; allowed: a positive integer."
-            )
+        limit = parse_positive(max_pairs_per_question, "max_pairs_per_question")
         self.sources = tuple(_parse_source(spec, Path(root).expanduser()) for spec in as_list(sources))
         self._shares = Shares.parse(shares, seed)
         self.splits = self._shares.splits
         self.report: dict[Split, ThreadReport] = {}
-        self._pairing = Pairing(max_pairs_per_question, seed, title)
+        self._pairing = Pairing(limit, seed, title)
         self._fail_on_bad_row = parse_on_bad_row(on_bad_row) == "fail"
         self._max_rows = parse_max_rows(max_rows)
         self._threads: tuple[Dataset, ThreadReport] | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RunError
-from rlhf.files import ADAPTER_CONFIG, MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, MODEL, SUMMARY, read_object
 from rlhf.files.checksums import damage
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings
@@ -28,13 +28,15 @@ class FinishedRun:
     Attributes:
         folder: contains `summary.json` and `model/`.
         summary: the content of `summary.json`.
+        chosen: which of its models is meant, `model` or `model_best`.
     """
 
     folder: Path
     summary: dict[str, Any]
+    chosen: str = MODEL
 
     @classmethod
-    def open(cls, folder: Path) -> "FinishedRun":
+    def open(cls, folder: Path, chosen: str = MODEL) -> "FinishedRun":
         """Read the summary in `folder` and check the model's files.
 
         Raises:
@@ -46,7 +48,9 @@ class FinishedRun:
         if not (folder / SUMMARY).exists():
             raise RunError(f"{folder} holds no {SUMMARY}: it is not the folder of a finished run")
         summary = read_object(folder / SUMMARY, stage=str, config=dict, metrics=dict)
-        run = cls(folder, {**summary, "config": renamed_config(summary["config"])})
+        run = cls(folder, {**summary, "config": renamed_config(summary["config"])}, chosen)
+        if chosen == BEST_MODEL and not run.model.is_dir():
+            raise RunError(f"{folder} has no {BEST_MODEL}; allowed: {folder}, whose last policy is the only one kept")
         if not run.model.is_dir():
             raise RunError(f"{folder} has no model; allowed: a run of stage=sft, stage=reward or stage=ppo")
         _check(run.model)
@@ -55,7 +59,7 @@ class FinishedRun:
     @property
     def model(self) -> Path:
         """The model's folder, in the format of peft (an adapter) or transformers (all weights)."""
-        return self.folder / MODEL
+        return self.folder / self.chosen
 
     @property
     def stage(self) -> str:
@@ -112,13 +116,27 @@ class FinishedRun:
         return base
 
     @property
+    def sft(self) -> "FinishedRun":
+        """The SFT model that the run started from; an SFT model itself is its own.
+
+        Raises:
+            RunError: it is missing or damaged, or the run does not say which one it was.
+        """
+        if self.stage == "sft":
+            return self
+        base = self.base or (self.reward.base if self.reward else None)
+        if base is None:
+            raise RunError(f"{self.folder} trained all weights, and does not say which SFT model it started from")
+        return FinishedRun.open(base.parent)
+
+    @property
     def reward(self) -> "FinishedRun | None":
-        """The reward model that the run was trained against; None if it used another scorer.
+        """The reward model that the run was trained against; None if it used a scorer with another tokenizer.
 
         Raises:
             RunError: the reward model is missing or damaged.
         """
-        name = self.summary.get("reward_model")
+        name = self.summary.get("reward_model") if self.summary.get("reward_reads", "ids") == "ids" else None
         return FinishedRun.open(self._cached(name)) if name else None
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
