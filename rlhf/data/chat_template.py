@@ -4,13 +4,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain, cycle, takewhile
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from rlhf.data.special_tokens import marked, special_names, unmarked
 from rlhf.errors import DataError, RowError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 """At least `role` (system, user or assistant) and `content`."""
@@ -53,7 +55,9 @@ class ChatTemplate:
         Raises:
             RowError, DataError: as `render_messages`.
         """
-        return self.render_messages([{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}])
+        return self.render_messages(
+            [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
+        )
 
     def render_messages(self, messages: Sequence[Message]) -> str:
         """The prompt for a conversation: it ends where the assistant speaks.
@@ -62,12 +66,15 @@ class ChatTemplate:
             RowError: the template refuses these messages.
             DataError: there is no template, or it cannot be read.
         """
-        try:
-            return self._rendered(messages, True)
-        except (DataError, RowError):
-            raise
-        except Exception as error:  # Jinja, or what a template raises itself
-            raise RowError(f"the chat template refuses the messages ({first_line(error)})") from None
+        return self._checked(messages, True)
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """A whole conversation, whose last message is the assistant's: what a reward model reads.
+
+        Raises:
+            RowError, DataError: as `render_messages`.
+        """
+        return self._checked(messages, False)
 
     def answer(self, text: str) -> str:
         """What the model writes to say `text`: with what the template puts around it, up to the end of the turn.
@@ -78,12 +85,7 @@ class ChatTemplate:
         Raises:
             RowError, DataError: as `render_messages`.
         """
-        try:
-            whole = self._rendered([*ASKED, {"role": "assistant", "content": text}], False)
-        except (DataError, RowError):
-            raise
-        except Exception as error:
-            raise RowError(f"the chat template refuses the answer ({first_line(error)})") from None
+        whole = self._checked([*ASKED, {"role": "assistant", "content": text}], False)
         body = next((whole[len(head) :] for head in self._heads if whole.startswith(head)), None)
         if body is None:
             return marked(text, self.special) + self.end
@@ -95,17 +97,16 @@ class ChatTemplate:
 
         None if that cannot be told: the template has another form than one text around each role's content.
         """
-        for system in (self.system, None) if self.system else (None, SYSTEM):
+        for system in ((), ({"role": "system", "content": SYSTEM},)):
             messages = self._split(prompt, system)
-            with_own = [{"role": "system", "content": self.system}] if self.system else []
-            if messages is not None and self.render_messages([*with_own, *messages]) == prompt:
+            if messages is not None and self.render_messages(messages) == prompt:
                 return messages
         return None
 
     # -- what the template is ------------------------------------------------------------------------------------------
 
     @cached_property
-    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+    def own_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer whose special tokens the template writes.
 
         Raises:
@@ -167,12 +168,25 @@ class ChatTemplate:
         return str(self.own_tokenizer.eos_token)
 
     @cached_property
-    def turn_start(self) -> str:
-        """What the template writes before an earlier answer of the assistant, after the end of the user's turn."""
-        asked = self._rendered(ASKED, False).rpartition(USER)[2]
-        between = self._between(CONTINUED, USER, ANSWER)
-        start = between.removeprefix(asked).rstrip(" ")
-        return start if self.special.search(start) else between.rstrip(" ")
+    def earlier_turn(self) -> tuple[str, str]:
+        """What begins and ends an earlier answer of a conversation: texts that begin with a special token.
+
+        Raises:
+            DataError: the template writes no special token there, so that a content could say the same.
+        """
+        closing, opening = (self._rendered(ASKED, ask).rpartition(USER)[2] for ask in (False, True))
+        before, after = (self._between(CONTINUED, *pair) for pair in ((USER, ANSWER), (ANSWER, LAST)))
+        # of a prompt's "<|im_start|>assistant\n<think>\n\n</think>\n\n", an earlier answer may only have the beginning
+        both = zip(before.removeprefix(closing), opening.removeprefix(closing), strict=False)
+        start = "".join(one for one, other in takewhile(lambda pair: pair[0] == pair[1], both))
+        found = self.special.search(start) or self.special.search(before)
+        end = self.special.search(after)
+        if found is None or end is None:
+            raise DataError(
+                "data/template=chat: the template writes no special token around the assistant's turns, by which "
+                "sft.loss_on=assistant finds them; allowed: sft.loss_on=response, the last turn alone"
+            )
+        return found.string[found.start() :].rstrip(" "), end[0]
 
     def check(self) -> None:
         """Check that the template exists, can be rendered, and takes the configured system prompt.
@@ -193,6 +207,14 @@ class ChatTemplate:
         return {**{one.name: getattr(self, one.name) for one in fields(self)}, "_decisive": repr(decisive)}
 
     # -- rendering -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, messages: Sequence[Message], ask: bool) -> str:
+        try:
+            return self._rendered(messages, ask)
+        except DataError:
+            raise
+        except Exception as error:  # Jinja, or what a template raises itself
+            raise RowError(f"the chat template refuses the messages ({first_line(error)})") from None
 
     def _rendered(self, messages: Sequence[Message], ask: bool) -> str:
         roles = [message["role"] for message in messages]
@@ -216,44 +238,38 @@ class ChatTemplate:
     def _closing_has_end(self) -> bool:
         return self.special.search(self._rendered(ANSWERED, False).rpartition(ANSWER)[2]) is not None
 
-    def _between(self, messages: Sequence[Message], first: str, second: str, ask: bool = True) -> str:
-        return self._rendered(messages, ask).partition(first)[2].partition(second)[0]
+    def _between(self, messages: Sequence[Message], first: str, second: str) -> str:
+        return self._rendered(messages, True).partition(first)[2].partition(second)[0]
 
-    def _split(self, prompt: str, system: str | None) -> list[dict[str, str]] | None:
-        """Split a prompt at the texts that the template writes between messages; the contents alternate.
-
-        `system` is the content of the system message: `SYSTEM` stands for any, None for no such message.
-        """
-        own = [{"role": "system", "content": system}] if system else []
+    def _split(self, prompt: str, system: tuple[Message, ...]) -> list[dict[str, str]] | None:
+        """Split a prompt at what the template writes between the messages of `system` and `CONTINUED`."""
         try:
-            probe = self._rendered([*own, *CONTINUED], True)
+            probe = self._rendered([*system, *CONTINUED], True)
         except Exception:  # a template without system messages
             return None
-        head, tail = probe.partition(USER)[0], probe.rpartition(LAST)[2]
-        messages: list[dict[str, str]] = []
-        if system == SYSTEM:
-            before, _, after = head.partition(SYSTEM)
-            content, found, rest = prompt.removeprefix(before).partition(after)
-            if not prompt.startswith(before) or not found:
-                return None
-            messages, head, prompt = [{"role": "system", "content": unmarked(content)}], "", rest
-        if not prompt.startswith(head) or not prompt.endswith(tail):
+        gaps = re.split(f"{SYSTEM}|{USER}|{ANSWER}|{LAST}", probe)  # of as many contents as there are messages
+        first, *inner, last = gaps
+        if len(inner) != len(system) + 2 or not all(inner) or not (prompt.startswith(first) and prompt.endswith(last)):
             return None
-        rest = prompt[len(head) : len(prompt) - len(tail)]
-        gaps = (self._between(CONTINUED, USER, ANSWER), self._between(CONTINUED, ANSWER, LAST))
-        found, turn = "?", 0
-        while found:
-            content, found, rest = rest.partition(gaps[turn % 2])
-            messages.append({"role": ("user", "assistant")[turn % 2], "content": unmarked(content)})
-            turn += 1
-        return messages if turn % 2 else None
+        contents, rest = list[str](), prompt[len(first) : len(prompt) - len(last)]
+        for gap in chain(inner[:-2], cycle(inner[-2:])):  # behind the system message; between the turns
+            content, found, rest = rest.partition(gap)
+            contents.append(unmarked(content))
+            if not found:
+                break
+        roles = chain((message["role"] for message in system), cycle(("user", "assistant")))
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+        return messages if messages[-1]["role"] == "user" else None
 
 
-def _load(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def _load(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
+    from transformers import (
+        AutoTokenizer,
+    )  # which imports torch, and commands that only look at runs do not wait for it
+
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # only the tokenizer's files, or the network, can be at fault
-        raise DataError(
-            f"data/template=chat: no tokenizer could be loaded from {name} ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"data/template=chat: no tokenizer could be loaded from {name} ({reason})") from error

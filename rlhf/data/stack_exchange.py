@@ -76,7 +76,7 @@ class StackExchange:
         """Check the configuration, whose values may be anything (hence `Any`); no file is read.
 
         Args:
-            template: What `rlhf.data.options.parse_template` accepts. There are no inputs, so of two strings only `without_input` is used.
+            template: What `rlhf.data.options.parse_template` accepts. Of two strings, only `without_input` is used.
             sources: A source or a list of sources: a site's `Posts.xml`, `Posts.xml.gz` or `Posts.xml.zst`, or rows of
                 pairs (`rlhf.data.sources.Source.parse`) with the fields `question`, `response_j` (the better answer),
                 `response_k` and optionally `qid`.

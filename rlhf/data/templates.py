@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from string import Formatter
 
 from rlhf.data.chat_template import ChatTemplate, Message
+from rlhf.data.special_tokens import unmarked
 from rlhf.errors import DataError, RowError
 
 
@@ -69,6 +70,12 @@ class Template:
 
 PromptTemplate = Template | ChatTemplate
 """Both have `render`, `render_messages` and its inverse `messages_of`."""
+
+
+def conversation_of(prompt: str, template: PromptTemplate | None) -> list[dict[str, str]]:
+    """The messages that `template` made a prompt of; any other text is a message of the user."""
+    messages = template.messages_of(prompt) if template else None
+    return messages or [{"role": "user", "content": unmarked(prompt)}]
 
 
 def _literal_texts(template: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from string import Formatter
 
 from rlhf import root
 from rlhf.data.records import Prompt
+from rlhf.data.special_tokens import unmarked
 from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 
@@ -70,7 +71,7 @@ def user_files(names: Iterable[str]) -> list[Path]:
 
 def instruction_or_prompt(row: Prompt) -> str:
     """Return the bare instruction of a prompt, or the prompt's text if it has no separate instruction."""
-    return row.instruction or row.prompt
+    return row.instruction or unmarked(row.prompt)
 
 
 def strip_template(prompt: str, template: PromptTemplate | None) -> str:
@@ -79,4 +80,4 @@ def strip_template(prompt: str, template: PromptTemplate | None) -> str:
     Of a conversation, it is the last message. A prompt that does not match the template is returned unchanged.
     """
     messages = template.messages_of(prompt) if template else None
-    return messages[-1]["content"] if messages else prompt
+    return messages[-1]["content"] if messages else unmarked(prompt)

@@ -25,9 +25,9 @@ def stops_of(
     """The tokenizer's EOS, which ends every demonstration, followed by the other ids the checkpoint stops at.
 
     With a chat template, EOS is the token that ends a turn (`rlhf.models.tokenizing.keep_template`), and the one that
-    the tokenizer had before is another of these ids. The checkpoint's are read from the generation_config, which for a chat model also names the end of a turn, or else from the
-    config. A single id that is only in the config may be the default of the config's class (2 for Llama), which can be
-    any word of this vocabulary: it counts only if it is a special token.
+    the tokenizer had before comes second. The checkpoint's are read from the generation_config, which for a chat model
+    also names the end of a turn, or else from the config. A single id that is only in the config may be the default of
+    the config's class (2 for Llama), which can be any word of this vocabulary: it counts only if it is a special token.
     """
     declared = _eos_ids(generation)
     if generation is None or (getattr(generation, "_from_model_config", False) and len(declared) < 2):

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from tests.helpers.tiny_models import SHAPE
 from tests.helpers.tiny_tokenizers import byte_level
 
 # `<|im_start|>role`, a system prompt of its own, a line break after each turn (SmolLM2, Qwen2).
@@ -87,3 +89,15 @@ def save_chat_tokenizer(kind: str, folder: Path) -> Path:
     """Save the tokenizer of a kind, and return the folder."""
     chat_tokenizer(kind).save_pretrained(folder)
     return folder
+
+
+def save_chat_model(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Save a tiny random Llama with the tokenizer of a kind; it stops at EOS and at the end of a turn."""
+    tokenizer = chat_tokenizer(kind)
+    shape = {**SHAPE, "num_hidden_layers": 2, "max_position_embeddings": 512, "num_key_value_heads": 2}
+    config = LlamaConfig(**shape, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return save_chat_tokenizer(kind, folder)
