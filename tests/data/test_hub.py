@@ -136,8 +136,8 @@ def test_contents_in_parts_are_joined_and_images_are_refused(tmp_path):
     source = hub(tmp_path, sft=rows)
     assert source.load("sft")["response"] == ["Hello."]
     assert source.report["sft"].counts == {
-        "`messages` has a part of type image, not text": 1,
-        "`messages` has a part of type None, not text": 1,
+        "`messages` has a part of type 'image', not text": 1,
+        "`messages` has a part of type 'none', not text": 1,
     }
 
 
