@@ -80,7 +80,7 @@ class SupervisedSettings(OptimizerSettings):
 class SFTSettings(SupervisedSettings):
     """`conf/sft`: supervised fine-tuning."""
 
-    loss_on: str = choice("response", "text")
+    loss_on: str = choice("response", "assistant", "text")
     packing: bool = False
     validation_size: int = positive(200)
 
@@ -90,6 +90,7 @@ class RewardSettings(SupervisedSettings):
     """`conf/reward`: the reward model; `model` is what it is trained on if that is not the SFT model."""
 
     model: ModelSettings | None = None
+    template: str = "auto"
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
     group_prompts: bool = False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RunError
-from rlhf.files import ADAPTER_CONFIG, MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, MODEL, SUMMARY, read_object
 from rlhf.files.checksums import damage
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings
@@ -17,6 +17,8 @@ from rlhf.tracking.reading import renamed_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rlhf.data.templates import PromptTemplate
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,15 @@ class FinishedRun:
     Attributes:
         folder: contains `summary.json` and `model/`.
         summary: the content of `summary.json`.
+        chosen: which of its models is meant, `model` or `model_best`.
     """
 
     folder: Path
     summary: dict[str, Any]
+    chosen: str = MODEL
 
     @classmethod
-    def open(cls, folder: Path) -> "FinishedRun":
+    def open(cls, folder: Path, chosen: str = MODEL) -> "FinishedRun":
         """Read the summary in `folder` and check the model's files.
 
         Raises:
@@ -44,7 +48,9 @@ class FinishedRun:
         if not (folder / SUMMARY).exists():
             raise RunError(f"{folder} holds no {SUMMARY}: it is not the folder of a finished run")
         summary = read_object(folder / SUMMARY, stage=str, config=dict, metrics=dict)
-        run = cls(folder, {**summary, "config": renamed_config(summary["config"])})
+        run = cls(folder, {**summary, "config": renamed_config(summary["config"])}, chosen)
+        if chosen == BEST_MODEL and not run.model.is_dir():
+            raise RunError(f"{folder} has no {BEST_MODEL}; allowed: {folder}, whose last policy is the only one kept")
         if not run.model.is_dir():
             raise RunError(f"{folder} has no model; allowed: a run of stage=sft, stage=reward or stage=ppo")
         _check(run.model)
@@ -53,7 +59,7 @@ class FinishedRun:
     @property
     def model(self) -> Path:
         """The model's folder, in the format of peft (an adapter) or transformers (all weights)."""
-        return self.folder / MODEL
+        return self.folder / self.chosen
 
     @property
     def stage(self) -> str:
@@ -64,6 +70,25 @@ class FinishedRun:
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run."""
         return self.summary["config"]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The config group `data` of the run. A chat template is that of the run's own tokenizer, saved with its model.
+
+        So it can be used where the model is not that the run began with.
+        """
+        data = self.config["data"]
+        if "name_or_path" not in (data.get("template") or {}):
+            return data
+        elsewhere = {"name_or_path": str(self.model), "tokenizer": None, "gguf_file": None, "chat_template": None}
+        return {**data, "template": {**data["template"], **elsewhere}}
+
+    @property
+    def template(self) -> "PromptTemplate | None":
+        """The prompt template that the run was trained with, if its data set has one."""
+        from rlhf.data.options import parse_template
+
+        return parse_template(self.data["template"]) if self.data.get("template") else None
 
     @property
     def settings(self) -> ModelSettings:
@@ -89,6 +114,20 @@ class FinishedRun:
         base = recorded if recorded.is_dir() else self._cached(recorded.parent.name) / MODEL
         _check(base)
         return base
+
+    @property
+    def sft(self) -> "FinishedRun":
+        """The SFT model that the run started from; an SFT model itself is its own.
+
+        Raises:
+            RunError: it is missing or damaged, or the run does not say which one it was.
+        """
+        if self.stage == "sft":
+            return self
+        base = self.base or (self.reward.base if self.reward else None)
+        if base is None:
+            raise RunError(f"{self.folder} trained all weights, and does not say which SFT model it started from")
+        return FinishedRun.open(base.parent)
 
     @property
     def reward(self) -> "FinishedRun | None":

@@ -59,9 +59,10 @@ def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> Pr
         tokenizer = train_tokenizer(text for row in source.load("sft") for text in row.values())
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {model.name_or_path} has no EOS token, without which no response ends")
+    keep_template(tokenizer, source)
     give_pad(tokenizer, stops_of(tokenizer, *_declared(model)))
     tokenizer.padding_side = "left"
-    return keep_template(tokenizer, source)
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = BPE_VOCABULARY) -> PreTrainedTokenizerFast:

@@ -200,13 +200,11 @@ class _Stage:
         return {"scoring": scoring + merged, "evaluating": answering}
 
     def updating(self) -> int:
-        """Passes with gradients of policy, value function and, for an exact divergence under dropout, policy again."""
-        lora, exact = self.settings.lora, self.settings.divergence.input == "logits"
-        loras = [lora, *([self.value_lora] if self.value_lora else [])]
-        if exact and lora.r and lora.dropout:
-            loras.append(lora)
-        kept = sum(self.passes.kept(self.tokens, trained) for trained in loras)
-        return kept + self.passes.logits(self.tokens, 2 if exact else 1) + self.states
+        """A pass with gradients, of the policy or of the value function: one is back-propagated before the next."""
+        exact = self.settings.divergence.input == "logits"
+        policy = self.passes.kept(self.tokens, self.settings.lora) + self.passes.logits(self.tokens, 2 if exact else 1)
+        value = self.passes.kept(self.tokens, self.value_lora) if self.value_lora else 0
+        return max(policy, value) + self.states
 
     @property
     def states(self) -> int:

@@ -101,7 +101,9 @@ class Plan:
         """Where the reward model of this configuration is, or will be."""
         if "reward" in self.taken:
             demonstrations = {"demonstrations": self._data(READS["sft"])}
-            limits = {key: self.plain["reward"][key] for key in ("baseline_rows", "max_length", "validation_size")}
+            limits = {
+                key: self.plain["reward"][key] for key in ("baseline_rows", "max_length", "template", "validation_size")
+            }
             return self.in_place("reward") or self._cached("reward", demonstrations | limits)
         plan = self.beside or self
         upstream = {"sft_model": plan.sft_folder.name}

@@ -23,7 +23,9 @@ def reward_scorer(context: Context, plan: Plan) -> TextScorer | None:
         return None
     folder, max_length = plan.reward_folder / MODEL, plan.settings.reward.max_length
     if plan.reward_reads == CLASSIFIER:
-        return ClassifierScorer(context, str(folder), label=None, max_length=max_length)
+        return ClassifierScorer(
+            context, str(folder), label=None, max_length=max_length, template=plan.settings.reward.template
+        )
     own = plan.beside or plan
     model = own.settings.model
     with explained(f"{folder}: no tokenizer could be loaded"):

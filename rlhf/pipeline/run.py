@@ -29,7 +29,7 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
-from rlhf.models.tokenizing import short_enough
+from rlhf.models.tokenizing import encode, short_enough
 from rlhf.pipeline import cache
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.builders import Site
@@ -44,6 +44,7 @@ from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.loggers import Loggers
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.reward_scorer import reward_scorer
 from rlhf.pipeline.taken import IDS
 from rlhf.pipeline.train_ppo import train_ppo
@@ -176,6 +177,8 @@ class Run:
         kept = short_enough(stage.tokenizer, prompts, self.settings.model.max_prompt_tokens)
         prompts = [prompts[i] for i in kept]
         folder, resume = self.plan.folder, self.config.resume
+        first = {"prompt": encode(stage.tokenizer, prompts[:1])[0]}
+        collectives.on_rank_zero(lambda: show_rendered(folder, "ppo", stage.tokenizer, first))
         before = train_ppo(self._make_trainer, stage, prompts, evaluation, folder, resume, best)
         collectives.on_rank_zero(lambda: self._save_policy(stage, folder / MODEL))
         return before

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import DataSource
+from rlhf.data.special_tokens import unmarked
 from rlhf.models.roles import Roles
 from rlhf.rollout.sample import Rollouts
 
@@ -59,5 +60,5 @@ class TextScorer(ABC):
 
 
 def joined(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-    """Prompt and response as one text."""
-    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    """Prompt and response as one text, as people read it."""
+    return [unmarked(prompt) + response for prompt, response in zip(prompts, responses, strict=True)]

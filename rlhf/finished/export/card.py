@@ -69,7 +69,7 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         below=below or "the SFT model",
         origin=origin or _without_path(config["model"]["name_or_path"]) or "a model made from scratch",
         dataset=dataset,
-        template=config["data"].get("template"),
+        template=run.template,
         results=[(title, _number(value), _number(before)) for _, title, value, before in results(run)],
         dtype=dtype,
         settings=OmegaConf.to_yaml({key: shareable(config[key]) for key in TRAINED_BY[run.stage] if key in config}),

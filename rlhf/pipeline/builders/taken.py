@@ -140,7 +140,9 @@ def _measured(
     if taken.reads == CLASSIFIER:
         classifier = load_whole(AutoModelForSequenceClassification, model, "reward model")
         context = Context(source, tokenizer, Roles(classifier).to(device))
-        scorer: TextScorer = ClassifierScorer(context, str(model), label=None, max_length=settings.max_length)
+        scorer: TextScorer = ClassifierScorer(
+            context, str(model), label=None, max_length=settings.max_length, template=settings.template
+        )
     else:
         if taken.reads == TEXT:
             tokenizer = keep_template(AutoTokenizer.from_pretrained(model), source)

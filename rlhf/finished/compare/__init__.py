@@ -1,0 +1,1 @@
+"""Policies against each other, and judges against each other: the commands `rlhf-compare` and `rlhf-agreement`."""

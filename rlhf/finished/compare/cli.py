@@ -1,0 +1,67 @@
+"""The `rlhf-compare` command: any policies against each other, without training anything."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.errors import INTERRUPTED, Interrupted, RunError
+from rlhf.errors.explaining import one_sentence_errors
+from rlhf.finished.policies import ALLOWED, Policy, RunPolicy, open_policy
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`rlhf-compare PLAYER PLAYER… [judge=…] [KEY=VALUE…] [--out FOLDER] [--dry-run]`."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-compare",
+        description="Judge each player against each other on the evaluation prompts, and rank them.",
+        epilog=f"A player is {ALLOWED}. Data, evaluation and judge are those of the first run among the players, "
+        "unless overrides such as judge=llm_pool or evaluation.prompts=100 change them.",
+    )
+    parser.add_argument("words", nargs="+", metavar="PLAYER | KEY=VALUE")
+    parser.add_argument("--out", type=Path, help="a new folder (default: comparisons/<digest> among the outputs)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
+    options = parser.parse_args(arguments)
+    with leaving(parser.prog):
+        # imported here so that a wrong option does not wait for torch
+        from rlhf.finished.compare.comparing import Comparison
+        from rlhf.finished.compare.configuration import compose, split_words
+
+        named, overrides = split_words(options.words)
+        players = open_players(named)
+        run = next((player.run for player in players.values() if isinstance(player, RunPolicy)), None)
+        comparison = Comparison(players, compose(overrides, run), options.out)
+        print(comparison.plan() if options.dry_run else comparison.run())
+
+
+@contextmanager
+def leaving(command: str) -> Iterator[None]:
+    """Log to the terminal; one sentence and an exit code for whatever ends a command early."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("rlhf").setLevel(logging.INFO)
+    with one_sentence_errors(command):
+        try:
+            yield
+        except Interrupted as stopped:
+            print(f"{command}: {stopped}; the same command continues", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+
+def open_players(words: Sequence[str]) -> dict[str, Policy]:
+    """The players by their labels: short ones, or the words themselves where several would have the same.
+
+    Raises:
+        RunError: there are fewer than two, one is named twice, or a word names no policy.
+        DataError: a file of outputs cannot be read.
+    """
+    if len(words) < 2:
+        raise RunError(f"{len(words)} player is nothing to compare; allowed: two or more, each {ALLOWED}")
+    twice = next((word for i, word in enumerate(words) if word in words[:i]), None)
+    if twice:
+        raise RunError(f"{twice} is named twice; allowed: each player once")
+    players = [open_policy(word) for word in words]
+    labels = [player.label for player in players]
+    named = [label if labels.count(label) == 1 else word for label, word in zip(labels, words, strict=True)]
+    return dict(zip(named, players, strict=True))

@@ -1,0 +1,144 @@
+"""Any policy that can be judged, named by one word: a finished run, another model, a file of outputs, the references.
+
+A policy has a label and answers evaluation prompts. Opening one reads configurations only, so that a wrong word is
+reported at once: neither torch nor weights are loaded before `Policy.answers`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from rlhf.data.records import DataSource, Prompt
+from rlhf.data.sources import SUFFIXES
+from rlhf.errors import RunError
+from rlhf.evaluation.prompts import instruction_or_prompt
+from rlhf.files import BEST_MODEL, MODEL, SUMMARY
+from rlhf.files.digests import content_digest
+from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
+from rlhf.finished.outside import CHAT, OutsideModel
+from rlhf.finished.run import FinishedRun
+from rlhf.settings import Settings
+
+REFERENCE = "reference"
+SFT = "@sft"
+ALLOWED = (
+    f"a finished run (RUN, RUN/{BEST_MODEL}, or RUN{SFT} for its SFT model), a model or peft adapter as a folder or as "
+    f"OWNER/NAME[@REVISION] on the Hub ({CHAT} in front of it: in its own chat template), a file of outputs in "
+    f"AlpacaEval's format, or {REFERENCE} for the reference outputs"
+)
+HUB = re.compile(r"([\w-][\w.-]*/[\w][\w.-]*)(?:@([\w./-]+))?")
+
+
+class Policy(Protocol):
+    """Answers evaluation prompts.
+
+    Attributes:
+        label: a short name for tables.
+    """
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+
+    def identity(self, known: Path | None = None) -> dict[str, Any]:
+        """What decides the answers, beside prompts and decoding; `known` is a folder that caches digests of files."""
+        ...
+
+    def answers(self, prompts: Sequence[Prompt], settings: Settings, source: DataSource) -> list[str]:
+        """One answer per prompt, decoded as `settings.evaluation` and `settings.generation` say.
+
+        Answers of a model are of the class `rlhf.models.tokenizing.Response`.
+
+        Raises:
+            UserError: a model cannot be loaded, or there is no answer to one of the prompts.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RunPolicy:
+    """The policy of a finished run of stage=ppo or stage=sft.
+
+    Prompts are put into the template that it was trained with, if that is not the one of the data.
+    """
+
+    label: str
+    run: FinishedRun
+
+    def identity(self, known: Path | None = None) -> dict[str, Any]:
+        """The content of the model and of the SFT model below it."""
+        folders = [folder for folder in (self.run.model, self.run.base) if folder is not None]
+        return {
+            "models": [content_digest(folder, known) for folder in folders],
+            "quantization": self.run.config["quantization"],
+            "template": self.run.config["data"].get("template"),
+        }
+
+    def answers(self, prompts: Sequence[Prompt], settings: Settings, source: DataSource) -> list[str]:
+        """Sample one answer per prompt, on weights of the run's own dtype and quantization.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
+        from rlhf.data.options import parse_template
+        from rlhf.finished import answering  # imports torch
+        from rlhf.finished.chat.models import ModelCache
+
+        part, tokenizer = ModelCache().policy(self.run), self.run.tokenizer()
+        own, data = self.run.config["data"].get("template"), getattr(source, "template", None)
+        template = parse_template(own) if own else None
+        if template is None or template == data:
+            return answering.sample(part, tokenizer, [row.prompt for row in prompts], settings, source)
+        texts = [template.render(instruction_or_prompt(row)) for row in prompts]
+        return answering.sample(part, tokenizer, texts, settings, SimpleNamespace(template=template))
+
+
+def open_policy(word: str) -> Policy:
+    """The policy that a word names; see `ALLOWED`.
+
+    Raises:
+        RunError: it names none.
+        DataError: it is a file that cannot be read.
+    """
+    if word == REFERENCE:
+        return ReferenceOutputs(REFERENCE)
+    name, chat = word.removeprefix(CHAT), word.startswith(CHAT)
+    path = Path(name).expanduser()
+    if not chat:
+        if path.is_file() or name.lower().endswith(SUFFIXES):
+            return OutputsFile.read(path)
+        run = _run(name, path)
+        if run is not None:
+            return run
+    if path.is_dir():
+        return OutsideModel.in_folder(word, path, chat)
+    folder, at, _ = name.rpartition("@")
+    if at and Path(folder).expanduser().is_dir():
+        raise RunError(f"{word}: only models on the Hub have revisions; allowed: {folder}, or for a run {folder}{SFT}")
+    hub = HUB.fullmatch(name)
+    if hub is None or name.startswith((".", "~")):
+        raise RunError(f"{word}: there is no such file or folder; allowed: {ALLOWED}")
+    return OutsideModel.fetch(word, hub[1], hub[2], chat)
+
+
+def _run(word: str, path: Path) -> "RunPolicy | None":
+    """The policy of a finished run, by its folder, a model in it, or the run and `@sft`; None for another word."""
+    sft = word.endswith(SFT)
+    folder = Path(word.removesuffix(SFT)).expanduser() if sft else path
+    chosen = MODEL
+    if not sft and path.name in (MODEL, BEST_MODEL) and (path.parent / SUMMARY).exists():
+        folder, chosen = path.parent, path.name
+    if not (folder / SUMMARY).exists():
+        if sft:
+            raise RunError(f"{word}: {folder} is not the folder of a finished run; allowed: {ALLOWED}")
+        return None
+    name = folder.resolve().name
+    if sft:
+        return RunPolicy(f"{name}{SFT}", FinishedRun.open(folder).sft)
+    run = FinishedRun.open(folder, chosen)
+    if run.stage == "reward":
+        raise RunError(f"{word} is a reward model, which generates no text; allowed: {ALLOWED}")
+    _ = run.base  # raises now if the SFT model is missing
+    return RunPolicy(name if chosen == MODEL else f"{name}/{chosen}", run)
