@@ -186,6 +186,7 @@ def test_differences_to_another_base_are_refused_and_leave_nothing(
     assert run_in_process(*words, "name=ppo") == 2
     assert "the weights add up to" in error_sentence(capfd.readouterr().err)
     assert not list(Path("outputs/cache").glob("sft-*/summary.json"))
+    assert not list(Path("outputs").rglob("*.safetensors"))
 
 
 def test_a_dry_run_says_what_is_taken(made: SimpleNamespace, capfd: Any) -> None:
