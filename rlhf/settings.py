@@ -126,6 +126,7 @@ class PPOSettings(OptimizerSettings):
     value_model: str = choice("adapter", "trunk_head", "full")
     target_kl: float | None = optional_positive()
     eval_every: int = positive()
+    keep_evaluated: bool = False
     keep_best: str | None = "auto"
     keep_best_mode: str = choice("max", "min")
     reference_every: int = positive(10)
@@ -172,6 +173,7 @@ class EvaluationSettings:
     prompts: int = positive()
     kl_prompts: int = positive()
     best_of: int = positive(1)
+    steps: str = choice("all", "last")
     samples: int = at_least_zero(20)
     factscore: dict[str, Any] | None = None
     gold: dict[str, Any] | None = None

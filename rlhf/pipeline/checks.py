@@ -73,8 +73,10 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "
             "a prompt part; allowed: reward.group_prompts=false"
         )
+    if config.policy is not None and config.stage.name != "evaluate":
+        raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
     if config.stage.name in ("ppo", "evaluate"):
-        _check_evaluation(config, settings, source, simulated)
+        check_evaluation(config, settings, source, simulated)
     # 3. What this machine and these models can do.
     check_processes(config, settings)
     check_vllm(config, settings)
@@ -141,6 +143,11 @@ def _check_ppo(settings: Settings) -> None:
         )
     if ppo.warmup_steps >= ppo.steps:
         raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    if ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
+        raise ConfigError(
+            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
+            f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
+        )
     _check_function("divergence.function", settings.divergence.function)
 
 
@@ -207,13 +214,23 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     return True
 
 
-def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource, simulated: bool) -> None:
-    """Scorer, judge and evaluation must have what they need, and be content with their own configuration."""
-    for key in ("scorer", "judge"):
+def check_evaluation(
+    config: DictConfig,
+    settings: Settings,
+    source: DataSource,
+    simulated: bool,
+    keys: tuple[str, ...] = ("scorer", "judge"),
+) -> None:
+    """Check that scorer, judge and evaluation have what they need, and are content with their own configuration.
+
+    Raises:
+        ConfigError: one sentence that names the key, its value and what is allowed.
+    """
+    for key in keys:
         _check_needs(config, key, source, simulated)
     if settings.evaluation.gold:
         _check_gold(config, source)
-    for key in ("scorer", "judge", "evaluation.factscore", "evaluation.gold"):
+    for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
     best_metric(config, settings, source)
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:

@@ -19,6 +19,7 @@ from rlhf.models.sizes import Sizes
 from rlhf.pipeline import cache, earlier
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.fitting import advice, with_numbers
+from rlhf.pipeline.measuring import unmeasured
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.precision import trains_on_gpu
 from rlhf.pipeline.taken import CLASSIFIER, IDS
@@ -35,7 +36,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     A run that needs more memory than is free is described, not refused, because it may be meant for another machine.
     """
     found = plan.finished()
-    place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
+    place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.noted)
     unmade = found is None
     if unmade:
         with suppress(ModelError):
@@ -47,6 +48,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cached": {path.name: cache.known(path) for path in plan.needed().values()},
         "taken": {product: taken.described for product, taken in plan.taken.items()} or None,
         "done": found is not None,
+        "measures": sorted(unmeasured(plan, found)) if found else [],
         "same_as": str(found) if found not in (None, plan.folder, place) else None,
         "moves_aside": _moves_aside(plan),
         "step": StepCheckpoints.reached(place / "checkpoints"),
@@ -57,7 +59,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def _is_present(plan: Plan) -> bool:
-    return earlier.identity_of(plan.folder) in (None, plan.identity)
+    return earlier.identity_of(plan.folder) in (None, plan.noted)
 
 
 def _moves_aside(plan: Plan) -> str | None:
@@ -156,9 +158,9 @@ def _set(plan: Plan, numbers: Mapping[str, int], why: str) -> None:
 
 def _kept_budget(plan: Plan, keys: Iterable[str]) -> dict[str, int]:
     """The saved numbers of this very run; empty if there are none."""
-    for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.identity) / BUDGET):
+    for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.noted) / BUDGET):
         kept = read_object(path) if path.exists() else {}
-        if kept.get("identity") == plan.identity:
+        if kept.get("identity") in (plan.identity, plan.noted):
             return {key: read_object(path, **{key: int})[key] for key in keys}
     return {}
 
