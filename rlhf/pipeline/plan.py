@@ -28,6 +28,9 @@ READS: dict[str, Collection[Split]] = {
 }
 
 
+ORDER = ("sft", "preferences", "reward_sft", "reward")  # in which the products decide a run
+
+
 class Plan:
     """A run before anything is loaded; `folder` is where Hydra put it."""
 
@@ -152,7 +155,7 @@ class Plan:
         name = identity.digest(identity.decisive(determinants), code, self._digests)
         return (self.outputs / "cache" / f"{product}-{name}").resolve()
 
-    @property
+    @cached_property
     def reward_reads(self) -> str:
         """What the reward model reads: `ids` of the policy, as a role beside it, or texts (`Taken.reads`)."""
         return self.taken["reward"].reads if "reward" in self.taken else TEXT if self.beside else IDS
@@ -266,7 +269,7 @@ class Plan:
         needed = self.needed()
         if self.stage == "ppo" and not self.learns_from_reward_model:
             needed = {"sft": needed["sft"]}
-        return [path.name for path in needed.values()]
+        return [needed[product].name for product in ORDER if product in needed]
 
     @property
     def present(self) -> str:
