@@ -103,6 +103,7 @@ class RewardSettings(SupervisedSettings):
     """`conf/reward`: the reward model; `model` is what it is trained on if that is not the SFT model."""
 
     model: ModelSettings | None = None
+    template: str = "auto"
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
     group_prompts: bool = False

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,12 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
         RunError: a model that the run started from is gone.
     """
     settings, source = settings_of(config), data_source(config)
+    # what it took is in the cache, whether or not it still lies where it came from
+    nowhere = {"from_": None, "difference_to": None}
+    settings = replace(settings, sft=replace(settings.sft, **nowhere), reward=replace(settings.reward, **nowhere))
     check(config, settings, source)
     plan = Plan(config, settings, source, run.folder)
+    plan.beside, plan.reward_reads = None, run.reward_reads
     plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None
     plan.trained_scorer = run.config["scorer"]
     plan.sft_folder = _starting_point(run)

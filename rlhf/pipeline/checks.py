@@ -1,8 +1,6 @@
 """Contradictions between parts of a configuration, found before any model is loaded."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import hydra
 import torch
@@ -16,7 +14,7 @@ from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.evaluation.prompts import instruction_or_prompt
-from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
+from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.taken import taken_of
@@ -64,7 +62,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         if OmegaConf.select(config, key):
             _check_function(key, OmegaConf.select(config, key))
     check_trainer(config)
-    _check_model(settings)
+    check_files(settings.model)
     check_packing(settings.sft)
     instantiate(config.kl, "kl")
     # 2. What parts need of each other.
@@ -85,7 +83,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_model(config, settings, needs_reward_model(config), simulated)
     if settings.reward.model:
         own = replace(settings, model=settings.reward.model, lora=LoraSettings(r=0))
-        _check_model(own)
+        check_files(own.model)
         check_model(config, own, needs_reward_model(config), simulated)
     taken_of(settings, source)
     # 4. The data set: its template and its files.
@@ -141,21 +139,6 @@ def _check_function(key: str, path: str) -> None:
         hydra.utils.get_method(path)
     except (ValueError, ImportError, AttributeError) as error:
         raise ConfigError(f"{key}={path} cannot be imported; allowed: a function as package.module.name") from error
-
-
-def _check_model(settings: Settings) -> None:
-    if settings.model.dtype == "float16":
-        raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
-    name = settings.model.name_or_path
-    # a Hub id has at most one slash and does not look like a path
-    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"model.name_or_path={name}: there is no such folder")
-        if settings.model.gguf_file and not (folder / settings.model.gguf_file).is_file():
-            raise ConfigError(f"model.gguf_file={settings.model.gguf_file}: there is no such file in {name}")
-    if settings.model.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
 
 
 # -- what parts need of each other -------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ READS: dict[str, Collection[Split]] = {
 }
 
 
+ORDER = ("sft", "preferences", "reward_sft", "reward")  # in which the products decide a run
+
+
 class Plan:
     """A run before anything is loaded; `folder` is where Hydra put it."""
 
@@ -83,7 +86,7 @@ class Plan:
         if self.settings.reward.model is None:
             return None
         config = self.config.copy()
-        with flag_override(config, ("struct", "readonly"), (False, False)):
+        with flag_override(config, ["struct", "readonly"], [False, False]):
             config.model = config.reward.model
             config.reward.model = None
             config.sft.update({"from": None, "difference_to": None})
@@ -108,7 +111,9 @@ class Plan:
         """Where the reward model of this configuration is, or will be."""
         if "reward" in self.taken:
             demonstrations = {"demonstrations": self._data(READS["sft"])}
-            limits = {key: self.plain["reward"][key] for key in ("baseline_rows", "max_length", "validation_size")}
+            limits = {
+                key: self.plain["reward"][key] for key in ("baseline_rows", "max_length", "template", "validation_size")
+            }
             return self.in_place("reward") or self._cached("reward", demonstrations | limits)
         plan = self.beside or self
         upstream = {"sft_model": plan.sft_folder.name}
@@ -150,7 +155,7 @@ class Plan:
         name = identity.digest(identity.decisive(determinants), code, self._digests)
         return (self.outputs / "cache" / f"{product}-{name}").resolve()
 
-    @property
+    @cached_property
     def reward_reads(self) -> str:
         """What the reward model reads: `ids` of the policy, as a role beside it, or texts (`Taken.reads`)."""
         return self.taken["reward"].reads if "reward" in self.taken else TEXT if self.beside else IDS
@@ -264,7 +269,7 @@ class Plan:
         needed = self.needed()
         if self.stage == "ppo" and not self.learns_from_reward_model:
             needed = {"sft": needed["sft"]}
-        return [path.name for path in needed.values()]
+        return [needed[product].name for product in ORDER if product in needed]
 
     @property
     def present(self) -> str:
