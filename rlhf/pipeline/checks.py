@@ -1,6 +1,7 @@
 """Contradictions between parts of a configuration, found before any model is loaded."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -18,8 +19,9 @@ from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.pipeline.taken import taken_of
 from rlhf.scorers import TextScorer
-from rlhf.settings import Settings, is_quantized
+from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
 INSTEAD = (
@@ -79,6 +81,11 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
+    if settings.reward.model:
+        own = replace(settings, model=settings.reward.model, lora=LoraSettings(r=0))
+        _check_model(own)
+        check_model(config, own, needs_reward_model(config), simulated)
+    taken_of(settings, source)
     # 4. The data set: its template and its files.
     _check_template(settings, getattr(source, "template", None))
     if hasattr(source, "check"):
@@ -264,9 +271,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
         raise ConfigError(
             f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
         )
-    if needs(config, key, "needs_reward_model") and not simulated and "preference" not in source.splits:
+    trained = needs(config, key, "needs_reward_model") and not config.reward.get("from")
+    if trained and not simulated and "preference" not in source.splits:
         raise ConfigError(
-            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on"
+            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on; "
+            "allowed: reward.from, or another choice"
         )
 
 

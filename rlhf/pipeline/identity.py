@@ -26,8 +26,9 @@ IGNORED_TRAINER_KEYS = frozenset({
     "_target_", "accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark", "profiler",
     "detect_anomaly", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "default_root_dir",
 })  # fmt: skip
-# Labels, and intervals of saving and logging.
-IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every"})
+# Labels, intervals of saving and logging, and CUDA graphs, which only make decoding faster: on a GPU the metrics were
+# equal with and without them, and elsewhere the key has no effect.
+IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
 # Keys that only measure a policy, or say which of its weights are kept: with other values the same steps are trained.
 MEASURING = frozenset({
     "judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_best", "ppo.keep_best_mode", "ppo.keep_evaluated",
@@ -148,7 +149,7 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decisive(node: Any) -> Any:
-    """A part of the configuration without labels and without intervals of saving and logging.
+    """A part of the configuration without `IGNORED_KEYS`.
 
     Of a judge's client only the model that answers is kept, not how it is reached.
     """

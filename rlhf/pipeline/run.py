@@ -32,6 +32,7 @@ from rlhf.pipeline.builders import Site
 from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences
 from rlhf.pipeline.builders.reward import build_reward
 from rlhf.pipeline.builders.sft import build_sft
+from rlhf.pipeline.builders.taken import build_taken
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.checks import best_metric
 from rlhf.pipeline.config import instantiate
@@ -43,6 +44,8 @@ from rlhf.pipeline.measuring import check_sound, evaluation_results, make_ready
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.rendered import show_rendered
+from rlhf.pipeline.reward_scorer import reward_scorer
+from rlhf.pipeline.taken import IDS
 from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
@@ -60,9 +63,7 @@ class Run:
         self.plan, self.progress = plan, progress
         self.config, self.settings, self.source = plan.config, plan.settings, plan.source
         self.loggers = Loggers(plan)
-        self.site = Site(
-            plan.settings, plan.plain, plan.source, plan.quantization, self._make_trainer, self._place_models
-        )
+        self.site = self._site(plan)
         settle_numerics(plan.config.trainer.get("deterministic"))
         keep_freed_memory()
 
@@ -133,12 +134,19 @@ class Run:
 
     def _builder(self, product: str) -> Callable[[Path], None]:
         """The function that builds a product of the cache into a folder."""
-        sft, preferences = self.plan.sft_folder, self.plan.preferences_folder
+        sft, preferences, own = self.plan.sft_folder, self.plan.preferences_folder, self.plan.beside or self.plan
+        if product in self.plan.taken:
+            return partial(build_taken, self.site, taken=self.plan.taken[product], device=self._device)
         if product == "sft":
             return partial(build_sft, self.site)
+        if product == "reward_sft":
+            return partial(build_sft, self._site(own))
         if product == "reward":
-            return partial(build_reward, self.site, sft=sft, preferences=preferences)
+            return partial(build_reward, self._site(own), sft=own.sft_folder, preferences=preferences)
         return partial(build_preferences, self.site, simulated=self._simulated, sft=sft, device=self._device)
+
+    def _site(self, plan: Plan) -> Site:
+        return Site(plan.settings, plan.plain, plan.source, plan.quantization, self._make_trainer, self._place_models)
 
     @property
     def _simulated(self) -> Simulated:
@@ -172,6 +180,7 @@ class Run:
             sft_metrics=before,
             sft_model=plan.sft_folder.name,
             reward_model=plan.reward_folder.name if plan.needs_reward_model else None,
+            reward_reads=plan.reward_reads,
             guards=stage.guards.summary(),
             microbatch_tokens=settings.ppo.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
@@ -190,14 +199,14 @@ class Run:
         # 1. The models.
         tokenizer = load_tokenizer(settings.model, self.source)
         reward = plan.reward_folder if plan.needs_reward_model else None
+        role = reward / MODEL if reward and plan.reward_reads == IDS else None
         only_judges = not plan.learns_from_reward_model
-        roles = ppo_roles(
-            settings, tokenizer, plan.sft_folder / MODEL, reward and reward / MODEL, plan.quantization, only_judges
-        )
+        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization, only_judges)
         self._place_models(roles)
         # 2. All that scores and judges what they say.
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
+        context.reward = reward_scorer(context, plan) if reward else None
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
         evaluator, prompts = make_evaluator(plan, context, folder)
         return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES), prompts

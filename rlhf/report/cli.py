@@ -21,6 +21,7 @@ from rlhf.report.pareto_front import front_table
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
 from rlhf.report.tables import Table
+from rlhf.report.tuning import tuning_table
 from rlhf.report.variance_table import variance_table
 from rlhf.tracking.reading import printable
 
@@ -42,7 +43,7 @@ def make_report(folders: Sequence[Path], out: Path | None = None, evaluation: st
 
     Raises:
         NoRunsError: a folder has no finished run.
-        FigureError: the layout asks for a figure that cannot be drawn.
+        FigureError: the layout asks for a figure that cannot be drawn, or for a choice by an incomplete rule.
     """
     return _make(folders, out, evaluation)[0]
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(MISTAKE) from None
     console = Console()
     for name, table in tables.items():
-        if name in ("table", "front"):
+        if name in ("table", "front", "tuning"):
             console.print(_on_terminal(table, console.width))
     for sentence in evaluation_shown(load(options.folders, options.evaluation).finished):
         console.print(sentence)
@@ -96,7 +97,9 @@ def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> 
     if front:
         tables["front"] = Headed("The front of the search", front)
     elif compared:
-        tables |= _differences(sweep, compared, metrics[0])
+        tables |= _differences(sweep, compared, metrics)
+    if chosen := tuning_table(sweep):
+        tables["tuning"] = Headed("Chosen by the rule", chosen)
     if not front and (variances := variance_table(sweep)):
         tables["variance"] = Headed("Where the spread comes from", variances)
     for name, (_, table) in tables.items():
@@ -110,7 +113,7 @@ def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> 
     return path, {name: table for name, (_, table) in tables.items()}
 
 
-def _differences(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> dict[str, Headed]:
+def _differences(sweep: Sweep, compared: Sequence[Comparison], metrics: Sequence[str]) -> dict[str, Headed]:
     """The differences from the baseline; then rows and differences at equal distance, if rows have one in common."""
     against = baseline(sweep)
     heading = f"Differences from “{against.label}”"
@@ -118,9 +121,9 @@ def _differences(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> d
     distances = common_distances(sweep)
     if distances:
         tables["distance"] = Headed("At equal distance from SFT", distance_table(sweep, distances))
-    found = compared_at(sweep, against, metric, distances)
+    found = compared_at(sweep, against, metrics, distances)
     if any(found.values()):
-        table = distance_difference_table(sweep, found, against, metric)
+        table = distance_difference_table(sweep, found, against)
         tables["distance_differences"] = Headed(f"{heading} at equal distance", table)
     return tables
 

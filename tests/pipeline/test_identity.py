@@ -168,6 +168,7 @@ DECIDED = [
     ("trainer.devices=2", ""),
     ("trainer.accelerator=cpu", ""),
     ("ppo.checkpoint_every=3", ""),
+    ("generation.cuda_graphs=never", ""),
     ("reward.log_every=3", ""),
     ("name=other", ""),
     ("logger=tensorboard", ""),
