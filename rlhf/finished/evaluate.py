@@ -146,7 +146,7 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
             run = FinishedRun.open(place, chosen)
             merged = as_trained(config, run, given)
             return _subject(merged, run, None if place == path else _step_of(run))
-    return OutsideEvaluation.open(config, folder)
+    return OutsideEvaluation.named(config, folder)
 
 
 def _of_configuration(config: DictConfig, folder: Path) -> RunEvaluation:
