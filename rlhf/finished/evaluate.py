@@ -173,9 +173,10 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     settings, source = settings_of(config), data_source(config)
     check(config, settings, source)
     plan = Plan(config, settings, source, run.folder)
-    plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None
+    plan.identity = str(run.summary.get("identity"))
     plan.trained_scorer = run.config["scorer"]
     plan.sft_folder = _starting_point(run)
+    plan.made_from = {"sft": plan.sft_folder}
     if plan.needs_reward_model:
         reward = run.reward
         if reward is None:
@@ -183,8 +184,8 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
                 f"judge or scorer needs the reward model of {run.folder}, which was trained without one; allowed: "
                 "judge=finished_reward_model with the folder of one, or another judge"
             )
-        plan.reward_folder = reward.folder
-    gone = [path for path in plan.needed().values() if cache.missing(path)]
+        plan.reward_folder = plan.made_from["reward"] = reward.folder
+    gone = [path for path in plan.made_from.values() if cache.missing(path)]
     if gone:
         raise RunError(f"{gone[0]}, which {run.folder} started from, is missing or damaged; its own command builds it")
     return RunEvaluation(run, plan, chosen)
