@@ -146,7 +146,7 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
             run = FinishedRun.open(place, chosen)
             merged = as_trained(config, run, given)
             return _subject(merged, run, None if place == path else _step_of(run))
-    return OutsideEvaluation.open(config, folder)
+    return OutsideEvaluation.named(config, folder)
 
 
 def _of_configuration(config: DictConfig, folder: Path) -> RunEvaluation:
@@ -180,6 +180,7 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None
     plan.trained_scorer = run.config["scorer"]
     plan.sft_folder = _starting_point(run)
+    plan.made_from = {"sft": plan.sft_folder}
     if plan.needs_reward_model:
         reward = run.reward
         if reward is None:
@@ -187,8 +188,8 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
                 f"judge or scorer needs the reward model of {run.folder}, which was trained without one; allowed: "
                 "judge=finished_reward_model with the folder of one, or another judge"
             )
-        plan.reward_folder = reward.folder
-    gone = [path for path in plan.needed().values() if cache.missing(path)]
+        plan.reward_folder = plan.made_from["reward"] = reward.folder
+    gone = [path for path in plan.made_from.values() if cache.missing(path)]
     if gone:
         raise RunError(f"{gone[0]}, which {run.folder} started from, is missing or damaged; its own command builds it")
     return RunEvaluation(run, plan, chosen)

@@ -49,8 +49,8 @@ class OutsideEvaluation:
     plan: Plan
 
     @classmethod
-    def open(cls, config: DictConfig, folder: Path) -> "OutsideEvaluation":
-        """Open the policy that `config.policy` names, and check the configuration.
+    def named(cls, config: DictConfig, folder: Path) -> "OutsideEvaluation":
+        """The measurement of the policy that `config.policy` names, with all checks that need no model.
 
         Raises:
             UserError: there is no such policy, or it cannot be measured so.

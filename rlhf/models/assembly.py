@@ -74,8 +74,7 @@ def ppo_roles(
     # 1. The SFT model is the reference. The reward model is an adapter on it, or a trunk of its own.
     base = load_causal_lm(settings.model, tokenizer, sft, quantization)
     roles = Roles(base, DTYPES[settings.model.dtype])
-    judge = reward if only_judges else None
-    reward = None if only_judges else reward
+    judge, reward = (reward, None) if only_judges else (None, reward)
     reward_config = _add_reward(roles, reward) if reward is not None else None
 
     # 2. What is trained. A model that only judges comes last, so that it changes no random number of those.
@@ -83,12 +82,7 @@ def ppo_roles(
     if judge is not None:
         _add_reward(roles, judge)
         roles.train_only("policy", "value")
-    num_bytes = sum(p.numel() * p.element_size() for p in roles.parameters())
-    trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
-    log.info(
-        "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
-        len(roles.trunks), ", ".join(roles.trunks), num_bytes / 2**20, f"{trained:,}",
-    )  # fmt: skip
+    _log_size(roles)
     return _configured(roles, settings)
 
 
@@ -116,6 +110,15 @@ def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | 
         _add_value_adapter(roles, settings.lora, reward)
     roles.add_head("value", zero=True, bias=settings.ppo.value_bias)
     roles.train_only("policy", "value")
+
+
+def _log_size(roles: Roles) -> None:
+    num_bytes = sum(p.numel() * p.element_size() for p in roles.parameters())
+    trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
+    log.info(
+        "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
+        len(roles.trunks), ", ".join(roles.trunks), num_bytes / 2**20, f"{trained:,}",
+    )  # fmt: skip
 
 
 def load_policy(roles: Roles, settings: Settings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

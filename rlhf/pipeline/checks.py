@@ -12,11 +12,12 @@ from rlhf.data.records import DataSource, Prompt
 from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
-from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
+from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
 from rlhf.scorers import TextScorer
@@ -109,28 +110,28 @@ def check_trainer(config: DictConfig) -> None:
             raise ConfigError(f"trainer.{key} would silently change what is trained; allowed: {instead}")
 
 
-def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
-    """The metric by which `ppo.keep_best` chooses a checkpoint; None if only the latest ones are to be kept.
-
-    Raises:
-        ConfigError: the evaluations of this configuration do not log that metric.
-    """
-    chosen = settings.ppo.keep_best
-    judged = getattr(target_class(config.judge, "judge"), "compares", True)
-    factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
-    allowed = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.evaluation.gold))
-    if chosen == "auto":
-        return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
-    if chosen is not None and chosen not in allowed:
-        raise ConfigError(f"ppo.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
-    return chosen
-
-
 # -- what each part says by itself -------------------------------------------------------------------------------------
 
 
 def _check_ppo(settings: Settings) -> None:
+<<<<<<< HEAD
     check_ppo(settings)
+=======
+    ppo = settings.ppo
+    if ppo.rollout_batch_size % ppo.minibatch_size:
+        raise ConfigError(
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
+            "allowed: a divisor of it"
+        )
+    if ppo.accumulation == "as_published" and ppo.minibatch_size % ppo.published_rows:
+        raise ConfigError(
+            f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
+            "allowed: a divisor of it"
+        )
+    if ppo.warmup_steps >= ppo.steps:
+        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    check_keeping(settings)
+>>>>>>> w-evaluate
     _check_function("divergence.function", settings.divergence.function)
 
 

@@ -1,4 +1,4 @@
-"""What measures a policy: the prompts of the evaluation, the judge, and the gold score."""
+"""What measures a policy: the prompts of the evaluation, the judge, the gold score, and the metric of the best."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,16 +6,17 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from rlhf.data.records import Prompt, as_records
+from rlhf.data.records import DataSource, Prompt, as_records
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import load_difficulties
-from rlhf.evaluation.evaluator import ResponseEvaluator
+from rlhf.evaluation.evaluator import ResponseEvaluator, evaluation_metrics
 from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.builders.preferences import template_of
 from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.plan import Plan
 from rlhf.scorers import Context
+from rlhf.settings import Settings
 
 
 def make_evaluator(plan: Plan, context: Context, folder: Path) -> tuple[ResponseEvaluator, DataLoader]:
@@ -55,3 +56,20 @@ def ping(config: DictConfig) -> None:
     target = target_class(node, key)
     if hasattr(target, "ping"):
         target.ping(OmegaConf.to_container(node, resolve=True))
+
+
+def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
+    """The metric by which `ppo.keep_best` chooses a checkpoint; None if only the latest ones are to be kept.
+
+    Raises:
+        ConfigError: the evaluations of this configuration do not log that metric.
+    """
+    chosen = settings.ppo.keep_best
+    judged = getattr(target_class(config.judge, "judge"), "compares", True)
+    factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
+    allowed = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.evaluation.gold))
+    if chosen == "auto":
+        return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
+    if chosen is not None and chosen not in allowed:
+        raise ConfigError(f"ppo.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
+    return chosen

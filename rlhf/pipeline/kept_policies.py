@@ -9,7 +9,9 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from rlhf.distributed import collectives
+from rlhf.errors import ConfigError
 from rlhf.files import KEPT
+from rlhf.settings import Settings
 from rlhf.stages.ppo import PPO
 
 
@@ -36,6 +38,19 @@ class KeptPolicies(Callback):
         self.save(stage, aside)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
+
+
+def check_keeping(settings: Settings) -> None:
+    """Check `ppo.keep_evaluated`.
+
+    Raises:
+        ConfigError: it would keep whole models in another dtype than they are trained in.
+    """
+    if settings.ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
+        raise ConfigError(
+            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
+            f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
+        )
 
 
 def kept_policies(run: Path) -> dict[int, Path]:

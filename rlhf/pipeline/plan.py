@@ -45,6 +45,8 @@ class Plan:
         self.config, self.settings, self.source, self.folder = config, settings, source, folder
         self.overrides = list(overrides)
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        # of a finished run that is measured: the models that it was made from, whatever code made them
+        self.made_from: dict[str, Path] | None = None
         self.trained_scorer: Mapping[str, Any] | None = None  # that of a finished run, if it is measured by another one
         self.quantization = settings.quantization if is_quantized(settings.quantization) else None
 
@@ -123,6 +125,8 @@ class Plan:
 
     def needed(self) -> dict[str, Path]:
         """The cached folders that this run needs, by product and in the order of building."""
+        if self.made_from is not None:
+            return self.made_from
         folders = {"sft": self.sft_folder}
         beside = {"reward_sft": self.beside.sft_folder} if self.beside else {}
         reward = self.stage == "reward" or (self.stage in ("ppo", "evaluate") and self.needs_reward_model)

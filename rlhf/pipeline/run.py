@@ -34,9 +34,8 @@ from rlhf.pipeline.builders.reward import build_reward
 from rlhf.pipeline.builders.sft import build_sft
 from rlhf.pipeline.builders.taken import build_taken
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
-from rlhf.pipeline.checks import best_metric
 from rlhf.pipeline.config import instantiate
-from rlhf.pipeline.evaluating import make_evaluator, ping
+from rlhf.pipeline.evaluating import best_metric, make_evaluator, ping
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers

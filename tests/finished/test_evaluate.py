@@ -19,6 +19,7 @@ from tests.helpers.command_line import TINY, error_sentence, run_in_process
 from tests.helpers.composed_config import composed
 from tests.helpers.run_results import without_times
 
+pytestmark = pytest.mark.slow
 ARGUMENTS = [*TINY, "logger=csv", "ppo.eval_every=1", "ppo.lr=0.05", "ppo.keep_evaluated=true"]
 # What the runs read and how they answer, for policies that have no configuration of their own.
 DATA = [argument for argument in TINY if argument.startswith(("data.", "evaluation.", "generation.max"))]

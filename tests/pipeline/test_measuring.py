@@ -20,6 +20,7 @@ from tests.helpers.command_line import TINY, error_sentence, run_in_process
 from tests.helpers.composed_config import composed_plan
 from tests.helpers.run_results import without_times
 
+pytestmark = pytest.mark.slow
 ARGUMENTS = [*TINY, "logger=csv", "ppo.eval_every=2", "ppo.lr=0.05"]
 OTHER = "judge=reward_model"
 
