@@ -24,6 +24,7 @@ from rlhf.rollout.sample import rollout
 from rlhf.settings import Settings
 from tests.helpers.composed_config import composed_settings
 from tests.helpers.finished_runs import TEMPLATE, finished_outputs
+from tests.helpers.hub_cache import on_the_hub
 from tests.helpers.tiny_models import tiny_model, word_tokenizer
 
 SOURCE = SimpleNamespace(template=parse_template(TEMPLATE))
@@ -128,16 +129,6 @@ def test_an_adapter_from_elsewhere_finds_its_base(runs: SimpleNamespace, setting
     said = dora.answers(PROMPTS, settings, SOURCE)
     assert said == merged.answers(PROMPTS, settings, SOURCE)
     assert said != answers_of(runs, "reference")
-
-
-def on_the_hub(cache: Path, name: str, commits: dict[str, Path]) -> None:
-    """A repository as `huggingface_hub` keeps it: a snapshot per commit, and `main`, which is the last of them."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    for commit, folder in commits.items():
-        shutil.copytree(folder, repository / "snapshots" / commit)
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs/main").write_text(commit)
-    (repository / "refs/v1").write_text(next(iter(commits)))
 
 
 def test_a_model_of_the_hub_is_that_of_its_revision(
