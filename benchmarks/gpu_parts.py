@@ -14,7 +14,7 @@ from gpu_steps import PHASES, decoding, ppo_steps
 # conf/ppo/paper.yaml, conf/generation/paper.yaml and conf/lora/paper.yaml
 PAPER = (
     "ppo=paper", "generation=paper", "lora=paper", "divergence=kl", "model.dtype=bfloat16",
-    "ppo.microbatch_tokens=4096", "generation.cuda_graphs=auto", "generation.batch_size=256",
+    "ppo.microbatch_tokens=8192", "generation.cuda_graphs=auto", "generation.batch_size=256",
 )  # fmt: skip
 CARD = (
     "lora=r8", "lora.target_modules=[query_key_value,dense]", "divergence=kl", "model.dtype=bfloat16", "ppo.epochs=2",
@@ -23,7 +23,7 @@ CARD = (
 )  # fmt: skip
 SMALL = (
     "lora=r8", "divergence=kl", "model.dtype=bfloat16", "ppo.rollout_batch_size=256", "ppo.minibatch_size=128",
-    "ppo.epochs=2", "ppo.microbatch_tokens=16384", "generation.max_new_tokens=128", "generation.batch_size=256",
+    "ppo.epochs=2", "ppo.microbatch_tokens=32768", "generation.max_new_tokens=128", "generation.batch_size=256",
     "generation.cuda_graphs=auto",
 )  # fmt: skip
 BRIEF = ("ppo.rollout_batch_size=64", "ppo.minibatch_size=64", "ppo.epochs=1", "ppo.microbatch_tokens=4096")
@@ -36,21 +36,19 @@ def parts(settings: Sequence[str]) -> dict[str, Part]:
     seven = {"shape": "llama_7b", "prompts": (32, 192), "rows": 256}
     twenty = {"shape": "gpt_neox_20b", "prompts": (16, 32), "rows": 32, "card": 23.0}
     steps = partial(partial, ppo_steps)
+    compiled = {**small, "overrides": [*small["overrides"], "model.compile=true"]}
+    brief = {**small, "overrides": [*small["overrides"], *BRIEF]}
     return {
         "rates": Part({"rates": rates}, 4, 20),
         "smoke": Part(CHECKS, 20, 150),
         "probe": Part(PROBES, 15, 80),
-        "smollm2": Part({"steps": steps(**small)}, 15, 60),
-        "llama_7b_bf16": Part({"steps": steps(overrides=[*PAPER, *settings], **seven)}, 70, 240),
+        "smollm2": Part({"steps": steps(**small)}, 15, 45),
+        "llama_7b_bf16": Part({"steps": steps(overrides=[*PAPER, *settings], **seven)}, 70, 140),
         "decode_smollm2": Part({"engines": partial(decoding, limit=128, **small)}, 20, 60),
-        "llama_7b_nf4": Part({"steps": steps(overrides=[*PAPER, *FEW, *settings], **seven)}, 50, 120),
-        "neox_20b_nf4": Part({"steps": steps(overrides=[*CARD, *settings], **twenty)}, 40, 85),
-        "profile": Part(
-            {"smollm2": partial(profiled_step, **{**small, "overrides": [*small["overrides"], *BRIEF]})}, 20, 60
-        ),
-        "smollm2_compiled": Part(
-            {"steps": steps(**{**small, "overrides": [*small["overrides"], "model.compile=true"]})}, 40, 90
-        ),
+        "llama_7b_nf4": Part({"steps": steps(overrides=[*PAPER, *FEW, *settings], **seven)}, 50, 100),
+        "neox_20b_nf4": Part({"steps": steps(overrides=[*CARD, *settings], **twenty)}, 40, 60),
+        "smollm2_compiled": Part({"steps": steps(**compiled)}, 60, 100),
+        "profile": Part({"smollm2": partial(profiled_step, **brief)}, 20, 60),
     }
 
 

@@ -189,11 +189,54 @@ def kernels(bench: Bench, graphs: str) -> dict[str, Any]:
     return {"ms": sum(spent for spent, _ in events) / 1e3, "launches": sum(e.count for _, e in events), "kernels": top}
 
 
+def decoding(bench: Bench, heads: int, groups: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Attention of one token to a cache with room for 512, of which 300 to 491 are filled: milliseconds by way."""
+    rows, room = (256, 512) if not bench.toy else (2, 16)
+    options: Any = {"device": bench.device, "dtype": dtype}
+    q = torch.randn(rows, heads, 1, width, **options)
+    k, v = (torch.randn(rows, groups, room, width, **options) for _ in range(2))
+    used = torch.randint(3 * room // 5, room, (rows,), device=bench.device, dtype=torch.int32)
+    mask = torch.zeros(rows, 1, 1, room, **options)
+    mask.masked_fill_(torch.arange(room, device=bench.device) >= used[:, None, None, None], -torch.inf)
+    packed, scale = q.view(rows, groups, -1, width), width**-0.5
+
+    def products() -> Tensor:
+        return torch.baddbmm(
+            mask.expand(-1, groups, packed.shape[2], -1).flatten(0, 1), packed.flatten(0, 1),
+            k.flatten(0, 1).transpose(1, 2), alpha=scale,
+        ).softmax(-1) @ v.flatten(0, 1)  # fmt: skip
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "sdpa": lambda: F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale),
+        "sdpa a row per head": lambda: F.scaled_dot_product_attention(
+            q, *(x.repeat_interleave(heads // groups, 1) for x in (k, v)), attn_mask=mask, scale=scale
+        ),
+        "products": products,
+        "flash": lambda: aten._flash_attention_forward(
+            *(x.transpose(1, 2) for x in (q, k, v)), None, None, 1, room, 0.0, False, False, scale=scale, seqused_k=used
+        )[0],
+    }  # fmt: skip
+    wanted = ways["sdpa"]().flatten()
+    for name, way in ways.items():
+        try:
+            gap = float((way().flatten() - wanted).abs().max())
+            lap = seconds(way, bench.device, 20 if not bench.toy else 1)
+            bench.say("decoding", way=name, ms=round(1e3 * lap, 4), gap=gap)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            bench.say("decoding", way=name, error=f"{type(error).__name__}: {error}"[:200])
+    return {"gib": 2 * k.numel() * k.element_size() / 2**30}
+
+
 PROBES: dict[str, Item] = {
     "sdpa": sdpa,
     **{
         f"varlen {name}": partial(varlen, heads=a, groups=b, width=c, dtype=d)
         for name, (a, b, c, d) in ATTENTION.items()
+    },
+    **{
+        f"decoding {name}": partial(decoding, heads=a, groups=b, width=c, dtype=d)
+        for name, (a, b, c, d) in ATTENTION.items()
+        if d == torch.bfloat16
     },
     "syncs": syncs,
     "kernels": partial(kernels, graphs="never"),

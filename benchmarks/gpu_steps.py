@@ -59,7 +59,7 @@ def ppo_steps(
                 rollouts=stage.ppo.rollout_batch_size, first_ratio=line["ppo/first_ratio"],
                 tokens=line["ppo/response_tokens"],
             )  # fmt: skip
-            return bench.left > 0.9 * line["seconds"]
+            return bench.left > (0.3 if line["warm_up"] else 0.9) * line["seconds"]
 
         train(stage, texts, Path(folder), after)
     return {"measured_steps": done}

@@ -61,7 +61,10 @@ class OptimizerSettings:
 
 @dataclass
 class SupervisedSettings(OptimizerSettings):
-    """What the two supervised stages share: how much data they see, and in batches of how many rows."""
+    """What the two supervised stages share: how much data they see, and in batches of how many rows.
+
+    With `from_`, the key `from`, nothing is trained: the model is a checkpoint that exists already.
+    """
 
     seed: int = seed()
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -69,21 +72,24 @@ class SupervisedSettings(OptimizerSettings):
     max_steps: int | None = optional_positive()
     batch_size: int = positive()
     max_length: int = positive()
+    from_: str | None = None
+    difference_to: str | None = None
 
 
 @dataclass
 class SFTSettings(SupervisedSettings):
     """`conf/sft`: supervised fine-tuning."""
 
-    loss_on: str = choice("response", "text")
+    loss_on: str = choice("response", "assistant", "text")
     packing: bool = False
     validation_size: int = positive(200)
 
 
 @dataclass
 class RewardSettings(SupervisedSettings):
-    """`conf/reward`: the reward model."""
+    """`conf/reward`: the reward model; `model` is what it is trained on if that is not the SFT model."""
 
+    model: ModelSettings | None = None
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
     group_prompts: bool = False

@@ -1,36 +1,28 @@
 """Data in the format of Alpaca and AlpacaFarm, from JSON, JSONL, CSV, TSV or Parquet files or from the Hub."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from datasets import Dataset
-
+from rlhf.data.choices import chosen_by_number
 from rlhf.data.fields import text_field
-from rlhf.data.options import check_sources, first_rows, parse_max_rows, parse_on_bad_row, parse_sources, parse_template
-from rlhf.data.reading import read_records
+from rlhf.data.options import parse_sources
 from rlhf.data.records import SPLITS, Comparison, Demonstration, Prompt, Split
-from rlhf.data.reports import RowReport
-from rlhf.data.templates import Template
-from rlhf.errors import DataError, RowError
-
-TRAINING_SPLITS: tuple[Split, ...] = ("sft", "preference", "prompts")
+from rlhf.data.split_sources import SplitSources, normalized
+from rlhf.data.templates import PromptTemplate
+from rlhf.errors import RowError
 
 
-class Alpaca:
+class Alpaca(SplitSources):
     """Instruction data with a source for each split.
 
     Fields of a row: `instruction` and optionally `input` in every split; `output` for demonstrations and, as the
     reference output, for `eval`; `output_1`, `output_2` and `preference` (1 or 2, or a number in between) for
     comparisons. A row of `eval` without `output` has no reference output and is not judged.
-
-    A row of a training split (`TRAINING_SPLITS`) whose instruction is also in `eval` is skipped, because a model must
-    not be trained on what it is evaluated on. The validation splits train nothing and may contain such rows.
-
-    Skipped rows are logged and, once a split is loaded, counted in `report[split]`.
     """
+
+    option: ClassVar[str] = "alpaca"
 
     def __init__(
         self,
@@ -51,7 +43,7 @@ class Alpaca:
         """Check the configuration, whose values may be anything (hence `Any`); no file is read.
 
         Args:
-            template: Mapping with the two strings of a `rlhf.data.templates.Template`.
+            template: What `rlhf.data.options.parse_template` accepts.
             root: The folder of the files.
             sft, sft_validation, preference, preference_validation, prompts, eval: The source of the split, or a list of
                 sources (`rlhf.data.sources.Source.parse`). A split without a source is not offered.
@@ -63,71 +55,18 @@ class Alpaca:
         Raises:
             DataError: a malformed template, source, `on_bad_row` or `max_rows`.
         """
-        self.template = parse_template(template)
-        given: dict[Split, Any] = {
-            "sft": sft,
-            "sft_validation": sft_validation,
-            "preference": preference,
-            "preference_validation": preference_validation,
-            "prompts": prompts,
-            "eval": eval,
-        }
-        self.sources = {split: parse_sources(specs, Path(root).expanduser()) for split, specs in given.items() if specs}
-        self.splits: tuple[Split, ...] = tuple(self.sources)
-        self.report: dict[Split, RowReport] = {}
-        self._on_bad_row = parse_on_bad_row(on_bad_row)
-        self._deduplicate = deduplicate
-        self._exclude_eval = exclude_eval_instructions and "eval" in self.sources
-        self._max_rows = parse_max_rows(max_rows)
-        self._loaded: dict[Split, Dataset] = {}
+        specs = zip(SPLITS, (sft, sft_validation, preference, preference_validation, prompts, eval), strict=True)
+        super().__init__(
+            {split: parse_sources(spec, Path(root).expanduser()) for split, spec in specs if spec},
+            template=template,
+            on_bad_row=on_bad_row,
+            deduplicate=deduplicate,
+            exclude_eval_instructions=exclude_eval_instructions,
+            max_rows=max_rows,
+        )
 
-    @property
-    def concerns(self) -> dict[str, tuple[Split, ...]]:
-        """The splits that each split's source affects; see `DataSource`.
-
-        The source of `eval` also affects the training splits, if its instructions are excluded from them.
-        """
-        return {
-            split: (split, *TRAINING_SPLITS) if split == "eval" and self._exclude_eval else (split,) for split in SPLITS
-        }
-
-    def check(self) -> None:
-        """Check without reading them that the files can be read.
-
-        Raises:
-            DataError: there is no source, or one is missing, a directory, empty or of an unknown format.
-        """
-        if not self.sources:
-            raise DataError(f"data=alpaca needs a source for at least one split; allowed: {', '.join(SPLITS)}.")
-        for split, sources in self.sources.items():
-            check_sources(f"data.{split}", sources, "a file or a Hub id")
-
-    def load(self, split: Split) -> Dataset:
-        """The rows of `split`; see `DataSource.load`.
-
-        Raises:
-            DataError: the split has no source, it cannot be read, or none of its rows can be used.
-        """
-        if split not in self.sources:
-            raise DataError(
-                f"data.{split} is not configured; allowed: {', '.join(self.splits) or 'none (no split has a source)'}."
-            )
-        return first_rows(self._read(split), split, self._max_rows)
-
-    def _read(self, split: Split) -> Dataset:
-        """All rows of `split`, whatever `max_rows`: all evaluation instructions are excluded, not only those used."""
-        if split not in self._loaded:
-            excluded: set[str] = set()
-            if self._exclude_eval and split in TRAINING_SPLITS:
-                excluded = {_normalized(instruction) for instruction in self._read("eval")["instruction"]}
-            self._loaded[split], self.report[split] = read_records(
-                self.sources[split],
-                _ToRecord(split, self.template, excluded),
-                split,
-                on_bad_row=self._on_bad_row,
-                deduplicate=self._deduplicate,
-            )
-        return self._loaded[split]
+    def _to_record(self, split: Split, excluded: set[str]) -> "_ToRecord":
+        return _ToRecord(split, self.template, excluded)
 
 
 @dataclass(frozen=True)
@@ -135,14 +74,14 @@ class _ToRecord:
     """Makes the record of a row of `split`; `excluded` are the normalized evaluation instructions."""
 
     split: Split
-    template: Template
+    template: PromptTemplate
     excluded: set[str]
 
     def __call__(self, row: Mapping[str, Any]) -> Demonstration | Comparison | Prompt:
         instruction, input = text_field(row, "instruction"), text_field(row, "input", optional=True)
         prompt = self.template.render(instruction, input)
         untemplated = f"{instruction}\n\n{input}" if input else instruction
-        if _normalized(untemplated) in self.excluded:
+        if normalized(untemplated) in self.excluded:
             raise RowError("instruction is in the evaluation set")
         match self.split:
             case "sft" | "sft_validation":
@@ -157,21 +96,12 @@ class _ToRecord:
 
 
 def _chosen_and_rejected(row: Mapping[str, Any]) -> tuple[str, str]:
-    first, second, preference = text_field(row, "output_1"), text_field(row, "output_2"), row.get("preference")
+    first, second = text_field(row, "output_1"), text_field(row, "output_2")
     if first == second:
         raise RowError("`output_1` and `output_2` are identical")
-    try:  # strings are accepted as well, because every field of a CSV file is one
-        number = math.nan if preference is None or isinstance(preference, bool) else float(preference)
-    except (TypeError, ValueError):
-        number = math.nan
-    if number in (0, 1.5):  # AlpacaFarm and AlpacaEval write one of these for a tie
+    if "preference" not in row:
+        raise RowError("no `preference`")
+    chosen = chosen_by_number(row["preference"], "preference")
+    if chosen is None:
         raise RowError("`preference` is a tie")
-    # AlpacaEval 2 writes numbers between 1 and 2, which say how certain the annotator is.
-    if not 1 <= number <= 2:
-        raise RowError("`preference` is not between 1 and 2" if "preference" in row else "no `preference`")
-    return (first, second) if number < 1.5 else (second, first)
-
-
-def _normalized(instruction: str) -> str:
-    """An instruction with single spaces and without case, so that different spellings of one compare equal."""
-    return " ".join(instruction.split()).casefold()
+    return (first, second) if chosen == 0 else (second, first)

@@ -10,15 +10,22 @@ MAX_TEXT = 1_000_000
 
 
 def text_field(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
-    """The text in the field `name` of a row, without surrounding white space, which is up to the template.
+    """The text in the field `name` of a row, checked and `tidied`.
 
-    Common indentation is removed from all lines at once, because code that lost only the indentation of its first line
-    would be broken. If the field is `optional`, a missing, null or blank one gives "".
+    If the field is `optional`, a missing, null or blank one gives "".
 
     Raises:
-        RowError: the field is missing, blank, not a string, longer than `MAX_TEXT`, or cannot be encoded as UTF-8.
+        RowError: the field is missing, or see `checked_text`.
     """
-    value = row.get(name)
+    return tidied(checked_text(row.get(name), name, optional=optional))
+
+
+def checked_text(value: Any, name: str, *, optional: bool = False) -> str:
+    """The value of a field called `name`, as it is; "" if the field is `optional` and missing, null or blank.
+
+    Raises:
+        RowError: the value is missing, blank, not a string, longer than `MAX_TEXT`, or cannot be encoded as UTF-8.
+    """
     if value is None and optional:
         return ""
     if value is None:
@@ -33,14 +40,15 @@ def text_field(row: Mapping[str, Any], name: str, *, optional: bool = False) -> 
         raise RowError(f"`{name}` contains half a character (a lone surrogate)") from None
     if not value.strip() and not optional:
         raise RowError(f"empty `{name}`")
-    return _dedent(value)
+    return value
 
 
-def _dedent(value: str) -> str:
-    """The text without blank lines at its ends and without the indentation that all of its lines share.
+def tidied(value: str) -> str:
+    """A text without surrounding white space, which is up to the template, and without common indentation.
 
-    A single space before the first line is removed separately: it is the separator between a prompt and its response,
-    not indentation.
+    The indentation is removed from all lines at once, because code that lost only the indentation of its first line
+    would be broken. A single space before the first line is removed separately: it is the separator between a prompt
+    and its response, not indentation.
     """
     # 1. Drop blank lines at both ends.
     start = value.rfind("\n", 0, len(value) - len(value.lstrip())) + 1

@@ -5,15 +5,17 @@ value that is not allowed.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
 
 from datasets import Dataset
 
+from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.reading import OnBadRow
 from rlhf.data.records import SPLITS, Split
 from rlhf.data.sources import Source
-from rlhf.data.templates import Template
+from rlhf.data.templates import PromptTemplate, Template
 from rlhf.errors import DataError
 
 
@@ -69,18 +71,33 @@ def parse_on_bad_row(on_bad_row: str) -> OnBadRow:
     return cast(OnBadRow, on_bad_row)
 
 
-def parse_template(template: Any) -> Template:
-    """Parse a mapping with the two strings of a `Template`.
+def parse_template(template: Any) -> PromptTemplate:
+    """The template that a mapping describes: the two strings of a `Template`, or the keys of a `ChatTemplate`.
 
     Raises:
         DataError: any other value, or one of the strings is malformed.
     """
-    texts = template if isinstance(template, Mapping) else {}
-    if set(texts) != {"with_input", "without_input"} or not all(isinstance(text, str) for text in texts.values()):
+    keys = set(template) if isinstance(template, Mapping) else set()
+    known = {field.name: field for field in fields(ChatTemplate)}
+    if "name_or_path" in keys and keys <= set(known) and isinstance(template.get("options", {}), Mapping):
+        return ChatTemplate(**{**template, "options": dict(template.get("options", {}))})
+    if keys != {"with_input", "without_input"} or not all(isinstance(text, str) for text in template.values()):
         raise DataError(
-            f"template={template!r} is not allowed; allowed: a mapping with the strings with_input and without_input."
+            f"template={template!r} is not allowed; allowed: a mapping with the strings with_input and without_input, "
+            f"or with the keys of conf/data/template/chat.yaml ({', '.join(known)})."
         )
-    return Template(**texts)
+    return Template(**template)
+
+
+def parse_positive(number: Any, name: str) -> int:
+    """A positive integer.
+
+    Raises:
+        DataError: any other value of the key `name`.
+    """
+    if type(number) is not int or number < 1:
+        raise DataError(f"{name}={number!r} is not allowed; allowed: a positive integer.")
+    return number
 
 
 def parse_max_rows(max_rows: Any) -> Mapping[Split, int]:

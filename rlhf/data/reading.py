@@ -7,37 +7,47 @@ same whether the rows were just read or came from the cache.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast
+from itertools import groupby
+from typing import Any, Literal, Protocol, cast
 
 from datasets import Dataset, Features, Value
 
 from rlhf.data.caching import REASON, cached_rows, code_digest
-from rlhf.data.records import Split, columns
+from rlhf.data.records import RECORDS, Split
 from rlhf.data.reports import RowReport, reasons_and_counts
-from rlhf.data.sources import Source
 from rlhf.errors import DataError, RowError
 
 log = logging.getLogger(__name__)
 
 OnBadRow = Literal["skip", "fail"]
-ToRecord = Callable[[Mapping[str, Any]], Any]
+ToRecord = Callable[[Any], Any]
+
+
+class RowSource(Protocol):
+    """Where numbered rows come from: `rlhf.data.sources.Source`, or one that also finds the columns of the fields."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    def check(self) -> None: ...  # noqa: D102
+    def fingerprint(self) -> str: ...  # noqa: D102
+    def rows(self) -> Iterator[tuple[int, Any]]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class _Job:
     """Everything that determines which records the rows become; its pickle is the cache key."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[RowSource, ...]
     to_record: ToRecord
-    columns: tuple[str, ...]
+    columns: dict[str, str]
     deduplicate: bool
     fingerprints: tuple[str, ...]
 
 
 def read_records(
-    sources: tuple[Source, ...],
+    sources: Sequence[RowSource],
     to_record: ToRecord,
     split: str,
     *,
@@ -49,12 +59,13 @@ def read_records(
 
     Args:
         sources: Where the rows come from, in this order.
-        to_record: Returns the record of a row (a dataclass instance whose fields are strings) or raises `RowError`. Its
-            pickle is part of the cache key (see `cached_rows`).
+        to_record: Returns the record of a row (a dataclass instance), or a list of any number of them, or raises
+            `RowError`. Its pickle is part of the cache key (see `cached_rows`).
         split: The split, whose record class gives the columns; with `record`, only a name for messages.
         on_bad_row: `skip` counts and skips bad rows; `fail` raises an error.
-        deduplicate: Whether a record equal to an earlier one is a bad row.
-        record: The record class, for a data set that assigns the rows to splits itself.
+        deduplicate: Whether a row with the same records as an earlier one is a bad row.
+        record: The record class, if it is not that of the split. Its fields are strings, or numbers if their type is
+            `float | None`.
 
     Returns:
         The records and the report.
@@ -63,10 +74,11 @@ def read_records(
         DataError: a source cannot be read, no row can be used, or `on_bad_row` is `fail` and there is a bad row.
     """
     fingerprints = (*(source.fingerprint() for source in sources), code_digest(to_record.__module__))
-    names = [field.name for field in fields(record)] if record else columns(cast(Split, split))
-    job = _Job(sources, to_record, tuple(names), deduplicate, fingerprints)
-    features = {name: Value("string") for name in (*job.columns, "_file", REASON)} | {"_row": Value("int64")}
-    rows = cached_rows(_convert_rows, job, Features(features), split)
+    found = fields(record or RECORDS[cast(Split, split)])
+    types = {field.name: "float64" if field.type == (float | None) else "string" for field in found}
+    job = _Job(tuple(sources), to_record, types, deduplicate, fingerprints)
+    features = types | {"_file": "string", REASON: "string", "_row": "int64"}
+    rows = cached_rows(_convert_rows, job, Features({name: Value(type) for name, type in features.items()}), split)
     report, kept = _report_and_kept(rows)
     if on_bad_row == "fail" and report.skipped:
         (file, reason), numbers = next(iter(report.skipped.items()))
@@ -82,35 +94,40 @@ def read_records(
 
 
 def _convert_rows(job: _Job) -> Iterator[dict[str, Any]]:
-    """Yield a row for each row read: the fields of its record, or empty fields and the reason why it is bad."""
-    no_record = dict.fromkeys(job.columns, "")
+    """Yield the fields of each record of each row, or for a bad row empty fields and the reason why it is bad."""
+    no_record = {name: "" if type == "string" else None for name, type in job.columns.items()}
     seen: set[bytes] | None = set() if job.deduplicate else None
+    empty = True
     for source in job.sources:
         for number, row in source.rows():
             try:
-                record, reason = _record_fields(row, job.to_record, seen), ""
+                records, reason = _record_fields(row, job.to_record, seen), ""
             except RowError as bad:
-                record, reason = no_record, str(bad)
-            yield {**record, "_file": source.name, "_row": number, REASON: reason}
+                records, reason = [no_record], str(bad)
+            for record in records:
+                empty = False
+                yield {**record, "_file": source.name, "_row": number, REASON: reason}
+    if empty:
+        names = ", ".join(source.name for source in job.sources)
+        raise DataError(f"none of the rows of {names} falls into this split.")
 
 
-def _record_fields(row: Any, to_record: ToRecord, seen: set[bytes] | None) -> dict[str, str]:
-    """The fields of the row's record, whose digest is added to `seen`.
+def _record_fields(row: Any, to_record: ToRecord, seen: set[bytes] | None) -> list[dict[str, Any]]:
+    """The fields of the row's records, whose digest is added to `seen`.
 
     Raises:
-        RowError: the row is bad, or its record was seen before.
+        RowError: the row is bad, or its records were seen before.
     """
     if isinstance(row, RowError):
         raise row
-    if not isinstance(row, Mapping):
-        raise RowError("not a JSON object")
-    record = asdict(to_record(row))
-    if seen is not None:
-        digest = hashlib.sha256(repr(record).encode()).digest()  # 32 bytes per row, however long its texts are
+    made = to_record(row)
+    records = [asdict(record) for record in (made if isinstance(made, list) else [made])]
+    if seen is not None and records:
+        digest = hashlib.sha256(repr(records).encode()).digest()  # 32 bytes per row, however long its texts are
         if digest in seen:
             raise RowError("duplicate of an earlier row")
         seen.add(digest)
-    return record
+    return records
 
 
 def _report_and_kept(rows: Dataset) -> tuple[RowReport, list[int]]:
@@ -125,4 +142,5 @@ def _report_and_kept(rows: Dataset) -> tuple[RowReport, list[int]]:
             skipped.setdefault((file, reason), []).append(number)
         else:
             kept.append(index)
-    return RowReport(dict(Counter(columns["_file"])), skipped), kept
+    rows_read = (file for (file, _), _ in groupby(zip(columns["_file"], columns["_row"], strict=True)))
+    return RowReport(dict(Counter(rows_read)), skipped), kept

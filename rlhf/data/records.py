@@ -46,6 +46,13 @@ class SampledComparison(Comparison):
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredComparison(Comparison):
+    """A comparison of two responses that have scores; `margin` is the difference, or None if this one has none."""
+
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt for PPO rollouts or for evaluation.
 
@@ -82,10 +89,11 @@ class DataSource(Protocol):
 
     Two members are required: `splits` and `load`. A class need not inherit from `DataSource`.
 
-    The rows of a split have the fields of its record as columns (see `columns`), all of them strings:
+    The rows of a split have the fields of its record as columns (see `columns`), all of them strings but `margin`:
 
     - `sft`, `sft_validation` (supervised fine-tuning): `prompt`, `response`.
-    - `preference`, `preference_validation` (reward model): `prompt`, `chosen`, `rejected`.
+    - `preference`, `preference_validation` (reward model): `prompt`, `chosen`, `rejected`, and optionally `margin`, a
+      number or null.
     - `prompts` (PPO rollouts): `prompt`, `reference_output`, `instruction`; the last two may be "".
     - `eval` (evaluation): the same; without a reference output there is no win rate.
 
@@ -107,8 +115,9 @@ class DataSource(Protocol):
       mapping affects all splits.
     - `report: Mapping[Split, ...]`: after `load(split)`, `report[split].counts` maps each reason for skipping a row to
       the number of skipped rows. A stage copies it into its `summary.json`.
-    - `template: rlhf.data.templates.Template`: the prompt template. Special tokens that are spelled out in its fixed
-      text, such as `<|im_start|>`, are tokenized as special tokens.
+    - `template: rlhf.data.templates.PromptTemplate`: the prompt template. Special tokens that are spelled out in its
+      fixed text, such as `<|im_start|>`, are tokenized as special tokens. With a chat template, responses are what the
+      assistant says, without the end of its turn, which the stages append.
     - `tokenizer() -> PreTrainedTokenizerBase`: a tokenizer for models trained from scratch. Without it, a BPE
       tokenizer is trained on the `sft` split.
     - `utility(prompt: str, response: str) -> float`: the ground-truth quality of a response, which makes `judge=gold`
@@ -118,7 +127,7 @@ class DataSource(Protocol):
     - `group(prompt: str) -> str` and `groups`, all its values: which part of the evaluation a prompt belongs to, a word
       such as `famous`, or "" for none; factual precision is then also reported for each part.
     - `kinds() -> list[str]`: for each row of `preference_validation` a word that says how its two responses differ; the
-      reward model's accuracy is then also reported for each kind.
+      reward model's accuracy is then also reported for each kind. An empty list says that there are no kinds.
     - `labelled(split: Split) -> Dataset`: rows with `text` (str) and `label` (0 or 1), on which
       `scorer=bag_of_words` (`sft`) and `bag_of_characters` (`prompts`) train their classifiers and test them (`eval`).
 
@@ -152,6 +161,7 @@ class DataSource(Protocol):
 
         Returns:
             A dataset of at least one row with exactly the columns `columns(split)`, all of them strings and none null.
+            Rows of comparisons may also have the column `margin`.
 
         Raises:
             DataError: `split` is not in `splits`, cannot be read, or has no rows.
@@ -186,6 +196,7 @@ def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
 
 
 def as_records(rows: Dataset, split: Split) -> list:
-    """The rows as instances of the split's record class (`SampledComparison` if they have the columns for it)."""
-    record = SampledComparison if "chosen_ended" in rows.column_names else RECORDS[split]
+    """The rows as instances of the split's record class, or of the kind of comparison that has all their columns."""
+    kinds = {"chosen_ended": SampledComparison, "margin": ScoredComparison}
+    record = next((kind for column, kind in kinds.items() if column in rows.column_names), RECORDS[split])
     return [record(**row) for row in rows]

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from rlhf.data.compression import COMPRESSED, check_decompressor, without_compression
 from rlhf.data.row_files import read_csv, read_json_list, read_jsonl
-from rlhf.errors import DataError
+from rlhf.errors import DataError, RowError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*(f"{suffix}{compressed}" for suffix in FORMATS for compressed in ("", *COMPRESSED)), ".parquet")
@@ -27,7 +27,7 @@ ALLOWED = f"{', '.join(FORMATS)} (each also with {' or '.join(COMPRESSED)}), .pa
 
 _SLICE = re.compile(r"\[(\d*):(\d*)\]")
 _HUB_FILE = re.compile(r"(?:.*/)?hf:/{1,2}(datasets/.+)")  # `Path` collapses the two slashes of a URL into one
-_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))??(?::([\w.+-]+))?")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))??(?::([\w.+-]+))?")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Source:
         """Parse the specification of a source.
 
         Args:
-            spec: A file name relative to `root`; a Hub id `owner/name[:config][:split]`; or a mapping of arguments for
-                `datasets.load_dataset`, with at least `path`. The split is `train` if not given. A file name or Hub id
-                may end in a slice `[start:stop]`. A file may also be in a Hub repository
-                (`hf://datasets/owner/name/file.json`).
+            spec: A file name relative to `root`; a Hub id `owner/name[@revision][:config][:split]`; or a mapping of
+                arguments for `datasets.load_dataset`, with at least `path`. The revision is a branch, tag or commit of
+                the Hub; the split is `train` if not given. A file name or Hub id may end in a slice `[start:stop]`. A
+                file may also be in a Hub repository (`hf://datasets/owner/name[@revision]/file.json`).
             root: The folder of the files; it may be in a Hub repository as well.
 
         Raises:
@@ -82,7 +82,7 @@ class Source:
         if hub_id is None or is_file or os.path.exists(path):
             return cls(spec, path, start=start, stop=stop)
         # 5. A Hub id.
-        arguments = dict(zip(("path", "name", "split"), hub_id.groups(), strict=True))
+        arguments = dict(zip(("path", "revision", "name", "split"), hub_id.groups(), strict=True))
         return cls(spec, None, {key: value for key, value in arguments.items() if value}, start, stop)
 
     def check(self) -> None:
@@ -95,7 +95,8 @@ class Source:
         if self.path is None:
             return
         if not os.path.exists(self.path):
-            raise DataError(f"{self.path} does not exist: name a file, or a Hub id as owner/name[:config][:split].")
+            allowed = "name a file, or a Hub id as owner/name[@revision][:config][:split]"
+            raise DataError(f"{self.path} does not exist: {allowed}.")
         if not self.path.is_file():
             raise DataError(f"{self.path} is not a file; allowed: a file that ends in {ALLOWED}.")
         if not self.path.name.lower().endswith(SUFFIXES):
@@ -120,7 +121,7 @@ class Source:
             raise DataError(f"{self.path} cannot be read: {error}.") from error
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """Yield the number and value of each row of the slice; the value is a `RowError` if it cannot be parsed.
+        """Yield the number of each row of the slice, and its fields or a `RowError` if it is not a readable object.
 
         Rows are numbered from 1 within the whole source; in a `.jsonl` file the number is that of the line.
 
@@ -128,9 +129,9 @@ class Source:
             DataError: the source cannot be read to its end, or the slice has no rows.
         """
         empty = True
-        for numbered in islice(self._all_rows(), self.start, self.stop):
+        for number, row in islice(self._all_rows(), self.start, self.stop):
             empty = False
-            yield numbered
+            yield number, row if isinstance(row, Mapping | RowError) else RowError("not a JSON object")
         if empty:
             raise DataError(f"{self.path or self.name} has no rows{' in that slice' if self.start else ''}.")
 

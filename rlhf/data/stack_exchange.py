@@ -14,12 +14,20 @@ from datasets import Dataset, Features, Sequence, Value
 
 from rlhf.data.caching import REASON, cached_rows, code_digest
 from rlhf.data.compression import without_compression
-from rlhf.data.options import as_list, check_sources, first_rows, parse_max_rows, parse_on_bad_row, parse_template
+from rlhf.data.options import (
+    as_list,
+    check_sources,
+    first_rows,
+    parse_max_rows,
+    parse_on_bad_row,
+    parse_positive,
+    parse_template,
+)
 from rlhf.data.records import RECORDS, Split, columns
 from rlhf.data.reports import reasons_and_counts
 from rlhf.data.sources import Source
 from rlhf.data.splitting import Shares, expand
-from rlhf.data.templates import Template
+from rlhf.data.templates import PromptTemplate
 from rlhf.data.thread_sources import Dump, Pairs
 from rlhf.data.threads import Pairing, Tally, Thread, ThreadReport
 from rlhf.errors import DataError
@@ -68,7 +76,7 @@ class StackExchange:
         """Check the configuration, whose values may be anything (hence `Any`); no file is read.
 
         Args:
-            template: Mapping with the two strings of a `rlhf.data.templates.Template`; only `without_input` is used.
+            template: What `rlhf.data.options.parse_template` accepts. Of two strings, only `without_input` is used.
             sources: A source or a list of sources: a site's `Posts.xml`, `Posts.xml.gz` or `Posts.xml.zst`, or rows of
                 pairs (`rlhf.data.sources.Source.parse`) with the fields `question`, `response_j` (the better answer),
                 `response_k` and optionally `qid`.
@@ -84,15 +92,12 @@ class StackExchange:
             DataError: a malformed template, source, `shares`, `max_pairs_per_question`, `on_bad_row` or `max_rows`.
         """
         self.template = parse_template(template)
-        if type(max_pairs_per_question) is not int or max_pairs_per_question < 1:
-            raise DataError(
-                f"max_pairs_per_question={max_pairs_per_question!r} is not allowed; allowed: a positive integer."
-            )
+        limit = parse_positive(max_pairs_per_question, "max_pairs_per_question")
         self.sources = tuple(_parse_source(spec, Path(root).expanduser()) for spec in as_list(sources))
         self._shares = Shares.parse(shares, seed)
         self.splits = self._shares.splits
         self.report: dict[Split, ThreadReport] = {}
-        self._pairing = Pairing(max_pairs_per_question, seed, title)
+        self._pairing = Pairing(limit, seed, title)
         self._fail_on_bad_row = parse_on_bad_row(on_bad_row) == "fail"
         self._max_rows = parse_max_rows(max_rows)
         self._threads: tuple[Dataset, ThreadReport] | None = None
@@ -177,7 +182,7 @@ class _ToRecords:
     """Makes the records of a thread, if its question is in `split`: one per pair in `preference`, else at most one."""
 
     split: Split
-    template: Template
+    template: PromptTemplate
     shares: Shares
 
     def __call__(self, thread: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

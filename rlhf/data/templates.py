@@ -1,9 +1,13 @@
-"""The prompt template, which turns an instruction and its optional input into the text that a model reads."""
+"""The prompt template, which turns an instruction or a conversation into the text that a model reads."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
 
-from rlhf.errors import DataError
+from rlhf.data.chat_template import ChatTemplate, Message
+from rlhf.data.special_tokens import unmarked
+from rlhf.errors import DataError, RowError
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,47 @@ class Template:
             return self.with_input.format(instruction=instruction, input=input)
         return self.without_input.format(instruction=instruction)
 
+    def render_messages(self, messages: Sequence[Message]) -> str:
+        """The prompt for a conversation, of which these strings can only express a single question.
+
+        Raises:
+            RowError: there is more than one message, or it is not the user's.
+        """
+        if [message["role"] for message in messages] != ["user"]:
+            roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages)) or "no message"
+            raise RowError(
+                f"this template only has a place for one message of the user, not for a conversation ({roles}); "
+                "data/template=chat has"
+            )
+        return self.render(str(messages[0]["content"]))
+
+    def messages_of(self, prompt: str) -> list[dict[str, str]] | None:
+        """The message that `render` made a prompt of, an input as its second paragraph; None for another text."""
+        for text in (self.with_input, self.without_input):
+            pattern = "".join(
+                re.escape(literal) + (f"(?P<{name}>.*)" if name else "")
+                for literal, name, *_ in Formatter().parse(text)
+            )
+            found = re.fullmatch(pattern, prompt, re.DOTALL)
+            if found:
+                parts = [found[name] for name in ("instruction", "input") if name in found.groupdict()]
+                return [{"role": "user", "content": "\n\n".join(parts)}]
+        return None
+
     @property
     def fixed_texts(self) -> tuple[tuple[str, ...], ...]:
         """For each of the two strings, the literal texts before, between and after its placeholders."""
         return _literal_texts(self.with_input), _literal_texts(self.without_input)
+
+
+PromptTemplate = Template | ChatTemplate
+"""Both have `render`, `render_messages` and its inverse `messages_of`."""
+
+
+def conversation_of(prompt: str, template: PromptTemplate | None) -> list[dict[str, str]]:
+    """The messages that `template` made a prompt of; any other text is a message of the user."""
+    messages = template.messages_of(prompt) if template else None
+    return messages or [{"role": "user", "content": unmarked(prompt)}]
 
 
 def _literal_texts(template: str) -> tuple[str, ...]:

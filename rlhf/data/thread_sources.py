@@ -6,7 +6,7 @@ on disk. One question with all its answers is in memory at a time.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -159,8 +159,6 @@ def _to_pair(number: int, row: Any) -> tuple[str, int, str, str, str]:
     """The thread's id, row number, question, better answer and worse answer of a row of pairs."""
     if isinstance(row, RowError):
         raise row
-    if not isinstance(row, Mapping):
-        raise RowError("not a JSON object")
     question, better, worse = (text_field(row, name) for name in ("question", "response_j", "response_k"))
     if better == worse:
         raise RowError("`response_j` and `response_k` are identical")

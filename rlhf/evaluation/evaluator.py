@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.records import DataSource, Prompt
+from rlhf.data.special_tokens import unmarked
 from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.length_control import Rate, length_adjusted_win_rate, length_controlled_win_rate
 from rlhf.evaluation.prompts import instruction_or_prompt
@@ -65,7 +66,7 @@ class ResponseEvaluator:
         if self.export:
             self.export(prompts, responses)
         records: list[dict[str, Any]] = [
-            {"prompt": row.prompt, "response": str(response), "reference_output": row.reference_output}
+            {"prompt": unmarked(row.prompt), "response": str(response), "reference_output": row.reference_output}
             for row, response in zip(prompts, responses, strict=True)
         ]
         # 2. FActScore replaces everything else: its prompts have no reference outputs.

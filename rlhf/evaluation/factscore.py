@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.data.records import Prompt
-from rlhf.data.templates import Template
+from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 from rlhf.evaluation.abstention import abstains
 from rlhf.evaluation.client import ChatClient
@@ -119,7 +119,7 @@ class FactScore:
         if client.ping:
             Endpoint(client, f"{KEY}.client").ping()
 
-    def prompts(self, template: Template | None) -> list[Prompt]:
+    def prompts(self, template: PromptTemplate | None) -> list[Prompt]:
         """Return one prompt per entity, in the data set's template if it has one."""
         questions = [self.settings.prompt.replace("{entity}", entity.name) for entity in self.entities]
         return [Prompt(template.render(text) if template else text, instruction=text) for text in questions]

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.data.records import Prompt
 from rlhf.models.sequences import Sequences
-from rlhf.models.tokenizing import Response, encode, encode_texts
+from rlhf.models.tokenizing import Response, encode, encode_answers
 from rlhf.scorers import Context
 from rlhf.scorers.reward_model import RewardModelScorer
 
@@ -64,21 +64,24 @@ class RewardModelJudge:
         return [outcome(a, b, self.tie) for a, b in zip(ours, theirs, strict=True)]
 
     def _scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        if self.context.reward:
+            return self.context.reward.rate([row.prompt for row in prompts], responses).tolist()
         answers = [ids[: self.max_tokens] for ids in self._ids(responses)]
-        batch = Sequences.from_lists(encode(self.context.tokenizer, [row.prompt for row in prompts]), answers)
+        batch = Sequences.from_lists(encode(self.context.tokenizer, self._prompts(prompts)), answers)
         with torch.no_grad():
             return self.scorer.score(batch).tolist()
 
+    def _prompts(self, rows: Sequence[Prompt]) -> list[str]:
+        """Return the prompts as the reward model reads them."""
+        return [row.prompt for row in rows]
+
     def _ids(self, responses: Sequence[str]) -> list[list[int]]:
         """Return the sampled ids of each response, or else the ids of its text, with an EOS if the text is complete."""
-        tokenizer = self.context.tokenizer
-        rows = []
-        for text, ids in zip(responses, encode_texts(tokenizer, responses), strict=True):
-            if isinstance(text, Response) and text.ids and self.same_tokenizer:
-                rows.append(list(text.ids))
-            else:
-                rows.append([*ids, *[tokenizer.eos_token_id] * getattr(text, "ended", True)])
-        return rows
+        ended = [getattr(text, "ended", True) for text in responses]
+        return [
+            list(text.ids) if isinstance(text, Response) and text.ids and self.same_tokenizer else ids
+            for text, ids in zip(responses, encode_answers(self.context.tokenizer, responses, ended), strict=True)
+        ]
 
 
 class NoJudge:

@@ -20,7 +20,7 @@ import torch
 
 from rlhf.data.records import DataSource, Prompt, Split
 from rlhf.data.saved_preferences import PREFERENCE_SPLITS
-from rlhf.data.templates import Template
+from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluation.client import uniform_from_hash
 from rlhf.evaluation.evaluator import Judge
@@ -97,7 +97,7 @@ class Simulated:
         if hydra.utils.get_object(self.judge["_target_"]) is NoJudge:
             raise ConfigError("preferences.judge=none compares nothing; allowed: any other judge, such as llm_pool")
 
-    def prepare(self, source: DataSource, template: Template | None) -> None:
+    def prepare(self, source: DataSource, template: PromptTemplate | None) -> None:
         """Check the judge, its endpoint and the prompts before any model is loaded.
 
         Raises:
@@ -111,7 +111,7 @@ class Simulated:
                     getattr(annotator, method)(self.judge)
         self.draw_prompts(source, template)
 
-    def draw_prompts(self, source: DataSource, template: Template | None) -> dict[Split, list[Prompt]]:
+    def draw_prompts(self, source: DataSource, template: PromptTemplate | None) -> dict[Split, list[Prompt]]:
         """Draw the prompts of the training and of the held-out pairs, in random order.
 
         The held-out prompts come from the data set's own validation split, if there is one. Otherwise they are taken
@@ -144,7 +144,7 @@ class Simulated:
         repeated = [train[i % len(train)] for i in range(pairs)]
         return dict(zip(PREFERENCE_SPLITS, (repeated, held_out[: settings.validation_pairs]), strict=True))
 
-    def _shuffled_prompts(self, source: DataSource, split: Split, template: Template | None) -> list[Prompt]:
+    def _shuffled_prompts(self, source: DataSource, split: Split, template: PromptTemplate | None) -> list[Prompt]:
         rows = source.load(split)
         instructions = rows["instruction"] if "instruction" in rows.column_names else [""] * len(rows)
         # consecutive comparisons of one prompt ask it once

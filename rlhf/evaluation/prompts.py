@@ -8,7 +8,8 @@ from string import Formatter
 
 from rlhf import root
 from rlhf.data.records import Prompt
-from rlhf.data.templates import Template
+from rlhf.data.special_tokens import unmarked
+from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 
 MESSAGE = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
@@ -70,19 +71,13 @@ def user_files(names: Iterable[str]) -> list[Path]:
 
 def instruction_or_prompt(row: Prompt) -> str:
     """Return the bare instruction of a prompt, or the prompt's text if it has no separate instruction."""
-    return row.instruction or row.prompt
+    return row.instruction or unmarked(row.prompt)
 
 
-def strip_template(prompt: str, template: Template | None) -> str:
-    """Return the instruction that `Template.render` turned into `prompt`, followed by its input if there is one.
+def strip_template(prompt: str, template: PromptTemplate | None) -> str:
+    """Return the instruction that the template turned into `prompt`, followed by its input if there is one.
 
-    A prompt that does not match the template is returned unchanged.
+    Of a conversation, it is the last message. A prompt that does not match the template is returned unchanged.
     """
-    for text in (template.with_input, template.without_input) if template else ():
-        pattern = "".join(
-            re.escape(literal) + (f"(?P<{field}>.*)" if field else "") for literal, field, *_ in Formatter().parse(text)
-        )
-        found = re.fullmatch(pattern, prompt, re.DOTALL)
-        if found:
-            return "\n\n".join(found[name] for name in ("instruction", "input") if name in found.groupdict())
-    return prompt
+    messages = template.messages_of(prompt) if template else None
+    return messages[-1]["content"] if messages else unmarked(prompt)

@@ -1,11 +1,14 @@
 """`judge=finished_reward_model`: the reward model of a finished run, or of the cache, as the judge of another run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from rlhf.data.records import Prompt
-from rlhf.errors import ConfigError, RunError
+from rlhf.data.templates import PromptTemplate, conversation_of
+from rlhf.errors import ConfigError, RowError, RunError
 from rlhf.evaluation.judges import RewardModelJudge
 from rlhf.finished.chat.models import ModelCache
 from rlhf.finished.run import FinishedRun
@@ -16,9 +19,9 @@ from rlhf.scorers import Context
 class FinishedRewardModelJudge(RewardModelJudge):
     """Prefers the answer with the higher score of the reward model in `folder`.
 
-    The reward model is loaded with its own SFT model and tokenizer. If it annotates simulated preferences, it is the
-    "gold" reward model of Gao et al. 2023 ("Scaling Laws for Reward Model Overoptimization"), from which a proxy reward
-    model then learns.
+    The reward model is loaded with its own SFT model and tokenizer, and reads prompts in its own template. If it
+    annotates simulated preferences, it is the "gold" reward model of Gao et al. 2023 ("Scaling Laws for Reward Model
+    Overoptimization"), from which a proxy reward model then learns.
 
     Args:
         context: the models and data of the run that is judged.
@@ -37,11 +40,10 @@ class FinishedRewardModelJudge(RewardModelJudge):
         run = _reward_model(folder)
         roles, role = ModelCache().reward(run)
         roles.table["reward"], roles.heads["reward"] = roles.table[role], roles.heads[role]
-        tokenizer = keep_template(run.tokenizer(), context.source)
-        own = Context(
-            context.source, tokenizer, roles, microbatch_tokens=context.microbatch_tokens, cache=context.cache
-        )
-        super().__init__(own, tie, max_tokens)
+        self.asked: PromptTemplate | None = getattr(context.source, "template", None)
+        self.template = run.template or self.asked
+        tokenizer = keep_template(run.tokenizer(), SimpleNamespace(template=self.template))
+        super().__init__(replace(context, tokenizer=tokenizer, roles=roles), tie, max_tokens)
         self._known: dict[tuple[str, str, bool], float] = {}
 
     def _scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -54,6 +56,17 @@ class FinishedRewardModelJudge(RewardModelJudge):
             scores = super()._scores([prompts[i] for i in new], [responses[i] for i in new])
             self._known |= {keys[i]: score for i, score in zip(new, scores, strict=True)}
         return [self._known[key] for key in keys]
+
+    def _prompts(self, rows: Sequence[Prompt]) -> list[str]:
+        """Return the prompts in the template of the reward model; as they are if they are in none."""
+        if self.asked is None or self.template is None or self.template == self.asked:
+            return super()._prompts(rows)
+        try:
+            return [self.template.render_messages(conversation_of(row.prompt, self.asked)) for row in rows]
+        except RowError as error:
+            raise ConfigError(
+                f"judge.folder: the template of the reward model cannot render a prompt: {error}"
+            ) from None
 
     @classmethod
     def check(cls, keys: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ from rlhf.tracking.reading import renamed_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf.data.templates import PromptTemplate
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -70,6 +72,25 @@ class FinishedRun:
         return self.summary["config"]
 
     @property
+    def data(self) -> dict[str, Any]:
+        """The config group `data` of the run. A chat template is that of the run's own tokenizer, saved with its model.
+
+        So it can be used where the model is not that the run began with.
+        """
+        data = self.config["data"]
+        if "name_or_path" not in (data.get("template") or {}):
+            return data
+        elsewhere = {"name_or_path": str(self.model), "tokenizer": None, "gguf_file": None, "chat_template": None}
+        return {**data, "template": {**data["template"], **elsewhere}}
+
+    @property
+    def template(self) -> "PromptTemplate | None":
+        """The prompt template that the run was trained with, if its data set has one."""
+        from rlhf.data.options import parse_template
+
+        return parse_template(self.data["template"]) if self.data.get("template") else None
+
+    @property
     def settings(self) -> ModelSettings:
         """The config group `model` of the run."""
         return typed(ModelSettings, self.config["model"], "model.")
@@ -110,12 +131,12 @@ class FinishedRun:
 
     @property
     def reward(self) -> "FinishedRun | None":
-        """The reward model that the run was trained against; None if it used another scorer.
+        """The reward model that the run was trained against; None if it used a scorer with another tokenizer.
 
         Raises:
             RunError: the reward model is missing or damaged.
         """
-        name = self.summary.get("reward_model")
+        name = self.summary.get("reward_model") if self.summary.get("reward_reads", "ids") == "ids" else None
         return FinishedRun.open(self._cached(name)) if name else None
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models.export import ADAPTER, load_adapter, saved_head
 from rlhf.models.loading import DTYPES, load_causal_lm, load_whole, switch_off_dropout
 from rlhf.models.roles import Role, Roles
-from rlhf.settings import LoraSettings, Settings
+from rlhf.settings import LoraSettings, ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,25 @@ def _configured(roles: Roles, settings: Settings) -> Roles:
     return roles
 
 
+def reward_alone(
+    model: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    base: Path | None,
+    quantization: dict | None,
+) -> Roles:
+    """The role `reward` by itself: a whole model, or an adapter on the model of the folder `base`."""
+    if (folder / ADAPTER).exists():
+        roles = Roles(load_causal_lm(model, tokenizer, base, quantization), DTYPES[model.dtype])
+        _add_reward(roles, folder)
+    else:
+        roles = Roles(_classifier(folder, DTYPES[model.dtype]), DTYPES[model.dtype])
+        roles.table["reward"] = Role("base", None)
+        _add_reward_head(roles, folder)
+    roles.train_only()
+    return roles.eval()
+
+
 def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
     """Add the role `reward` from a reward model's folder; return the adapter's config, None for a full model."""
     config = None
@@ -120,16 +139,23 @@ def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
         config = load_adapter(roles, "base", "reward", folder)
         roles.table["reward"] = Role("base", "reward")
     else:
-        dtype = next(roles.trunk("reference").parameters()).dtype
-        options = {"num_labels": 1, "dtype": dtype, "use_safetensors": True}
-        model = load_whole(AutoModelForSequenceClassification, folder, "reward model", **options)
-        switch_off_dropout(model)
-        roles.add_trunk("reward", model.eval())
+        roles.add_trunk("reward", _classifier(folder, next(roles.trunk("reference").parameters()).dtype))
         roles.table["reward"] = Role("reward", None)
+    _add_reward_head(roles, folder)
+    return config
+
+
+def _classifier(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    options = {"num_labels": 1, "dtype": dtype, "use_safetensors": True}
+    model = load_whole(AutoModelForSequenceClassification, folder, "reward model", **options)
+    switch_off_dropout(model)
+    return model.eval()
+
+
+def _add_reward_head(roles: Roles, folder: Path) -> None:
     head = roles.add_head("reward", zero=False)
     with torch.no_grad():
         head.weight.copy_(saved_head(folder))
-    return config
 
 
 def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | None) -> None:

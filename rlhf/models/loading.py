@@ -59,9 +59,10 @@ def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> Pr
         tokenizer = train_tokenizer(text for row in source.load("sft") for text in row.values())
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {model.name_or_path} has no EOS token, without which no response ends")
+    keep_template(tokenizer, source)
     give_pad(tokenizer, stops_of(tokenizer, *_declared(model)))
     tokenizer.padding_side = "left"
-    return keep_template(tokenizer, source)
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = BPE_VOCABULARY) -> PreTrainedTokenizerFast:
@@ -194,7 +195,7 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
     name = "model.config" if model.name_or_path is None else f"model.name_or_path={model.name_or_path}"
     with explained(f"{name}: no causal language model can be made from this configuration"):
         try:
-            config = _config_of(model)
+            config = config_of(model)
         except OSError:  # the Hub cannot be reached, but may be when training starts
             return None
         if model.name_or_path is None and vocabulary is not None:
@@ -203,7 +204,12 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def _config_of(model: ModelSettings) -> PreTrainedConfig:
+def config_of(model: ModelSettings) -> PreTrainedConfig:
+    """The configuration of a model that is loaded or made.
+
+    Raises:
+        OSError: it cannot be downloaded now.
+    """
     if model.name_or_path is None:
         return AutoConfig.for_model(**(model.config or {}))
     gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
@@ -215,7 +221,7 @@ def _declared(model: ModelSettings) -> tuple[PreTrainedConfig | None, Generation
     config, generation = None, None
     if model.name_or_path is not None:
         with suppress(Exception):
-            config = _config_of(model)
+            config = config_of(model)
         with suppress(Exception):
             generation = GenerationConfig.from_pretrained(model.name_or_path)
     return config, generation

@@ -1,7 +1,7 @@
 """Encode prompts and responses. The name of a special token in the data is encoded as ordinary text.
 
 Special tokens come from two sources only: the tokenizer, which puts some around a text (such as BOS), and the prompt
-template of the data set.
+template of the data set. With a chat template, all of them are the template's, also the one that ends a response.
 """
 
 import logging
@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.chat_template import ChatTemplate
+from rlhf.data.special_tokens import MARK, special_ids, special_names, unmarked
 from rlhf.data.templates import Template
 from rlhf.errors import DataError
-from rlhf.models.tokens import special_ids
 
 log = logging.getLogger(__name__)
 
@@ -34,33 +35,60 @@ class Response(str):
 def keep_template(tokenizer: PreTrainedTokenizerBase, source: Any) -> PreTrainedTokenizerBase:
     """Let `encode` recognise the special tokens in the prompt template of the data set `source`, if there is one.
 
-    Stores a pattern for each variant of the template on the tokenizer, and returns it. Texts that are inserted into the
-    template are still encoded as ordinary text.
+    Of format strings, stores a pattern for each variant of the template on the tokenizer. A chat template is stored
+    itself: it replaces the tokenizer's own, and its end of turn is EOS from now on, so that it is learnt, sampled and
+    saved with the model. Texts that are inserted into a template are still encoded as ordinary text.
+
+    Returns:
+        The tokenizer itself.
     """
-    template, special = getattr(source, "template", None), _special_names(tokenizer)
+    template, special = getattr(source, "template", None), special_names(tokenizer)
     fixed = template.fixed_texts if isinstance(template, Template) else ()
     tokenizer.prompt_patterns = [
         re.compile("(.*?)".join(f"({re.escape(part)})" for part in parts), re.DOTALL)
         for parts in fixed
         if any(special.search(part) for part in parts)
     ]
+    if isinstance(template, ChatTemplate):
+        tokenizer.conversation, tokenizer.chat_template = template, template.text
+        if template.end != tokenizer.eos_token:
+            tokenizer.eos_before = tokenizer.eos_token_id
+            tokenizer.eos_token = template.end
     return tokenizer
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The chat template that `keep_template` stored; None if prompts are made in another way."""
+    return getattr(tokenizer, "conversation", None)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of prompts, beginning with what the tokenizer puts in front of a text (BOS), without EOS at the end.
 
-    If the prompt template begins with the same tokens, they are not doubled.
+    If the prompt template begins with the same tokens, they are not doubled. A chat template writes all of them itself.
     """
     # Prompts without special tokens are encoded in one call, which is faster.
-    front, special = opening(tokenizer), _special_names(tokenizer)
-    pieces = [_pieces(tokenizer, special, prompt) for prompt in prompts]
+    special, chat = special_names(tokenizer), chat_template_of(tokenizer)
+    front = [] if chat else opening(tokenizer)
+    pieces = [chat.special.split(prompt) if chat else _pieces(tokenizer, special, prompt) for prompt in prompts]
     plain = [i for i, row in enumerate(pieces) if len(row) == 1]
-    rows = dict(zip(plain, encode_texts(tokenizer, [prompts[i] for i in plain]), strict=True))
+    rows = dict(zip(plain, encode_texts(tokenizer, [pieces[i][0] for i in plain]), strict=True))
     for i, row in enumerate(pieces):
         if len(row) > 1:
             rows[i] = _templated(tokenizer, special, prompts[i], row)
     return [rows[i] if front and rows[i][: len(front)] == front else [*front, *rows[i]] for i in range(len(prompts))]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], ended: Sequence[bool] | None = None
+) -> list[list[int]]:
+    """Token ids of responses: with what the chat template writes around an answer, and EOS if they `ended` (or all)."""
+    chat = chat_template_of(tokenizer)
+    if chat is None:
+        rows = [[*ids, tokenizer.eos_token_id] for ids in encode_texts(tokenizer, responses)]
+    else:
+        rows = encode(tokenizer, [chat.answer(text) for text in responses])
+    return rows if ended is None else [row if end else row[:-1] for row, end in zip(rows, ended, strict=True)]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -73,16 +101,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     # mistral-common tokenizers always split special tokens and do not have this option.
     options = {"split_special_tokens": True} if hasattr(tokenizer, "split_special_tokens") else {}
-    rows = tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
+    rows = tokenizer([unmarked(text) for text in texts], add_special_tokens=False, **options)["input_ids"]
     unk = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
     special = special_ids(tokenizer).difference(unk)
     return [row if special.isdisjoint(row) else _replaced(row, special, unk) for row in rows]
-
-
-def count_special_names(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
-    """The number of texts that contain the name of a special token as ordinary text."""
-    special = _special_names(tokenizer)
-    return sum(any(map(special.search, _pieces(tokenizer, special, text)[::2])) for text in texts)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -118,17 +140,12 @@ def _templated(
 ) -> list[int]:
     """The ids of a prompt with special tokens from its template, which `pieces` are split at."""
     # If no text contains the name of a special token, all of the prompt can be encoded at once.
-    if hasattr(tokenizer, "split_special_tokens") and not any(map(special.search, pieces[::2])):
+    named = any(MARK in text or special.search(text) for text in pieces[::2])
+    if hasattr(tokenizer, "split_special_tokens") and not named:
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     texts = iter(encode_texts(tokenizer, pieces[::2]))
     names = iter(tokenizer.convert_tokens_to_ids(pieces[1::2]))
     return [i for place in range(len(pieces)) for i in ([next(names)] if place % 2 else next(texts))]
-
-
-def _special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the name of any special token; the longest first, since one may begin another."""
-    names = {str(tokenizer.convert_ids_to_tokens(i)) for i in special_ids(tokenizer)}
-    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 
 
 def _replaced(row: Sequence[int], special: set[int], unk: list[int]) -> list[int]:
@@ -164,18 +181,30 @@ def encode_pairs(
     fits. Logs how many texts are cut, and how many contain the name of a special token.
     """
     rows, cut = [], 0
-    complete = [True] * len(responses) if ended is None else ended
-    encoded = zip(encode(tokenizer, prompts), encode_texts(tokenizer, responses), complete, strict=True)
-    for prompt, answer, end in encoded:
+    if ended is None:
+        answers = encode_answers(tokenizer, responses)
+    else:  # what was sampled has all that a chat template writes around an answer
+        sampled = zip(encode_texts(tokenizer, responses), ended, strict=True)
+        answers = [[*ids, tokenizer.eos_token_id] if end else ids for ids, end in sampled]
+    for prompt, answer in zip(encode(tokenizer, prompts), answers, strict=True):
         if len(prompt) >= max_length:
             prompt = last_tokens(tokenizer, prompt, max_length - 1)
-        wanted = [*answer, tokenizer.eos_token_id] if end else answer
-        rows.append((prompt, wanted[: max_length - len(prompt)]))
-        cut += len(prompt) + len(wanted) > max_length
+        rows.append((prompt, answer[: max_length - len(prompt)]))
+        cut += len(prompt) + len(answer) > max_length
     if cut:
         log.warning("%d of %d texts are longer than max_length=%d tokens and cut", cut, len(rows), max_length)
-    found = count_special_names(tokenizer, prompts) + count_special_names(tokenizer, responses)
+    found = _count_special_names(tokenizer, prompts, responses)
     if found:
         log.warning("%d of %d prompts and responses contain the name of a special token, which is read as text",
                     found, 2 * len(rows))  # fmt: skip
     return rows
+
+
+def _count_special_names(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]) -> int:
+    """The number of texts that contain the name of a special token as ordinary text."""
+    special = special_names(tokenizer)
+    if chat_template_of(tokenizer):
+        named = sum(MARK in prompt for prompt in prompts)
+    else:
+        named = sum(any(map(special.search, _pieces(tokenizer, special, prompt)[::2])) for prompt in prompts)
+    return named + sum(special.search(response) is not None for response in responses)

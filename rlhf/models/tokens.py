@@ -6,19 +6,12 @@ from typing import Any
 
 from transformers import AddedToken, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.special_tokens import special_ids
+
 # In the names of special tokens that a model's authors left unused.
 _UNUSED = re.compile("reserved|unused|placeholder|dummy|extra", re.IGNORECASE)
 # The byte 0xFF in vocabularies of byte-level BPE and of sentencepiece. It never occurs in UTF-8.
 _BYTE_FF = ("ÿ", "<0xFF>")
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of all special tokens, with or without a role such as `eos_token`."""
-    try:
-        added = tokenizer.added_tokens_decoder
-    except NotImplementedError:  # mistral-common tokenizers
-        added = {}
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
@@ -31,16 +24,18 @@ def stops_of(
 ) -> tuple[int, ...]:
     """The tokenizer's EOS, which ends every demonstration, followed by the other ids the checkpoint stops at.
 
-    They are read from the generation_config, which for a chat model also names the end of a turn, or else from the
-    config. A single id that is only in the config may be the default of the config's class (2 for Llama), which can be
-    any word of this vocabulary: it counts only if it is a special token.
+    With a chat template, EOS is the token that ends a turn (`rlhf.models.tokenizing.keep_template`), and the one that
+    the tokenizer had before comes second. The checkpoint's are read from the generation_config, which for a chat model
+    also names the end of a turn, or else from the config. A single id that is only in the config may be the default of
+    the config's class (2 for Llama), which can be any word of this vocabulary: it counts only if it is a special token.
     """
     declared = _eos_ids(generation)
     if generation is None or (getattr(generation, "_from_model_config", False) and len(declared) < 2):
         declared = _eos_ids(config) or declared
         if len(declared) < 2:
             declared = [token for token in declared if token in special_ids(tokenizer)]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+    before = getattr(tokenizer, "eos_before", None)
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *([] if before is None else [before]), *declared]))
 
 
 def _eos_ids(config: PreTrainedConfig | GenerationConfig | None) -> list[int]:

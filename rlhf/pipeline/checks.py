@@ -1,6 +1,7 @@
 """Contradictions between parts of a configuration, found before any model is loaded."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -8,7 +9,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.records import DataSource, Prompt
+from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.evaluator import evaluation_metrics
@@ -16,8 +19,9 @@ from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.pipeline.taken import taken_of
 from rlhf.scorers import TextScorer
-from rlhf.settings import Settings, is_quantized
+from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
 INSTEAD = (
@@ -75,7 +79,13 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
-    # 4. The files of the data set.
+    if settings.reward.model:
+        own = replace(settings, model=settings.reward.model, lora=LoraSettings(r=0))
+        _check_model(own)
+        check_model(config, own, needs_reward_model(config), simulated)
+    taken_of(settings, source)
+    # 4. The data set: its template and its files.
+    _check_template(settings, getattr(source, "template", None))
     if hasattr(source, "check"):
         source.check()
 
@@ -244,9 +254,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
         raise ConfigError(
             f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
         )
-    if needs(config, key, "needs_reward_model") and not simulated and "preference" not in source.splits:
+    trained = needs(config, key, "needs_reward_model") and not config.reward.get("from")
+    if trained and not simulated and "preference" not in source.splits:
         raise ConfigError(
-            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on"
+            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on; "
+            "allowed: reward.from, or another choice"
         )
 
 
@@ -256,6 +268,19 @@ def _check_own(config: DictConfig, key: str) -> None:
         own = getattr(target_class(node, key), "check", None) if "_target_" in node else None
         if own:
             own(OmegaConf.to_container(node, resolve=True))
+
+
+def _check_template(settings: Settings, template: PromptTemplate | None) -> None:
+    """A chat template must exist, and tell turns apart if earlier ones are learnt."""
+    if isinstance(template, ChatTemplate):
+        template.check()
+    if settings.sft.loss_on != "assistant":
+        return
+    if not isinstance(template, ChatTemplate):
+        raise ConfigError(
+            "sft.loss_on=assistant needs data/template=chat, which tells turns apart; allowed: response or text"
+        )
+    _ = template.earlier_turn
 
 
 def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource) -> None:

@@ -34,6 +34,7 @@ CODE = frozenset({"_target_", "function"})  # keys that name a class or function
 WATCHING = (
     "rlhf.errors", "rlhf.files", "rlhf.tracking", "rlhf.report", "rlhf.sweep", "rlhf.pipeline.cache",
     "rlhf.pipeline.checkpoints", "rlhf.pipeline.config", "rlhf.pipeline.identity", "rlhf.pipeline.interruption",
+    "rlhf.pipeline.rendered",
 )  # fmt: skip
 
 

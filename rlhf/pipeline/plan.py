@@ -5,12 +5,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rlhf.data.records import SPLITS, DataSource, Split
 from rlhf.evaluation.preferences import FromData, Simulated
 from rlhf.pipeline import cache, earlier, identity
-from rlhf.pipeline.config import instantiate, needs_reward_model
+from rlhf.pipeline.config import instantiate, needs_reward_model, settings_of
+from rlhf.pipeline.taken import IDS, TEXT, Taken, taken_of
 from rlhf.settings import Settings, is_quantized
 from rlhf.tracking.summary import read_summary
 
@@ -65,9 +66,26 @@ class Plan:
         return needs_reward_model(self.config)
 
     @cached_property
+    def taken(self) -> dict[str, Taken]:
+        """What is not trained here but taken from others (`sft.from`, `reward.from`), by product."""
+        return taken_of(self.settings, self.source)
+
+    @cached_property
+    def beside(self) -> "Plan | None":
+        """The plan of a reward model on a model of its own (`reward.model`), which is fine-tuned first as ours is."""
+        if self.settings.reward.model is None:
+            return None
+        config = self.config.copy()
+        with flag_override(config, ("struct", "readonly"), (False, False)):
+            config.model = config.reward.model
+            config.reward.model = None
+            config.sft.update({"from": None, "difference_to": None})
+        return Plan(config, settings_of(config), self.source, self.folder, self.overrides)
+
+    @cached_property
     def sft_folder(self) -> Path:
         """Where the SFT model of this configuration is, or will be."""
-        return self._cached("sft", {})
+        return self.in_place("sft") or self._cached("sft", {})
 
     @cached_property
     def preferences_folder(self) -> Path | None:
@@ -81,36 +99,63 @@ class Plan:
     @cached_property
     def reward_folder(self) -> Path:
         """Where the reward model of this configuration is, or will be."""
-        upstream = {"sft_model": self.sft_folder.name}
+        if "reward" in self.taken:
+            demonstrations = {"demonstrations": self._data(READS["sft"])}
+            limits = {key: self.plain["reward"][key] for key in ("baseline_rows", "max_length", "validation_size")}
+            return self.in_place("reward") or self._cached("reward", demonstrations | limits)
+        plan = self.beside or self
+        upstream = {"sft_model": plan.sft_folder.name}
         if self.preferences_folder:
             upstream["preferences"] = self.preferences_folder.name
-        return self._cached("reward", upstream)
+        return plan._cached("reward", upstream)
 
     def needed(self) -> dict[str, Path]:
         """The cached folders that this run needs, by product and in the order of building."""
         folders = {"sft": self.sft_folder}
+        beside = {"reward_sft": self.beside.sft_folder} if self.beside else {}
         reward = self.stage == "reward" or (self.stage in ("ppo", "evaluate") and self.needs_reward_model)
-        if self.preferences_folder and (reward or self.stage == "preferences"):
+        trained = reward and "reward" not in self.taken
+        if self.preferences_folder and (trained or self.stage == "preferences"):
             folders["preferences"] = self.preferences_folder
         if reward:
-            folders["reward"] = self.reward_folder
-        return folders
+            folders |= {**beside, "reward": self.reward_folder}
+            if self.stage == "reward" and beside and not self.preferences_folder:
+                del folders["sft"]
+        # what is taken comes first, so that nothing is trained if it cannot be read
+        return dict(sorted(folders.items(), key=lambda item: item[0] not in self.taken))
 
     def _cached(self, product: str, upstream: dict[str, Any]) -> Path:
         """`cache/<product>-<digest>`: the digest is of the keys, the rows, the upstream models and the code."""
         model = dict(self.plain["model"])
         if product != "preferences":
             del model["max_prompt_tokens"]  # it limits prompts to be answered, and training answers none
+        taken = self.taken.get(product)
         determinants = {
             "model": model,
-            "data": identity.of_data(self.plain["data"], self.source, READS[product]),
-            **{key: self.plain[key] for key in ("quantization", product)},
+            "data": self._data(READS[product]),
+            "quantization": self.plain["quantization"],
+            product: taken.identity(self._digests) if taken else self.plain[product],
             **upstream,
             **self._also_decisive,
         }
-        code = identity.code_of(f"rlhf.pipeline.builders.{product}", type(self.source).__module__)
+        builder = f"rlhf.pipeline.builders.{'taken' if taken else product}"
+        code = identity.code_of(builder, type(self.source).__module__)
         name = identity.digest(identity.decisive(determinants), code, self._digests)
         return (self.outputs / "cache" / f"{product}-{name}").resolve()
+
+    @property
+    def reward_reads(self) -> str:
+        """What the reward model reads: `ids` of the policy, as a role beside it, or texts (`Taken.reads`)."""
+        return self.taken["reward"].reads if "reward" in self.taken else TEXT if self.beside else IDS
+
+    def in_place(self, product: str) -> Path | None:
+        """The folder of the cache that is taken as it is; None if the product has to be made."""
+        taken = self.taken.get(product)
+        sft = self.sft_folder if product == "reward" else None
+        return taken.in_place(self.outputs / "cache", sft) if taken else None
+
+    def _data(self, splits: Collection[Split]) -> dict[str, Any]:
+        return identity.of_data(self.plain["data"], self.source, splits)
 
     # -- the run itself ------------------------------------------------------------------------------------------------
 
@@ -122,7 +167,9 @@ class Plan:
         commits.
         """
         chosen = {key: value for key, value in self.plain.items() if key not in IGNORED_GROUPS}
-        needed = [path.name for path in self.needed().values()]
+        needed = sorted(path.name for path in self.needed().values())
+        for product, taken in self.taken.items():  # the keys of a training that does not happen decide nothing
+            chosen[product] = taken.settings() if self.in_place(product) else taken.identity(self._digests)
         return identity.digest(
             {**identity.decisive({**chosen, **self._also_decisive}), "stage": self.stage, "needed": needed},
             known=self._digests,

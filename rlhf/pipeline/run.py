@@ -29,13 +29,14 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
-from rlhf.models.tokenizing import short_enough
+from rlhf.models.tokenizing import encode, short_enough
 from rlhf.pipeline import cache
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.builders import Site
 from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences, template_of
 from rlhf.pipeline.builders.reward import build_reward
 from rlhf.pipeline.builders.sft import build_sft
+from rlhf.pipeline.builders.taken import build_taken
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.checks import best_metric
 from rlhf.pipeline.config import instantiate, target_class
@@ -43,6 +44,9 @@ from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.loggers import Loggers
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.rendered import show_rendered
+from rlhf.pipeline.reward_scorer import reward_scorer
+from rlhf.pipeline.taken import IDS
 from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
@@ -60,9 +64,7 @@ class Run:
         self.plan, self.progress = plan, progress
         self.config, self.settings, self.source = plan.config, plan.settings, plan.source
         self.loggers = Loggers(plan)
-        self.site = Site(
-            plan.settings, plan.plain, plan.source, plan.quantization, self._make_trainer, self._place_models
-        )
+        self.site = self._site(plan)
         settle_numerics(plan.config.trainer.get("deterministic"))
         keep_freed_memory()
 
@@ -94,12 +96,19 @@ class Run:
 
     def _builder(self, product: str) -> Callable[[Path], None]:
         """The function that builds a product of the cache into a folder."""
-        sft, preferences = self.plan.sft_folder, self.plan.preferences_folder
+        sft, preferences, own = self.plan.sft_folder, self.plan.preferences_folder, self.plan.beside or self.plan
+        if product in self.plan.taken:
+            return partial(build_taken, self.site, taken=self.plan.taken[product], device=self._device)
         if product == "sft":
             return partial(build_sft, self.site)
+        if product == "reward_sft":
+            return partial(build_sft, self._site(own))
         if product == "reward":
-            return partial(build_reward, self.site, sft=sft, preferences=preferences)
+            return partial(build_reward, self._site(own), sft=own.sft_folder, preferences=preferences)
         return partial(build_preferences, self.site, simulated=self._simulated, sft=sft, device=self._device)
+
+    def _site(self, plan: Plan) -> Site:
+        return Site(plan.settings, plan.plain, plan.source, plan.quantization, self._make_trainer, self._place_models)
 
     @property
     def _simulated(self) -> Simulated:
@@ -115,7 +124,8 @@ class Run:
         # 1. The models, and all that scores and judges what they say.
         tokenizer = load_tokenizer(settings.model, self.source)
         reward = plan.reward_folder if plan.needs_reward_model else None
-        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, reward and reward / MODEL, plan.quantization)
+        role = reward / MODEL if reward and plan.reward_reads == IDS else None
+        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization)
         self._place_models(roles)
         stage, evaluation = self._make_stage(roles, tokenizer, reward)
         # 2. The training, or the evaluation alone.
@@ -135,6 +145,7 @@ class Run:
             stage=plan.stage,
             sft_metrics=before,
             reward_model=reward and reward.name,
+            reward_reads=plan.reward_reads,
             guards=stage.guards.summary(),
             microbatch_tokens=settings.ppo.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
@@ -150,6 +161,7 @@ class Run:
         settings, cached = self.settings, self.plan.outputs / "cache"
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
+        context.reward = reward_scorer(context, self.plan) if reward else None
         node = self.config.evaluation.get("factscore")
         factscore = instantiate(node, "evaluation.factscore", cached) if node else None
         held_out = self._held_out(factscore)
@@ -165,6 +177,8 @@ class Run:
         kept = short_enough(stage.tokenizer, prompts, self.settings.model.max_prompt_tokens)
         prompts = [prompts[i] for i in kept]
         folder, resume = self.plan.folder, self.config.resume
+        first = {"prompt": encode(stage.tokenizer, prompts[:1])[0]}
+        collectives.on_rank_zero(lambda: show_rendered(folder, "ppo", stage.tokenizer, first))
         before = train_ppo(self._make_trainer, stage, prompts, evaluation, folder, resume, best)
         collectives.on_rank_zero(lambda: self._save_policy(stage, folder / MODEL))
         return before

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import DataSource
+from rlhf.data.special_tokens import unmarked
 from rlhf.models.roles import Roles
 from rlhf.rollout.sample import Rollouts
 
@@ -20,7 +21,8 @@ class Context:
     """What scorers and judges may use.
 
     `reward_baseline` is the reward model's mean score of demonstrations. `microbatch_tokens` limits the tokens per
-    forward pass. `cache` is the folder that all runs share.
+    forward pass. `cache` is the folder that all runs share. `reward` is the reward model if it is no role, because it
+    is made from another model or has another tokenizer than the policy.
     """
 
     source: DataSource
@@ -29,6 +31,7 @@ class Context:
     reward_baseline: float = 0.0
     microbatch_tokens: int = 4096
     cache: Path = Path("outputs/cache")
+    reward: "TextScorer | None" = None
 
 
 class Scorer(Protocol):
@@ -57,5 +60,5 @@ class TextScorer(ABC):
 
 
 def joined(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-    """Prompt and response as one text."""
-    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    """Prompt and response as one text, as people read it."""
+    return [unmarked(prompt) + response for prompt, response in zip(prompts, responses, strict=True)]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.data.special_tokens import unmarked
 from rlhf.scorers import Context, TextScorer
 
 
@@ -39,7 +40,9 @@ class FunctionScorer(TextScorer):
         Raises:
             ValueError: the function did not return exactly one score per response.
         """
-        scores = torch.as_tensor(self.function(prompts, responses), dtype=torch.float32)
+        scores = torch.as_tensor(
+            self.function([unmarked(prompt) for prompt in prompts], responses), dtype=torch.float32
+        )
         if scores.shape != (len(responses),):
             raise ValueError(f"scorer.function returned shape {tuple(scores.shape)} for {len(responses)} responses")
         return scores

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,10 @@ class Step:
     sums: dict[str, Tensor]
     count: Tensor
     skip_reason: str = ""
+
+
+# A term of the loss, summed over its targets, and sums to report.
+Term = tuple[Tensor, Mapping[str, Tensor]]
 
 
 class Stage(lightning.LightningModule):
@@ -127,15 +131,15 @@ class Stage(lightning.LightningModule):
     def accumulate(
         self,
         parts: Sequence[Any],
-        loss: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]],
+        terms: Callable[[Any], Iterable[Term]],
         count: int,
         clip_each: bool = False,
     ) -> Step:
         """One optimiser step over several micro-batches (`parts`).
 
-        `loss` returns the *sum* over a part's targets, which is divided here by the count over all parts and processes.
-
-        A mean per part would instead give tokens of short parts more weight.
+        `terms` gives the terms of a part's loss, each as the *sum* over its targets, which is divided here by the count
+        over all parts and processes: a mean per part would give tokens of short parts more weight. A term is
+        back-propagated before the next is asked for, so that only one term's activations exist at a time.
         `clip_each` also clips after every part, to reproduce a fault of the published code.
         """
         total_count = collectives.all_reduce_sum(torch.full((), count, device=self.device))
@@ -146,14 +150,15 @@ class Stage(lightning.LightningModule):
         sums: dict[str, Tensor] = {}
         filling = lockstep.filler_parts(parts)
         for part in parts:
-            total, extra = loss(part)
-            self.manual_backward(total / total_count)
+            for total, extra in terms(part):
+                self.manual_backward(total / total_count)
+                for key, value in {"loss": total, **extra}.items():
+                    sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
             if clip_each:
                 nn.utils.clip_grad_norm_(trained, limit)
-            for key, value in {"loss": total, **extra}.items():
-                sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach()
         for part in filling:
-            self.manual_backward(0 * loss(part)[0])  # see `lockstep.filler_parts`
+            for total, _ in terms(part):
+                self.manual_backward(0 * total)  # see `lockstep.filler_parts`
         collectives.all_reduce_([*(p.grad for p in trained if p.grad is not None), *sums.values()])
         norm = nn.utils.clip_grad_norm_(trained, limit)
         skip_reason = self.skip_reason(norm, sums, total_count)

@@ -54,9 +54,10 @@ class Experience:
     sampled_logprobs: Float[Tensor, "batch response"] | None = None
     sampling_gap: Tensor | None = None
 
-    def places(self, rows: Int[Tensor, "rows"]) -> Int[Tensor, "tokens"]:
-        """Where the response tokens of some rows lie in the flattened tensors, row after row, on the device."""
-        return send(self.sequences.response_places(rows), self.mask.device)
+    def flat(self, name: str, rows: Int[Tensor, "rows"]) -> Float[Tensor, "tokens"]:
+        """The numbers of a tensor, by the name of its field, at the response tokens of some rows, row after row."""
+        places = send(self.sequences.response_places(rows), self.mask.device)
+        return getattr(self, name).flatten().index_select(0, places)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, to be saved and looked at elsewhere."""

@@ -137,14 +137,11 @@ class UpdatePasses:
         """Whether the value head reads the policy's own hidden states."""
         return self.roles.table["value"] == self.roles.table["policy"]
 
-    def states(
-        self, part: Sequences, number: int, step: int
-    ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]:
-        """The hidden states of policy and value, under the dropout masks of micro-batch `number`; differentiable."""
-        seed = mixed_seed(self.seed, own_stream(f"dropout {number}"), step)
+    def states(self, role: str, part: Sequences, number: int, step: int) -> Float[Tensor, "tokens hidden"]:
+        """The hidden states of policy or value under the dropout masks of micro-batch `number`; differentiable."""
+        seed = mixed_seed(self.seed, own_stream(f"{role} dropout {number}"), step)
         with replayed_dropout(seed, self.dropout, self.roles.device):
-            states = self.roles.states("policy", part, part.predicting)
-            return states, states if self.shared_trunk else self.roles.states("value", part, part.predicting)
+            return self.roles.states(role, part, part.predicting)
 
     def old_logprobs(self, batch: Sequences, minibatches: Sequence[Minibatch]) -> Float[Tensor, "batch response"]:
         """Log-probs of the sampled tokens at the update's shapes, without dropout."""
@@ -159,7 +156,8 @@ class UpdatePasses:
         values: list[Tensor] = []
 
         def passes(number: int, part: Sequences) -> Tensor:
-            states, value_states = self.states(part, number, step)
+            states = self.states("policy", part, number, step)
+            value_states = states if self.shared_trunk else self.states("value", part, number, step)
             values.append(self.roles.heads["value"](value_states))
             return self.roles.token_stats("policy", states, part.target_ids, self.temperature).logprobs
 

@@ -26,18 +26,12 @@ from rlhf.seeding import generator
 from rlhf.settings import Settings
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
 from rlhf.stages.experience import Experience, ExperienceMaker, rollout_metrics
+from rlhf.stages.losses import LARGEST_RATIO, Losses
 from rlhf.stages.minibatches import Microbatch, Minibatch, number_microbatches, split_minibatches
-from rlhf.stages.passes import Divergence, UpdatePasses, exact_divergence, own_stream
+from rlhf.stages.passes import Divergence, UpdatePasses, own_stream
 
 KL_EARLY_STOP = "KL"  # the reason to skip an update when the policy is far enough from the one that sampled
-RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of the ratios' histogram; larger ratios count in the last bin
 Scorer = Callable[[Rollouts], Float[Tensor, " batch"]]
-
-
-def _count_ratios(ratio: Float[Tensor, "tokens"]) -> Float[Tensor, "bins"]:
-    """The histogram of ratios (`torch.histc` has no deterministic kernel on a GPU; a count has one value)."""
-    bins = (ratio.clamp(max=LARGEST_RATIO) * (RATIO_BINS / LARGEST_RATIO)).long().clamp(0, RATIO_BINS - 1)
-    return torch.zeros(RATIO_BINS, device=ratio.device).scatter_add(0, bins, torch.ones_like(ratio))
 
 
 def make_ppo(
@@ -167,11 +161,12 @@ class PPO(PolicyEvaluation):
         tokens = torch.zeros((), dtype=torch.long, device=experience.mask.device)
         skipped: list[tuple[str, Tensor]] = []
         metrics: dict[str, Any] = {"ppo/lr": self.current_lr}
+        losses = Losses(self.config, self.roles, self.passes, self.divergence, bool(self.dashboards))
         for parts in self.all_epochs(minibatches, step):
             rows = torch.cat([part.rows for part in parts])
             result = self.accumulate(
                 parts,
-                lambda part: self.microbatch_loss(experience, part, step),
+                lambda part: losses.terms(experience, part, step),
                 int(experience.sequences.response_lengths[rows].sum()),
                 clip_each=self.ppo.accumulation == "as_published",
             )
@@ -224,62 +219,6 @@ class PPO(PolicyEvaluation):
         loss = sums["loss"]
         numbers = torch.stack([loss, norm.to(loss), (sums["approx_kl"] / count).to(loss)]).tolist()
         return self.guards.skip_reason(*numbers[:2]) or (KL_EARLY_STOP if numbers[2] > 1.5 * target else "")
-
-    def microbatch_loss(
-        self, experience: Experience, part: Microbatch, step: int
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The summed loss of one micro-batch, and sums to report.
-
-        An exact divergence is that of the policy without dropout, as in the reward: with masks its minimum would not be
-        at the reference but where masks matter least, which would act as an unintended weight penalty. Under dropout
-        this takes a forward pass of its own, whose activations are kept for the backward pass.
-        """
-        sequences = experience.sequences.rows(part.rows)
-        temperature = self.config.generation.temperature
-        places = experience.places(part.rows)
-
-        def flat(x: Float[Tensor, "batch response"]) -> Float[Tensor, "tokens"]:
-            return x.flatten().index_select(0, places)
-
-        states, value_states = self.passes.states(sequences, part.number, step)
-        stats = self.roles.token_stats("policy", states, sequences.target_ids, temperature, entropy=True)
-        values = self.roles.heads["value"](value_states)
-        old_logprobs, advantages = flat(experience.old_logprobs), flat(experience.advantages)
-        policy_loss = ppo.policy_losses(stats.logprobs, old_logprobs, advantages, self.ppo.clip_range).sum()
-        value_loss = ppo.value_losses(
-            values, flat(experience.old_values), flat(experience.returns), self.ppo.value_clip_range
-        ).sum()
-        penalty = self._divergence_loss(experience, sequences, part.rows, states)
-        with torch.no_grad():
-            change = stats.logprobs - old_logprobs
-            ratio = change.exp()
-            sums = {
-                "policy_loss": policy_loss,
-                "value_loss": value_loss,
-                "entropy": stats.entropy.sum(),  # type: ignore[union-attr]
-                "ratio": ratio.sum(),
-                "log_ratio": change.abs().sum(),
-                "approx_kl": (change.expm1() - change).sum(),  # k3, of the sampling policy from the new one
-                "clip_fraction": ((ratio - 1).abs() > self.ppo.clip_range).sum(),
-            }
-            if self.dashboards:
-                sums["ratio_counts"] = _count_ratios(ratio)
-        return policy_loss + self.ppo.value_coef * value_loss + penalty, sums
-
-    def _divergence_loss(
-        self, experience: Experience, sequences: Sequences, rows: Tensor, states: Float[Tensor, "tokens hidden"]
-    ) -> Tensor | float:
-        """The weighted sum of an exact divergence over a micro-batch's tokens; 0 for a penalty on sampled tokens."""
-        if experience.ref_hidden is None:
-            return 0.0
-        if self.dropout:
-            self.roles.eval()
-            states = self.roles.states("policy", sequences, sequences.predicting)
-            self.roles.train()
-        reference = torch.cat([experience.ref_hidden[row] for row in rows.tolist()])
-        temperature = self.config.generation.temperature
-        exact = exact_divergence(self.roles, states, reference, temperature, self.divergence)
-        return experience.divergence_weight * exact.sum()
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Demonstration
 from rlhf.distributed import collectives
+from rlhf.models.chat_turns import AssistantTurns
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
 from rlhf.models.tokenizing import encode_pairs
@@ -19,8 +20,9 @@ from rlhf.stages.supervised import SupervisedStage
 
 
 class SupervisedFineTuning(SupervisedStage):
-    """Cross-entropy of the response (or of the whole text) given the prompt, in nats per token.
+    """Cross-entropy of the response given the prompt, in nats per token.
 
+    With `sft.loss_on=assistant`, the assistant's earlier turns in the prompt are learnt too, and with `text` all of it.
     `roles` needs a role `policy`. On held-out demonstrations it logs `sft/validation_loss` and `sft/perplexity`.
     """
 
@@ -29,6 +31,7 @@ class SupervisedFineTuning(SupervisedStage):
     def __init__(self, settings: SFTSettings, roles: Roles, tokenizer: PreTrainedTokenizerBase, total_steps: int):
         super().__init__(settings, roles, tokenizer, total_steps)
         self.sft = settings
+        self.turns = AssistantTurns(tokenizer) if settings.loss_on == "assistant" else None
         self._held_out: list[tuple[Tensor, int]] = []
 
     def encode(self, rows: Sequence[Demonstration]) -> list[Encoded]:
@@ -38,9 +41,10 @@ class SupervisedFineTuning(SupervisedStage):
 
     def collate(self, rows: list[Encoded]) -> Sequences:
         """A batch; with `sft.packing`, several texts share a row."""
-        batch = Sequences.from_lists(
-            [prompt for prompt, _ in rows], [response for _, response in rows], self.sft.loss_on == "text"
-        )
+        prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
+        batch = Sequences.from_lists(prompts, responses, self.sft.loss_on == "text")
+        for targets, prompt in zip(batch.targets, prompts if self.turns else [], strict=False):
+            targets[: len(prompt)] = torch.tensor(self.turns(prompt))
         return pack(batch, self.sft.max_length) if self.sft.packing else batch
 
     def count(self, batch: Sequences) -> int:

@@ -58,7 +58,8 @@ class SupervisedStage(Stage):
         """One optimiser step on a batch."""
         self.roles.train()
         lr = self.current_lr
-        result = self.accumulate(self.microbatches(batch), lambda rows: self.loss(batch.rows(rows)), self.count(batch))
+        parts = self.microbatches(batch)
+        result = self.accumulate(parts, lambda rows: [self.loss(batch.rows(rows))], self.count(batch))
         self.advance_schedule()
         step = self.trainer.global_step
         if result.skip_reason:

@@ -36,7 +36,8 @@ def test_savings_make_the_estimate_smaller() -> None:
     updating, generating = plain.phases["updating"], plain.phases["generating"]
     assert estimate_of("ppo.microbatch_tokens=1024").phases["updating"] < updating
     assert estimate_of("model.gradient_checkpointing=true").phases["updating"] < updating / 2
-    assert estimate_of("ppo.value_model=trunk_head").phases["updating"] < updating
+    # policy and value function keep their activations one after the other
+    assert estimate_of("ppo.value_model=trunk_head").phases["updating"] == updating
     assert estimate_of("model.dtype=bfloat16").weights < plain.weights
     assert estimate_of("generation.batch_size=8").phases["generating"] < generating
     assert estimate_of("lora@reward.lora=none").weights > plain.weights  # the reward model is a model of its own
@@ -91,9 +92,9 @@ def test_20b_in_int8_does_not_fit_24_gb_because_of_the_inputs_that_int8_layers_h
     (_, nf4), (_, int8) = (
         on_card("imdb_20b", NEOX_20B, 50_432, 24, f"quantization={kind}") for kind in ("nf4", "int8")
     )
-    held = 2 * 1024 * 44 * (3 * 6144 + 24576) * 2  # two passes of 1,024 tokens: four inputs of each layer in 16 bits
+    held = 1024 * 44 * (3 * 6144 + 24576) * 2  # a pass of 1,024 tokens: four inputs of each layer in 16 bits
     assert int8.phases["updating"] - nf4.phases["updating"] == pytest.approx(1.05 * held, rel=1e-3)
-    assert int8.peak > 30 * 2**30
+    assert int8.peak > 26 * 2**30
     assert nf4.peak < 15 * 2**30
 
 
@@ -101,7 +102,7 @@ def test_ppo_at_the_papers_sizes_fits_80_gb_with_fewer_answers_at_a_time() -> No
     fitting = ("model.dtype=bfloat16", "lora@sft.lora=r8")
     own, needed = on_card("paper", LLAMA_7B, 32_000, 74, *fitting)
     assert own.generation.batch_size == 86  # a third of 256
-    assert own.ppo.microbatch_tokens == 2048
+    assert own.ppo.microbatch_tokens == 4096
     assert needed.peak < 74 * 2**30
     _, fixed = on_card("paper", LLAMA_7B, 32_000, 74, *fitting, "generation.batch_size=256")
     assert fixed.stage == "ppo"

@@ -49,7 +49,7 @@ CONFIGURED: list[tuple[str, str]] = [
     ("ppo.schedule=cubic", "ppo.schedule=cubic is not allowed; allowed: linear, cosine or constant"),
     ("+ppo.accumulation=other", "ppo.accumulation=other is not allowed"),
     ("sft.epochs=-0.5", "sft.epochs=-0.5 is not allowed"),
-    ("sft.loss_on=prompt", "sft.loss_on=prompt is not allowed; allowed: response or text"),
+    ("sft.loss_on=prompt", "sft.loss_on=prompt is not allowed; allowed: response, assistant or text"),
     ("reward.batch_size=[]", "reward.batch_size"),
     ("lora.r=-8", "lora.r=-8 is not allowed"),
     ("lora.target_modules=query", "lora.target_modules"),

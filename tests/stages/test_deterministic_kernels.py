@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from rlhf.data.records import Prompt
 from rlhf.rollout.native import sample_tokens
 from rlhf.stages.batches import SeededBatches, loader
-from rlhf.stages.ppo import LARGEST_RATIO, RATIO_BINS
+from rlhf.stages.losses import LARGEST_RATIO, RATIO_BINS
 from tests.helpers.ppo_stages import LORA, PROMPTS, make_ppo, ppo_settings
 from tests.helpers.supervised_stages import COMPARISONS, DEMONSTRATIONS, reward_stage, sft_stage
 from tests.helpers.training import fit, quiet_trainer

@@ -21,6 +21,7 @@ from rlhf.seeding import mixed_seed
 from rlhf.settings import OptimizerSettings
 from rlhf.stages.base import Stage
 from rlhf.stages.batches import SeededBatches
+from rlhf.stages.losses import Losses
 from rlhf.stages.reward import longer_accuracy
 from tests.helpers.calls import record_calls
 from tests.helpers.ppo_stages import LORA, make_ppo, ppo_settings, train
@@ -165,7 +166,7 @@ def test_the_ppo_gradient_is_that_of_plain_autograd(
         stage.roles.heads["value"].weight.data.normal_(generator=torch.Generator().manual_seed(5))
         experiences, losses = (
             record_calls(monkeypatch, stage, "make_experience"),
-            record_calls(monkeypatch, stage, "microbatch_loss"),
+            record_calls(monkeypatch, Losses, "policy"),
         )
         with record_gradients() as seen:
             train(stage, tmp_path / str(budget))
@@ -237,3 +238,32 @@ def test_streams_are_independent() -> None:
     assert SeededBatches(50, 50, 0, 2).batch(0) != SeededBatches(50, 50, 1, 2).batch(0)
     first, second = SeededBatches(50, 50, 0, 2)
     assert first != second
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, ["policy", "backward", "value", "backward"]),
+        ({"value_model": "trunk_head"}, ["policy", "backward"]),
+    ],
+)
+def test_the_activations_of_one_loss_are_freed_before_those_of_the_next(
+    folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], wanted: list
+) -> None:
+    """The passes of an update, which keep activations, and its backward passes, which free them, in order."""
+    stage = make_ppo(
+        ppo_settings(steps=1, epochs=1, minibatch_size=12, microbatch_tokens=100000, **options),
+        folders, tmp_path / "samples",
+    )  # fmt: skip
+    events: list[str] = []
+    states, backward = Roles.states, stage.manual_backward
+
+    def pass_of(roles: Roles, role: str, *args: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            events.append(role)
+        return states(roles, role, *args)
+
+    monkeypatch.setattr(Roles, "states", pass_of)
+    monkeypatch.setattr(stage, "manual_backward", lambda loss: (events.append("backward"), backward(loss)))
+    train(stage, tmp_path / "run")
+    assert events == wanted

@@ -20,14 +20,15 @@ from rlhf.finished.run import FinishedRun
 if TYPE_CHECKING:
     from rlhf.finished.chat.responders import Answer, Responder, Sampling
 
-COMMANDS = "/seed NUMBER, /temperature NUMBER (0 is greedy), /quit"
+COMMANDS = "/seed NUMBER, /temperature NUMBER (0 is greedy), /new (conversation), /quit"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`rlhf-chat RUN… [--temperature T] [--max-new-tokens N] [--seed S] [--no-score] [--web]`."""
     parser = argparse.ArgumentParser(
         prog="rlhf-chat",
-        description="Ask one or several runs. Each line is a prompt by itself, in the template of the run's data.",
+        description="Ask one or several runs. With a chat template, lines are the turns of a conversation; "
+        "in another template of the run's data, each line is a prompt by itself.",
         epilog=f"While talking: {COMMANDS}.",
     )
     parser.add_argument(
@@ -76,7 +77,10 @@ def talk(responders: "Sequence[Responder]", sampling: "Sampling") -> None:
         try:
             if command == "/quit":
                 return
-            if command == "/seed":
+            if command == "/new":
+                for responder in responders:
+                    responder.forget()
+            elif command == "/seed":
                 reseed(responders, _seed(value))
             elif command == "/temperature":
                 sampling.temperature = _temperature(value)

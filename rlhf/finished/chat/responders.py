@@ -15,7 +15,7 @@ from rlhf.data.records import DataSource
 from rlhf.errors import DataError, RunError
 from rlhf.finished.chat.models import LoadedRole, ModelCache, score
 from rlhf.finished.run import FinishedRun
-from rlhf.models.tokenizing import encode, keep_template
+from rlhf.models.tokenizing import chat_template_of, encode, keep_template
 from rlhf.models.tokens import stop_ids
 from rlhf.pipeline.config import data_source
 from rlhf.rollout.kv_cache import cache_argument
@@ -50,17 +50,20 @@ class Sampling:
 class Responder:
     """Answers prompts with the policy of a finished run.
 
-    Every prompt stands alone, without the turns before it, because no stage is trained on conversations. Each responder
-    has a random generator of its own, so its answers do not depend on the other runs in the chat.
+    With a chat template, prompts are the turns of a conversation (`forget` begins another). Otherwise every prompt
+    stands alone, because the run's template has no place for earlier turns. Each responder has a conversation and a
+    random generator of its own, so its answers do not depend on the other runs in the chat.
     """
 
     def __init__(self, run: FinishedRun, label: str, models: ModelCache, scored: bool):
         self.label, self.settings, self.evaluation = label, run.settings, run.config["evaluation"]
         self.policy: LoadedRole = models.policy(run)
-        source = data_source(OmegaConf.create({"data": run.config["data"]}))
+        source = data_source(OmegaConf.create({"data": run.data}))
         self.tokenizer: PreTrainedTokenizerBase = keep_template(run.tokenizer(), source)
         self.stops = stop_ids(self.tokenizer, self.policy.roles.trunk(self.policy.role))
-        self.render = prompt_renderer(run.config["data"], source)
+        self.chat = chat_template_of(self.tokenizer)
+        self.conversation: list[dict[str, str]] = []  # with a chat template: the turns so far
+        self.render = prompt_renderer(run.data, source)
         self.utility: Callable[[str, str], float] | None = getattr(source, "utility", None) if scored else None
         reward = run.reward if scored else None
         self.reward = models.reward(reward) if reward else None
@@ -73,11 +76,15 @@ class Responder:
         Raises:
             RunError: the prompt is empty, or longer than `model.max_prompt_tokens`.
         """
-        prompt = self.render(text)
+        asked = {"role": "user", "content": text}
+        prompt = self.chat.render_messages([*self.conversation, asked]) if self.chat else self.render(text)
         ids = encode(self.tokenizer, [prompt])[0]
         if not 0 < len(ids) <= self.settings.max_prompt_tokens:
             limit = self.settings.max_prompt_tokens
-            raise RunError(f"{self.label}: the prompt has {len(ids)} tokens; allowed: 1 to {limit}, as in training")
+            fresh = ", or /new for another conversation" if self.conversation else ""
+            raise RunError(
+                f"{self.label}: the prompt has {len(ids)} tokens; allowed: 1 to {limit}, as in training{fresh}"
+            )
         temperature, limit = (
             self.evaluation[name] if chosen is None else chosen for name, chosen in vars(sampling).items()
         )
@@ -89,7 +96,13 @@ class Responder:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
             current = Answer(text, len(tokens))
             yield current
+        if self.chat:
+            self.conversation += [asked, {"role": "assistant", "content": current.text}]
         yield replace(current, done=True, scores=self._scores(prompt, ids, current.text, tokens))
+
+    def forget(self) -> None:
+        """Begin another conversation."""
+        self.conversation = []
 
     def _scores(self, prompt: str, ids: list[int], text: str, tokens: list[int]) -> dict[str, float]:
         """The centred score of the run's reward model and the gold utility of the data set, if there are any."""

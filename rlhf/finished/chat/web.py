@@ -14,11 +14,13 @@ from rlhf.finished.chat.responders import Responder, Sampling, answer_together, 
 def page(responders: Sequence[Responder], sampling: Sampling, seed: int) -> gr.Blocks:
     """The page, to be launched by the caller.
 
-    One prompt is answered at a time, because the runs share models and switch adapters on them.
+    One prompt is answered at a time, because the runs share models and switch adapters on them. Each stands alone.
     """
 
     def answer(prompt: str, temperature: float, number: float) -> Iterator[list[str]]:
         reseed(responders, int(number))
+        for responder in responders:
+            responder.forget()
         chosen = Sampling(temperature, sampling.max_new_tokens)
         try:
             for answers in answer_together(responders, prompt.strip(), chosen):

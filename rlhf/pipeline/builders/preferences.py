@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.options import parse_template
-from rlhf.data.templates import Template
+from rlhf.data.templates import PromptTemplate
 from rlhf.distributed import collectives
 from rlhf.evaluation.evaluator import Judge
 from rlhf.evaluation.preferences import Simulated
@@ -28,7 +28,7 @@ from rlhf.tracking.summary import write_summary
 log = logging.getLogger(__name__)
 
 
-def template_of(plain: dict[str, Any]) -> Template | None:
+def template_of(plain: dict[str, Any]) -> PromptTemplate | None:
     """What turns an instruction into a prompt, if the data set has a template."""
     template = plain["data"].get("template")
     return parse_template(template) if template else None

@@ -19,6 +19,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.roles import Roles
 from rlhf.pipeline import cache
 from rlhf.pipeline.builders import Site, steps_of
+from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
 from rlhf.stages.reward import RewardModeling, accuracy_by_kind, grouped, longer_accuracy
@@ -49,6 +50,9 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     train, pairs, equal = distinct(train, stage.encode(train), "preference", limit)
     held_out, measured, _ = distinct(held_out, stage.encode(held_out), "preference, held out", limit)
     texts = [text for pair in pairs for text in pair]
+    (prompt, chosen), (_, rejected) = pairs[0]
+    first = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    collectives.on_rank_zero(lambda: show_rendered(folder, "reward", tokenizer, first))
     short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
     groups = grouped(pairs) if settings.group_prompts else pairs
     stage.total_steps = steps_of(settings, len(groups))
@@ -71,7 +75,10 @@ def _by_kind(source: DataSource, rows: list[Comparison], margins: list[float]) -
     if not hasattr(source, "kinds") or "preference_validation" not in source.splits:
         return {}
     known = as_records(source.load("preference_validation"), "preference_validation")
-    kinds = dict(zip(known, source.kinds(), strict=True))
+    names = source.kinds()
+    if not names:
+        return {}
+    kinds = dict(zip(known, names, strict=True))
     table = accuracy_by_kind(rows, margins, [kinds[row] for row in rows])
     lines = [
         f"{kind:<20}{row['pairs']:>6}{100 * row['accuracy']:>9.1f}{100 * row['longer_accuracy']:>9.1f}"

@@ -19,6 +19,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sharding import full_weights
 from rlhf.pipeline import cache
 from rlhf.pipeline.builders import Site, steps_of
+from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short
 from rlhf.stages.sft import SupervisedFineTuning
@@ -41,6 +42,8 @@ def build_sft(site: Site, folder: Path) -> None:
     stage = SupervisedFineTuning(settings, roles, tokenizer, steps_of(settings, len(train)))
     stage.guards = Guards(site.settings.guards, folder)
     texts = stage.encode(train)
+    first = {"prompt": texts[0][0], "response (learnt)": texts[0][1]}
+    collectives.on_rank_zero(lambda: show_rendered(folder, "sft", tokenizer, first))
     limit = f"sft.max_length={settings.max_length}"
     short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "sft", limit)
     # 3. The training, and what it leaves.

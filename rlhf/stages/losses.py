@@ -1,0 +1,119 @@
+"""PPO's losses on a micro-batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf import ppo
+from rlhf.models.roles import Roles
+from rlhf.models.sequences import Sequences
+from rlhf.settings import Settings
+from rlhf.stages.base import Term
+from rlhf.stages.experience import Experience
+from rlhf.stages.minibatches import Microbatch
+from rlhf.stages.passes import Divergence, UpdatePasses, exact_divergence
+
+RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of the ratios' histogram; larger ratios count in the last bin
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of policy and value function, each summed over a micro-batch's response tokens.
+
+    `histogram` says whether the ratios are counted for dashboards.
+    """
+
+    config: Settings
+    roles: Roles
+    passes: UpdatePasses
+    divergence: Divergence
+    histogram: bool
+
+    def terms(self, experience: Experience, part: Microbatch, step: int) -> Iterator[Term]:
+        """The losses one after the other, with sums to report.
+
+        They are one term where both read the same hidden states. Elsewhere the activations of one can be freed before
+        those of the next are made; so can those of an exact divergence's own pass.
+        """
+        sequences = experience.sequences.rows(part.rows)
+        shared, exact = self.passes.shared_trunk, experience.ref_hidden is not None
+        states = self.passes.states("policy", sequences, part.number, step)
+        loss, sums = self.policy(experience, part.rows, sequences, states)
+        if exact and not self.passes.dropout:
+            loss = loss + self.exact_penalty(experience, part.rows, sequences, states)
+        if shared:
+            value_loss = self.value(experience, part.rows, states)
+            loss, sums["value_loss"] = loss + self.config.ppo.value_coef * value_loss, value_loss
+        yield loss, sums
+        if exact and self.passes.dropout:
+            yield self.exact_penalty(experience, part.rows, sequences), {}
+        if not shared:
+            value_loss = self.value(experience, part.rows, self.passes.states("value", sequences, part.number, step))
+            yield self.config.ppo.value_coef * value_loss, {"value_loss": value_loss}
+
+    def policy(
+        self,
+        experience: Experience,
+        rows: Int[Tensor, "rows"],
+        sequences: Sequences,
+        states: Float[Tensor, "tokens hidden"],
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """PPO's clipped objective, and sums to report."""
+        clip_range, temperature = self.config.ppo.clip_range, self.config.generation.temperature
+        stats = self.roles.token_stats("policy", states, sequences.target_ids, temperature, entropy=True)
+        old_logprobs, advantages = experience.flat("old_logprobs", rows), experience.flat("advantages", rows)
+        loss = ppo.policy_losses(stats.logprobs, old_logprobs, advantages, clip_range).sum()
+        with torch.no_grad():
+            change = stats.logprobs - old_logprobs
+            ratio = change.exp()
+            sums = {
+                "policy_loss": loss,
+                "entropy": stats.entropy.sum(),  # type: ignore[union-attr]
+                "ratio": ratio.sum(),
+                "log_ratio": change.abs().sum(),
+                "approx_kl": (change.expm1() - change).sum(),  # k3, of the sampling policy from the new one
+                "clip_fraction": ((ratio - 1).abs() > clip_range).sum(),
+            }
+            if self.histogram:
+                sums["ratio_counts"] = _count_ratios(ratio)
+        return loss, sums
+
+    def value(
+        self, experience: Experience, rows: Int[Tensor, "rows"], states: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, ""]:
+        """The clipped squared error of the value function."""
+        values = self.roles.heads["value"](states)
+        old_values, returns = experience.flat("old_values", rows), experience.flat("returns", rows)
+        return ppo.value_losses(values, old_values, returns, self.config.ppo.value_clip_range).sum()
+
+    def exact_penalty(
+        self,
+        experience: Experience,
+        rows: Int[Tensor, "rows"],
+        sequences: Sequences,
+        states: Float[Tensor, "tokens hidden"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The weighted divergence of the policy from the reference over the whole vocabulary.
+
+        It is that of the policy without dropout, as in the reward: with masks its minimum would not be at the reference
+        but where masks matter least, which would act as an unintended weight penalty. `states` are those of the policy
+        without dropout; if they are not given, they are computed in a pass of their own.
+        """
+        if states is None:
+            self.roles.eval()
+            states = self.roles.states("policy", sequences, sequences.predicting)
+            self.roles.train()
+        assert experience.ref_hidden is not None
+        reference = torch.cat([experience.ref_hidden[row] for row in rows.tolist()])
+        temperature = self.config.generation.temperature
+        exact = exact_divergence(self.roles, states, reference, temperature, self.divergence)
+        return experience.divergence_weight * exact.sum()
+
+
+def _count_ratios(ratio: Float[Tensor, "tokens"]) -> Float[Tensor, "bins"]:
+    """The histogram of ratios (`torch.histc` has no deterministic kernel on a GPU; a count has one value)."""
+    bins = (ratio.clamp(max=LARGEST_RATIO) * (RATIO_BINS / LARGEST_RATIO)).long().clamp(0, RATIO_BINS - 1)
+    return torch.zeros(RATIO_BINS, device=ratio.device).scatter_add(0, bins, torch.ones_like(ratio))
