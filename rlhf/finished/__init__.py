@@ -1,1 +1,1 @@
-"""Uses of a finished run: as a judge, in a chat, as an export for others."""
+"""Uses of a finished run: as a judge, in a chat, in a comparison, as an export for others."""

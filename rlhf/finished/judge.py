@@ -1,7 +1,6 @@
 """`judge=finished_reward_model`: the reward model of a finished run, or of the cache, as the judge of another run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -43,7 +42,10 @@ class FinishedRewardModelJudge(RewardModelJudge):
         self.asked: PromptTemplate | None = getattr(context.source, "template", None)
         self.template = run.template or self.asked
         tokenizer = keep_template(run.tokenizer(), SimpleNamespace(template=self.template))
-        super().__init__(replace(context, tokenizer=tokenizer, roles=roles), tie, max_tokens)
+        own = Context(
+            context.source, tokenizer, roles, microbatch_tokens=context.microbatch_tokens, cache=context.cache
+        )
+        super().__init__(own, tie, max_tokens)
         self._known: dict[tuple[str, str, bool], float] = {}
 
     def _scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -8,13 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 from rlhf.data.records import DataSource, Prompt
 from rlhf.data.sources import SUFFIXES
 from rlhf.errors import RunError
-from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.files import BEST_MODEL, MODEL, SUMMARY
 from rlhf.files.digests import content_digest
 from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
@@ -82,17 +80,11 @@ class RunPolicy:
         Raises:
             ModelError: the model cannot be loaded.
         """
-        from rlhf.data.options import parse_template
         from rlhf.finished import answering  # imports torch
         from rlhf.finished.chat.models import ModelCache
 
         part, tokenizer = ModelCache().policy(self.run), self.run.tokenizer()
-        own, data = self.run.config["data"].get("template"), getattr(source, "template", None)
-        template = parse_template(own) if own else None
-        if template is None or template == data:
-            return answering.sample(part, tokenizer, [row.prompt for row in prompts], settings, source)
-        texts = [template.render(instruction_or_prompt(row)) for row in prompts]
-        return answering.sample(part, tokenizer, texts, settings, SimpleNamespace(template=template))
+        return answering.sample(self.label, part, tokenizer, prompts, settings, source, self.run.template)
 
 
 def open_policy(word: str) -> Policy:
@@ -113,14 +105,14 @@ def open_policy(word: str) -> Policy:
         if run is not None:
             return run
     if path.is_dir():
-        return OutsideModel.in_folder(word, path, chat)
+        return OutsideModel.find(f"{CHAT * chat}{path.resolve().name}", name, chat)
     folder, at, _ = name.rpartition("@")
     if at and Path(folder).expanduser().is_dir():
         raise RunError(f"{word}: only models on the Hub have revisions; allowed: {folder}, or for a run {folder}{SFT}")
     hub = HUB.fullmatch(name)
     if hub is None or name.startswith((".", "~")):
         raise RunError(f"{word}: there is no such file or folder; allowed: {ALLOWED}")
-    return OutsideModel.fetch(word, hub[1], hub[2], chat)
+    return OutsideModel.find(word, name, chat)
 
 
 def _run(word: str, path: Path) -> "RunPolicy | None":

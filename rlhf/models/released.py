@@ -62,7 +62,8 @@ class Checkpoint:
             raise ConfigError(f"{self}: {ADAPTER_CONFIG} does not say {_BASE}; allowed: an adapter that names its base")
         recorded = Path(name)
         moved = [place / "cache" / recorded.parent.name / MODEL for place in self.folder.resolve().parents]
-        there = next((place for place in (recorded, *moved) if place.is_dir()), None)
+        beside = (self.folder.parent / name, self.folder / name)  # as it was published
+        there = next((place for place in (recorded, *moved, *beside) if place.is_dir()), None)
         found = find(self.key, str(there) if there else f"{name}@{revision}" if revision else name)
         if (found.folder / ADAPTER_CONFIG).exists():
             raise ConfigError(f"{self}: its base {name} is an adapter itself; allowed: an adapter on a whole model")

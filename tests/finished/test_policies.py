@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.data.options import parse_template
 from rlhf.data.records import Prompt
-from rlhf.errors import DataError, RunError
+from rlhf.errors import ConfigError, DataError, RunError
 from rlhf.finished.policies import open_policy
 from rlhf.models.export import save_model
 from rlhf.models.tokenizing import Response, keep_template
@@ -24,6 +24,7 @@ from rlhf.rollout.sample import rollout
 from rlhf.settings import Settings
 from tests.helpers.composed_config import composed_settings
 from tests.helpers.finished_runs import TEMPLATE, finished_outputs
+from tests.helpers.hub_cache import on_the_hub
 from tests.helpers.tiny_models import tiny_model, word_tokenizer
 
 SOURCE = SimpleNamespace(template=parse_template(TEMPLATE))
@@ -130,16 +131,6 @@ def test_an_adapter_from_elsewhere_finds_its_base(runs: SimpleNamespace, setting
     assert said != answers_of(runs, "reference")
 
 
-def on_the_hub(cache: Path, name: str, commits: dict[str, Path]) -> None:
-    """A repository as `huggingface_hub` keeps it: a snapshot per commit, and `main`, which is the last of them."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    for commit, folder in commits.items():
-        shutil.copytree(folder, repository / "snapshots" / commit)
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs/main").write_text(commit)
-    (repository / "refs/v1").write_text(next(iter(commits)))
-
-
 def test_a_model_of_the_hub_is_that_of_its_revision(
     runs: SimpleNamespace, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,11 +145,14 @@ def test_a_model_of_the_hub_is_that_of_its_revision(
 
 def test_a_chat_model_can_read_its_own_template(settings: Settings, tmp_path: Path) -> None:
     tokenizer = word_tokenizer()
-    tokenizer.chat_template = "w5 {{ messages[0]['content'] }} w6"
+    tokenizer.chat_template = (
+        "{% for one in messages %}w5 {{ one['content'] }}{% if one['role'] == 'user' %} w6{% endif %}{% endfor %}"
+    )
     save_model(tiny_model(), tokenizer, tmp_path / "chatty")
-    rows = [Prompt(row.instruction, "", row.instruction) for row in PROMPTS]
+    other = SimpleNamespace(template=parse_template({**TEMPLATE, "without_input": "w40 {instruction} w41"}))
+    rows = [Prompt(other.template.render(row.instruction), "", row.instruction) for row in PROMPTS]
     untemplated, own = (
-        open_policy(f"{prefix}{tmp_path}/chatty").answers(rows, settings, SimpleNamespace()) for prefix in ("", "chat:")
+        open_policy(f"{prefix}{tmp_path}/chatty").answers(rows, settings, other) for prefix in ("", "chat:")
     )
     templated = open_policy(f"{tmp_path}/chatty").answers(PROMPTS, settings, SOURCE)
     assert own == templated != untemplated
@@ -215,22 +209,22 @@ def test_a_wrong_word_is_refused_in_a_sentence(runs: SimpleNamespace, tmp_path: 
     (tmp_path / "lost/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
     wrong = {
         "./nowhere": "there is no such file or folder; allowed: a finished run (RUN, RUN/model_best, or RUN@sft",
-        "us/nowhere": "is neither a file or folder here, nor could it be fetched from the Hub",
-        "us/nowhere@v2": "at v2",
+        "us/nowhere": "policy=us/nowhere: there is no such folder, and the Hub does not give it",
+        "us/nowhere@v2": "policy=us/nowhere@v2: there is no such folder, and the Hub does not give it",
         "word": "there is no such file or folder",
         f"{tmp_path}/nowhere.json": "does not exist",
         f"{tmp_path}/rows.json": "row 1: it has no text as instruction or output; allowed: rows in AlpacaEval's",
         f"{tmp_path}/notes.md": "has an unknown suffix",
-        f"{tmp_path}/empty": "holds no config.json, adapter_config.json or summary.json",
+        f"{tmp_path}/empty": "has no config.json; allowed: the folder or Hub id of a model",
         f"{tmp_path}/classifier": "which generates no text; allowed: a causal language model",
-        f"{tmp_path}/lost": "is an adapter of /gone/base, which is not here",
+        f"{tmp_path}/lost": "policy=/gone/base: there is no such folder",
         str(runs.reward): "is a reward model, which generates no text",
         f"{runs.ppo}/model_best": "has no model_best",
         f"{tmp_path}/empty@sft": "is not the folder of a finished run",
         f"{runs.ppo / 'model'}@main": "only models on the Hub have revisions",
     }
     for word, said in wrong.items():
-        with pytest.raises((RunError, DataError)) as caught:
+        with pytest.raises((RunError, DataError, ConfigError)) as caught:
             open_policy(word)
         assert said in str(caught.value), word
         assert "\n" not in str(caught.value)

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="+", metavar="ANNOTATIONS | KEY=VALUE")
     parser.add_argument("--pairs", type=int, help="judge only the first so many (default: all)")
     parser.add_argument("--out", type=Path, help="a new folder (default: agreements/<digest> among the outputs)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options may stand among the words
     with leaving(parser.prog):
         # imported here so that a wrong option does not wait for torch
         from rlhf.finished.compare.configuration import compose, split_words

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="+", metavar="PLAYER | KEY=VALUE")
     parser.add_argument("--out", type=Path, help="a new folder (default: comparisons/<digest> among the outputs)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options may stand among the words
     with leaving(parser.prog):
         # imported here so that a wrong option does not wait for torch
         from rlhf.finished.compare.comparing import Comparison
