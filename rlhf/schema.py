@@ -1,9 +1,11 @@
 """Schemas of the configuration: which values a key may have, and the check that it has one of them.
 
 A schema is a dataclass. `typed` merges a configuration into it, by which OmegaConf checks keys and types; `positive`,
-`fraction`, `choice` and their like declare which values are allowed.
+`fraction`, `choice` and their like declare which values are allowed. A key that is a keyword of Python has an
+underscore behind it in its schema: `from_`.
 """
 
+import keyword
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
@@ -74,15 +76,27 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
     structure = OmegaConf.structured(schema)
     _check_nesting(values, structure, prefix)
     try:
-        settings: T = OmegaConf.to_object(OmegaConf.merge(structure, values))  # type: ignore[assignment]
+        settings: T = OmegaConf.to_object(OmegaConf.merge(structure, _without_keywords(values)))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        key, message = error.full_key or "", str(error).partition("\n")[0]
+        key, message = (error.full_key or "").removesuffix("_"), str(error).partition("\n")[0]
         if "not in" in message:
             parent = OmegaConf.select(structure, key.rpartition(".")[0])
-            raise ConfigError(unknown_key(f"{prefix}{key}", parent or ())) from error
+            raise ConfigError(
+                unknown_key(f"{prefix}{key}", (str(name).removesuffix("_") for name in parent or ()))
+            ) from error
         raise ConfigError(f"{prefix}{key}: {message}") from error
     check_values(settings, prefix)
     return settings
+
+
+def _without_keywords(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same keys under the names that they have in a schema."""
+    return {
+        f"{key}_" if keyword.iskeyword(str(key)) else key: _without_keywords(value)
+        if isinstance(value, dict)
+        else value
+        for key, value in values.items()
+    }
 
 
 def _check_nesting(values: Mapping[Any, Any], schema: DictConfig, prefix: str) -> None:
@@ -104,7 +118,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
         ConfigError: names the key, its value and what is allowed.
     """
     for item in fields(settings):
-        value, key = getattr(settings, item.name), f"{prefix}{item.name}"
+        value, key = getattr(settings, item.name), f"{prefix}{item.name.removesuffix('_')}"
         if is_dataclass(value):
             check_values(value, f"{key}.")
         elif isinstance(value, dict) and "check" not in item.metadata:

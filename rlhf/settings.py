@@ -61,7 +61,10 @@ class OptimizerSettings:
 
 @dataclass
 class SupervisedSettings(OptimizerSettings):
-    """What the two supervised stages share: how much data they see, and in batches of how many rows."""
+    """What the two supervised stages share: how much data they see, and in batches of how many rows.
+
+    With `from_`, the key `from`, nothing is trained: the model is a checkpoint that exists already.
+    """
 
     seed: int = seed()
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -69,6 +72,8 @@ class SupervisedSettings(OptimizerSettings):
     max_steps: int | None = optional_positive()
     batch_size: int = positive()
     max_length: int = positive()
+    from_: str | None = None
+    difference_to: str | None = None
 
 
 @dataclass
@@ -82,8 +87,9 @@ class SFTSettings(SupervisedSettings):
 
 @dataclass
 class RewardSettings(SupervisedSettings):
-    """`conf/reward`: the reward model."""
+    """`conf/reward`: the reward model; `model` is what it is trained on if that is not the SFT model."""
 
+    model: ModelSettings | None = None
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
     group_prompts: bool = False
@@ -119,6 +125,7 @@ class PPOSettings(OptimizerSettings):
     value_model: str = choice("adapter", "trunk_head", "full")
     target_kl: float | None = optional_positive()
     eval_every: int = positive()
+    keep_evaluated: bool = False
     keep_best: str | None = "auto"
     keep_best_mode: str = choice("max", "min")
     reference_every: int = positive(10)
@@ -165,6 +172,7 @@ class EvaluationSettings:
     prompts: int = positive()
     kl_prompts: int = positive()
     best_of: int = positive(1)
+    steps: str = choice("all", "last")
     samples: int = at_least_zero(20)
     factscore: dict[str, Any] | None = None
     gold: dict[str, Any] | None = None

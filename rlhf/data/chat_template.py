@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain, cycle, takewhile
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from rlhf.data.special_tokens import marked, special_names, unmarked
 from rlhf.errors import DataError, RowError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 """At least `role` (system, user or assistant) and `content`."""
@@ -105,7 +106,7 @@ class ChatTemplate:
     # -- what the template is ------------------------------------------------------------------------------------------
 
     @cached_property
-    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+    def own_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer whose special tokens the template writes.
 
         Raises:
@@ -261,7 +262,11 @@ class ChatTemplate:
         return messages if messages[-1]["role"] == "user" else None
 
 
-def _load(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def _load(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
+    from transformers import (
+        AutoTokenizer,
+    )  # which imports torch, and commands that only look at runs do not wait for it
+
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)

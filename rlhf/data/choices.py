@@ -47,13 +47,15 @@ class Choosing:
         return cls(_parse_choices(choices), cast(Ties, ties), min_margin, seed)
 
     def by_preference(self, row: Row, answers: Sequence[str]) -> list[Pair]:
-        """The pair of two answers by the row's `preference`, or by the majority of several.
+        """The pair of two answers by the row's `preference`, or by the majority of several; those that are null do not count.
 
         Raises:
             RowError: a tie that is to be skipped, or a value that is not allowed.
         """
         name, value = row.column("preference"), row.get("preference")
-        votes = value if isinstance(value, list) else [value]
+        votes = [vote for vote in (value if isinstance(value, list) else [value]) if vote is not None]
+        if not votes:
+            raise RowError(f"no `{name}`")
         counts = Counter(self._chosen(vote, name) for vote in votes)
         if counts[0] != counts[1]:
             better = 0 if counts[0] > counts[1] else 1
@@ -89,7 +91,7 @@ class Choosing:
         if self.choices is not None:
             key = _key(value)
             if key not in self.choices:
-                raise RowError(f"no `{name}`" if value is None else f"`{name}` is not one of {', '.join(self.choices)}")
+                raise RowError(f"`{name}` is not one of {', '.join(self.choices)}")
             return self.choices[key]
         return chosen_by_number(value, name)
 

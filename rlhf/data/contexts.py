@@ -55,10 +55,12 @@ def before_last_turn(texts: list[str], markers: Markers, names: str) -> tuple[Co
     """
     parts = [text.rpartition(markers.assistant) for text in texts]
     prompts = {before + marker for before, marker, _ in parts}
-    if len(prompts) > 1 or not all(marker for _, marker, _ in parts):
-        raise RowError(f"{names} differ before their last turn" if len(prompts) > 1 else f"{names}: no turn marker")
+    if not all(marker for _, marker, _ in parts):
+        raise RowError(f"{names} have no turn marker of the assistant")
+    if len(prompts) > 1:
+        raise RowError(f"{names} differ before their last turn")
     if not all(answer.strip() and markers.user not in answer for _, _, answer in parts):
-        raise RowError(f"{names}: the last turn is not an answer of the assistant")
+        raise RowError(f"{names} do not end with a turn of the assistant")
     return Context([{"role": "user", "content": prompts.pop()}], verbatim=True), [answer for *_, answer in parts]
 
 

@@ -127,7 +127,7 @@ class DataSource(Protocol):
     - `group(prompt: str) -> str` and `groups`, all its values: which part of the evaluation a prompt belongs to, a word
       such as `famous`, or "" for none; factual precision is then also reported for each part.
     - `kinds() -> list[str]`: for each row of `preference_validation` a word that says how its two responses differ; the
-      reward model's accuracy is then also reported for each kind.
+      reward model's accuracy is then also reported for each kind. An empty list says that there are no kinds.
     - `labelled(split: Split) -> Dataset`: rows with `text` (str) and `label` (0 or 1), on which
       `scorer=bag_of_words` (`sft`) and `bag_of_characters` (`prompts`) train their classifiers and test them (`eval`).
 

@@ -159,17 +159,17 @@ class Reader:
         repeats its beginning, is not read.
         """
         # 1. Texts.
-        if self.verbatim and self.markers and not row.has("prompt"):
+        if self.verbatim and self.markers and not "prompt" in row.names:
             return before_last_turn(
                 [checked_text(value, name) for name, value in columns], self.markers, listed(columns)
             )
         if not (self.markers or any(isinstance(value, list | tuple) for _, value in columns)):
             texts = [checked_text(value, name) for name, value in columns]
-            if not row.has("prompt"):
+            if not "prompt" in row.names:
                 return common_beginning(texts, listed(columns))
             return self.prompt(row), [text if self.verbatim else tidied(text) for text in texts]
         # 2. Conversations, in which all turns but the last belong to the prompt.
-        found = [(name, self._messages(value, name, answer=row.has("prompt"))) for name, value in columns]
+        found = [(name, self._messages(value, name, answer="prompt" in row.names)) for name, value in columns]
         for name, messages in found:
             if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
                 raise RowError(f"`{name}` does not end with a turn of the assistant")
@@ -177,7 +177,7 @@ class Reader:
         if any(messages[:-1] != first[:-1] for _, messages in found):
             raise RowError(f"{listed(columns)} differ before their last turn")
         answers = [messages[-1]["content"] for _, messages in found]
-        if first[0]["role"] != "assistant" or not row.has("prompt"):
+        if first[0]["role"] != "assistant" or not "prompt" in row.names:
             return Context(self._whole(first, name)[:-1]), answers
         context = self.prompt(row)
         return (Context([*context.messages, *first[:-1]]) if first[:-1] else context), answers

@@ -5,15 +5,17 @@ content are ordinary text. In a rendered conversation they are told apart by `MA
 """
 
 import re
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A noncharacter of Unicode, which no text may contain: it stands before each character of a special token's name
 # that is ordinary text.
 MARK = "\ufdd0"
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """The ids of all special tokens, with or without a role such as `eos_token`."""
     try:
         added = tokenizer.added_tokens_decoder
@@ -22,7 +24,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
-def special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def special_names(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     """Matches the unmarked name of any special token; the longest first, since one may begin another."""
     names = {str(tokenizer.convert_ids_to_tokens(i)) for i in special_ids(tokenizer)}
     alternatives = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))

@@ -64,6 +64,8 @@ class RewardModelJudge:
         return [outcome(a, b, self.tie) for a, b in zip(ours, theirs, strict=True)]
 
     def _scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        if self.context.reward:
+            return self.context.reward.rate([row.prompt for row in prompts], responses).tolist()
         answers = [ids[: self.max_tokens] for ids in self._ids(responses)]
         batch = Sequences.from_lists(encode(self.context.tokenizer, self._prompts(prompts)), answers)
         with torch.no_grad():

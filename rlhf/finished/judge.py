@@ -44,10 +44,22 @@ class FinishedRewardModelJudge(RewardModelJudge):
         self.template = run.template or self.asked
         tokenizer = keep_template(run.tokenizer(), SimpleNamespace(template=self.template))
         super().__init__(replace(context, tokenizer=tokenizer, roles=roles), tie, max_tokens)
+        self._known: dict[tuple[str, str, bool], float] = {}
+
+    def _scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """The scores of the responses, each of which is scored once, however many others it is compared with."""
+        keys = [
+            (row.prompt, str(text), getattr(text, "ended", True)) for row, text in zip(prompts, responses, strict=True)
+        ]
+        new = list({key: i for i, key in enumerate(keys) if key not in self._known}.values())
+        if new:
+            scores = super()._scores([prompts[i] for i in new], [responses[i] for i in new])
+            self._known |= {keys[i]: score for i, score in zip(new, scores, strict=True)}
+        return [self._known[key] for key in keys]
 
     def _prompts(self, rows: Sequence[Prompt]) -> list[str]:
-        """Return the prompts in the template of the reward model."""
-        if self.template is None or self.template == self.asked:
+        """Return the prompts in the template of the reward model; as they are if they are in none."""
+        if self.asked is None or self.template is None or self.template == self.asked:
             return super()._prompts(rows)
         try:
             return [self.template.render_messages(conversation_of(row.prompt, self.asked)) for row in rows]

@@ -131,12 +131,12 @@ class FinishedRun:
 
     @property
     def reward(self) -> "FinishedRun | None":
-        """The reward model that the run was trained against; None if it used another scorer.
+        """The reward model that the run was trained against; None if it used a scorer with another tokenizer.
 
         Raises:
             RunError: the reward model is missing or damaged.
         """
-        name = self.summary.get("reward_model")
+        name = self.summary.get("reward_model") if self.summary.get("reward_reads", "ids") == "ids" else None
         return FinishedRun.open(self._cached(name)) if name else None
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":

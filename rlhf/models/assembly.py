@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.models.export import ADAPTER, load_adapter, saved_head
+from rlhf.errors import ModelError
+from rlhf.models.export import ADAPTER, adapter_tensors, load_adapter, saved_head
 from rlhf.models.loading import DTYPES, load_causal_lm, load_whole, switch_off_dropout
 from rlhf.models.roles import Role, Roles
-from rlhf.settings import LoraSettings, Settings
+from rlhf.settings import LoraSettings, ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +64,18 @@ def ppo_roles(
     sft: Path,
     reward: Path | None,
     quantization: dict | None,
+    only_judges: bool = False,
 ) -> Roles:
     """The roles `policy`, `value`, `reference` and, if there is a reward model, `reward`, on as few trunks as possible.
 
-    The value function starts as the reward model, with a zero head (without a reward model: as the SFT model). `sft`
-    and `reward` are folders.
+    The value function starts as the reward model, with a zero head; without a reward model, or with one that
+    `only_judges`, as the SFT model. `sft` and `reward` are folders.
     """
     # 1. The SFT model is the reference. The reward model is an adapter on it, or a trunk of its own.
     base = load_causal_lm(settings.model, tokenizer, sft, quantization)
     roles = Roles(base, DTYPES[settings.model.dtype])
+    judge = reward if only_judges else None
+    reward = None if only_judges else reward
     reward_config = _add_reward(roles, reward) if reward is not None else None
 
     # 2. The policy is an adapter on the base, or a trainable copy of it.
@@ -93,7 +97,11 @@ def ppo_roles(
         _add_value_adapter(roles, settings.lora, reward_config)
     roles.add_head("value", zero=True)
 
-    # 4. Only policy and value are trained.
+    # 4. A model that only judges comes last, so that it changes no random number of those that are trained.
+    if judge is not None:
+        _add_reward(roles, judge)
+
+    # 5. Only policy and value are trained.
     roles.train_only("policy", "value")
     num_bytes = sum(p.numel() * p.element_size() for p in roles.parameters())
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
@@ -102,6 +110,27 @@ def ppo_roles(
         len(roles.trunks), ", ".join(roles.trunks), num_bytes / 2**20, f"{trained:,}",
     )  # fmt: skip
     return _configured(roles, settings)
+
+
+def load_policy(roles: Roles, settings: Settings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Give the role `policy` the weights in `folder`, which a run of the same `settings` has saved.
+
+    Raises:
+        ModelError: they cannot be read, or are those of another model.
+    """
+    trunk, adapter = roles.table["policy"]
+    if adapter is None:
+        model = load_causal_lm(settings.model, tokenizer, folder, dtype=torch.float32)
+        stored, found = model.state_dict(), roles.trunk("policy").state_dict()
+    else:
+        stored, found = adapter_tensors(folder), dict(roles.adapter_parameters(trunk, adapter))
+    shapes, expected = ({key: value.shape for key, value in tensors.items()} for tensors in (stored, found))
+    if shapes != expected:
+        differing = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
+        raise ModelError(f"{folder}: the policy was made for another model: {differing[0]} does not fit")
+    with torch.no_grad():
+        for key, parameter in found.items():
+            parameter.copy_(stored[key])
 
 
 def _configured(roles: Roles, settings: Settings) -> Roles:
@@ -113,6 +142,25 @@ def _configured(roles: Roles, settings: Settings) -> Roles:
     return roles
 
 
+def reward_alone(
+    model: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    base: Path | None,
+    quantization: dict | None,
+) -> Roles:
+    """The role `reward` by itself: a whole model, or an adapter on the model of the folder `base`."""
+    if (folder / ADAPTER).exists():
+        roles = Roles(load_causal_lm(model, tokenizer, base, quantization), DTYPES[model.dtype])
+        _add_reward(roles, folder)
+    else:
+        roles = Roles(_classifier(folder, DTYPES[model.dtype]), DTYPES[model.dtype])
+        roles.table["reward"] = Role("base", None)
+        _add_reward_head(roles, folder)
+    roles.train_only()
+    return roles.eval()
+
+
 def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
     """Add the role `reward` from a reward model's folder; return the adapter's config, None for a full model."""
     config = None
@@ -120,16 +168,23 @@ def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
         config = load_adapter(roles, "base", "reward", folder)
         roles.table["reward"] = Role("base", "reward")
     else:
-        dtype = next(roles.trunk("reference").parameters()).dtype
-        options = {"num_labels": 1, "dtype": dtype, "use_safetensors": True}
-        model = load_whole(AutoModelForSequenceClassification, folder, "reward model", **options)
-        switch_off_dropout(model)
-        roles.add_trunk("reward", model.eval())
+        roles.add_trunk("reward", _classifier(folder, next(roles.trunk("reference").parameters()).dtype))
         roles.table["reward"] = Role("reward", None)
+    _add_reward_head(roles, folder)
+    return config
+
+
+def _classifier(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    options = {"num_labels": 1, "dtype": dtype, "use_safetensors": True}
+    model = load_whole(AutoModelForSequenceClassification, folder, "reward model", **options)
+    switch_off_dropout(model)
+    return model.eval()
+
+
+def _add_reward_head(roles: Roles, folder: Path) -> None:
     head = roles.add_head("reward", zero=False)
     with torch.no_grad():
         head.weight.copy_(saved_head(folder))
-    return config
 
 
 def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | None) -> None:

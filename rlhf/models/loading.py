@@ -195,7 +195,7 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
     name = "model.config" if model.name_or_path is None else f"model.name_or_path={model.name_or_path}"
     with explained(f"{name}: no causal language model can be made from this configuration"):
         try:
-            config = _config_of(model)
+            config = config_of(model)
         except OSError:  # the Hub cannot be reached, but may be when training starts
             return None
         if model.name_or_path is None and vocabulary is not None:
@@ -204,7 +204,12 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def _config_of(model: ModelSettings) -> PreTrainedConfig:
+def config_of(model: ModelSettings) -> PreTrainedConfig:
+    """The configuration of a model that is loaded or made.
+
+    Raises:
+        OSError: it cannot be downloaded now.
+    """
     if model.name_or_path is None:
         return AutoConfig.for_model(**(model.config or {}))
     gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
@@ -216,7 +221,7 @@ def _declared(model: ModelSettings) -> tuple[PreTrainedConfig | None, Generation
     config, generation = None, None
     if model.name_or_path is not None:
         with suppress(Exception):
-            config = _config_of(model)
+            config = config_of(model)
         with suppress(Exception):
             generation = GenerationConfig.from_pretrained(model.name_or_path)
     return config, generation

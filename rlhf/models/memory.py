@@ -46,13 +46,15 @@ class Memory:
 class Work:
     """What a run will do, as far as its memory depends on it.
 
-    `stages` are those whose memory counts, of sft, preferences, reward, ppo and evaluate. `reward_model` says whether
-    PPO's scorer or judge is one. Simulated preferences are of `answer_tokens`. The base is sharded over `shares`
-    processes. `on_gpu` says where the run trains.
+    `stages` are those whose memory counts, of sft, preferences, reward, ppo and evaluate, and of taken and merged for
+    a checkpoint that takes the place of training. `reward_model` says whether PPO's scorer or judge is one, as a role;
+    `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is sharded
+    over `shares` processes. `on_gpu` says where the run trains.
     """
 
     stages: tuple[str, ...] = ("ppo",)
     reward_model: bool = True
+    beside: int = 0
     answer_tokens: int = 0
     shares: int = 1
     on_gpu: bool = False
@@ -82,7 +84,7 @@ class _Stage:
     def memory(self, stage: str) -> Memory:
         stages = {
             "sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
-            "evaluate": self.evaluate,
+            "evaluate": self.evaluate, "taken": self.taken, "merged": self.merging,
         }  # fmt: skip
         weights, trained, phases = stages[stage]()
         program, gaps = (CONTEXT, GAPS) if self.work.on_gpu else (PROGRAM, 1.0)
@@ -127,6 +129,17 @@ class _Stage:
         parameters = (self.trained(self.settings.lora) + self.value_trained) * FLOAT32 // TRAINED
         return self.roles, parameters, self.measuring()
 
+    def taken(self) -> tuple[int, int, dict[str, int]]:
+        """A model that is taken from elsewhere; if it is a reward model, it scores demonstrations."""
+        tokens = frozen_tokens(self.settings.reward.microbatch_tokens, self.work.on_gpu)
+        return self.sizes.parameters * self.passes.size, 0, {"scoring": self.passes.frozen(tokens)}
+
+    def merging(self) -> tuple[int, int, dict[str, int]]:
+        """The same of an adapter, which is merged in float32: on a GPU's machine, in host memory."""
+        weights, trained, phases = self.taken()
+        merging = 0 if self.work.on_gpu else FLOAT32 * self.sizes.parameters - weights
+        return weights, trained, {**phases, "merging": merging}
+
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -140,7 +153,7 @@ class _Stage:
         """Base and reward model: an adapter in float32, or a model of its own."""
         lora = self.settings.reward.lora
         own = FLOAT32 * self.sizes.adapter(lora) if lora.r else self.sizes.parameters * self.passes.size
-        return self.base + (own if self.work.reward_model else 0)
+        return self.base + (own if self.work.reward_model else 0) + self.work.beside
 
     def trained(self, lora: LoraSettings) -> int:
         """An adapter, or for r = 0 the whole model, in float32, its gradients and AdamW's moments."""

@@ -1,6 +1,7 @@
 """Contradictions between parts of a configuration, found before any model is loaded."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -18,8 +19,9 @@ from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.pipeline.taken import taken_of
 from rlhf.scorers import TextScorer
-from rlhf.settings import Settings, is_quantized
+from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
 INSTEAD = (
@@ -71,12 +73,19 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "
             "a prompt part; allowed: reward.group_prompts=false"
         )
+    if config.policy is not None and config.stage.name != "evaluate":
+        raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
     if config.stage.name in ("ppo", "evaluate"):
-        _check_evaluation(config, settings, source, simulated)
+        check_evaluation(config, settings, source, simulated)
     # 3. What this machine and these models can do.
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
+    if settings.reward.model:
+        own = replace(settings, model=settings.reward.model, lora=LoraSettings(r=0))
+        _check_model(own)
+        check_model(config, own, needs_reward_model(config), simulated)
+    taken_of(settings, source)
     # 4. The data set: its template and its files.
     _check_template(settings, getattr(source, "template", None))
     if hasattr(source, "check"):
@@ -134,6 +143,11 @@ def _check_ppo(settings: Settings) -> None:
         )
     if ppo.warmup_steps >= ppo.steps:
         raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    if ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
+        raise ConfigError(
+            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
+            f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
+        )
     _check_function("divergence.function", settings.divergence.function)
 
 
@@ -200,13 +214,23 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     return True
 
 
-def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource, simulated: bool) -> None:
-    """Scorer, judge and evaluation must have what they need, and be content with their own configuration."""
-    for key in ("scorer", "judge"):
+def check_evaluation(
+    config: DictConfig,
+    settings: Settings,
+    source: DataSource,
+    simulated: bool,
+    keys: tuple[str, ...] = ("scorer", "judge"),
+) -> None:
+    """Check that scorer, judge and evaluation have what they need, and are content with their own configuration.
+
+    Raises:
+        ConfigError: one sentence that names the key, its value and what is allowed.
+    """
+    for key in keys:
         _check_needs(config, key, source, simulated)
     if settings.evaluation.gold:
         _check_gold(config, source)
-    for key in ("scorer", "judge", "evaluation.factscore", "evaluation.gold"):
+    for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
     best_metric(config, settings, source)
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
@@ -247,9 +271,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
         raise ConfigError(
             f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
         )
-    if needs(config, key, "needs_reward_model") and not simulated and "preference" not in source.splits:
+    trained = needs(config, key, "needs_reward_model") and not config.reward.get("from")
+    if trained and not simulated and "preference" not in source.splits:
         raise ConfigError(
-            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on"
+            f"{key}={choice} needs a reward model, but the data set has no preference split to train one on; "
+            "allowed: reward.from, or another choice"
         )
 
 

@@ -85,11 +85,13 @@ def _check_classes(config: DictConfig) -> None:
 
 
 def _settle_dtype(config: DictConfig) -> None:
-    if OmegaConf.select(config, "model.dtype", throw_on_missing=False) != "auto":
-        return
-    model = typed(ModelSettings, OmegaConf.to_container(config.model, resolve=True), "model.")  # type: ignore[arg-type]
-    config.model.dtype = automatic_dtype(model, trains_on_gpu(config))
-    log.info("model.dtype=auto: %s", config.model.dtype)
+    for key in ("model", "reward.model"):
+        node = OmegaConf.select(config, key, throw_on_missing=False)
+        if not isinstance(node, DictConfig) or node.get("dtype") != "auto":
+            continue
+        model = typed(ModelSettings, OmegaConf.to_container(node, resolve=True), f"{key}.")  # type: ignore[arg-type]
+        node.dtype = automatic_dtype(model, trains_on_gpu(config))
+        log.info("%s.dtype=auto: %s", key, node.dtype)
 
 
 def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:

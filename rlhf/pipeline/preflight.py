@@ -1,24 +1,29 @@
 """What a run would do and how much memory it needs, found out before anything is loaded."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from rlhf.distributed import collectives, processes
 from rlhf.errors import ModelError
 from rlhf.files import BUDGET, EARLIER, read_object, write_json
-from rlhf.models.loading import BPE_VOCABULARY, load_tokenizer
+from rlhf.models.activations import FLOAT32, Passes
+from rlhf.models.loading import BPE_VOCABULARY, DTYPES, load_tokenizer
 from rlhf.models.memory import Memory, Work, available, estimate
 from rlhf.models.sizes import Sizes
 from rlhf.pipeline import cache, earlier
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.fitting import advice, with_numbers
+from rlhf.pipeline.measuring import unmeasured
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.precision import trains_on_gpu
-from rlhf.settings import Settings
+from rlhf.pipeline.taken import CLASSIFIER, IDS
+from rlhf.settings import LoraSettings, Settings
 
 log = logging.getLogger(__name__)
 # A number that memory may decide, as it is called in the saved budget → its key in the configuration.
@@ -31,7 +36,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     A run that needs more memory than is free is described, not refused, because it may be meant for another machine.
     """
     found = plan.finished()
-    place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
+    place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.noted)
     unmade = found is None
     if unmade:
         with suppress(ModelError):
@@ -41,7 +46,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "folder": str(plan.folder),
         "stage": plan.stage,
         "cached": {path.name: cache.known(path) for path in plan.needed().values()},
+        "taken": {product: taken.described for product, taken in plan.taken.items()} or None,
         "done": found is not None,
+        "measures": sorted(unmeasured(plan, found)) if found else [],
         "same_as": str(found) if found not in (None, plan.folder, place) else None,
         "moves_aside": _moves_aside(plan),
         "step": StepCheckpoints.reached(place / "checkpoints"),
@@ -52,7 +59,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def _is_present(plan: Plan) -> bool:
-    return earlier.identity_of(plan.folder) in (None, plan.identity)
+    return earlier.identity_of(plan.folder) in (None, plan.noted)
 
 
 def _moves_aside(plan: Plan) -> str | None:
@@ -68,15 +75,14 @@ def check_memory(plan: Plan) -> None:
     Raises:
         ModelError: one of them needs more than is free.
     """
-    sizes, work, free = _sizes(plan), work_of(plan, unmade=True), _free(plan)
-    if sizes is None:
-        return
-    needed = estimate(plan.settings, sizes, work)
-    if needed.peak > free:
-        raise ModelError(
-            f"the run needs {needed}, and {free / 2**30:.1f} GiB are free; allowed: "
-            f"{advice(plan.settings, sizes, work, free)}"
-        )
+    free = _free(plan)
+    for settings, sizes, work in _parts(plan):
+        needed = estimate(settings, sizes, work)
+        if needed.peak > free:
+            raise ModelError(
+                f"the run needs {needed}, and {free / 2**30:.1f} GiB are free; allowed: "
+                f"{advice(settings, sizes, work, free)}"
+            )
 
 
 def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
@@ -105,7 +111,7 @@ def settle_budget(plan: Plan, fresh: bool = False, jobs: int = 1) -> None:
             f"{AUTOMATIC_KEYS[min(keys)]}=auto needs the configuration of model.name_or_path="
             f"{plan.settings.model.name_or_path}, which cannot be read; allowed: a number"
         )
-    chosen = with_numbers(plan.settings, sizes, work, free)
+    chosen = with_numbers(assumed(plan), sizes, work, free)
     needed = estimate(chosen, sizes, work)
     _set(plan, _numbers(chosen, keys), f"; the run needs {needed}, {free / 2**30:.1f} GiB are free")
 
@@ -120,13 +126,13 @@ def keep_budget(plan: Plan) -> None:
 
 def work_of(plan: Plan, unmade: bool) -> Work:
     """What the run does, its products included; with `unmade`, only those that are not in the cache yet."""
-    products = collectives.on_rank_zero(
-        lambda: [product for product, folder in plan.needed().items() if not (unmade and cache.known(folder))]
-    )
+    products = _stages(plan, unmade, beside=False)
     own = [plan.stage] if plan.stage in ("ppo", "evaluate") else []
+    fallback = "taken" if plan.stage in plan.taken else plan.stage
     return Work(
-        stages=(*products, *own) or (plan.stage,),
-        reward_model=plan.needs_reward_model,
+        stages=(*products, *own) or (fallback,),
+        reward_model=plan.needs_reward_model and plan.reward_reads == IDS,
+        beside=_beside(plan) if own and plan.needs_reward_model else 0,
         answer_tokens=plan.plain["preferences"].get("max_new_tokens", 0),
         shares=processes.num_shards(plan.config.trainer),
         on_gpu=trains_on_gpu(plan.config),
@@ -152,9 +158,9 @@ def _set(plan: Plan, numbers: Mapping[str, int], why: str) -> None:
 
 def _kept_budget(plan: Plan, keys: Iterable[str]) -> dict[str, int]:
     """The saved numbers of this very run; empty if there are none."""
-    for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.identity) / BUDGET):
+    for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.noted) / BUDGET):
         kept = read_object(path) if path.exists() else {}
-        if kept.get("identity") == plan.identity:
+        if kept.get("identity") in (plan.identity, plan.noted):
             return {key: read_object(path, **{key: int})[key] for key in keys}
     return {}
 
@@ -169,8 +175,55 @@ def _sizes(plan: Plan) -> Sizes | None:
 
 
 def _needed(plan: Plan) -> Memory | None:
+    estimates = [estimate(*part) for part in _parts(plan)]
+    return max(estimates, key=lambda memory: memory.peak, default=None)
+
+
+def _parts(plan: Plan) -> Iterator[tuple[Settings, Sizes, Work]]:
+    """What the run does with the policy's model, and with a reward model's own; neither if its sizes are unknown."""
     sizes = _sizes(plan)
-    return None if sizes is None else estimate(plan.settings, sizes, work_of(plan, unmade=True))
+    if sizes is not None:
+        yield assumed(plan), sizes, work_of(plan, unmade=True)
+    stages = _stages(plan, unmade=True, beside=True)
+    if plan.beside and stages and (own := _sizes(plan.beside)):
+        yield plan.beside.settings, own, Work(tuple(stages), on_gpu=trains_on_gpu(plan.config))
+
+
+def _stages(plan: Plan, unmade: bool, beside: bool) -> list[str]:
+    """The stages that make the products of a run, those of a reward model on a model of its own apart (`beside`)."""
+
+    def stages() -> Iterator[str]:
+        for product, folder in plan.needed().items():
+            apart = bool(plan.beside) and product in ("reward", "reward_sft")
+            if apart != beside or (unmade and cache.known(folder)):
+                continue
+            if product not in plan.taken:
+                yield "sft" if product == "reward_sft" else product
+            elif plan.taken[product].reads != CLASSIFIER:
+                yield "taken" if plan.taken[product].whole else "merged"
+
+    return collectives.on_rank_zero(lambda: list(stages()))
+
+
+def _beside(plan: Plan) -> int:
+    """Bytes of the weights of a reward model that is no role; 0 if they are unknown."""
+    if plan.beside:
+        sizes, model = _sizes(plan.beside), plan.beside.settings
+        base = Passes(model, sizes).size * sizes.parameters if sizes else 0
+        return base + (FLOAT32 * sizes.adapter(model.reward.lora) if sizes else 0)
+    if plan.reward_reads == IDS:
+        return 0
+    taken = plan.taken["reward"]
+    size = FLOAT32 if taken.reads == CLASSIFIER else torch.finfo(DTYPES[plan.settings.model.dtype]).bits // 8
+    return size * taken.checkpoint.parameters
+
+
+def assumed(plan: Plan) -> Settings:
+    """The settings as the estimates need them: a reward model that is taken as a whole is no adapter."""
+    taken = plan.taken.get("reward")
+    if taken is None or (plan.in_place("reward") and not taken.whole):
+        return plan.settings
+    return replace(plan.settings, reward=replace(plan.settings.reward, lora=LoraSettings(r=0)))
 
 
 def _vocabulary(plan: Plan) -> int | None:

@@ -1,13 +1,16 @@
 """Train PPO from wherever it was left to its end, with the evaluations that are due."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from rlhf.distributed import collectives
 from rlhf.errors import ConfigError
+from rlhf.guards import Guards
 from rlhf.pipeline.builders import MakeTrainer
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
@@ -27,8 +30,11 @@ def train_ppo(
     folder: Path,
     resume: str,
     best: Best | None = None,
+    keeping: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Train from the SFT model, or from the last checkpoint in `folder`, to the end.
+
+    `keeping` are callbacks that keep more than the checkpoints.
 
     Returns the evaluation of step 0, that of the SFT model.
 
@@ -44,12 +50,16 @@ def train_ppo(
     start = checkpoints.step_of(last) if last else 0
     trainer = make_trainer(
         folder,
-        callbacks=[checkpoints, Interruption(checkpoints)],
+        callbacks=[checkpoints, *keeping, Interruption(checkpoints)],
         max_epochs=1,
         val_check_interval=ppo.eval_every,
         check_val_every_n_epoch=None,
     )
-    # 2. What is still to be measured there.
+    # 2. What is still to be measured, before the weights of the checkpoint are loaded.
+    if last and not collectives.on_rank_zero(lambda: evaluated_at(folder, 0)):
+        guards, stage.guards = stage.guards, Guards()  # they replay the line
+        trainer.validate(stage, evaluation, verbose=False)
+        stage.guards = guards
     if _catch_up(trainer, stage, folder, last, start):
         trainer.validate(stage, evaluation, verbose=False)
     # 3. Train; Lightning evaluates every `eval_every` steps.

@@ -21,7 +21,8 @@ class Context:
     """What scorers and judges may use.
 
     `reward_baseline` is the reward model's mean score of demonstrations. `microbatch_tokens` limits the tokens per
-    forward pass. `cache` is the folder that all runs share.
+    forward pass. `cache` is the folder that all runs share. `reward` is the reward model if it is no role, because it
+    is made from another model or has another tokenizer than the policy.
     """
 
     source: DataSource
@@ -30,6 +31,7 @@ class Context:
     reward_baseline: float = 0.0
     microbatch_tokens: int = 4096
     cache: Path = Path("outputs/cache")
+    reward: "TextScorer | None" = None
 
 
 class Scorer(Protocol):

@@ -1,4 +1,4 @@
-"""The learned reward model as scorer. It reads the sampled ids, not re-encoded texts."""
+"""The learned reward model as scorer. As a role it reads the sampled ids, not re-encoded texts."""
 
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ class RewardModelScorer:
     """The score of the role `reward` at the last sampled token (the EOS if one was sampled), minus `baseline`.
 
     With `baseline=None`, the mean score of demonstrations is subtracted: a score of 0 is as good as those on average.
+    A reward model that is no role (`Context.reward`) reads the texts.
     """
 
     needs_reward_model: ClassVar[bool] = True
@@ -25,6 +26,8 @@ class RewardModelScorer:
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The score of each rollout."""
+        if self.context.reward:
+            return self.context.reward(rollouts) - self.baseline
         return self.score(rollouts.sequences)
 
     @torch.no_grad()

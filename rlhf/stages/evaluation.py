@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.records import Prompt
 from rlhf.distributed import collectives
 from rlhf.divergence import exact_kl
-from rlhf.files import read_lines
+from rlhf.files import OUTCOMES, read_lines
 from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Engine
 from rlhf.rollout.sample import Rollouts, rollout
@@ -24,7 +24,6 @@ from rlhf.settings import Settings
 from rlhf.stages.base import Stage
 from rlhf.stages.passes import compute_divergence
 
-OUTCOMES = "outcomes.jsonl"
 Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
 
 

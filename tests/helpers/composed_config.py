@@ -21,6 +21,12 @@ def composed(*overrides: str, name: str = "config", with_hydra: bool = False) ->
         return compose(name, list(overrides), return_hydra_config=with_hydra)
 
 
+def composed_from(folder: Path, *overrides: str) -> DictConfig:
+    """Compose the default configuration with overrides that may name options of a folder of one's own."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
+        return compose("config", [f"hydra.searchpath=[file://{folder.resolve()}]", *overrides])
+
+
 def composed_settings(*overrides: str) -> Settings:
     """The settings of the default configuration with the overrides."""
     return settings_of(composed(*overrides))

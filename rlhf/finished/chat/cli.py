@@ -20,7 +20,7 @@ from rlhf.finished.run import FinishedRun
 if TYPE_CHECKING:
     from rlhf.finished.chat.responders import Answer, Responder, Sampling
 
-COMMANDS = "/new (conversation), /seed NUMBER, /temperature NUMBER (0 is greedy), /quit"
+COMMANDS = "/seed NUMBER, /temperature NUMBER (0 is greedy), /new (conversation), /quit"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -96,7 +96,8 @@ class Responder:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
             current = Answer(text, len(tokens))
             yield current
-        self.conversation += [asked, {"role": "assistant", "content": current.text}]
+        if self.chat:
+            self.conversation += [asked, {"role": "assistant", "content": current.text}]
         yield replace(current, done=True, scores=self._scores(prompt, ids, current.text, tokens))
 
     def forget(self) -> None:

@@ -14,14 +14,13 @@ from rlhf.data.records import Prompt, as_records
 from rlhf.errors import ConfigError
 from rlhf.finished.compare import results
 from rlhf.finished.compare.configuration import check_judge
-from rlhf.finished.compare.duels import CountingJudge, answers_of, hash_of, is_known, judge_all
+from rlhf.finished.compare.duels import ConfiguredJudge, answers_of, hash_of, is_known, judge_all
 from rlhf.finished.export.cli import atomic_folder
 from rlhf.finished.policies import Policy
 from rlhf.pipeline import identity
-from rlhf.pipeline.config import data_source, instantiate, settings_of
+from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.quiet import quieten
-from rlhf.scorers import Context
 from rlhf.tracking.code import git_commit
 
 log = logging.getLogger(__name__)
@@ -46,6 +45,8 @@ class Comparison:
         self.players, self.config = players, config
         self.settings, self.source = settings_of(config), data_source(config)
         self.outputs = Path(config.output_dir)
+        if hasattr(self.source, "check"):
+            self.source.check()
         self.judge_keys = check_judge(config, self.source)
         evaluation = self.settings.evaluation
         if evaluation.factscore:
@@ -54,8 +55,6 @@ class Comparison:
             raise ConfigError(
                 f"evaluation.best_of={evaluation.best_of} needs the scorer of a run in training; allowed: 1"
             )
-        if hasattr(self.source, "check"):
-            self.source.check()
         self.prompts: list[Prompt] = as_records(self.source.load("eval"), "eval")[: evaluation.prompts]
         self.known = {label: is_known(player, self.prompts, self.settings, self.source, self.cache)
                       for label, player in players.items()}  # fmt: skip
@@ -113,8 +112,7 @@ class Comparison:
         answers = [
             answers_of(player, self.prompts, self.settings, self.source, self.cache) for player in self.players.values()
         ]
-        context = Context(self.source, None, None, cache=self.cache)  # type: ignore[arg-type]  (no run's own models)
-        judge = CountingJudge(instantiate(self.config.judge, "judge", context))
+        judge = ConfiguredJudge(self.config, self.source, self.cache)
         # 2. The comparisons.
         duels = judge_all(judge, self.prompts, answers)
         labels = list(self.players)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from rlhf.data.records import DataSource, Prompt
 from rlhf.evaluation.evaluator import Judge
 from rlhf.files import read_json, write_json
 from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
 from rlhf.finished.policies import Policy
+from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.identity import digest
 from rlhf.report.ranking import Array
 from rlhf.settings import Settings
@@ -145,11 +147,20 @@ def outcomes(judge: Judge, prompts: Sequence[Prompt], ours: Sequence[str], their
     return found
 
 
-class CountingJudge:
-    """A judge whose metrics (`judge/*`: questions, tokens, cost) are added up over its calls."""
+@dataclass(frozen=True)
+class TextContext:
+    """What a judge may use where no run's models are loaded: `rlhf.scorers.Context` without these."""
 
-    def __init__(self, judge: Judge):
-        self.judge = judge
+    source: DataSource
+    cache: Path
+    microbatch_tokens: int = 4096
+
+
+class ConfiguredJudge:
+    """The judge of a configuration; its metrics (`judge/*`: questions, tokens, cost) are added up over its calls."""
+
+    def __init__(self, config: DictConfig, source: DataSource, cached: Path):
+        self.judge: Judge = instantiate(config.judge, "judge", TextContext(source, cached))
         self.usage: dict[str, float] = {}
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[float | None]:

@@ -94,8 +94,8 @@ def win_rate_table(found: Mapping[str, Any]) -> Table:
     judged = [one["consistency"] for one in found["pairs"] if not math.isnan(one["consistency"])]
     unjudged = sum(one["unjudged"] for one in found["pairs"])
     caption = (
-        "Win rate of the row against the column (players by rank) in percent, with Wilson's 95 % interval; each pair of "
-        "answers was judged in both orders"
+        "Win rate of the row against the column (players by rank) in percent, with Wilson's 95 % interval; each pair "
+        "of answers was judged in both orders"
     )
     caption += f", with the same verdict in {100 * fmean(judged):.0f} % of cases" if judged else ""
     caption += f"; {unjudged} comparisons have no verdict" if unjudged else ""

@@ -25,7 +25,7 @@ TASKS = {"sft": "text-generation", "reward": "text-classification", "ppo": "text
 SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
          "sft/validation_loss", "sft/perplexity"}  # fmt: skip
 TEMPLATE = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
-_HUB_DATA = re.compile(r"(?:hf://datasets/)?([\w-][\w.-]*/[\w.-]+?)(?:/.*)?")
+_HUB_DATA = re.compile(r"(?:hf://datasets/)?([\w-][\w.-]*/[\w.-]+?)(?:@[^/]+)?(?:/.*)?")
 _LOCAL = re.compile(r"[/~.].*/")
 
 
@@ -100,12 +100,14 @@ def hub_id(name_or_path: str | None) -> str | None:
 
 
 def hub_datasets(data: dict[str, Any]) -> Iterator[str]:
-    """Yield the names of the Hub's data sets in the config group `data`."""
+    """Yield the names of the Hub's data sets in the config group `data`, those of a mixture's parts included."""
+    for part in (data.get("parts") or {}).values():
+        yield from hub_datasets(part)
     root = Path(str(data.get("root") or "."))
-    for key in data.keys() - {"_target_", "root", "template"}:
+    for key in data.keys() - {"_target_", "root", "template", "parts"}:
         for spec in as_list(data[key]):
             try:
-                hub = Source.parse(spec, root).hub
+                hub = Source.parse(spec["source"] if isinstance(spec, dict) and "source" in spec else spec, root).hub
             except DataError:  # a key that names no source
                 continue
             found = _HUB_DATA.fullmatch(str(hub.get("data_files") or hub.get("path") or ""))

@@ -1,11 +1,9 @@
 """The weights of a run for an export: merged into one transformers model, or the adapter alone."""
 
 import json
-import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -13,13 +11,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
 from rlhf.errors import explained
 from rlhf.files import ADAPTER_CONFIG
 from rlhf.finished.run import FinishedRun
 from rlhf.models.export import ADAPTER, HEAD, saved_head
 from rlhf.models.loading import load_whole
+from rlhf.models.merging import merged
 from rlhf.models.tokens import settle_tokens
 
 
@@ -42,12 +40,7 @@ def merged_model(run: FinishedRun, dtype: torch.dtype) -> PreTrainedModel:
         if (run.model / HEAD).exists():  # the head in float32, saved beside a model in a lower precision
             model.score.weight.data = saved_head(run.model)
     else:
-        with explained(f"{run.model}: no adapter could be merged into {run.base}"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice of transformers and peft
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            logging.set_verbosity_error()  # warns that the base of a reward model has no score head
-            base = kind.from_pretrained(run.base, **options)
-            model = PeftModel.from_pretrained(base, run.model).merge_and_unload()
+        model = merged(kind, run.base, run.model, **options)
     settle_tokens(model, run.tokenizer())
     return model.to(dtype).eval()
 

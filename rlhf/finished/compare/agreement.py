@@ -1,0 +1,138 @@
+"""The `rlhf-agreement` command: how far a judge agrees with the annotations of pairs."""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import ConfigError, DataError, RunError
+from rlhf.finished.compare.cli import leaving
+
+AGREEMENT, PAGE, VERDICTS = "agreement.json", "agreement.md", "verdicts.jsonl"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`rlhf-agreement ANNOTATIONS [judge=…] [KEY=VALUE…] [--pairs N] [--out FOLDER]`."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-agreement",
+        description="Have a judge compare pairs that are annotated already: accuracy and Cohen's kappa.",
+        epilog="ANNOTATIONS are preference or preference_validation (the comparisons of the data set), the "
+        "…_pairs.jsonl of simulated preferences, a file in AlpacaFarm's format, or a folder of rlhf-compare.",
+    )
+    parser.add_argument("words", nargs="+", metavar="ANNOTATIONS | KEY=VALUE")
+    parser.add_argument("--pairs", type=int, help="judge only the first so many (default: all)")
+    parser.add_argument("--out", type=Path, help="a new folder (default: agreements/<digest> among the outputs)")
+    options = parser.parse_args(arguments)
+    with leaving(parser.prog):
+        # imported here so that a wrong option does not wait for torch
+        from rlhf.finished.compare.configuration import compose, split_words
+
+        named, overrides = split_words(options.words)
+        if len(named) != 1:
+            raise RunError(f"{len(named)} files of annotations are named; allowed: one")
+        if options.pairs is not None and options.pairs < 1:
+            raise RunError(f"--pairs {options.pairs} is not allowed; allowed: a whole number above 0")
+        print(measure(named[0], compose(overrides, None), options.pairs, options.out))
+
+
+def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
+    """Judge annotated pairs, unless that has been done already; return the table and the folder.
+
+    Args:
+        word: the annotations, see `rlhf.finished.compare.annotations`.
+        config: the composed configuration.
+        limit: how many pairs, from the first one on; None for all.
+        out: where to write; None for `<output_dir>/agreements/<digest>`.
+
+    Raises:
+        UserError: annotations, configuration or judge cannot be used.
+        Interrupted: the judge's endpoint cannot be reached.
+    """
+    from rlhf.data.saved_preferences import PREFERENCE_SPLITS
+    from rlhf.finished.compare.annotations import read_annotations
+    from rlhf.finished.compare.configuration import check_judge
+    from rlhf.finished.compare.duels import hash_of
+    from rlhf.finished.compare.results import is_made
+    from rlhf.pipeline import identity
+    from rlhf.pipeline.config import data_source, settings_of
+    from rlhf.pipeline.numerics import settle_numerics
+    from rlhf.pipeline.quiet import quieten
+
+    quieten()
+    settle_numerics(config.trainer.get("deterministic"))
+    settings_of(config)  # checks all keys
+    source, cached = data_source(config), Path(config.output_dir) / "cache"
+    keys = check_judge(config, source)
+    if word in PREFERENCE_SPLITS and hasattr(source, "check"):
+        source.check()
+    pairs = [pair for pair in read_annotations(word, source)[:limit] if pair.first != pair.prompt.reference_output]
+    if not pairs:
+        raise DataError(f"{word} has no pair of two different answers")
+    texts = hash_of([[row.prompt.prompt, row.first, row.prompt.reference_output, row.outcome] for row in pairs])
+    name = identity.digest({"judge": identity.decisive(keys), "pairs": texts}, known=cached / "digests")
+    folder = out or cached.parent / "agreements" / name
+    if not is_made(folder, AGREEMENT, name):
+        _make(folder, config, pairs, {"annotations": word, "identity": name, "judge": keys})
+    return f"{(folder / PAGE).read_text(encoding='utf-8')}\n{folder}"
+
+
+def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
+    """Judge the pairs and write the results."""
+    from rlhf.files import write_json
+    from rlhf.finished.compare.duels import ConfiguredJudge
+    from rlhf.finished.compare.results import write_lines
+    from rlhf.finished.export.cli import atomic_folder
+    from rlhf.pipeline.config import data_source
+    from rlhf.report.agreement import agreement
+
+    judge = ConfiguredJudge(config, data_source(config), Path(config.output_dir) / "cache")
+    prompts, first = [pair.prompt for pair in pairs], [pair.first for pair in pairs]
+    verdicts = {
+        "annotations": [pair.outcome for pair in pairs],
+        "judge": list(judge(prompts, first)),
+        "longer answer": [_longer(pair.first, pair.prompt.reference_output) for pair in pairs],
+    }
+    if all(verdict is None for verdict in verdicts["annotations"]):
+        raise ConfigError(f"{about['annotations']} has no verdict on any pair; allowed: annotated pairs")
+    compared = [("judge", "annotations"), ("longer answer", "annotations"), ("judge", "longer answer")]
+    instructions = [row.instruction or row.prompt for row in prompts]
+    found = {(a, b): agreement(verdicts[a], verdicts[b], instructions) for a, b in compared}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as work:
+        (work / PAGE).write_text(table(found, len(set(instructions))), encoding="utf-8")
+        rows = zip(prompts, first, *verdicts.values(), strict=True)
+        write_lines(work / VERDICTS, (
+            {"instruction": row.instruction or row.prompt, "first": text, "second": row.reference_output,
+             **dict(zip(verdicts, given, strict=True))}
+            for row, text, *given in rows
+        ))  # fmt: skip
+        numbers = [{"between": pair, **vars(one)} for pair, one in found.items()]
+        write_json(work / AGREEMENT, {**about, "agreement": numbers, "usage": judge.usage})
+
+
+def table(found: Mapping[tuple[str, str], Any], instructions: int) -> str:
+    """The agreements in Markdown; `found` maps two judges to their agreement."""
+    from rlhf.report.tables import NOTHING, Table, WithInterval
+
+    def cell(value: tuple[float, float, float], scale: int, digits: int) -> Any:
+        share, low, high = (scale * x for x in value)
+        return NOTHING if math.isnan(share) else WithInterval(share, low, high, digits)
+
+    rows = [
+        [
+            f"{pair[0]} – {pair[1]}", one.pairs, f"{one.ties[0]} / {one.ties[1]}", one.unjudged,
+            cell(one.accuracy, 100, 1), cell(one.decided, 100, 1), cell(one.kappa, 1, 2),
+        ]
+        for pair, one in found.items()
+    ]  # fmt: skip
+    header = ["between", "pairs", "ties", "unjudged", "same verdict (%)", "without ties (%)", "Cohen's κ"]
+    caption = (
+        f"A verdict is first, second or tie; 95 % intervals over {instructions} instructions. “longer answer” prefers "
+        "the longer one by characters."
+    )
+    return Table(header, rows, caption).markdown()
+
+
+def _longer(first: str, second: str) -> float:
+    return 0.5 if len(first) == len(second) else float(len(first) > len(second))
