@@ -114,24 +114,8 @@ def check_trainer(config: DictConfig) -> None:
 
 
 def _check_ppo(settings: Settings) -> None:
-<<<<<<< HEAD
     check_ppo(settings)
-=======
-    ppo = settings.ppo
-    if ppo.rollout_batch_size % ppo.minibatch_size:
-        raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
-            "allowed: a divisor of it"
-        )
-    if ppo.accumulation == "as_published" and ppo.minibatch_size % ppo.published_rows:
-        raise ConfigError(
-            f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
-            "allowed: a divisor of it"
-        )
-    if ppo.warmup_steps >= ppo.steps:
-        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
     check_keeping(settings)
->>>>>>> w-evaluate
     _check_function("divergence.function", settings.divergence.function)
 
 
