@@ -172,8 +172,8 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     """
     settings, source = settings_of(config), data_source(config)
     # what it took is in the cache, whether or not it still lies where it came from
-    nowhere = {"from_": None, "difference_to": None}
-    settings = replace(settings, sft=replace(settings.sft, **nowhere), reward=replace(settings.reward, **nowhere))
+    sft = replace(settings.sft, from_=None, difference_to=None)
+    settings = replace(settings, sft=sft, reward=replace(settings.reward, from_=None, difference_to=None))
     check(config, settings, source)
     plan = Plan(config, settings, source, run.folder)
     plan.beside, plan.reward_reads = None, run.reward_reads
@@ -182,13 +182,13 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     plan.sft_folder = _starting_point(run)
     plan.made_from = {"sft": plan.sft_folder}
     if plan.needs_reward_model:
-        reward = run.reward
-        if reward is None:
+        model = run.reward
+        if model is None:
             raise ConfigError(
                 f"judge or scorer needs the reward model of {run.folder}, which was trained without one; allowed: "
                 "judge=finished_reward_model with the folder of one, or another judge"
             )
-        plan.reward_folder = plan.made_from["reward"] = reward.folder
+        plan.reward_folder = plan.made_from["reward"] = model.folder
     gone = [path for path in plan.made_from.values() if cache.missing(path)]
     if gone:
         raise RunError(f"{gone[0]}, which {run.folder} started from, is missing or damaged; its own command builds it")

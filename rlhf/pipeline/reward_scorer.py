@@ -30,5 +30,6 @@ def reward_scorer(context: Context, plan: Plan) -> TextScorer | None:
     model, base = plan.settings.reward.model or plan.settings.model, find("reward.from", str(folder)).base
     with explained(f"{folder}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    roles = reward_alone(model, tokenizer, folder, base and base.folder, plan.quantization).to(context.roles.device)
+    below = base.folder if base else None
+    roles = reward_alone(model, tokenizer, folder, below, plan.quantization).to(context.roles.device)
     return SeparateRewardModel(context, roles, keep_template(tokenizer, context.source), max_length)
