@@ -172,20 +172,21 @@ def encode_pairs(
     prompts: Sequence[str],
     responses: Sequence[str],
     max_length: int,
-    ended: Sequence[bool] | None = None,
+    ended: Sequence[bool | None] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, response ids) of each row, encoded separately, as in generation; responses end with EOS.
 
     A response that does not fit into `max_length` tokens is cut and has no EOS. Neither has a sampled response that did
-    not end with one (`ended`). A prompt that leaves no room is cut by `last_tokens`, so that one token of the response
-    fits. Logs how many texts are cut, and how many contain the name of a special token.
+    not end with one: `ended` is True or False for sampled responses, None for others. A prompt that leaves no room is
+    cut by `last_tokens`, so that one token of the response fits. Logs how many texts are cut, and how many contain the
+    name of a special token.
     """
     rows, cut = [], 0
-    if ended is None:
-        answers = encode_answers(tokenizer, responses)
-    else:  # what was sampled has all that a chat template writes around an answer
-        sampled = zip(encode_texts(tokenizer, responses), ended, strict=True)
-        answers = [[*ids, tokenizer.eos_token_id] if end else ids for ids, end in sampled]
+    answers = encode_answers(tokenizer, responses)
+    sampled = [] if ended is None else [i for i, end in enumerate(ended) if end is not None]
+    # What was sampled has all that a chat template writes around an answer.
+    for i, ids in zip(sampled, encode_texts(tokenizer, [responses[i] for i in sampled]), strict=True):
+        answers[i] = [*ids, tokenizer.eos_token_id] if ended and ended[i] else ids
     for prompt, answer in zip(encode(tokenizer, prompts), answers, strict=True):
         if len(prompt) >= max_length:
             prompt = last_tokens(tokenizer, prompt, max_length - 1)

@@ -8,6 +8,8 @@ import torch
 from omegaconf import DictConfig
 from torch.distributed.fsdp import fully_shard
 
+from rlhf.data.chat_template import ChatTemplate
+from rlhf.data.templates import PromptTemplate
 from rlhf.distributed import processes
 from rlhf.errors import ConfigError
 from rlhf.models.architecture import check_architecture
@@ -181,3 +183,20 @@ def check_vllm(config: DictConfig, settings: Settings) -> None:
         raise ConfigError(
             "generation.engine=vllm, but torch sees no GPU here; allowed: generation.engine=native or transformers"
         )
+
+
+def check_template(settings: Settings, template: PromptTemplate | None) -> None:
+    """A chat template must exist, and tell turns apart if earlier ones are learnt.
+
+    Raises:
+        ConfigError, DataError: it does not.
+    """
+    if isinstance(template, ChatTemplate):
+        template.check()
+    if settings.sft.loss_on != "assistant":
+        return
+    if not isinstance(template, ChatTemplate):
+        raise ConfigError(
+            "sft.loss_on=assistant needs data/template=chat, which tells turns apart; allowed: response or text"
+        )
+    _ = template.earlier_turn

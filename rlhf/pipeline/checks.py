@@ -7,13 +7,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.records import DataSource, Prompt
-from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.prompts import instruction_or_prompt
-from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_vllm
+from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_template, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
@@ -88,7 +86,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         check_model(config, own, needs_reward_model(config), simulated)
     taken_of(settings, source)
     # 4. The data set: its template and its files.
-    _check_template(settings, getattr(source, "template", None))
+    check_template(settings, getattr(source, "template", None))
     if hasattr(source, "check"):
         source.check()
 
@@ -238,19 +236,6 @@ def _check_own(config: DictConfig, key: str) -> None:
         own = getattr(target_class(node, key), "check", None) if "_target_" in node else None
         if own:
             own(OmegaConf.to_container(node, resolve=True))
-
-
-def _check_template(settings: Settings, template: PromptTemplate | None) -> None:
-    """A chat template must exist, and tell turns apart if earlier ones are learnt."""
-    if isinstance(template, ChatTemplate):
-        template.check()
-    if settings.sft.loss_on != "assistant":
-        return
-    if not isinstance(template, ChatTemplate):
-        raise ConfigError(
-            "sft.loss_on=assistant needs data/template=chat, which tells turns apart; allowed: response or text"
-        )
-    _ = template.earlier_turn
 
 
 def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource) -> None:

@@ -91,7 +91,7 @@ class RewardModeling(SupervisedStage):
     def encode(self, rows: Sequence[Comparison]) -> list[Pair]:
         """(chosen, rejected) of each comparison, both as (prompt ids, response ids)."""
         sides = [
-            [(row.prompt, getattr(row, side), getattr(row, f"{side}_ended", True)) for row in rows]
+            [(row.prompt, getattr(row, side), getattr(row, f"{side}_ended", None)) for row in rows]
             for side in ("chosen", "rejected")
         ]
         texts = list(dict.fromkeys(itertools.chain(*sides)))  # each text once, however many comparisons it is in

@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from rlhf.data.chat_template import ChatTemplate
-from rlhf.data.records import Demonstration
+from rlhf.data.records import Comparison, Demonstration, SampledComparison
 from rlhf.models.assembly import sft_roles
 from rlhf.models.loading import load_tokenizer
-from rlhf.settings import LoraSettings, SFTSettings
+from rlhf.models.tokenizing import keep_template
+from rlhf.settings import LoraSettings, RewardSettings, SFTSettings
 from rlhf.stages.batches import SeededBatches
+from rlhf.stages.reward import RewardModeling
 from rlhf.stages.sft import SupervisedFineTuning
-from tests.helpers.chat_models import save_chat_model
+from tests.helpers.chat_models import save_chat_model, save_chat_tokenizer
 from tests.helpers.ppo_stages import ppo_settings
+from tests.helpers.tiny_models import tiny_roles
 from tests.helpers.training import fit, record_gradients
 
 TALKS = [["Name a tea.", "Sencha.", "Another?", "Assam."], ["Hi", "Hello!", "Bye", "See you."], ["Yes?", "No."]]
@@ -62,3 +66,16 @@ def test_the_loss_on_all_turns_is_that_of_a_row_for_each(folder: Path, packing: 
     assert last != pytest.approx(loss, rel=1e-4)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reward_model_reads_answers_as_the_template_writes_them(tmp_path: Path) -> None:
+    """What the template writes before an answer is read with a demonstration, but was sampled with a sample."""
+    template = ChatTemplate(str(save_chat_tokenizer("thinking", tmp_path)))
+    settings = RewardSettings(lora=LoraSettings(r=0), epochs=1, batch_size=1, max_length=300, lr=1e-3)
+    tokenizer = keep_template(AutoTokenizer.from_pretrained(tmp_path), SimpleNamespace(template=template))
+    stage = RewardModeling(settings, tiny_roles(), tokenizer, 1)
+    prompt = template.render("Hi")
+    written, sampled = stage.encode([Comparison(prompt, "a", "b"), SampledComparison(prompt, "a", "b", True, False)])
+    thoughts = "<think>\n\n</think>\n\n"
+    assert [tokenizer.decode(ids) for _, ids in written] == [f"{thoughts}a<|im_end|>", f"{thoughts}b<|im_end|>"]
+    assert [tokenizer.decode(ids) for _, ids in sampled] == ["a<|im_end|>", "b"]
