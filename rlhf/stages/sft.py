@@ -51,8 +51,9 @@ class SupervisedFineTuning(SupervisedStage):
         """A batch; with `sft.packing=true`, several texts share a row and are kept apart."""
         prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
         batch = Sequences.from_lists(prompts, responses, self.sft.loss_on == "text")
-        for targets, prompt in zip(batch.targets, prompts if self.turns else [], strict=False):
-            targets[: len(prompt)] = torch.tensor(self.turns(prompt))
+        if self.turns is not None:
+            for targets, prompt in zip(batch.targets, prompts, strict=True):
+                targets[: len(prompt)] = torch.tensor(self.turns(prompt))
         return pack(batch, self.sft.max_length) if self.sft.packing is True else batch
 
     def count(self, batch: Sequences) -> int:
