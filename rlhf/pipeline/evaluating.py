@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from rlhf.data.records import DataSource, Prompt, as_records
+from rlhf.errors import ConfigError
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.evaluator import ResponseEvaluator, evaluation_metrics

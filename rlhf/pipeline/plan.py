@@ -85,7 +85,7 @@ class Plan:
         if self.settings.reward.model is None:
             return None
         config = self.config.copy()
-        with flag_override(config, ("struct", "readonly"), (False, False)):
+        with flag_override(config, ["struct", "readonly"], [False, False]):
             config.model = config.reward.model
             config.reward.model = None
             config.sft.update({"from": None, "difference_to": None})
