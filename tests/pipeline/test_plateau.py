@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader
 from rlhf.data.records import Prompt
 from rlhf.files import read_json
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
+from rlhf.pipeline.measuring import last_step
 from rlhf.pipeline.plateau import Plateau
 from rlhf.pipeline.train_ppo import train_ppo
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import read_metrics
 from tests.helpers.command_line import TINY
+from tests.helpers.composed_config import composed_plan
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings
 from tests.helpers.training import copy_weights, quiet_trainer
 
@@ -106,6 +108,21 @@ def test_a_run_ends_at_the_plateau_however_often_it_was_interrupted(folders: Sim
     rates = [[line["eval/win_rate"] for line in read_metrics(tmp_path / name) if "time/evaluate" in line]
              for name in ("straight", "broken")]  # fmt: skip
     assert rates[0] == rates[1]
+
+
+def test_with_a_plateau_the_evaluation_decides_what_is_trained(tmp_path: Path) -> None:
+    for patience, same in (("null", True), ("2", False)):
+        identities = {
+            composed_plan(tmp_path, f"ppo.patience={patience}", f"evaluation.prompts={prompts}").identity
+            for prompts in (10, 20)
+        }
+        assert (len(identities) == 1) == same
+
+
+def test_the_last_policy_of_a_run_is_that_of_the_plateau() -> None:
+    summary: dict[str, Any] = {"config": {"ppo": {"steps": 9}}}
+    assert last_step(summary) == last_step({**summary, "plateau": None}) == 9
+    assert last_step({**summary, "plateau": {"step": 5, "reason": ""}}) == 5
 
 
 def test_the_summary_says_where_and_why_a_run_ended(command: Callable) -> None:
