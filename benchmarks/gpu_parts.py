@@ -7,7 +7,7 @@ from typing import Any
 from common import spread
 from gpu_checks import CHECKS
 from gpu_probe import PROBES, rates
-from gpu_profile import profiled_step
+from gpu_profile import profiled_decoding, profiled_step
 from gpu_runner import END, Part
 from gpu_steps import PHASES, decoding, ppo_steps
 
@@ -26,6 +26,7 @@ SMALL = (
     "ppo.epochs=2", "ppo.microbatch_tokens=32768", "generation.max_new_tokens=128", "generation.batch_size=256",
     "generation.cuda_graphs=auto",
 )  # fmt: skip
+COMPILED = "model.compile=true"
 BRIEF = ("ppo.rollout_batch_size=64", "ppo.minibatch_size=64", "ppo.epochs=1", "ppo.microbatch_tokens=4096")
 FEW = ("ppo.rollout_batch_size=64", "ppo.minibatch_size=32", "generation.batch_size=64", "quantization=nf4")
 
@@ -36,7 +37,7 @@ def parts(settings: Sequence[str]) -> dict[str, Part]:
     seven = {"shape": "llama_7b", "prompts": (32, 192), "rows": 256}
     twenty = {"shape": "gpt_neox_20b", "prompts": (16, 32), "rows": 32, "card": 23.0}
     steps = partial(partial, ppo_steps)
-    compiled = {**small, "overrides": [*small["overrides"], "model.compile=true"]}
+    compiled = {**small, "overrides": [*small["overrides"], COMPILED]}
     brief = {**small, "overrides": [*small["overrides"], *BRIEF]}
     return {
         "rates": Part({"rates": rates}, 4, 20),
@@ -48,7 +49,16 @@ def parts(settings: Sequence[str]) -> dict[str, Part]:
         "llama_7b_nf4": Part({"steps": steps(overrides=[*PAPER, *FEW, *settings], **seven)}, 50, 100),
         "neox_20b_nf4": Part({"steps": steps(overrides=[*CARD, *settings], **twenty)}, 40, 60),
         "smollm2_compiled": Part({"steps": steps(**compiled)}, 60, 100),
-        "profile": Part({"smollm2": partial(profiled_step, **brief)}, 20, 60),
+        "llama_7b_compiled": Part({"steps": steps(overrides=[*PAPER, COMPILED, *settings], **seven)}, 90, 215),
+        "profile": Part(
+            {
+                "smollm2": partial(profiled_step, **brief),
+                "smollm2 compiled": partial(profiled_step, **{**brief, "overrides": [*brief["overrides"], COMPILED]}),
+                "decoding 7B": partial(profiled_decoding, overrides=PAPER, **seven),
+            },
+            20,
+            60,
+        ),
     }
 
 

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from gpu_runner import Bench
 from gpu_steps import toy_or_real
 from stage import train
 from torch.profiler import ProfilerActivity, profile
+
+from rlhf.rollout.sample import rollout
+from rlhf.seeding import generator
 
 ROWS = 30  # of each table
 
@@ -26,6 +29,30 @@ def profiled_step(
     return {}
 
 
+def profiled_decoding(
+    bench: Bench, shape: str, overrides: Sequence[str], prompts: tuple[int, int], rows: int
+) -> dict[str, Any]:
+    """A line about a rollout of at most 64 tokens, the second of its shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        stage, texts = toy_or_real(bench, shape, overrides, prompts, rows, Path(folder))
+        roles, settings = stage.roles.eval(), stage.config.generation
+        limit = min(64, settings.max_new_tokens)
+        for turn in range(2):
+            stream = generator(0, "profile", turn, roles.device.type)
+            with profiler_of(bench) if turn else nullcontext() as profiler:
+                rollout(stage.engine, roles, "policy", stage.tokenizer, texts, settings, stream, None, limit)
+                if bench.device == "cuda":
+                    torch.cuda.synchronize()
+        bench.say("profile", phase="generate", **summary(profiler))
+    return {}
+
+
+def profiler_of(bench: Bench) -> profile:
+    """A profiler of the host and the device."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.device == "cuda" else [])]
+    return profile(activities=activities, acc_events=True)
+
+
 def in_profiler(
     timed: Callable[[str], AbstractContextManager[None]], bench: Bench
 ) -> Callable[[str], AbstractContextManager[None]]:
@@ -39,8 +66,7 @@ def in_profiler(
             with timed(name):
                 yield
             return
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.device == "cuda" else [])]
-        with profile(activities=activities, acc_events=True) as profiler:
+        with profiler_of(bench) as profiler:
             with timed(name):
                 yield
             if bench.device == "cuda":

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,14 @@ from rlhf.errors import (
 )
 from rlhf.errors.explaining import exit_with_sentence, explain, one_sentence_errors
 from rlhf.errors.machine import machine_failure
-from rlhf.files import FAILED, SUMMARY, read_json, tidy, write_json
+from rlhf.files import FAILED, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
 from rlhf.report.terminal import show_plan, show_results
 from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
 from rlhf.sweep.states import progress_line, states
+from rlhf.tracking import evaluations
 
 if TYPE_CHECKING:
     from rlhf.pipeline.plan import Plan
@@ -109,16 +111,17 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         _share_cores(parallel_jobs(launcher), workers)
     elif on_slurm(launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
+    given, excluded = HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
+    overrides = distinctive_overrides(given, excluded)
+    if config.stage.name == "evaluate" and config.policy is not None:
+        return _evaluate_policy(config, folder, overrides, workers, sweeping)
     # 1. Check everything that can be checked before a model is loaded.
     settings, objectives = settings_of(config), objectives_of(config)
     source = data_source(config)
     check(config, settings, source)
-    overrides = distinctive_overrides(
-        HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
-    )
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
-        described = describe(plan)
+        described = describe(plan, timed=not sweeping)
         if not sweeping:
             print(OmegaConf.to_yaml(described))
             return None
@@ -133,6 +136,11 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     # 3. Show the results, once.
     if not is_first_process() or processes.LAUNCHER_PID in os.environ:  # the process that started this one shows them
         return None
+    return _shown(summary, folder, sweeping, objectives)
+
+
+def _shown(summary: dict[str, Any], folder: Path, sweeping: bool, objectives: Mapping[str, str]) -> Result:
+    """Show the results, or in a sweep how far it is; returns what a sweeper optimises."""
     if sweeping:
         intended = folder.parent / PLAN
         line = progress_line(states(folder.parent), planned_parallelism(intended)) if intended.exists() else "done"
@@ -142,13 +150,33 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     return result(summary["metrics"], objectives)
 
 
+def _evaluate_policy(config: DictConfig, folder: Path, overrides: list[str], workers: int, sweeping: bool) -> Result:
+    """Measure the policy that `config.policy` names (stage=evaluate), and show the results."""
+    from rlhf.finished.evaluate import evaluate
+    from rlhf.pipeline import cache
+
+    if workers > 1:
+        raise ConfigError(f"trainer.devices={workers}: policy={config.policy} is measured by one process; allowed: 1")
+    given, objectives = HydraConfig.get().overrides.task, objectives_of(config)
+    if config.dry_run:
+        described = evaluate(config, folder, given, overrides)
+        if not sweeping:
+            print(OmegaConf.to_yaml(described))
+            return None
+        show_plan(described, overrides)
+        return described
+    with cache.locked(folder / ".lock", f"another process works in {folder}"):
+        summary = evaluate(config, folder, given, overrides)
+    return _shown(summary, folder, sweeping, objectives)
+
+
 def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[str, Any]:
     """The summary of the run: read if it is finished, taken over from an equal run, or made now.
 
     `jobs` run at once on this machine and share its memory.
     """
     from rlhf.distributed import collectives
-    from rlhf.pipeline import cache
+    from rlhf.pipeline import cache, measuring
     from rlhf.pipeline.preflight import check_memory, keep_budget, settle_budget
     from rlhf.pipeline.run import Run
 
@@ -159,28 +187,41 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
         settle_budget(plan, fresh=resume == "never", jobs=jobs)
         check_memory(plan)
     # 2. The folder may hold a run of another configuration.
-    collectives.on_rank_zero(lambda: _make_room(plan, resume))
+    noted = collectives.on_rank_zero(lambda: plan.noted)
+    collectives.on_rank_zero(lambda: _make_room(plan, resume, noted))
     # 3. Reuse what is finished, or run.
-    if found in (folder, earlier.place(folder, plan.identity)):
+    if found is None:
+        collectives.on_rank_zero(lambda: measuring.begin(plan))
+        collectives.on_rank_zero(lambda: keep_budget(plan))
+        return Run(plan, progress).run()
+    if found in (folder, earlier.place(folder, noted)):
         collectives.on_rank_zero(lambda: cache.register_run(plan.outputs, plan.identity, folder))
         log.info("%s is finished already; resume=never would start over", folder)
-        return read_json(folder / SUMMARY)
-    if found is not None:
+    else:
         log.info("%s is the same run as %s and taken over from it", folder.name, found)
-        return collectives.on_rank_zero(lambda: cache.take_over(found, folder, plan.plain, plan.overrides))
-    collectives.on_rank_zero(lambda: earlier.note(folder, plan.identity, plan.plain, plan.overrides))
-    collectives.on_rank_zero(lambda: keep_budget(plan))
-    return Run(plan, progress).run()
+        collectives.on_rank_zero(lambda: measuring.take_over(plan, found))
+    # 4. Measure it as asked, without a training step.
+    todo = collectives.on_rank_zero(lambda: measuring.unmeasured(plan, folder))
+    if todo:
+        settle_budget(plan, jobs=jobs)
+        place = evaluations.place(folder, plan.evaluation)
+        log.info("%s is measured without training, at step %s: %s", folder.name, ", ".join(map(str, todo)), place)
+        Run(plan, progress).measure(todo, place)
+    collectives.on_rank_zero(lambda: evaluations.show(folder, plan.evaluation))
+    return evaluations.shown_summary(folder) or {}
 
 
-def _make_room(plan: "Plan", resume: str) -> None:
-    """Move a run of another configuration aside, or bring this one back from there (`rlhf.pipeline.earlier`)."""
+def _make_room(plan: "Plan", resume: str, noted: str) -> None:
+    """Move a run of another configuration aside, or bring this one back from there (`rlhf.pipeline.earlier`).
+
+    `noted` is the identity under which this one is noted there.
+    """
     tidy(plan.folder)
     present = earlier.identity_of(plan.folder)
-    known = present in (None, plan.identity) or earlier.place(plan.folder, plan.identity).is_dir()
+    known = present in (None, noted) or earlier.place(plan.folder, noted).is_dir()
     if resume == "must" and not known:
         raise ConfigError(f"resume=must, but {plan.folder} holds a run of another configuration; allowed: resume=auto")
-    earlier.settle(plan.folder, plan.identity, plan.outputs, resume == "never", plan.present)
+    earlier.settle(plan.folder, noted, plan.outputs, resume == "never", plan.present)
 
 
 def _launch(plan: "Plan", workers: int) -> dict[str, Any]:
@@ -196,7 +237,7 @@ def _launch(plan: "Plan", workers: int) -> dict[str, Any]:
         raise Interrupted("stopped after saving; the same command continues")
     if code:
         raise WorkerFailed(code)
-    return read_json(plan.folder / SUMMARY)
+    return evaluations.shown_summary(plan.folder) or {}
 
 
 def _share_cores(jobs: int, processes: int) -> None:

@@ -42,6 +42,15 @@ def number_or_auto(default: int) -> Any:
     return checked(lambda x: x == "auto" or (type(x) is int and x > 0), "a whole number above 0, or auto", default)
 
 
+def number_or_list() -> Any:
+    """A whole number above 0, or a list of such numbers."""
+
+    def right(x: Any) -> bool:
+        return type(x) is int and x > 0 if not isinstance(x, list) else bool(x) and all(map(right, x))
+
+    return checked(right, "a whole number above 0, or a list of them")
+
+
 def at_least_zero(default: Any = omegaconf.MISSING) -> Any:
     """A number of 0 or above."""
     return checked(lambda x: x >= 0, "a number of 0 or above", default)

@@ -5,13 +5,26 @@ signature of that class declares their keys. `quantization` holds keywords of tr
 key means is explained beside it in `conf/`, whose values replace the defaults here; those serve objects made in code.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import omegaconf
 
-from rlhf.schema import at_least_zero, checked, choice, fraction, number_or_auto, optional_positive, positive, seed
+from rlhf.schema import (
+    at_least_zero,
+    checked,
+    choice,
+    fraction,
+    number_or_auto,
+    number_or_list,
+    optional_positive,
+    positive,
+    seed,
+)
+
+JOINED = "joined"  # of `sft.packing`: as published (`rlhf.stages.joining`)
 
 
 @dataclass
@@ -81,7 +94,7 @@ class SFTSettings(SupervisedSettings):
     """`conf/sft`: supervised fine-tuning."""
 
     loss_on: str = choice("response", "assistant", "text")
-    packing: bool = False
+    packing: Any = checked(lambda x: x is True or x is False or x == JOINED, "false, true or joined", False)
     validation_size: int = positive(200)
 
 
@@ -90,6 +103,7 @@ class RewardSettings(SupervisedSettings):
     """`conf/reward`: the reward model; `model` is what it is trained on if that is not the SFT model."""
 
     model: ModelSettings | None = None
+    template: str = "auto"
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
     group_prompts: bool = False
@@ -123,11 +137,26 @@ class PPOSettings(OptimizerSettings):
     accumulation: str = choice("exact", "as_published")
     published_rows: int = positive(16)
     value_model: str = choice("adapter", "trunk_head", "full")
+    value_bias: bool = False
     target_kl: float | None = optional_positive()
-    eval_every: int = positive()
+    schedule_steps: int | None = optional_positive()
+    eval_every: Any = number_or_list()
+    keep_evaluated: bool = False
+    patience: int | None = optional_positive()
+    min_gain: float = at_least_zero(0.0)
     keep_best: str | None = "auto"
     keep_best_mode: str = choice("max", "min")
     reference_every: int = positive(10)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the policy is measured after a step: before the first, after the last, and as `eval_every` says."""
+        chosen = step in self.eval_every if isinstance(self.eval_every, list) else step % self.eval_every == 0
+        return chosen or step in (0, self.steps)
+
+    @property
+    def eval_interval(self) -> int:
+        """The largest interval such that every evaluation between the first and the last is due at a multiple of it."""
+        return math.gcd(*self.eval_every) if isinstance(self.eval_every, list) else self.eval_every
 
 
 @dataclass
@@ -171,6 +200,7 @@ class EvaluationSettings:
     prompts: int = positive()
     kl_prompts: int = positive()
     best_of: int = positive(1)
+    steps: str = choice("all", "last")
     samples: int = at_least_zero(20)
     factscore: dict[str, Any] | None = None
     gold: dict[str, Any] | None = None

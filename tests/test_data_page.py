@@ -12,8 +12,10 @@ from rlhf import root
 from rlhf.data.column_maps import FIELDS, FORMATS
 from rlhf.data.records import DataSource
 from rlhf.pipeline.config import data_source
-from tests.helpers.command_line import run_in_process
+from rlhf.tracking.summary import read_summary
+from tests.helpers.command_line import TINY, run_in_process
 from tests.helpers.composed_config import composed_from
+from tests.helpers.hub_rows import assistant, user
 
 PAGE = (root() / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -54,6 +56,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_command_of_the_page_is_understood(command: list[str], capsys: pytest.CaptureFixture) -> None:
     assert run_in_process(*command) == 0
     assert "done: false" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_from_scored_conversations(folder: Path) -> None:
+    scored = [
+        {"chosen": [user(f"{i}?"), assistant("yes")], "rejected": [user(f"{i}?"), assistant("no")],
+         "score_chosen": 2 + i % 2 * 4, "score_rejected": 1}
+        for i in range(40)
+    ]  # fmt: skip
+    for name, rows in (("scored", scored), ("known", scored[:10])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"chosen": "x"}]))
+    tiny = [word for word in TINY if not word.startswith("data.")]
+    files = ["data.sft=demonstrations.jsonl", "data.preference=scored.jsonl", "data.preference_validation=known.jsonl"]
+    assert run_in_process(*tiny, "data=hub", "data/template=short", *files, "stage=reward") == 0
+    (summary,) = [read_summary(path.parent) for path in folder.glob("outputs/**/reward-*/summary.json")]
+    assert {kind: row["pairs"] for kind, row in summary["by_kind"].items()} == {
+        "margin up to 1": 5,
+        "margin above 1": 5,
+    }
+    assert summary["rows"] == {"preference": 40}
+    assert summary["skipped"]["no `rejected`"] == 1
 
 
 def option(name: str, split: str, row: dict[str, Any]) -> DataSource:

@@ -47,7 +47,7 @@ class Choosing:
         return cls(_parse_choices(choices), cast(Ties, ties), min_margin, seed)
 
     def by_preference(self, row: Row, answers: Sequence[str]) -> list[Pair]:
-        """The pair of two answers by the row's `preference`, or by the majority of several; those that are null do not count.
+        """The pair of two answers by the row's `preference`, or by the majority of several that are not null.
 
         Raises:
             RowError: a tie that is to be skipped, or a value that is not allowed.

@@ -189,13 +189,13 @@ def parse_columns(columns: Any) -> Names:
     given = {} if columns is None else columns
     parsed: Names = {}
     for field, name in given.items() if isinstance(given, Mapping) else [(None, None)]:
-        several = isinstance(name, list | tuple) and name and all(isinstance(column, str) for column in name)
+        several = isinstance(name, list | tuple) and bool(name) and all(isinstance(column, str) for column in name)
         if field not in FIELDS or not (several or name is None or (isinstance(name, str) and name)):
             raise DataError(
                 f"columns={columns!r} is not allowed; allowed: a mapping to the names of columns (or lists of them, or "
                 f"null) from some of {', '.join(FIELDS)}."
             )
-        parsed[field] = tuple(name) if several else name
+        parsed[field] = tuple(name) if isinstance(name, list | tuple) else name
     return parsed
 
 

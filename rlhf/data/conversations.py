@@ -144,7 +144,8 @@ def _read_message(item: Any, name: str, tool_turns: ToolTurns) -> tuple[str, str
     said = item.get("role") or item.get("from")
     role = ROLES.get(said.lower()) if isinstance(said, str) else None
     if role is None:
-        raise RowError(f"`{name}` has a message of role {said if isinstance(said, str) else type(said).__name__}")
+        shown = repr(said[:20]) if isinstance(said, str) else f"of type {type(said).__name__}"
+        raise RowError(f"`{name}` has a message with the role {shown}")
     calls = item.get("tool_calls") or item.get("function_call")
     if tool_turns == "refuse" and (calls or role in ("tool", "call")):
         raise RowError(f"`{name}` has a turn with a tool (`tool_turns: text` keeps it as text)")
@@ -162,5 +163,5 @@ def _text_of(content: Any, name: str) -> Any:
     parts = [part for part in content if isinstance(part, Mapping)]
     other = next((str(part.get("type")) for part in parts if part.get("type") != "text"), None)
     if other or len(parts) < len(content):
-        raise RowError(f"`{name}` has a part of type {other}, not text")
+        raise RowError(f"`{name}` has a part of type {(other or 'none')[:20]!r}, not text")
     return "".join(checked_text(part.get("text"), f"{name}.content", optional=True) for part in parts)

@@ -153,9 +153,9 @@ class Mixture:
     def _check_templates(self) -> None:
         known = {"data.template": self.template} if hasattr(self, "template") else {}
         known |= {
-            f"data.parts.{name}.template": part.template
+            f"data.parts.{name}.template": template
             for name, part in self._parts.items()
-            if getattr(part, "template", None) is not None
+            if (template := getattr(part, "template", None)) is not None
         }
         (first, template), *others = known.items() or [("", None)]
         different = next((name for name, other in others if other != template), None)
@@ -182,7 +182,7 @@ def _with_same_columns(parts: list[Dataset], split: Split) -> list[Dataset]:
     scored = [
         rows
         if "margin" in rows.column_names
-        else rows.add_column("margin", [None] * len(rows), feature=Value("float64"))  # type: ignore[call-arg]
+        else rows.add_column("margin", [None] * len(rows), feature=Value("float64"))
         for rows in parts
     ]
     return [rows.select_columns([*names, "margin"]) for rows in scored]

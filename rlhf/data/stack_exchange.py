@@ -23,7 +23,7 @@ from rlhf.data.options import (
     parse_positive,
     parse_template,
 )
-from rlhf.data.records import RECORDS, Split, columns
+from rlhf.data.records import RECORDS, SPLITS, Split, columns
 from rlhf.data.reports import reasons_and_counts
 from rlhf.data.sources import Source
 from rlhf.data.splitting import Shares, expand
@@ -79,8 +79,9 @@ class StackExchange:
             template: What `rlhf.data.options.parse_template` accepts. Of two strings, only `without_input` is used.
             sources: A source or a list of sources: a site's `Posts.xml`, `Posts.xml.gz` or `Posts.xml.zst`, or rows of
                 pairs (`rlhf.data.sources.Source.parse`) with the fields `question`, `response_j` (the better answer),
-                `response_k` and optionally `qid`.
-            shares: Mapping from split to its share of the questions (`rlhf.data.splitting.Shares`).
+                `response_k` and optionally `qid`. Or a mapping from split to its source or sources.
+            shares: Mapping from split to its share of the questions (`rlhf.data.splitting.Shares`), for sources that
+                are not given by split.
             root: The folder of the files.
             max_pairs_per_question: Most pairs per question; if there are more, some are drawn.
             title: Whether a question's title is put above its text.
@@ -93,14 +94,19 @@ class StackExchange:
         """
         self.template = parse_template(template)
         limit = parse_positive(max_pairs_per_question, "max_pairs_per_question")
-        self.sources = tuple(_parse_source(spec, Path(root).expanduser()) for spec in as_list(sources))
-        self._shares = Shares.parse(shares, seed)
-        self.splits = self._shares.splits
+        by_split = _is_by_split(sources)
+        self._sources = {
+            split: tuple(_parse_source(spec, Path(root).expanduser()) for spec in as_list(specs))
+            for split, specs in (sources.items() if by_split else [(None, sources)])
+        }
+        # all questions of a split's own sources belong to it
+        self._shares = {split: Shares.parse({split: 1} if by_split else shares, seed) for split in self._sources}
+        self.splits: tuple[Split, ...] = tuple(sources) if by_split else self._shares[None].splits
         self.report: dict[Split, ThreadReport] = {}
         self._pairing = Pairing(limit, seed, title)
         self._fail_on_bad_row = parse_on_bad_row(on_bad_row) == "fail"
         self._max_rows = parse_max_rows(max_rows)
-        self._threads: tuple[Dataset, ThreadReport] | None = None
+        self._threads: dict[Split | None, tuple[Dataset, ThreadReport]] = {}
 
     def check(self) -> None:
         """Check without reading them that the files can be read.
@@ -108,7 +114,9 @@ class StackExchange:
         Raises:
             DataError: there is no source, or one is missing, empty or of an unknown format.
         """
-        check_sources("data.sources", self.sources, "a site's Posts.xml, a file of pairs, or a Hub id")
+        for split, sources in self._sources.items():
+            key = f"data.sources.{split}" if split else "data.sources"
+            check_sources(key, sources, "a site's Posts.xml, a file of pairs, or a Hub id")
 
     def load(self, split: Split) -> Dataset:
         """The rows of `split`; see `DataSource.load`.
@@ -116,22 +124,26 @@ class StackExchange:
         Raises:
             DataError: the split has no share, a source cannot be read, or no question in the share gives a record.
         """
-        self._shares.require(split)
-        if self._threads is None:
-            self._threads = self._read_threads()
-        threads, self.report[split] = self._threads
-        to_records = _ToRecords(split, self.template, self._shares)
+        part = None if None in self._sources else split
+        if part not in self._sources:
+            raise DataError(f"data.sources has no source for {split}; allowed: {', '.join(self.splits)}.")
+        shares = self._shares[part]
+        shares.require(split)
+        if part not in self._threads:
+            self._threads[part] = self._read_threads(self._sources[part])
+        threads, self.report[split] = self._threads[part]
+        to_records = _ToRecords(split, self.template, shares)
         needs = f" and has {NEEDS[split]}" if split in NEEDS else ""
         if_empty = f"{split}: none of the {len(threads):,} questions falls into its share{needs}."
         rows = expand(threads, to_records, Features(dict.fromkeys(columns(split), TEXT)), split, if_empty)
         return first_rows(rows, split, self._max_rows)
 
-    def _read_threads(self) -> tuple[Dataset, ThreadReport]:
-        """The threads of all sources, from the cache if they are there, and the report, which is logged."""
+    def _read_threads(self, sources: tuple[Dump | Pairs, ...]) -> tuple[Dataset, ThreadReport]:
+        """The threads of some sources, from the cache if they are there, and the report, which is logged."""
         self.check()
         # 1. Read the threads. The last row is the report, so that it is cached with the rows that it reports on.
-        fingerprints = (*(source.fingerprint() for source in self.sources), code_digest())
-        rows = cached_rows(_generate_threads, _Job(self.sources, self._pairing, fingerprints), FEATURES, "threads")
+        fingerprints = (*(source.fingerprint() for source in sources), code_digest())
+        rows = cached_rows(_generate_threads, _Job(sources, self._pairing, fingerprints), FEATURES, "threads")
         report = ThreadReport({name: Tally(**tally) for name, tally in json.loads(rows[-1][REASON])})
         # 2. Log what was skipped and what was kept.
         for line in report.lines():
@@ -155,6 +167,11 @@ class _Job:
     sources: tuple[Dump | Pairs, ...]
     pairing: Pairing
     fingerprints: tuple[str, ...]
+
+
+def _is_by_split(sources: Any) -> bool:
+    """Whether `sources` maps splits to sources; any other mapping is a single source on the Hub."""
+    return isinstance(sources, Mapping) and bool(sources) and set(sources) <= set(SPLITS)
 
 
 def _parse_source(spec: Any, root: Path) -> Dump | Pairs:

@@ -51,16 +51,18 @@ class Template:
 
     def messages_of(self, prompt: str) -> list[dict[str, str]] | None:
         """The message that `render` made a prompt of, an input as its second paragraph; None for another text."""
+        found: list[dict[str, str]] = []
         for text in (self.with_input, self.without_input):
-            pattern = "".join(
-                re.escape(literal) + (f"(?P<{name}>.*)" if name else "")
-                for literal, name, *_ in Formatter().parse(text)
-            )
-            found = re.fullmatch(pattern, prompt, re.DOTALL)
-            if found:
-                parts = [found[name] for name in ("instruction", "input") if name in found.groupdict()]
-                return [{"role": "user", "content": "\n\n".join(parts)}]
-        return None
+            match = re.fullmatch("(.*)".join(map(re.escape, _literal_texts(text))), prompt, re.DOTALL)
+            names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+            found += [dict(zip(names, match.groups(), strict=True))] if match else []
+        if not found:
+            return None
+        # If both strings match, it is the one that has more of the prompt as its own text.
+        parts = min(found, key=lambda parts: sum(map(len, parts.values())))
+        return [
+            {"role": "user", "content": "\n\n".join(parts[name] for name in ("instruction", "input") if name in parts)}
+        ]
 
     @property
     def fixed_texts(self) -> tuple[tuple[str, ...], ...]:

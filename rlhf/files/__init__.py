@@ -18,13 +18,16 @@ from rlhf.errors.machine import writing
 log = logging.getLogger(__name__)
 # In a run's folder:
 SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"
-LINE_FILES = (METRICS, "outcomes.jsonl", "samples.jsonl")  # JSON lines, to which a run appends
+OUTCOMES, SAMPLES = "outcomes.jsonl", "samples.jsonl"  # results per instruction, and some of the answers
+LINE_FILES = (METRICS, OUTCOMES, SAMPLES)  # JSON lines, to which a run appends
 BUDGET = "budget.json"  # the number that ppo.microbatch_tokens=auto was settled to, and for which run
 MODEL, BEST_MODEL = "model", "model_best"  # the last policy, and the best one if it is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
 RENDERED = "rendered.txt"  # the first row as the model reads it
 ADAPTER_CONFIG = "adapter_config.json"  # in a model's folder: peft's, which names the model below the adapter
 OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # all results except summary and models
+KEPT = "kept"  # a folder with the policies of evaluated steps (ppo.keep_evaluated)
+EVALUATIONS = "evaluations"  # a folder with evaluations that were made after the training, each in a folder of its own
 EARLIER = "earlier"  # a folder with runs of other configurations that had the same name
 TORN_SECONDS = 3600  # a temporary file that is older was left by a writer that was killed: no writer takes so long
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import DamagedError
-from rlhf.files import BEST_MODEL, LINE_FILES, MODEL, read_object, sync, write_json
+from rlhf.files import BEST_MODEL, KEPT, LINE_FILES, MODEL, read_object, sync, write_json
 from rlhf.files.digests import file_stamp, sha256
 
 CHECKSUMS = "checksums.json"
@@ -70,7 +70,7 @@ def _note(folder: Path, entries: dict[str, Any]) -> None:
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """(name, path) of the files that other runs read: models, and simulated comparisons."""
-    found = [path for model in (MODEL, BEST_MODEL) for path in sorted((folder / model).rglob("*"))]
+    found = [path for model in (MODEL, BEST_MODEL, KEPT) for path in sorted((folder / model).rglob("*"))]
     found += [path for path in sorted(folder.glob("*.jsonl")) if path.name not in LINE_FILES]
     for path in found:
         if path.is_file():

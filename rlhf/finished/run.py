@@ -124,19 +124,25 @@ class FinishedRun:
         """
         if self.stage == "sft":
             return self
-        base = self.base or (self.reward.base if self.reward else None)
+        reward = self.reward if self.reward_reads == "ids" else None
+        base = self.base or (reward.base if reward else None)
         if base is None:
             raise RunError(f"{self.folder} trained all weights, and does not say which SFT model it started from")
         return FinishedRun.open(base.parent)
 
     @property
+    def reward_reads(self) -> str:
+        """What the reward model reads: `ids` of the policy, or texts, with a tokenizer of its own."""
+        return str(self.summary.get("reward_reads", "ids"))
+
+    @property
     def reward(self) -> "FinishedRun | None":
-        """The reward model that the run was trained against; None if it used a scorer with another tokenizer.
+        """The reward model that the run was trained against; None if it used another scorer.
 
         Raises:
             RunError: the reward model is missing or damaged.
         """
-        name = self.summary.get("reward_model") if self.summary.get("reward_reads", "ids") == "ids" else None
+        name = self.summary.get("reward_model")
         return FinishedRun.open(self._cached(name)) if name else None
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":

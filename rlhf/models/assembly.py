@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.models.export import ADAPTER, load_adapter, saved_head
+from rlhf.errors import ModelError
+from rlhf.models.export import ADAPTER, adapter_tensors, load_adapter, saved_head
 from rlhf.models.loading import DTYPES, load_causal_lm, load_whole, switch_off_dropout
 from rlhf.models.roles import Role, Roles
 from rlhf.settings import LoraSettings, ModelSettings, Settings
@@ -63,18 +64,34 @@ def ppo_roles(
     sft: Path,
     reward: Path | None,
     quantization: dict | None,
+    only_judges: bool = False,
 ) -> Roles:
     """The roles `policy`, `value`, `reference` and, if there is a reward model, `reward`, on as few trunks as possible.
 
-    The value function starts as the reward model, with a zero head (without a reward model: as the SFT model). `sft`
-    and `reward` are folders.
+    The value function starts as the reward model, with a zero head; without a reward model, or with one that
+    `only_judges`, as the SFT model. `sft` and `reward` are folders.
     """
     # 1. The SFT model is the reference. The reward model is an adapter on it, or a trunk of its own.
     base = load_causal_lm(settings.model, tokenizer, sft, quantization)
     roles = Roles(base, DTYPES[settings.model.dtype])
+    judge, reward = (reward, None) if only_judges else (None, reward)
     reward_config = _add_reward(roles, reward) if reward is not None else None
 
-    # 2. The policy is an adapter on the base, or a trainable copy of it.
+    # 2. What is trained. A model that only judges comes last, so that it changes no random number of those.
+    add_policy_and_value(roles, settings, reward_config)
+    if judge is not None:
+        _add_reward(roles, judge)
+        roles.train_only("policy", "value")
+    _log_size(roles)
+    return _configured(roles, settings)
+
+
+def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | None) -> None:
+    """Add the roles `policy` and `value`, and train only these.
+
+    `reward` is the adapter of the role `reward`, if there is that role and it is one.
+    """
+    # 1. The policy is an adapter on the base, or a trainable copy of it.
     full = settings.lora.r == 0
     if full:
         roles.add_trunk("policy", roles.copy_trunk("reference"))
@@ -83,25 +100,46 @@ def ppo_roles(
         roles.add_adapter("base", "policy", lora_config(settings.lora))
         roles.table["policy"] = Role("base", "policy")
 
-    # 3. The value function is a head on the policy, an adapter, or a trunk of its own.
+    # 2. The value function is a head on the policy, an adapter, or a trunk of its own.
     if settings.ppo.value_model == "trunk_head":
         roles.table["value"] = roles.table["policy"]
     elif full or settings.ppo.value_model == "full":
-        roles.add_trunk("value", roles.copy_trunk("reward" if reward else "reference"))
+        roles.add_trunk("value", roles.copy_trunk("reward" if "reward" in roles.table else "reference"))
         roles.table["value"] = Role("value", None)
     else:
-        _add_value_adapter(roles, settings.lora, reward_config)
-    roles.add_head("value", zero=True)
-
-    # 4. Only policy and value are trained.
+        _add_value_adapter(roles, settings.lora, reward)
+    roles.add_head("value", zero=True, bias=settings.ppo.value_bias)
     roles.train_only("policy", "value")
+
+
+def _log_size(roles: Roles) -> None:
     num_bytes = sum(p.numel() * p.element_size() for p in roles.parameters())
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
     log.info(
         "%d model(s) in memory (%s), %.1f MiB of weights, %s trainable parameters",
         len(roles.trunks), ", ".join(roles.trunks), num_bytes / 2**20, f"{trained:,}",
     )  # fmt: skip
-    return _configured(roles, settings)
+
+
+def load_policy(roles: Roles, settings: Settings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Give the role `policy` the weights in `folder`, which a run of the same `settings` has saved.
+
+    Raises:
+        ModelError: they cannot be read, or are those of another model.
+    """
+    trunk, adapter = roles.table["policy"]
+    if adapter is None:
+        model = load_causal_lm(settings.model, tokenizer, folder, dtype=torch.float32)
+        stored, found = model.state_dict(), roles.trunk("policy").state_dict()
+    else:
+        stored, found = adapter_tensors(folder), dict(roles.adapter_parameters(trunk, adapter))
+    shapes, expected = ({key: value.shape for key, value in tensors.items()} for tensors in (stored, found))
+    if shapes != expected:
+        differing = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
+        raise ModelError(f"{folder}: the policy was made for another model: {differing[0]} does not fit")
+    with torch.no_grad():
+        for key, parameter in found.items():
+            parameter.copy_(stored[key])
 
 
 def _configured(roles: Roles, settings: Settings) -> Roles:

@@ -55,14 +55,17 @@ class Weights:
             content = self._file(file)
             return (content[name] if isinstance(content, dict) else content.get_tensor(name)).float()
 
-    @property
-    def rows(self) -> int:
-        """The number of embeddings: the rows of the tallest matrix."""
-        return max(self._shape(name)[0] for name in self)
+    def rows(self, name: str) -> int:
+        """The number of rows of a matrix, which may be that of AlpacaFarm's trunk.
 
-    def _shape(self, name: str) -> list[int]:
+        Raises:
+            ModelError: there is no such matrix.
+        """
+        name = name if name in self else f"{TRUNK}{name}"
+        if name not in self:
+            raise ModelError(f"{self.folder} has no {name.removeprefix(TRUNK)}")
         content = self._file(self._places[name])
-        return list(content[name].shape if isinstance(content, dict) else content.get_slice(name).get_shape()) or [0]
+        return int(content[name].shape[0] if isinstance(content, dict) else content.get_slice(name).get_shape()[0])
 
     def _file(self, file: Path) -> Any:
         """An open file; one at a time is open. Pickles are mapped, so that only what is used is read."""

@@ -15,11 +15,14 @@ GPU_FACTOR = 4  # times as many on a GPU, where a chunk costs some twenty kernel
 class ScalarHead(nn.Linear):
     """Maps hidden states to scalars (values or rewards), in float32.
 
-    Weight [1, hidden] and no bias, as the `score` layer of transformers' sequence classifiers.
+    Weight [1, hidden], and no bias unless asked for, as the `score` layer of transformers' sequence classifiers. A bias
+    starts at 0.
     """
 
-    def __init__(self, hidden: int, zero: bool):
-        super().__init__(hidden, 1, bias=False)
+    def __init__(self, hidden: int, zero: bool, bias: bool = False):
+        super().__init__(hidden, 1, bias=bias)
+        if bias:
+            nn.init.zeros_(self.bias)
         # 1/√(d+1) gives initial rewards of unit size (Stiennon et al. 2020). A value head starts at value 0.
         nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
 

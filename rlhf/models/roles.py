@@ -107,9 +107,9 @@ class Roles(nn.Module):
         """The adapter's parameters, keyed by their path in the trunk without the adapter's name."""
         return adapters.adapter_parameters(self.trunks[trunk], name)
 
-    def add_head(self, role: str, zero: bool) -> ScalarHead:
-        """Add a trainable scalar head on the role's hidden states, with zero or random weights."""
-        self.heads[role] = ScalarHead(hidden_size_of(self.trunk(role)), zero).to(self.device)
+    def add_head(self, role: str, zero: bool, bias: bool = False) -> ScalarHead:
+        """Add a trainable scalar head on the role's hidden states, with zero or random weights, and a bias if asked."""
+        self.heads[role] = ScalarHead(hidden_size_of(self.trunk(role)), zero, bias).to(self.device)
         return self.heads[role]  # type: ignore[return-value]
 
     def copy_trunk(self, role: str) -> PreTrainedModel:

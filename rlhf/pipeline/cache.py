@@ -12,9 +12,11 @@ from filelock import BaseFileLock
 
 from rlhf.distributed import collectives
 from rlhf.errors import ConfigError, DamagedError, ModelError
-from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, locks, read_object, tidy, write_json
+from rlhf.files import BEST_MODEL, EVALUATIONS, KEPT, MODEL, OUTCOME, SUMMARY, locks, read_object, tidy, write_json
 from rlhf.files.checksums import damage
 from rlhf.pipeline import earlier
+from rlhf.pipeline.identity import measured_as
+from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
@@ -52,10 +54,11 @@ def _pointer(outputs: Path, identity: str) -> Path:
     return outputs / "cache" / "runs" / f"{identity}.json"
 
 
-def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str], **more: Any) -> dict[str, Any]:
     """Make `folder` the same finished run as `found`: small files are copied, models are linked.
 
-    `config` and `overrides` are the new run's own, which may differ in its name and its report.
+    `config` and `overrides` are the new run's own, which may differ in its name and its report. What only measures is
+    in both as `found` was measured; `more` are further entries of the summary.
 
     Raises:
         ModelError: its models are damaged.
@@ -70,14 +73,18 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
     for name in OUTCOME:
         if (found / name).exists():
             shutil.copy2(found / name, folder / name)
-    for name in (MODEL, BEST_MODEL):
+    if (found / EVALUATIONS).is_dir():
+        shutil.copytree(found / EVALUATIONS, folder / EVALUATIONS, dirs_exist_ok=True)
+    for name in (MODEL, BEST_MODEL, KEPT):
         if (found / name).exists() and not (folder / name).exists():
             (folder / name).symlink_to(os.path.relpath(found / name, folder), target_is_directory=True)
+    made = read_summary(found) or {}
     summary = {
-        **(read_summary(found) or {}),
+        **made,
         "same_as": os.path.relpath(found, folder),
-        "config": config,
+        "config": measured_as(config, renamed_config(made.get("config") or {})),
         "overrides": overrides,
+        **more,
     }
     write_json(folder / SUMMARY, summary)
     return summary

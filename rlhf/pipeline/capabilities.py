@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -12,7 +13,27 @@ from rlhf.errors import ConfigError
 from rlhf.models.architecture import check_architecture
 from rlhf.models.loading import linear_names, skeleton
 from rlhf.rollout.vllm import NOT_YOURS, RANKS, TEMPERATURES
-from rlhf.settings import Settings, is_quantized
+from rlhf.settings import ModelSettings, Settings, is_quantized
+
+
+def check_files(model: ModelSettings) -> None:
+    """Check dtype and place of a model, without reading its files.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    if model.dtype == "float16":
+        raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
+    name = model.name_or_path
+    # a Hub id has at most one slash and does not look like a path
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"model.name_or_path={name}: there is no such folder")
+        if model.gguf_file and not (folder / model.gguf_file).is_file():
+            raise ConfigError(f"model.gguf_file={model.gguf_file}: there is no such file in {name}")
+    if model.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
 
 
 def check_model(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -37,10 +38,14 @@ class Best:
 
         Step 0, where nothing is trained yet, and non-finite values are ignored.
         """
-        lines = [line for line in read_lines(self.folder / METRICS, "step") if "time/evaluate" in line and line["step"]]
+        found = [(value, step) for step, value in self.evaluations() if step and math.isfinite(value)]
+        return max(found, default=(None, None))[1]
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Step and value of every evaluation so far, where higher is better; NaN where the metric is missing."""
+        lines = [line for line in read_lines(self.folder / METRICS, "step") if "time/evaluate" in line]
         sign = 1 if self.mode == "max" else -1
-        found = [(sign * line.get(self.metric, math.nan), line["step"]) for line in lines]
-        return max((pair for pair in found if math.isfinite(pair[0])), default=(None, None))[1]
+        return [(line["step"], sign * line.get(self.metric, math.nan)) for line in lines]
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
@@ -58,15 +63,21 @@ class DirectCheckpointIO(TorchCheckpointIO):
 class StepCheckpoints(Callback):
     """Saves `step-000020.ckpt` every `every` steps and at the end; keeps the newest `keep`, and the `best` if given.
 
-    With `best`, it also saves every `also_every` steps, which are evaluated later and may turn out to be the best.
+    With `best`, it also saves the steps that `evaluates` says are evaluated next and may turn out to be the best.
 
     A checkpoint holds the trained parameters, the optimiser, the schedule and the counters. It needs no random states,
     because everything random is a function of (seed, purpose, step).
     """
 
-    def __init__(self, folder: Path, every: int, keep: int = 2, best: Best | None = None, also_every: int = 0):
-        self.folder, self.keep, self.best = folder, keep, best
-        self.every = (every, also_every) if best else (every,)
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        keep: int = 2,
+        best: Best | None = None,
+        evaluates: Callable[[int], bool] = lambda step: False,
+    ):
+        self.folder, self.every, self.keep, self.best, self.evaluates = folder, every, keep, best, evaluates
 
     def setup(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         """Replace Lightning's way of writing checkpoints."""
@@ -76,7 +87,7 @@ class StepCheckpoints(Callback):
         """Save at a step boundary."""
         assert isinstance(module, Stage)
         step = module.steps_done
-        if any(step % every == 0 for every in self.every) or step == module.total_steps:
+        if step % self.every == 0 or (self.best and self.evaluates(step)) or step == module.total_steps:
             self.save(trainer, module)
 
     def save(self, trainer: lightning.Trainer, module: Stage) -> int:

@@ -1,8 +1,6 @@
 """Contradictions between parts of a configuration, found before any model is loaded."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import hydra
 import torch
@@ -14,12 +12,14 @@ from rlhf.data.records import DataSource, Prompt
 from rlhf.data.templates import PromptTemplate
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
-from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.evaluation.prompts import instruction_or_prompt
-from rlhf.pipeline.capabilities import check_model, check_processes, check_vllm
+from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
+from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
+from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
+from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
 from rlhf.scorers import TextScorer
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -63,7 +63,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         if OmegaConf.select(config, key):
             _check_function(key, OmegaConf.select(config, key))
     check_trainer(config)
-    _check_model(settings)
+    check_files(settings.model)
+    check_packing(settings.sft)
     instantiate(config.kl, "kl")
     # 2. What parts need of each other.
     _check_quantization(config, settings)
@@ -73,15 +74,17 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
             "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "
             "a prompt part; allowed: reward.group_prompts=false"
         )
+    if config.policy is not None and config.stage.name != "evaluate":
+        raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
     if config.stage.name in ("ppo", "evaluate"):
-        _check_evaluation(config, settings, source, simulated)
+        check_evaluation(config, settings, source, simulated)
     # 3. What this machine and these models can do.
     check_processes(config, settings)
     check_vllm(config, settings)
     check_model(config, settings, needs_reward_model(config), simulated)
     if settings.reward.model:
         own = replace(settings, model=settings.reward.model, lora=LoraSettings(r=0))
-        _check_model(own)
+        check_files(own.model)
         check_model(config, own, needs_reward_model(config), simulated)
     taken_of(settings, source)
     # 4. The data set: its template and its files.
@@ -107,40 +110,12 @@ def check_trainer(config: DictConfig) -> None:
             raise ConfigError(f"trainer.{key} would silently change what is trained; allowed: {instead}")
 
 
-def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
-    """The metric by which `ppo.keep_best` chooses a checkpoint; None if only the latest ones are to be kept.
-
-    Raises:
-        ConfigError: the evaluations of this configuration do not log that metric.
-    """
-    chosen = settings.ppo.keep_best
-    judged = getattr(target_class(config.judge, "judge"), "compares", True)
-    factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
-    allowed = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.evaluation.gold))
-    if chosen == "auto":
-        return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
-    if chosen is not None and chosen not in allowed:
-        raise ConfigError(f"ppo.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
-    return chosen
-
-
 # -- what each part says by itself -------------------------------------------------------------------------------------
 
 
 def _check_ppo(settings: Settings) -> None:
-    ppo = settings.ppo
-    if ppo.rollout_batch_size % ppo.minibatch_size:
-        raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.rollout_batch_size={ppo.rollout_batch_size}; "
-            "allowed: a divisor of it"
-        )
-    if ppo.accumulation == "as_published" and ppo.minibatch_size % ppo.published_rows:
-        raise ConfigError(
-            f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
-            "allowed: a divisor of it"
-        )
-    if ppo.warmup_steps >= ppo.steps:
-        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    check_ppo(settings)
+    check_keeping(settings)
     _check_function("divergence.function", settings.divergence.function)
 
 
@@ -149,21 +124,6 @@ def _check_function(key: str, path: str) -> None:
         hydra.utils.get_method(path)
     except (ValueError, ImportError, AttributeError) as error:
         raise ConfigError(f"{key}={path} cannot be imported; allowed: a function as package.module.name") from error
-
-
-def _check_model(settings: Settings) -> None:
-    if settings.model.dtype == "float16":
-        raise ConfigError("model.dtype=float16 needs loss scaling, which is not built; allowed: float32 or bfloat16")
-    name = settings.model.name_or_path
-    # a Hub id has at most one slash and does not look like a path
-    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"model.name_or_path={name}: there is no such folder")
-        if settings.model.gguf_file and not (folder / settings.model.gguf_file).is_file():
-            raise ConfigError(f"model.gguf_file={settings.model.gguf_file}: there is no such file in {name}")
-    if settings.model.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
 
 
 # -- what parts need of each other -------------------------------------------------------------------------------------
@@ -207,15 +167,25 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     return True
 
 
-def _check_evaluation(config: DictConfig, settings: Settings, source: DataSource, simulated: bool) -> None:
-    """Scorer, judge and evaluation must have what they need, and be content with their own configuration."""
-    for key in ("scorer", "judge"):
+def check_evaluation(
+    config: DictConfig,
+    settings: Settings,
+    source: DataSource,
+    simulated: bool,
+    keys: tuple[str, ...] = ("scorer", "judge"),
+) -> None:
+    """Check that scorer, judge and evaluation have what they need, and are content with their own configuration.
+
+    Raises:
+        ConfigError: one sentence that names the key, its value and what is allowed.
+    """
+    for key in keys:
         _check_needs(config, key, source, simulated)
     if settings.evaluation.gold:
         _check_gold(config, source)
-    for key in ("scorer", "judge", "evaluation.factscore", "evaluation.gold"):
+    for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
-    best_metric(config, settings, source)
+    check_patience(settings.ppo, best_metric(config, settings, source))
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
         raise ConfigError(
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"

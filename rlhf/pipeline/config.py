@@ -82,6 +82,10 @@ def _check_classes(config: DictConfig) -> None:
             raise ConfigError(f"{group}={chosen} has no {key}; allowed: {', '.join(options)}")
         if group == "stage" and chosen.name not in options:
             raise ConfigError(f"stage.name={chosen.name} is not allowed; allowed: {', '.join(options)}")
+    own = OmegaConf.select(config, "reward.model", throw_on_missing=False)
+    if own is not None and not isinstance(own, DictConfig):
+        options = sorted(path.stem for path in (root() / "conf" / "model").glob("*.yaml"))
+        raise ConfigError(f"reward.model={own} names no option; allowed: model@reward.model={', '.join(options)}")
 
 
 def _settle_dtype(config: DictConfig) -> None:

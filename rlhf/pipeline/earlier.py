@@ -37,14 +37,20 @@ def identity_of(folder: Path) -> str | None:
     return UNKNOWN if (folder / METRICS).exists() or any((folder / "checkpoints").glob("*.ckpt")) else None
 
 
+def read_note(folder: Path) -> dict[str, Any]:
+    """What a run noted when it began, or else its summary: `identity`, `config` and, since then, `evaluation`."""
+    found = _readable(folder / NOTE) or _readable(folder / SUMMARY)
+    return found if isinstance(found, dict) else {}
+
+
 def place(folder: Path, identity: str) -> Path:
     """Where the run of this identity lies while another one is present."""
     return folder / EARLIER / identity
 
 
-def note(folder: Path, identity: str, config: Mapping[str, Any], overrides: list[str]) -> None:
-    """Record whose folder this is."""
-    write_json(folder / NOTE, {"identity": identity, "config": config, "overrides": overrides})
+def note(folder: Path, identity: str, config: Mapping[str, Any], overrides: list[str], **more: Any) -> None:
+    """Record whose folder this is, and `more`, such as the `evaluation` by which the run is measured."""
+    write_json(folder / NOTE, {"identity": identity, "config": config, "overrides": overrides, **more})
 
 
 def settle(folder: Path, identity: str, outputs: Path, fresh: bool, described: str) -> None:
@@ -121,7 +127,7 @@ def _link(path: Path, target: Path) -> None:
 def describe(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> str:
     """Describe the run in a folder and how its configuration differs from `config`, in a few words.
 
-    Differences in the top-level keys `ignored` do not count.
+    Differences in the keys `ignored` (top-level ones, or dotted) do not count.
     """
     lines = read_lines(folder / METRICS)
     step = lines[-1].get("step") if lines else 0
@@ -141,7 +147,9 @@ def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str
         return None
     past = renamed_config(found[0])
     before, after = (dict(_flat({key: node[key] for key in node if key not in ignored})) for node in (past, config))
-    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    keys = sorted(
+        key for key in before.keys() | after.keys() if key not in ignored and before.get(key) != after.get(key)
+    )
     return [f"{key}={before.get(key, 'nothing')} instead of {after.get(key, 'nothing')}" for key in keys]
 
 

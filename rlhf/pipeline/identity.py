@@ -1,7 +1,8 @@
 """What decides a result: the keys, files and code whose digest identifies an SFT model, a reward model or a run.
 
 Two runs with equal identities are the same run. So whatever changes a result must change the identity, and nothing else
-should.
+should. What decides a policy (`of_training`) and what only measures it (`of_evaluation`) are two identities: another
+judge makes another evaluation of the same run.
 """
 
 import ast
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import PACKAGE
-from rlhf.data.records import Split
+from rlhf.data.records import SPLITS, Split
 from rlhf.evaluation.client_settings import endpoint_identity
 from rlhf.files.digests import content_digest
 
@@ -25,8 +26,14 @@ IGNORED_TRAINER_KEYS = frozenset({
     "_target_", "accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark", "profiler",
     "detect_anomaly", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "default_root_dir",
 })  # fmt: skip
-# Labels, and intervals of saving and logging.
-IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every"})
+# Labels, intervals of saving and logging, and CUDA graphs, which only make decoding faster: on a GPU the metrics were
+# equal with and without them, and elsewhere the key has no effect.
+IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
+# Keys that only measure a policy, or say which of its weights are kept: with other values the same steps are trained.
+MEASURING = frozenset({
+    "judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_best", "ppo.keep_best_mode", "ppo.keep_evaluated",
+})  # fmt: skip
+EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function
@@ -108,6 +115,38 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
     }
 
 
+def of_training(config: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    """The keys that decide what is trained: all but `MEASURING`, and of `data` those of more than the split `eval`.
+
+    With `ppo.patience` the evaluations decide when the training ends, so that all keys count.
+    """
+    if config["ppo"].get("patience"):
+        return dict(config)
+    kept = {key: value for key, value in config.items() if key not in MEASURING}
+    return {
+        **kept,
+        "ppo": {key: value for key, value in config["ppo"].items() if f"ppo.{key}" not in MEASURING},
+        "data": of_data(config["data"], source, [split for split in SPLITS if split != "eval"]),
+    }
+
+
+def of_evaluation(config: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    """The keys that decide what the numbers of an evaluation mean: its instructions, decoding and judge."""
+    return {
+        "judge": config["judge"],
+        "evaluation": {key: value for key, value in config["evaluation"].items() if key not in EXTENT},
+        "data": of_data(config["data"], source, ["eval"]),
+    }
+
+
+def measured_as(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the keys `MEASURING` of another configuration, by which the results beside it were measured."""
+    found = {key: value for key, value in config.items() if key not in MEASURING}
+    found |= {key: value for key, value in other.items() if key in MEASURING}
+    ppo = {key: value for key, value in other.get("ppo", {}).items() if f"ppo.{key}" in MEASURING}
+    return found if "ppo" not in config else {**found, "ppo": {**config["ppo"], **ppo}}
+
+
 def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `trainer` that decide: none of Lightning's own trainer (`rlhf.pipeline.checks` refuses those)."""
     kept = {key: value for key, value in trainer.items() if key not in IGNORED_TRAINER_KEYS}
@@ -115,7 +154,7 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decisive(node: Any) -> Any:
-    """A part of the configuration without labels and without intervals of saving and logging.
+    """A part of the configuration without `IGNORED_KEYS`.
 
     Of a judge's client only the model that answers is kept, not how it is reached.
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from rlhf.distributed import collectives
+from rlhf.files import EVALUATIONS, METRICS
 from rlhf.pipeline import cache
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.config import instantiate, target_class
@@ -39,11 +40,14 @@ class Loggers:
         """The W&B run of a stage, with an edge to each model that it starts from."""
         plan, needed = self.plan, list(self.plan.needed().values())
         stage, name, run_id = plan.stage, plan.folder.name, f"{plan.stage}-{plan.identity}"
-        if not own:
+        if folder.parent.name == EVALUATIONS:
+            run_id, name, stage = f"evaluate-{plan.identity}-{folder.name}", f"{name} {folder.name}", "evaluate"
+        elif not own:
             run_id = name = cache.name_of(folder)
             stage, needed = name.partition("-")[0], list(takewhile(lambda path: path.name != name, needed))
         # "allow" continues the W&B run of an interrupted stage; None overwrites what was there
-        continued = "allow" if StepCheckpoints.reached(folder / "checkpoints") else None
+        begun = StepCheckpoints.reached(folder / "checkpoints") or (stage == "evaluate" and (folder / METRICS).exists())
+        continued = "allow" if begun else None
         chosen = {"id": run_id, "name": name, "job_type": stage, "resume": continued, "save_dir": str(plan.folder)}
         if self.offline:  # W&B could not be reached for an earlier stage: do not wait for it again
             chosen["mode"] = "offline"

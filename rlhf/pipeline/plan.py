@@ -1,6 +1,6 @@
 """What a composed configuration amounts to: the run's identity, the models that it needs, and where they all lie."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rlhf.data.records import SPLITS, DataSource, Split
 from rlhf.evaluation.preferences import FromData, Simulated
+from rlhf.files import EARLIER
 from rlhf.pipeline import cache, earlier, identity
-from rlhf.pipeline.config import instantiate, needs_reward_model, settings_of
+from rlhf.pipeline.config import instantiate, needs, needs_reward_model, settings_of
 from rlhf.pipeline.taken import IDS, TEXT, Taken, taken_of
 from rlhf.settings import Settings, is_quantized
 from rlhf.tracking.summary import read_summary
@@ -27,6 +28,9 @@ READS: dict[str, Collection[Split]] = {
 }
 
 
+ORDER = ("sft", "preferences", "reward_sft", "reward")  # in which the products decide a run
+
+
 class Plan:
     """A run before anything is loaded; `folder` is where Hydra put it."""
 
@@ -41,6 +45,9 @@ class Plan:
         self.config, self.settings, self.source, self.folder = config, settings, source, folder
         self.overrides = list(overrides)
         self.plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        # of a finished run that is measured: the models that it was made from, whatever code made them
+        self.made_from: dict[str, Path] | None = None
+        self.trained_scorer: Mapping[str, Any] | None = None  # that of a finished run, if it is measured by another one
         self.quantization = settings.quantization if is_quantized(settings.quantization) else None
 
     @property
@@ -65,6 +72,11 @@ class Plan:
         """Whether the scorer or the judge uses the reward model."""
         return needs_reward_model(self.config)
 
+    @property
+    def learns_from_reward_model(self) -> bool:
+        """Whether the scorer uses the reward model, so that the value function starts from it."""
+        return needs(self.config, "scorer", "needs_reward_model")
+
     @cached_property
     def taken(self) -> dict[str, Taken]:
         """What is not trained here but taken from others (`sft.from`, `reward.from`), by product."""
@@ -76,7 +88,7 @@ class Plan:
         if self.settings.reward.model is None:
             return None
         config = self.config.copy()
-        with flag_override(config, ("struct", "readonly"), (False, False)):
+        with flag_override(config, ["struct", "readonly"], [False, False]):
             config.model = config.reward.model
             config.reward.model = None
             config.sft.update({"from": None, "difference_to": None})
@@ -101,7 +113,9 @@ class Plan:
         """Where the reward model of this configuration is, or will be."""
         if "reward" in self.taken:
             demonstrations = {"demonstrations": self._data(READS["sft"])}
-            limits = {key: self.plain["reward"][key] for key in ("baseline_rows", "max_length", "validation_size")}
+            limits = {
+                key: self.plain["reward"][key] for key in ("baseline_rows", "max_length", "template", "validation_size")
+            }
             return self.in_place("reward") or self._cached("reward", demonstrations | limits)
         plan = self.beside or self
         upstream = {"sft_model": plan.sft_folder.name}
@@ -111,6 +125,8 @@ class Plan:
 
     def needed(self) -> dict[str, Path]:
         """The cached folders that this run needs, by product and in the order of building."""
+        if self.made_from is not None:
+            return self.made_from
         folders = {"sft": self.sft_folder}
         beside = {"reward_sft": self.beside.sft_folder} if self.beside else {}
         reward = self.stage == "reward" or (self.stage in ("ppo", "evaluate") and self.needs_reward_model)
@@ -143,7 +159,7 @@ class Plan:
         name = identity.digest(identity.decisive(determinants), code, self._digests)
         return (self.outputs / "cache" / f"{product}-{name}").resolve()
 
-    @property
+    @cached_property
     def reward_reads(self) -> str:
         """What the reward model reads: `ids` of the policy, as a role beside it, or texts (`Taken.reads`)."""
         return self.taken["reward"].reads if "reward" in self.taken else TEXT if self.beside else IDS
@@ -161,32 +177,109 @@ class Plan:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of the configuration and of the models it starts from: equal identities are the same run.
+        """A digest of what decides the run and of the models it starts from: equal identities are the same run.
 
-        PPO's own code is not part of it, so that a corrected line does not discard a week of runs. Reports name the
-        commits.
+        An evaluation (stage=evaluate) is decided by the whole configuration, everything else by what trains it
+        (`identity.of_training`). PPO's own code is not part of it, so that a corrected line does not discard a week of
+        runs. Reports name the commits.
         """
-        chosen = {key: value for key, value in self.plain.items() if key not in IGNORED_GROUPS}
-        needed = sorted(path.name for path in self.needed().values())
-        for product, taken in self.taken.items():  # the keys of a training that does not happen decide nothing
-            chosen[product] = taken.settings() if self.in_place(product) else taken.identity(self._digests)
-        return identity.digest(
-            {**identity.decisive({**chosen, **self._also_decisive}), "stage": self.stage, "needed": needed},
-            known=self._digests,
+        return self._identity_of(self.plain)
+
+    @cached_property
+    def evaluation(self) -> str:
+        """A digest of what the evaluations of the run measure, which is the same for all runs measured alike."""
+        return self.evaluation_of(self.plain)
+
+    def evaluation_of(self, config: Mapping[str, Any]) -> str:
+        """The digest `evaluation` of another resolved configuration of this run.
+
+        The scorer counts only if it is another one than that of the training, which is part of the run.
+        """
+        measured = identity.decisive(identity.of_evaluation(config, self.source))
+        scorer, trained = (
+            identity.decisive(config["scorer"]),
+            identity.decisive(self.trained_scorer or config["scorer"]),
         )
+        return identity.digest(measured if scorer == trained else {**measured, "scorer": scorer}, known=self._digests)
+
+    @property
+    def noted(self) -> str:
+        """The identity under which the run is noted in its folder: that of an earlier version's formula, if it is so.
+
+        It is the present run of the folder, one moved aside there, or `identity` if there is none.
+        """
+        return next((noted for folder, noted in self._noted_here() if self._is_this(folder, noted)), self.identity)
 
     def finished(self) -> Path | None:
         """The folder of this very run if it is finished: here, moved aside from here, or under another name."""
-        for folder in (self.folder, earlier.place(self.folder, self.identity)):
+        for folder in (self.folder, earlier.place(self.folder, self.noted)):
             summary = read_summary(folder)
-            if summary is not None and summary.get("identity") == self.identity:
+            if summary is not None and summary.get("identity") in (self.identity, self.noted):
                 return folder
-        return cache.find_run(self.outputs, self.identity)
+        return cache.find_run(self.outputs, self.identity) or self._finished_by_former_identity()
+
+    def _finished_by_former_identity(self) -> Path | None:
+        """A finished run of an earlier version, under any name, that is this one (`_is_this`)."""
+        for pointer in sorted((self.outputs / "cache" / "runs").glob("[!.]*.json")):
+            folder = cache.find_run(self.outputs, pointer.stem)
+            if folder is not None and self._is_this(folder, pointer.stem):
+                return folder
+        return None
+
+    def _noted_here(self) -> Iterator[tuple[Path, str]]:
+        """The runs in the folder, with their noted identities; those that must not be brought back are left out."""
+        for folder in (self.folder, *sorted((self.folder / EARLIER).glob("*/"))):
+            noted = earlier.identity_of(folder)
+            if (noted is not None and folder.name == noted) or folder == self.folder:
+                yield folder, noted or ""
+
+    def _is_this(self, folder: Path, noted: str) -> bool:
+        """Whether the run noted in a folder is this one.
+
+        The identity of versions before `evaluation` was noted covered all keys. If it is that of the configuration that
+        the run recorded, then files and models are what they were, and only what is trained has to agree.
+        """
+        if noted == self.identity:
+            return True
+        note = earlier.read_note(folder)
+        config = note.get("config") or {}
+        if self.stage == "evaluate" or "evaluation" in note or not {"ppo", "data"} <= config.keys():
+            return False
+        former = {key: value for key, value in config.items() if key not in IGNORED_GROUPS}
+        return noted == self._digest_of(former) and self._identity_of(config) == self.identity
+
+    def _identity_of(self, config: Mapping[str, Any]) -> str:
+        trained = config if self.stage == "evaluate" else identity.of_training(config, self.source)
+        chosen = {
+            key: value for key, value in trained.items()
+            if key not in IGNORED_GROUPS and (key, value) != ("policy", None)
+        }  # fmt: skip
+        for product, taken in self.taken.items():  # the keys of a training that does not happen decide nothing
+            if config[product].get("from") == self.plain[product]["from"]:
+                chosen[product] = taken.settings() if self.in_place(product) else taken.identity(self._digests)
+        return self._digest_of(chosen)
+
+    def _digest_of(self, chosen: Mapping[str, Any]) -> str:
+        determinants = {
+            **identity.decisive({**chosen, **self._also_decisive}),
+            "stage": self.stage,
+            "needed": self._starting_points,
+        }
+        return identity.digest(determinants, known=self._digests)
+
+    @property
+    def _starting_points(self) -> list[str]:
+        """The names of the models and comparisons that decide the run; a reward model that only judges does not."""
+        needed = self.needed()
+        if self.stage == "ppo" and not self.learns_from_reward_model:
+            needed = {"sft": needed["sft"]}
+        return [needed[product].name for product in ORDER if product in needed]
 
     @property
     def present(self) -> str:
         """A description of the run that is in the folder now, for when it has to move aside."""
-        return earlier.describe(self.folder, self.plain, IGNORED_GROUPS)
+        measuring = () if self.stage == "evaluate" else identity.MEASURING
+        return earlier.describe(self.folder, self.plain, (*IGNORED_GROUPS, *measuring))
 
     @property
     def _also_decisive(self) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from rlhf.errors import ModelError
 from rlhf.files import BUDGET, EARLIER, read_object, write_json
 from rlhf.models.activations import FLOAT32, Passes
 from rlhf.models.loading import BPE_VOCABULARY, DTYPES, load_tokenizer
-from rlhf.models.memory import Memory, Work, available, estimate
+from rlhf.models.memory import Work, available, estimate
 from rlhf.models.sizes import Sizes
-from rlhf.pipeline import cache, earlier
+from rlhf.pipeline import cache, earlier, fetching
 from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.pipeline.estimates import stage_estimates
 from rlhf.pipeline.fitting import advice, with_numbers
+from rlhf.pipeline.measuring import unmeasured
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.precision import trains_on_gpu
 from rlhf.pipeline.taken import CLASSIFIER, IDS
@@ -29,35 +31,41 @@ log = logging.getLogger(__name__)
 AUTOMATIC_KEYS = {"batch_size": "generation.batch_size", "microbatch_tokens": "ppo.microbatch_tokens"}
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """What a run would do (`dry_run=true`).
+def describe(plan: Plan, timed: bool = True) -> dict[str, Any]:
+    """What a run would do (`dry_run=true`); with `timed`, also how long it would take here.
 
     A run that needs more memory than is free is described, not refused, because it may be meant for another machine.
     """
     found = plan.finished()
-    place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.identity)
+    place = plan.folder if _is_present(plan) else earlier.place(plan.folder, plan.noted)
     unmade = found is None
     if unmade:
         with suppress(ModelError):
             settle_budget(plan)
-    needed = _needed(plan) if unmade else None
+    parts = list(_parts(plan)) if unmade else []
+    needed = max((estimate(*part) for part in parts), key=lambda memory: memory.peak, default=None)
     return {
         "folder": str(plan.folder),
         "stage": plan.stage,
         "cached": {path.name: cache.known(path) for path in plan.needed().values()},
         "taken": {product: taken.described for product, taken in plan.taken.items()} or None,
         "done": found is not None,
+        "measures": sorted(unmeasured(plan, found)) if found else [],
         "same_as": str(found) if found not in (None, plan.folder, place) else None,
         "moves_aside": _moves_aside(plan),
         "step": StepCheckpoints.reached(place / "checkpoints"),
         "memory": f"{needed}; {_free(plan) / 2**30:.1f} GiB are free here" if needed else None,
         "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
         "batch_size": plan.settings.generation.batch_size if unmade else None,
+        "fetches": {**fetching.checkpoints(plan.plain), "data": fetching.data_sets(plan.plain["data"])}
+        if unmade
+        else {},
+        **(stage_estimates(plan, parts) if unmade and timed else {}),
     }
 
 
 def _is_present(plan: Plan) -> bool:
-    return earlier.identity_of(plan.folder) in (None, plan.identity)
+    return earlier.identity_of(plan.folder) in (None, plan.noted)
 
 
 def _moves_aside(plan: Plan) -> str | None:
@@ -156,9 +164,9 @@ def _set(plan: Plan, numbers: Mapping[str, int], why: str) -> None:
 
 def _kept_budget(plan: Plan, keys: Iterable[str]) -> dict[str, int]:
     """The saved numbers of this very run; empty if there are none."""
-    for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.identity) / BUDGET):
+    for path in (plan.folder / BUDGET, earlier.place(plan.folder, plan.noted) / BUDGET):
         kept = read_object(path) if path.exists() else {}
-        if kept.get("identity") == plan.identity:
+        if kept.get("identity") in (plan.identity, plan.noted):
             return {key: read_object(path, **{key: int})[key] for key in keys}
     return {}
 
@@ -170,11 +178,6 @@ def _free(plan: Plan) -> int:
 
 def _sizes(plan: Plan) -> Sizes | None:
     return Sizes.of(plan.settings.model, _vocabulary(plan))
-
-
-def _needed(plan: Plan) -> Memory | None:
-    estimates = [estimate(*part) for part in _parts(plan)]
-    return max(estimates, key=lambda memory: memory.peak, default=None)
 
 
 def _parts(plan: Plan) -> Iterator[tuple[Settings, Sizes, Work]]:

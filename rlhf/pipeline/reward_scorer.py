@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 from rlhf.errors import explained
 from rlhf.files import MODEL
 from rlhf.models.assembly import reward_alone
+from rlhf.models.released import find
 from rlhf.models.tokenizing import keep_template
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.taken import CLASSIFIER, IDS
@@ -23,10 +24,11 @@ def reward_scorer(context: Context, plan: Plan) -> TextScorer | None:
         return None
     folder, max_length = plan.reward_folder / MODEL, plan.settings.reward.max_length
     if plan.reward_reads == CLASSIFIER:
-        return ClassifierScorer(context, str(folder), label=None, max_length=max_length)
-    own = plan.beside or plan
-    model = own.settings.model
+        return ClassifierScorer(
+            context, str(folder), label=None, max_length=max_length, template=plan.settings.reward.template
+        )
+    model, base = plan.settings.reward.model or plan.settings.model, find("reward.from", str(folder)).base
     with explained(f"{folder}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    roles = reward_alone(model, tokenizer, folder, own.sft_folder / MODEL, own.quantization).to(context.roles.device)
+    roles = reward_alone(model, tokenizer, folder, base and base.folder, plan.quantization).to(context.roles.device)
     return SeparateRewardModel(context, roles, keep_template(tokenizer, context.source), max_length)

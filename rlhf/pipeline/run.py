@@ -1,30 +1,26 @@
-"""Does a run: builds what it needs, then trains or evaluates. The one place that puts all parts together."""
+"""Does a run: builds what it needs, then trains or evaluates, or measures a finished one again.
+
+The one place that puts all parts together.
+"""
 
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.records import Prompt, as_records
 from rlhf.distributed import collectives, lockstep, processes
 from rlhf.distributed.strategies import SingleDevice
-from rlhf.evaluation import alpaca_eval
-from rlhf.evaluation.difficulty import load_difficulties
-from rlhf.evaluation.evaluator import ResponseEvaluator
-from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.preferences import Simulated
-from rlhf.evaluation.prompts import instruction_or_prompt
-from rlhf.files import BEST_MODEL, MODEL, copy_folder
-from rlhf.models.assembly import lora_config, ppo_roles
+from rlhf.files import BEST_MODEL, MODEL, SAMPLES, copy_folder
+from rlhf.guards import Guards
+from rlhf.models.assembly import load_policy, lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_tokenizer
 from rlhf.models.roles import Roles
@@ -33,17 +29,20 @@ from rlhf.models.tokenizing import encode, short_enough
 from rlhf.pipeline import cache
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.builders import Site
-from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences, template_of
+from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences
 from rlhf.pipeline.builders.reward import build_reward
 from rlhf.pipeline.builders.sft import build_sft
 from rlhf.pipeline.builders.taken import build_taken
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
-from rlhf.pipeline.checks import best_metric
-from rlhf.pipeline.config import instantiate, target_class
+from rlhf.pipeline.config import instantiate
+from rlhf.pipeline.evaluating import best_metric, make_evaluator, ping
 from rlhf.pipeline.interruption import Interruption
+from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
+from rlhf.pipeline.measuring import check_sound, evaluation_results, make_ready
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.plateau import Plateau
 from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.reward_scorer import reward_scorer
 from rlhf.pipeline.taken import IDS
@@ -71,19 +70,11 @@ class Run:
     def run(self) -> dict[str, Any]:
         """Build what is missing, then do the stage itself; returns the summary."""
         plan = self.plan
-        # 1. Find out early what would fail late: endpoints that do not answer, a cache that cannot be written.
+        # 1. Find out early what would fail late: an endpoint that does not answer.
         if plan.stage in ("ppo", "evaluate"):
-            collectives.on_rank_zero(self._ping)
-        missing = collectives.on_rank_zero(lambda: [path for path in plan.needed().values() if cache.missing(path)])
-        collectives.on_rank_zero(lambda: cache.check_writable(missing))
-        if plan.preferences_folder in missing:
-            prepare_preferences(self.site, self._simulated)
-        # 2. Build the models and comparisons that this run shares with others.
-        for product, folder in plan.needed().items():
-            cache.ensure(folder, self._builder(product))
-            lockstep.disable()
-            gc.collect()  # a stage and its trainer refer to each other, and hold models on the device
-            self.loggers.hand_over(folder.name, folder)
+            collectives.on_rank_zero(lambda: ping(self.config))
+        # 2. Build the models and comparisons that are missing.
+        self._build()
         if plan.stage in ("sft", "preferences", "reward"):
             last = plan.needed()[plan.stage]
             collectives.on_rank_zero(lambda: copy_folder(last, plan.folder))
@@ -93,6 +84,53 @@ class Run:
         collectives.on_rank_zero(lambda: cache.register_run(plan.outputs, plan.identity, plan.folder))
         self.loggers.hand_over(run_id(summary), plan.folder)
         return summary
+
+    def measure(self, todo: Mapping[int, Path | None], folder: Path) -> dict[str, Any]:
+        """Measure policies of the finished run in the plan's folder, without a training step; returns the summary.
+
+        `todo` maps steps to the folders of their weights (None: the SFT model). Results are written to `folder`, where
+        those of other steps may be already.
+        """
+        started, plan = time.monotonic(), self.plan
+        collectives.on_rank_zero(lambda: check_sound(plan.folder))
+        collectives.on_rank_zero(lambda: ping(self.config))
+        self._build()
+        lightning.seed_everything(self.settings.seed, verbose=False)
+        stage, evaluation = self._load(folder)
+        stage.guards = Guards()  # they watch the training, and could stop nothing here
+        collectives.on_rank_zero(lambda: make_ready(folder))
+        trainer = self._evaluation_trainer(folder)
+        for step, model in sorted(todo.items()):
+            if model is not None:
+                load_policy(stage.roles, self.settings, stage.tokenizer, model)
+            stage.ppo_step = step
+            trainer.validate(stage, evaluation, verbose=False)
+        self.loggers.hand_over(f"evaluate-{plan.identity}-{plan.evaluation}", folder)
+        results = collectives.on_rank_zero(lambda: evaluation_results(plan, folder))
+        return write_summary(
+            folder,
+            results.pop("metrics"),
+            plan.plain,
+            started,
+            **results,
+            stage="evaluate",
+            identity=plan.identity,
+            evaluation=plan.evaluation,
+            overrides=plan.overrides,
+        )
+
+    def _build(self) -> None:
+        """Build the models and comparisons that this run shares with others, where they are missing."""
+        plan = self.plan
+        missing = collectives.on_rank_zero(lambda: [path for path in plan.needed().values() if cache.missing(path)])
+        collectives.on_rank_zero(lambda: cache.check_writable(missing))
+        if plan.preferences_folder in missing:
+            prepare_preferences(self.site, self._simulated)
+        for product, folder in plan.needed().items():
+            cache.ensure(folder, self._builder(product))
+            lockstep.disable()
+            gc.collect()  # a stage and its trainer refer to each other, and hold models on the device
+            self.loggers.hand_over(folder.name, folder)
 
     def _builder(self, product: str) -> Callable[[Path], None]:
         """The function that builds a product of the cache into a folder."""
@@ -122,20 +160,18 @@ class Run:
         started, settings, plan = time.monotonic(), self.settings, self.plan
         lightning.seed_everything(settings.seed, verbose=False)
         # 1. The models, and all that scores and judges what they say.
-        tokenizer = load_tokenizer(settings.model, self.source)
-        reward = plan.reward_folder if plan.needs_reward_model else None
-        role = reward / MODEL if reward and plan.reward_reads == IDS else None
-        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization)
-        self._place_models(roles)
-        stage, evaluation = self._make_stage(roles, tokenizer, reward)
+        stage, evaluation = self._load(plan.folder)
         # 2. The training, or the evaluation alone.
         best: dict[str, Any] = {}
         if train:
             keep = self._best
             before = self._train(stage, evaluation, keep)
             best = {"best": collectives.on_rank_zero(lambda: self._save_best(stage, keep)) if keep else None}
+            plateau = Plateau.of(settings.ppo, keep)
+            best |= {"plateau": collectives.on_rank_zero(plateau.describe)} if plateau else {}
         else:
-            before = self._evaluate(stage, evaluation)
+            self._evaluation_trainer(plan.folder).validate(stage, evaluation, verbose=False)
+            before = dict(stage.last_evaluation)
         # 3. What it came to.
         return write_summary(
             plan.folder,
@@ -144,32 +180,38 @@ class Run:
             started,
             stage=plan.stage,
             sft_metrics=before,
-            reward_model=reward and reward.name,
+            sft_model=plan.sft_folder.name,
+            reward_model=plan.reward_folder.name if plan.needs_reward_model else None,
             reward_reads=plan.reward_reads,
             guards=stage.guards.summary(),
             microbatch_tokens=settings.ppo.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
             overrides=plan.overrides,
             identity=plan.identity,
+            evaluation=plan.evaluation,
             **best,
         )
 
-    def _make_stage(
-        self, roles: Roles, tokenizer: PreTrainedTokenizerBase, reward: Path | None
-    ) -> tuple[PPO, DataLoader]:
-        """The PPO stage, and the prompts that it is evaluated on."""
-        settings, cached = self.settings, self.plan.outputs / "cache"
+    def _load(self, folder: Path) -> tuple[PPO, DataLoader]:
+        """The PPO stage, whose policy is the SFT model, and the prompts that it is evaluated on.
+
+        What evaluations say is written to `folder`.
+        """
+        plan, settings, cached = self.plan, self.settings, self.plan.outputs / "cache"
+        # 1. The models.
+        tokenizer = load_tokenizer(settings.model, self.source)
+        reward = plan.reward_folder if plan.needs_reward_model else None
+        role = reward / MODEL if reward and plan.reward_reads == IDS else None
+        only_judges = not plan.learns_from_reward_model
+        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization, only_judges)
+        self._place_models(roles)
+        # 2. All that scores and judges what they say.
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
-        context.reward = reward_scorer(context, self.plan) if reward else None
-        node = self.config.evaluation.get("factscore")
-        factscore = instantiate(node, "evaluation.factscore", cached) if node else None
-        held_out = self._held_out(factscore)
+        context.reward = reward_scorer(context, plan) if reward else None
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
-        evaluator = self._evaluator(context, held_out, factscore)
-        stage = make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, self.plan.folder / "samples.jsonl")
-        prompts = held_out[: settings.evaluation.prompts]
-        return stage, DataLoader(prompts, batch_size=settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        evaluator, prompts = make_evaluator(plan, context, folder)
+        return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES), prompts
 
     def _train(self, stage: PPO, evaluation: DataLoader, best: Best | None) -> dict[str, float]:
         """Train and save the policy; returns the evaluation of the SFT model."""
@@ -177,17 +219,16 @@ class Run:
         kept = short_enough(stage.tokenizer, prompts, self.settings.model.max_prompt_tokens)
         prompts = [prompts[i] for i in kept]
         folder, resume = self.plan.folder, self.config.resume
+        keeping = [KeptPolicies(folder, self._save_policy)] if self.settings.ppo.keep_evaluated else []
         first = {"prompt": encode(stage.tokenizer, prompts[:1])[0]}
         collectives.on_rank_zero(lambda: show_rendered(folder, "ppo", stage.tokenizer, first))
-        before = train_ppo(self._make_trainer, stage, prompts, evaluation, folder, resume, best)
+        before = train_ppo(self._make_trainer, stage, prompts, evaluation, folder, resume, best, keeping)
         collectives.on_rank_zero(lambda: self._save_policy(stage, folder / MODEL))
         return before
 
-    def _evaluate(self, stage: PPO, evaluation: DataLoader) -> dict[str, float]:
-        folder = self.plan.folder
-        leaving = Interruption(StepCheckpoints(folder / "checkpoints", 1))
-        self._make_trainer(folder, callbacks=[leaving]).validate(stage, evaluation, verbose=False)
-        return dict(stage.last_evaluation)
+    def _evaluation_trainer(self, folder: Path) -> lightning.Trainer:
+        """A trainer that only validates, and that a signal stops between two batches."""
+        return self._make_trainer(folder, callbacks=[Interruption(StepCheckpoints(folder / "checkpoints", 1))])
 
     @property
     def _best(self) -> Best | None:
@@ -255,40 +296,3 @@ class Run:
     def _device(self) -> str:
         wanted = self.config.trainer.get("accelerator", "auto")
         return "cuda" if torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda") else "cpu"
-
-    def _evaluator(
-        self, context: Context, held_out: Sequence[Prompt], factscore: FactScore | None
-    ) -> ResponseEvaluator:
-        difficulty, prompts = self.settings.evaluation.difficulty, self.settings.evaluation.prompts
-        known = (
-            load_difficulties(difficulty, [instruction_or_prompt(row) for row in held_out], prompts)
-            if difficulty
-            else None
-        )
-        judge, node = instantiate(self.config.judge, "judge", context), self.config.evaluation.get("gold")
-        gold = instantiate(node, "evaluation.gold", context) if node else None
-        return ResponseEvaluator(self.source, judge, self._export, factscore, known, gold)
-
-    def _held_out(self, factscore: FactScore | None) -> list[Prompt]:
-        """The evaluation set: the data set's own, or for FActScore a prompt about each entity."""
-        if factscore is None:
-            return as_records(self.source.load("eval"), "eval")
-        return factscore.prompts(template_of(self.plan.plain))
-
-    def _export(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
-        """Write the answers in AlpacaEval's format, to be judged elsewhere too."""
-        plan = self.plan
-        dataset = str(plan.plain["data"]["_target_"]).rpartition(".")[2].lower()
-        alpaca_eval.export(plan.folder, prompts, responses, f"{plan.plain['name']}/{plan.folder.name}", dataset)
-
-    def _ping(self) -> None:
-        """Check that the judge's endpoint responds.
-
-        Raises:
-            ConfigError: it cannot be reached.
-        """
-        scored = self.config.evaluation.get("factscore")
-        node, key = (scored, "evaluation.factscore") if scored else (self.config.judge, "judge")
-        target = target_class(node, key)
-        if hasattr(target, "ping"):
-            target.ping(OmegaConf.to_container(node, resolve=True))

@@ -41,10 +41,8 @@ class Taken:
 
     def identity(self, known: Path | None) -> dict[str, str | None]:
         """What the weights are; `known` is a folder of digests."""
-        base = self.difference_to
-        return {
-            "from": self.checkpoint.identity(known), "difference_to": base and base.identity(known), "reads": self.reads
-        }  # fmt: skip
+        base = self.difference_to.identity(known) if self.difference_to else None
+        return {"from": self.checkpoint.identity(known), "difference_to": base, "reads": self.reads}
 
     def in_place(self, cache: Path, sft: Path | None = None) -> Path | None:
         """The folder of the cache if it is this very product, on the SFT model of the folder `sft` if it is an adapter.

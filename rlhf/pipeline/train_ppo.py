@@ -1,16 +1,20 @@
 """Train PPO from wherever it was left to its end, with the evaluations that are due."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from rlhf.distributed import collectives
 from rlhf.errors import ConfigError
+from rlhf.guards import Guards
 from rlhf.pipeline.builders import MakeTrainer
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
+from rlhf.pipeline.plateau import Plateau, StopAtPlateau
 from rlhf.pipeline.train_supervised import keep_metrics, send_again
 from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.ppo import PPO
@@ -27,8 +31,11 @@ def train_ppo(
     folder: Path,
     resume: str,
     best: Best | None = None,
+    keeping: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Train from the SFT model, or from the last checkpoint in `folder`, to the end.
+
+    `keeping` are callbacks that keep more than the checkpoints.
 
     Returns the evaluation of step 0, that of the SFT model.
 
@@ -37,30 +44,40 @@ def train_ppo(
     """
     settings, ppo = stage.config, stage.ppo
     # 1. Where the training was left.
-    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, also_every=ppo.eval_every)
+    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, evaluates=ppo.evaluates)
+    plateau = Plateau.of(ppo, best)
     last = collectives.on_rank_zero(checkpoints.latest)
     if last is None and resume == "must":
         raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
     start = checkpoints.step_of(last) if last else 0
     trainer = make_trainer(
         folder,
-        callbacks=[checkpoints, Interruption(checkpoints)],
+        callbacks=[checkpoints, *keeping, Interruption(checkpoints), *([StopAtPlateau(plateau)] if plateau else [])],
         max_epochs=1,
-        val_check_interval=ppo.eval_every,
+        val_check_interval=ppo.eval_interval,
         check_val_every_n_epoch=None,
     )
-    # 2. What is still to be measured there.
+    # 2. What is still to be measured, before the weights of the checkpoint are loaded.
+    if last and not collectives.on_rank_zero(lambda: evaluated_at(folder, 0)):
+        guards, stage.guards = stage.guards, Guards()  # they replay the line
+        trainer.validate(stage, evaluation, verbose=False)
+        stage.guards = guards
     if _catch_up(trainer, stage, folder, last, start):
         trainer.validate(stage, evaluation, verbose=False)
-    # 3. Train; Lightning evaluates every `eval_every` steps.
-    if start < ppo.steps:
+    # 3. Train; Lightning asks for an evaluation at every interval, and the stage knows whether one is due.
+    if start < ppo.steps and not _ended(plateau):
         batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
         trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
-        if ppo.steps % ppo.eval_every:
+        if ppo.steps % ppo.eval_interval and not _ended(plateau):
             trainer.validate(stage, evaluation, verbose=False)
     # 4. Only now is it known which checkpoint is the best.
     collectives.on_rank_zero(checkpoints.prune)
     return collectives.on_rank_zero(lambda: evaluated_at(folder, 0))
+
+
+def _ended(plateau: Plateau | None) -> bool:
+    """Whether the training is over before its last step."""
+    return plateau is not None and collectives.on_rank_zero(plateau.step) is not None
 
 
 def _catch_up(trainer: lightning.Trainer, stage: PPO, folder: Path, last: Path | None, start: int) -> bool:
@@ -68,7 +85,7 @@ def _catch_up(trainer: lightning.Trainer, stage: PPO, folder: Path, last: Path |
     ppo = stage.ppo
     stage.ppo_step = start
     evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
-    due = not evaluated and (start % ppo.eval_every == 0 or start == ppo.steps)
+    due = not evaluated and ppo.evaluates(start)
     # without a checkpoint, even step 0 is measured again
     kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
     if last is None:
@@ -78,6 +95,6 @@ def _catch_up(trainer: lightning.Trainer, stage: PPO, folder: Path, last: Path |
     send_again(trainer, kept)
     stage.guards.replay(kept)
     stage.guards.check()
-    if due or start == ppo.steps:  # otherwise Lightning loads the weights when it trains
+    if due or start == ppo.steps or evaluated:  # otherwise Lightning loads the weights when it trains
         stage.load_trained(last)
     return due

@@ -10,6 +10,8 @@ from rlhf.report.runs import Sweep
 from rlhf.report.text import abridged, count, quoted
 from rlhf.tracking.seeds import Seeds
 
+# the keys of a layout, `report` in the configuration
+LAYOUT = ("title", "notes", "baseline", "labels", "columns", "distances", "pair_seeds", "figures")
 CUT_OFF = 0.2  # share of responses without an end of sequence above which a warning is due
 
 
@@ -19,7 +21,7 @@ def warnings(sweep: Sweep) -> list[str]:
 
 
 def _left_out(sweep: Sweep) -> Iterator[str]:
-    """Runs that failed, are missing or do not count, and rows whose runs do not belong together."""
+    """Runs that failed, are missing or do not count, rows whose runs do not belong together, keys without effect."""
     for run in sweep.runs:
         if run.state == "failed":
             yield f"{run.name} failed: {run.reason}"
@@ -45,6 +47,9 @@ def _left_out(sweep: Sweep) -> Iterator[str]:
                     f"Runs of “{row.label}” with equal seeds were trained on different reward models"
                     f" ({', '.join(names)}): data or code changed between them."
                 )
+    unknown = [str(key) for key in sweep.layout if key not in LAYOUT]
+    if unknown:
+        yield f"report.{', report.'.join(unknown)} has no effect; allowed: {', '.join(LAYOUT)}."
     if (name := sweep.layout.get("baseline")) and not any(row.is_called(name) for row in sweep.rows):
         yield f"The baseline {name} has no finished run: another row stands in for it."
 

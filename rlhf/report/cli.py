@@ -14,12 +14,14 @@ from rlhf.errors import MISTAKE, FigureError, NoRunsError
 from rlhf.report import page
 from rlhf.report.comparisons import Comparison, baseline, compared_metrics, comparisons, difference_table
 from rlhf.report.equal_distance import common_distances, compared_at, distance_difference_table, distance_table
+from rlhf.report.evaluation_shown import evaluation_shown
 from rlhf.report.figures import make_figures
 from rlhf.report.findings import findings
 from rlhf.report.pareto_front import front_table
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
 from rlhf.report.tables import Table
+from rlhf.report.tuning import tuning_table
 from rlhf.report.variance_table import variance_table
 from rlhf.tracking.reading import printable
 
@@ -31,37 +33,46 @@ class Headed(NamedTuple):
     table: Table
 
 
-def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def make_report(folders: Sequence[Path], out: Path | None = None, evaluation: str | None = None) -> Path:
     """Write tables, figures and `report.html`, and return the path of the page.
 
     Args:
         folders: one or more sweeps, reported on together.
         out: where to write; by default `report/` in the first folder.
+        evaluation: the digest of the evaluation to show, or `training`; by default the one that was asked for last.
 
     Raises:
         NoRunsError: a folder has no finished run.
-        FigureError: the layout asks for a figure that cannot be drawn.
+        FigureError: the layout asks for a figure that cannot be drawn, or for a choice by an incomplete rule.
     """
-    return _make(folders, out)[0]
+    return _make(folders, out, evaluation)[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`rlhf-report FOLDER… [--out DIR]`."""
+    """`rlhf-report FOLDER… [--out DIR] [--evaluation DIGEST]`."""
     parser = argparse.ArgumentParser(prog="rlhf-report", description="Tables, figures and a page from a sweep's runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, such as outputs/table1")
     parser.add_argument("--out", type=Path, help="where to write (default: FOLDER/report)")
+    parser.add_argument(
+        "--evaluation",
+        metavar="DIGEST",
+        help="a folder in the runs' evaluations/, or `training` for what was measured during the training (default: "
+        "the one that a command asked for last)",
+    )
     options = parser.parse_args(arguments)
     printable(sys.stdout)
     printable(sys.stderr)
     try:
-        path, tables = _make(options.folders, options.out)
+        path, tables = _make(options.folders, options.out, options.evaluation)
     except (NoRunsError, FigureError) as error:
         print(f"rlhf-report: {error}", file=sys.stderr)
         raise SystemExit(MISTAKE) from None
     console = Console()
     for name, table in tables.items():
-        if name in ("table", "front"):
+        if name in ("table", "front", "tuning"):
             console.print(_on_terminal(table, console.width))
+    for sentence in evaluation_shown(load(options.folders, options.evaluation).finished):
+        console.print(sentence)
     console.print(str(path), soft_wrap=True, highlight=False)
 
 
@@ -73,10 +84,10 @@ def show_front(folder: Path) -> None:
         console.print(table.caption)
 
 
-def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Table]]:
+def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> tuple[Path, dict[str, Table]]:
     """`make_report`, which also returns the tables by the names of their files."""
     # 1. Read the runs and compare them. A search has too many rows to compare: it gets its front instead.
-    sweep = load(folders)
+    sweep = load(folders, evaluation)
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     metrics, front = compared_metrics(sweep), front_table(sweep)
@@ -86,7 +97,9 @@ def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Ta
     if front:
         tables["front"] = Headed("The front of the search", front)
     elif compared:
-        tables |= _differences(sweep, compared, metrics[0])
+        tables |= _differences(sweep, compared, metrics)
+    if chosen := tuning_table(sweep):
+        tables["tuning"] = Headed("Chosen by the rule", chosen)
     if not front and (variances := variance_table(sweep)):
         tables["variance"] = Headed("Where the spread comes from", variances)
     for name, (_, table) in tables.items():
@@ -94,13 +107,13 @@ def _make(folders: Sequence[Path], out: Path | None) -> tuple[Path, dict[str, Ta
             (out / f"{name}.{suffix}").write_text(text, encoding="utf-8")
     # 3. Draw the figures, and write the page that holds all of it.
     figures = make_figures(sweep, out / "figures")
-    sentences = findings(sweep, compared, metrics[0] if metrics else None)
+    sentences = [*findings(sweep, compared, metrics[0] if metrics else None), *evaluation_shown(sweep.finished)]
     path = out / "report.html"
     path.write_text(page.render(sweep, sentences, list(tables.values()), figures, out / "figures"), encoding="utf-8")
     return path, {name: table for name, (_, table) in tables.items()}
 
 
-def _differences(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> dict[str, Headed]:
+def _differences(sweep: Sweep, compared: Sequence[Comparison], metrics: Sequence[str]) -> dict[str, Headed]:
     """The differences from the baseline; then rows and differences at equal distance, if rows have one in common."""
     against = baseline(sweep)
     heading = f"Differences from “{against.label}”"
@@ -108,9 +121,9 @@ def _differences(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> d
     distances = common_distances(sweep)
     if distances:
         tables["distance"] = Headed("At equal distance from SFT", distance_table(sweep, distances))
-    found = compared_at(sweep, against, metric, distances)
+    found = compared_at(sweep, against, metrics, distances)
     if any(found.values()):
-        table = distance_difference_table(sweep, found, against, metric)
+        table = distance_difference_table(sweep, found, against)
         tables["distance_differences"] = Headed(f"{heading} at equal distance", table)
     return tables
 

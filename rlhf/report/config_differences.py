@@ -3,10 +3,11 @@
 Overrides alone do not show this: after an edit of the experiment's file, the same overrides give another configuration.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.files import SUMMARY
+from rlhf.pipeline.identity import LIGHTNING, decisive, of_trainer
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.tracking.seeds import SEED_KEYS
 
@@ -16,11 +17,8 @@ DESCRIPTIVE = (
     "name", "output_dir", "resume", "dry_run", "report", "logger", "experiments", "sweeps", "objectives",
     "guards", "variant", "recipe", "debug", "cluster",
 )  # fmt: skip
-# Keys of `trainer` that do not change what is trained: the devices, and what is printed.
-DEVICES = (
-    "_target_", "accelerator", "devices", "num_nodes", "strategy", "plugins", "callbacks", "logger", "profiler",
-    "default_root_dir", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps",
-)  # fmt: skip
+# Keys of `trainer` that early versions set themselves; today they are refused.
+EARLY_TRAINER_KEYS = ("plugins", "callbacks", "logger", "enable_checkpointing")
 # Keys at any depth that do not change the result: how a judge's answers are fetched and stored.
 FETCHING = ("client", "cache")
 MISSING = object()  # stands for the value of an absent key, as null is a value
@@ -46,8 +44,10 @@ def split_by_config(runs: Sequence[RecordedRun]) -> tuple[list[RecordedRun], lis
     return chosen, others
 
 
-def differences(reference: RecordedRun, run: RecordedRun) -> list[str]:
+def differences(reference: RecordedRun, run: RecordedRun, groups: Collection[str] = ()) -> list[str]:
     """`key=value (there: reference's value)` for each key that decides the result and differs; [] for replicates.
+
+    With `groups` only keys of these groups of the configuration count.
 
     A key that only one configuration has is a difference if the same code made both runs. Otherwise the key may just be
     newer than the other run, and is ignored. A run without a configuration (early versions recorded none) differs from
@@ -60,7 +60,7 @@ def differences(reference: RecordedRun, run: RecordedRun) -> list[str]:
     return [
         f"{key}={_short(value)} (there: {_short(other_value)})"
         for key, value, other_value in _unequal(own, other)
-        if key not in SEED_KEYS
+        if key not in SEED_KEYS and (not groups or key.partition(".")[0] in groups)
         if same_code or (value is not MISSING and other_value is not MISSING)
     ]
 
@@ -76,12 +76,13 @@ def _unequal(own: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "")
 
 
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides the result."""
-    decisive = {key: _without_fetching(value) for key, value in config.items() if key not in DESCRIPTIVE}
-    trainer = decisive.get("trainer")
+    """The part of a configuration that decides the result: what a run is known by, but for how answers are fetched."""
+    found = {key: decisive(_without_fetching(value)) for key, value in config.items() if key not in DESCRIPTIVE}
+    trainer = found.get("trainer")
     if isinstance(trainer, Mapping):
-        decisive["trainer"] = {key: value for key, value in trainer.items() if key not in DEVICES}
-    return decisive
+        kept = {key: value for key, value in trainer.items() if key not in EARLY_TRAINER_KEYS}
+        found["trainer"] = of_trainer({"_target_": LIGHTNING[0], **kept})
+    return found
 
 
 def _without_fetching(node: Any) -> Any:

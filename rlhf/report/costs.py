@@ -1,7 +1,8 @@
 """What more replicates or instructions would cost, in PPO runs, by the times that the runs recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,14 @@ from rlhf.report.recorded_run import RecordedRun
 from rlhf.tracking.reading import try_summary
 
 SAME = ("sft", "model", "data")  # the groups of the configuration that an SFT model is recognised by
+
+
+class UpstreamCosts(NamedTuple):
+    """How long it takes to build one model of each stage above PPO, in PPO runs; 0 if it is not known or not needed."""
+
+    sft: float
+    preferences: float
+    reward: float
 
 
 def evaluation_cost(runs: Sequence[RecordedRun]) -> float:
@@ -22,27 +31,33 @@ def evaluation_cost(runs: Sequence[RecordedRun]) -> float:
     return float(np.median(found)) if found else 0.0
 
 
-def upstream_cost(runs: Sequence[RecordedRun]) -> float:
-    """How long it takes to build an SFT model and a reward model, in PPO runs; 0 if the cache of the runs is gone."""
-    found: dict[str, float] = {}
+def upstream_costs(runs: Sequence[RecordedRun]) -> UpstreamCosts:
+    """The costs of the models that runs start from, by what the cache of the runs says: the median over runs."""
+    read: dict[Path, Mapping[str, Any]] = {}
+
+    def summary(path: Path) -> Mapping[str, Any]:
+        if path not in read:
+            read[path] = try_summary(path / SUMMARY)[0]
+        return read[path]
+
+    found = []
     for run in runs:
-        cache, name = run.folder.parent.parent / "cache", run.summary.get("reward_model")
-        seconds = _seconds(try_summary(cache / str(name) / SUMMARY)[0])
-        if seconds and _seconds(run.summary) and name not in found:
-            found[str(name)] = (seconds + _sft_seconds(cache, run)) / _seconds(run.summary)
-    return float(np.median(list(found.values()))) if found else 0.0
+        cache, own = run.folder.parent.parent / "cache", _seconds(run.summary)
+        reward = summary(cache / str(run.summary["reward_model"])) if run.summary.get("reward_model") else {}
+        preferences = summary(cache / str(reward["preferences"])) if reward.get("preferences") else {}
+        built = (summary(path) for path in sorted(cache.glob("sft-*")))
+        sft: Mapping[str, Any] = next((each for each in built if _is_start(each, run)), {})
+        found += [[_seconds(each) / own for each in (sft, preferences, reward)]] if own else []
+    known = [[cost for cost in costs if cost] for costs in zip(*found, strict=True)] or [[], [], []]
+    return UpstreamCosts(*(float(np.median(costs)) if costs else 0.0 for costs in known))
 
 
-def _sft_seconds(cache: Path, run: RecordedRun) -> float:
-    """The time that the SFT model of a run took, by the configuration it was built with; 0 if it is not found."""
-    for path in sorted(cache.glob(f"sft-*/{SUMMARY}")):
-        summary = try_summary(path)[0]
-        built = summary.get("config") or {}
-        if all(built.get(key) == run.config.get(key) for key in SAME):
-            return _seconds(summary)
-    return 0.0
+def _is_start(summary: Mapping[str, Any], run: RecordedRun) -> bool:
+    """Whether an SFT model was built with the configuration of a run."""
+    built = summary.get("config") or {}
+    return bool(summary) and all(built.get(key) == run.config.get(key) for key in SAME)
 
 
-def _seconds(summary: object) -> float:
+def _seconds(summary: Mapping[str, Any]) -> float:
     """The wall-clock time in a summary; 0 if there is none."""
-    return float(summary.get("wall_seconds") or 0) if isinstance(summary, dict) else 0.0
+    return float(summary.get("wall_seconds") or 0)

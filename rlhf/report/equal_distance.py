@@ -8,11 +8,19 @@ and never extrapolated: a row has a value only as far as all its runs went.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
-from rlhf.report.comparisons import Comparison, compare, corrected, mean_over, pair_replicates, single_note
+from rlhf.report.comparisons import (
+    Comparison,
+    compare,
+    compared_metrics,
+    corrected,
+    mean_over,
+    pair_replicates,
+    single_note,
+)
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.rows import Row, per_prompt
@@ -21,7 +29,11 @@ from rlhf.report.statistics import Array
 from rlhf.report.tables import NOTHING, Cell, Number, Table, WithInterval
 
 KL = "eval/true_kl"
-METRICS = ("eval/win_rate", "eval/gold_utility", "eval/factual_precision")
+METRICS = (
+    "eval/win_rate",
+    "eval/gold_utility",
+    "eval/factual_precision",
+)  # shown in any case
 COLUMNS = 4  # distances that are chosen if the layout does not name any
 GRID = 40  # points of a curve in a figure
 ROUND = (1, 2, 2.5, 5, 10)  # a distance is one of these times a power of ten
@@ -84,9 +96,12 @@ def along_distance(row: Row, metric: str) -> dict[float, Array]:
 
 
 def distance_table(sweep: Sweep, distances: Sequence[float]) -> Table:
-    """One line per metric and row: its mean at each distance, with the 95 % interval."""
+    """One line per metric and row: its mean at each distance, with the 95 % interval.
+
+    The metrics are those in which rows are compared, then the others of `METRICS`.
+    """
     lines: list[Sequence[Cell]] = []
-    for metric in METRICS:
+    for metric in dict.fromkeys((*compared_metrics(sweep), *METRICS)):
         for row in sweep.trained:
             cells = [_mean_cell(row, metric, distance) for distance in distances]
             if any(cell != NOTHING for cell in cells):
@@ -101,39 +116,48 @@ def distance_table(sweep: Sweep, distances: Sequence[float]) -> Table:
     return Table(["metric", "row", "reach", *(f"√KL {at:g}" for at in distances)], lines, caption)
 
 
-def compared_at(sweep: Sweep, against: Row, metric: str, distances: Sequence[float]) -> dict[float, list[Comparison]]:
-    """Compare the rows with `against` at each distance that both reach, as one family for Holm's correction."""
+def compared_at(
+    sweep: Sweep, against: Row, metrics: Sequence[str], distances: Sequence[float]
+) -> dict[float, list[Comparison]]:
+    """Compare the rows with `against` in each metric at each distance that both reach.
+
+    All of it is one family for Holm's correction.
+    """
     found: list[tuple[float, Comparison]] = []
     for distance in distances:
         other = at_distance(against, distance)
-        for row in sweep.trained if other else ():
-            here = at_distance(row, distance) if row is not against else None
-            compared = compare(here, other, metric, pair_replicates(sweep)) if here and other else None
-            found += [(distance, compared)] if compared else []
+        others = [row for row in sweep.trained if row is not against] if other else []
+        for here in filter(None, (at_distance(row, distance) for row in others)):
+            pairs = [compare(here, other, metric, pair_replicates(sweep)) for metric in metrics]  # type: ignore[arg-type]
+            found += [(distance, pair) for pair in pairs if pair]
     stand = corrected([item for _, item in found])
     return {
         distance: [item for (at, _), item in zip(found, stand, strict=True) if at == distance] for distance in distances
     }
 
 
-def distance_difference_table(sweep: Sweep, found: dict[float, list[Comparison]], against: Row, metric: str) -> Table:
-    """One line per row: the difference from the baseline at each distance, with its interval."""
-    info, lines = metric_info(metric), list[Sequence[Cell]]()
-    for row in sweep.trained:
+def distance_difference_table(sweep: Sweep, found: dict[float, list[Comparison]], against: Row) -> Table:
+    """One line per metric and row: the difference from the baseline at each distance, with its interval."""
+    every = [item for items in found.values() for item in items]
+    metrics = list(dict.fromkeys(item.metric for item in every))
+    lines: list[Sequence[Cell]] = []
+    for metric, row in product(metrics, sweep.trained):
         cells: list[Cell] = []
         for items in found.values():
-            gap = next((item for item in items if item.row.label == row.label), None)
+            gap = next((item for item in items if (item.metric, item.row.label) == (metric, row.label)), None)
             cells.append(_difference_cell(gap) if gap else NOTHING)
         if any(cell != NOTHING for cell in cells):
-            lines.append([row.label, *cells])
-    family = sum(map(len, found.values()))
+            lines.append([*([metric_info(metric).title] if len(metrics) > 1 else []), row.label, *cells])
+    info = metric_info(metrics[0])
+    unit = f" ({info.points})" if info.points else ""
     caption = (
-        f"Each row minus “{against.label}” in {info.name}{f' ({info.points})' if info.points else ''}, when both have"
+        f"Each row minus “{against.label}”{'' if len(metrics) > 1 else f' in {info.name}{unit}'}, when both have"
         " first got to the same √KL; 95 % intervals as in the table of differences at equal steps. *: significant after"
-        f" Holm's correction for all {family} comparisons of this table."
+        f" Holm's correction for all {len(every)} comparisons of this table."
     )
     caption += single_note(sweep)
-    return Table(["row", *(f"√KL {at:g}" for at in found)], lines, caption)
+    header = [*(["metric"] if len(metrics) > 1 else []), "row"]
+    return Table([*header, *(f"√KL {at:g}" for at in found)], lines, caption)
 
 
 def _mean_cell(row: Row, metric: str, distance: float) -> Cell:

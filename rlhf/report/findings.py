@@ -1,10 +1,11 @@
 """The sentences at the top of the page: what was found, and what it cost."""
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 
-from rlhf.report.comparisons import Comparison, compare, comparisons, corrected, pair_replicates
+from rlhf.report.comparisons import Comparison, compare, corrected, pair_replicates
 from rlhf.report.equal_distance import at_distance, common_distances, reach
 from rlhf.report.metric_info import metric_info
 from rlhf.report.rows import Row
@@ -30,13 +31,13 @@ def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Itera
     best = max(sweep.trained, key=lambda row: float(np.mean(row.values(metric) or [-np.inf])))
     name, sft = metric_info(metric).name, _value(sweep.rows[0], metric)
     yield f"Highest {name}: “{best.label}”, {_value(best, metric)} (SFT: {sft})."
-    rivals = comparisons(sweep, best, [metric])
+    rivals, pairs = _rivals(sweep, best, sweep.rows, metric)
     if rivals:
         lower = [item.row.label for item in rivals if item.difference.verdict == "lower" and item.stands]
         same = [item.row.label for item in rivals if item.row.label not in lower]
         text = f"Of the {len(rivals)} other rows, {_names(lower)} can be distinguished as lower"
         text += f"; {_names(same)} cannot" if same else ""
-        yield f"{text} (Holm's correction for {count(len(rivals), 'comparison')}; the best was picked after the fact)."
+        yield f"{text} (Holm's correction for all {count(pairs, 'pair')} of rows, as the best was picked afterwards)."
     # 2. Every row against the baseline.
     in_metric = [item for item in compared if item.metric == metric]
     if in_metric:
@@ -62,14 +63,25 @@ def _at_equal_distance(sweep: Sweep, metric: str) -> Iterator[str]:
     if not far or len(rows) < 2:
         return
     best = max(rows, key=lambda row: float(np.mean(row.values(metric))))
-    pairs = [compare(row, best, metric, pair_replicates(sweep)) for row in rows if row is not best]
-    rivals = corrected([item for item in pairs if item])
+    rivals, _ = _rivals(sweep, best, rows, metric)
     lower = [item.row.label for item in rivals if item.difference.verdict == "lower" and item.stands]
     yield (
         f"At √KL {far:g}, the farthest of the common distances that all rows reach, the highest"
         f" {metric_info(metric).name} is that of “{best.label}”, {_value(best, metric)}; of the"
         f" {count(len(rivals), 'other row')}, {_names(lower)} can be distinguished as lower."
     )
+
+
+def _rivals(sweep: Sweep, best: Row, rows: Sequence[Row], metric: str) -> tuple[list[Comparison], int]:
+    """The comparisons with the best row, corrected for all pairs of rows, and the number of these.
+
+    Which row is best is known only afterwards, so that a family of its comparisons alone would be too small.
+    """
+    pairs = [(row, best) for row in rows if row is not best]
+    pairs += combinations([row for row, _ in pairs], 2)
+    found = [compare(row, other, metric, pair_replicates(sweep)) for row, other in pairs]
+    family = corrected([item for item in found if item])
+    return [item for item in family if item.other is best], len(family)
 
 
 def _cost(sweep: Sweep) -> Iterator[str]:

@@ -31,7 +31,7 @@ def front_table(sweep: Sweep) -> Table | None:
     axes = _axes(rows)
     lines: list[Sequence[Cell]] = []
     for i in best:
-        settings = _settings(rows[i])
+        settings = settings_of(rows[i])
         values = [_objective_cell(value, metric) for value, metric in zip(points[i], objectives, strict=True)]
         lines.append([*values, *(_setting_cell(settings.get(axis, NOTHING)) for axis in axes), rows[i].runs[0].name])
     header = [*(metric_info(metric).title for metric in objectives), *axes, "run"]
@@ -59,12 +59,12 @@ def non_dominated(points: Array) -> NDArray[np.bool_]:
 
 def _axes(rows: Sequence[Row]) -> list[str]:
     """The keys of the overrides in which the rows differ: the axes of the search."""
-    chosen = [_settings(row) for row in rows]
+    chosen = [settings_of(row) for row in rows]
     keys = dict.fromkeys(key for settings in chosen for key in settings)
     return [key for key in keys if len({settings.get(key) for settings in chosen}) > 1]
 
 
-def _settings(row: Row) -> dict[str, str]:
+def settings_of(row: Row) -> dict[str, str]:
     """Key → value of a row's overrides."""
     return dict(override.partition("=")[::2] for override in row.runs[0].key)
 

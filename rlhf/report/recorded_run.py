@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import METRICS
+from rlhf.files import METRICS, OUTCOMES, SAMPLES
 from rlhf.tracking.reading import numbers_only, renamed_metrics, stepped_lines
 from rlhf.tracking.seeds import Seeds, seeds_of, without_seeds
 
@@ -18,7 +18,8 @@ class RecordedRun:
     """A run's folder and what it holds.
 
     `state` is finished, failed, unfinished or missing; `reason` says why it is not finished. `summary` is empty unless
-    the run left one. The larger files are read on first use.
+    the run left one. The larger files are read on first use. `measured` is the folder of the evaluation that is shown
+    (`rlhf.tracking.evaluations`) if that is not the one made during the training.
     """
 
     folder: Path
@@ -26,6 +27,7 @@ class RecordedRun:
     state: str
     reason: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
+    measured: Path | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +52,10 @@ class RecordedRun:
     @cached_property
     def metrics(self) -> Steps:
         """Step → all metrics logged at that step, under their present names."""
-        return {step: renamed_metrics(values) for step, values in merge(self._lines(METRICS)).items()}
+        lines = self._lines(METRICS)
+        if self.measured:
+            lines = [line for line in lines if "time/evaluate" not in line] + stepped_lines(self.measured / METRICS)
+        return {step: renamed_metrics(values) for step, values in merge(lines).items()}
 
     @cached_property
     def evaluations(self) -> Steps:
@@ -61,16 +66,20 @@ class RecordedRun:
     @cached_property
     def outcomes(self) -> Steps:
         """Step → key → list with one result per evaluation instruction."""
-        return merge([numbers_only(line) for line in self._lines("outcomes.jsonl")])
+        return merge([numbers_only(line) for line in self._measured_lines(OUTCOMES)])
 
     @cached_property
     def samples(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Prompt → step → line of `samples.jsonl`: the response, its scores and the reference output."""
         found: dict[str, dict[int, dict[str, Any]]] = {}
-        for line in self._lines("samples.jsonl"):
+        for line in self._measured_lines(SAMPLES):
             if isinstance(line.get("prompt"), str) and line["step"] is not None:
                 found.setdefault(line["prompt"], {})[line["step"]] = line
         return found
+
+    def _measured_lines(self, name: str) -> list[dict[str, Any]]:
+        """The lines of one of the files of the evaluation that is shown."""
+        return stepped_lines(self.measured / name) if self.measured else self._lines(name)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """The lines of one of the run's files; those of a run taken over may only exist where it was made."""

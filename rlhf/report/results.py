@@ -3,12 +3,15 @@
 import numpy as np
 
 from rlhf.report.comparisons import WIN, compared_metrics, judged, mean_over, single_note
+from rlhf.report.config_differences import differences
 from rlhf.report.metric_info import EVAL_METRICS, metric_info
 from rlhf.report.rows import PPO_SEEDS, Row
 from rlhf.report.runs import Sweep
 from rlhf.report.statistics import covered, errors_for, judge_error, replicate_error
 from rlhf.report.tables import NOTHING, Cell, Interval, Number, Table
 from rlhf.tracking.reading import ADJUSTED, CONTROLLED
+
+STARTS = ("sft", "model")  # the groups of the configuration that tell SFT models apart
 
 
 def main_table(sweep: Sweep) -> Table:
@@ -54,12 +57,26 @@ def scope(sweep: Sweep) -> str:
     beyond = "they do not cover the choice of data or world, model size, judge and hyper-parameters."
     if sweep.depth == 1:
         return f"The 95 % intervals count {many} {unit}, from the SFT model on, and the instructions; {beyond}"
-    shared = "one SFT model and one reward model" if sweep.depth == PPO_SEEDS else "one SFT model"
     of = " of PPO" if sweep.depth == PPO_SEEDS else ""
     return (
-        f"All runs share {shared}: the 95 % intervals count {many} {unit}{of} and the instructions, and say nothing of"
+        f"{_shared_models(sweep)}: the 95 % intervals count {many} {unit}{of} and the instructions, and say nothing of"
         f" other such models, which may change a result by more (replicate=1,2,3 makes them); {beyond}"
     )
+
+
+def _shared_models(sweep: Sweep) -> str:
+    """Which models the replicates have in common, and whether those of different rows are the same."""
+    runs = [run for row in sweep.trained for run in row.runs]
+    # early versions did not record the reward model
+    rewards = {run.summary.get("reward_model", "unknown") for run in runs}
+    models = "one SFT model"
+    if sweep.depth == PPO_SEEDS and rewards != {None}:
+        models += " and one reward model" if None not in rewards else " and, if they need one, one reward model"
+    one_start = all(not differences(runs[0], run, STARTS) for run in runs)
+    one_reward = sweep.depth < PPO_SEEDS or len(rewards - {None}) < 2
+    if one_start and one_reward:
+        return f"All runs share {models}"
+    return f"All runs of a row share {models}, but rows differ in theirs"
 
 
 def _coverage(sweep: Sweep) -> str:

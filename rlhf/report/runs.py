@@ -13,6 +13,7 @@ from typing import Any
 from rlhf.errors import NoRunsError
 from rlhf.files import EARLIER, FAILED, METRICS, SUMMARY
 from rlhf.report.config_differences import split_by_config
+from rlhf.report.evaluation_shown import with_evaluation
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.rows import PPO_SEEDS, REPLICATES, Row, depth_of
 from rlhf.tracking.reading import renamed_overrides, try_object, try_plan, try_summary
@@ -59,8 +60,11 @@ class Sweep:
         return REPLICATES[self.depth]
 
 
-def load(folders: Sequence[Path]) -> Sweep:
+def load(folders: Sequence[Path], evaluation: str | None = None) -> Sweep:
     """Read one or more sweeps as one. The layout is that of the newest finished run.
+
+    `evaluation` is the digest of the evaluation to show, or `training`; by default, it is the one that a command asked
+    for last (`rlhf.report.evaluation_shown`).
 
     Raises:
         NoRunsError: a folder has no finished run.
@@ -68,9 +72,10 @@ def load(folders: Sequence[Path]) -> Sweep:
     # 1. All runs.
     runs: list[RecordedRun] = []
     for folder in folders:
-        found = _load_folder(folder)
+        found = _load_folder(folder, evaluation)
         if not any(run.state == "finished" for run in found):
-            raise NoRunsError(f"{folder} holds no finished run (a run leaves summary.json when it ends)")
+            measured = f" with the evaluation {evaluation}" if evaluation else ""
+            raise NoRunsError(f"{folder} holds no finished run{measured} (a run leaves summary.json when it ends)")
         runs += found
     finished = [run for run in runs if run.state == "finished"]
     newest = max(finished, key=lambda run: (run.folder / SUMMARY).stat().st_mtime)
@@ -118,7 +123,7 @@ def label(key: Sequence[str], labels: Mapping[str, str]) -> str:
     return ", ".join(map(str, parts)) or PLAIN
 
 
-def _load_folder(folder: Path) -> list[RecordedRun]:
+def _load_folder(folder: Path, evaluation: str | None) -> list[RecordedRun]:
     """The runs of a sweep in the order of its plan, with those not begun; or the single run that the folder is."""
     plan, fault = try_plan(folder / "plan.json")
     if fault:
@@ -127,7 +132,7 @@ def _load_folder(folder: Path) -> list[RecordedRun]:
     is_run = (folder / SUMMARY).exists()
     present = [folder] if is_run else sorted(path for path in folder.glob("*/") if _is_run(path))
     names = {path.name for path in present}
-    runs = [_load_run(path, planned.get(path.name, ())) for path in present]
+    runs = [_load_run(path, planned.get(path.name, ()), evaluation) for path in present]
     runs += [
         RecordedRun(folder / name, overrides, "missing", "not begun")
         for name, overrides in planned.items()
@@ -137,13 +142,17 @@ def _load_folder(folder: Path) -> list[RecordedRun]:
     return sorted(runs, key=lambda run: order.get(run.name, len(order)))
 
 
-def _load_run(folder: Path, planned: tuple[str, ...]) -> RecordedRun:
+def _load_run(folder: Path, planned: tuple[str, ...], evaluation: str | None = None) -> RecordedRun:
     """A run and its state; `planned` are its overrides by the sweep's plan, in case it left none itself."""
     summary, fault = try_summary(folder / SUMMARY)
     failed, damaged = try_object(folder / FAILED)
     overrides = tuple(summary.get("overrides") or renamed_overrides(failed.get("overrides") or planned))
-    if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
-        return RecordedRun(folder, overrides, "finished", summary=summary)
+    if summary:
+        summary, measured, missing = with_evaluation(folder, summary, evaluation)
+        if missing:
+            return RecordedRun(folder, overrides, "unfinished", missing, summary)
+        if any(key.startswith("eval/") for key in summary.get("metrics") or {}):
+            return RecordedRun(folder, overrides, "finished", summary=summary, measured=measured)
     if summary:
         return RecordedRun(folder, overrides, "unfinished", "it was not evaluated", summary)
     if fault:

@@ -56,6 +56,12 @@ def errors_for(replicates: int, level: float = 1 - LEVEL) -> float:
     return float(stdtrit(replicates - 1, (1 + level) / 2))
 
 
+def deviation_range(freedom: float, level: float = 1 - LEVEL) -> tuple[float, float]:
+    """The interval of a standard deviation, in units of its estimate with these degrees of freedom (chi-square)."""
+    low, high = (math.sqrt(freedom / float(chdtri(freedom, (1 - sign * level) / 2))) for sign in (1, -1))
+    return low, high
+
+
 @dataclass(frozen=True)
 class Components:
     """The variance of a mean or of a difference of means, by source.

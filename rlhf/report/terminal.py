@@ -29,6 +29,8 @@ def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
     """Print what a job of a sweep would do (`rlhf.pipeline.preflight.describe`), in a line."""
     step = description["step"]
     state = "done   " if description["done"] else f"step {step:<3}" if step else "missing"
+    if description.get("measures"):
+        state = "measure"
     same = f"  (= {description['same_as']})" if description["same_as"] else ""
     memory = (
         f"  {description['memory'].partition(' (')[0]}" if description["memory"] and not description["done"] else ""
@@ -44,7 +46,7 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
     table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
     table.add_column("")
-    if summary["stage"] == "ppo":
+    if summary["stage"] == "ppo" or before:
         table.add_column("SFT", justify="right")
         table.add_column("PPO", justify="right")
         for key, (label, scale) in ROWS.items():
@@ -55,3 +57,5 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
         for key, value in metrics.items():
             table.add_row(key, f"{value:.4f}")
     console.print(table)
+    if plateau := summary.get("plateau"):
+        console.print(f"ended at step {plateau['step']} of {summary['config']['ppo']['steps']}: {plateau['reason']}")

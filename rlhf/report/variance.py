@@ -1,9 +1,10 @@
 """How much each source contributes to the spread of a metric: a nested model, estimated by REML.
 
 A run's value is that of its row, plus the luck of its SFT model, of its reward model on that SFT model, of its PPO run
-on both, and of the evaluation instructions. All but the row are random and have a variance each, taken to be the same
-in all rows. Restricted maximum likelihood (Patterson & Thompson 1971) estimates those of the nested sources from
-unbalanced designs as well; for balanced ones it is the analysis of variance, with negative estimates set to 0.
+on both, of the evaluation instructions, and of each of these models with each instruction. All but the row are random
+and have a variance each, taken to be the same in all rows. Restricted maximum likelihood (Patterson & Thompson 1971)
+estimates those of the nested sources from unbalanced designs as well; for balanced ones it is the analysis of variance,
+with negative estimates set to 0.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import helmert  # type: ignore[import-untyped]
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 
 from rlhf.report.statistics import Array
@@ -24,7 +26,7 @@ def reml(values: Array, rows: Labels, sources: Sequence[Labels]) -> list[float]:
     """The variances of nested sources, by restricted maximum likelihood.
 
     Args:
-        values: [runs].
+        values: [runs], or [runs, samples] for independent samples with the same variances.
         rows: [runs], the row of each run; every row has a mean of its own.
         sources: from the outermost to the innermost, the group of each run [runs]. Groups are nested, and the innermost
             ones hold one run each.
@@ -38,8 +40,9 @@ def reml(values: Array, rows: Labels, sources: Sequence[Labels]) -> list[float]:
         return [float("nan")] * len(sources)
     # The likelihood of the residuals from the rows' means: in an orthonormal basis of their space, [freedom] of them.
     basis = np.linalg.svd(means)[0][:, means.shape[1] :]
-    residuals = basis.T @ values
-    scale = float(residuals @ residuals) / freedom
+    residuals = basis.T @ values.reshape(count, -1)
+    products = residuals @ residuals.T / residuals.shape[1]
+    scale = float(np.trace(products)) / freedom
     if scale < 1e-24:
         return [0.0] * len(sources)
     if len(sources) == 1:
@@ -50,7 +53,7 @@ def reml(values: Array, rows: Labels, sources: Sequence[Labels]) -> list[float]:
         return np.eye(freedom) + sum((r * matrix for r, matrix in zip(ratios, shared, strict=True)), np.zeros(()))
 
     def innermost(ratios: Array) -> float:
-        return float(residuals @ np.linalg.solve(covariance(ratios), residuals)) / freedom
+        return float(np.trace(np.linalg.solve(covariance(ratios), products))) / freedom
 
     def deviance(ratios: Array) -> float:
         return freedom * float(np.log(innermost(ratios) / scale)) + float(np.linalg.slogdet(covariance(ratios))[1])
@@ -64,39 +67,61 @@ def reml(values: Array, rows: Labels, sources: Sequence[Labels]) -> list[float]:
 
 @dataclass(frozen=True)
 class Sources:
-    """The variances of one metric by source, and how many of each there are: what a row's standard error consists of.
+    """The variances of one metric by source, and how much of each there is in the mean of a row.
+
+    The mean of a row is that of its outermost groups, the report's replicates, and theirs that of their runs.
 
     Attributes:
         nested: the variances of the nested sources, the outermost first, each per group.
-        counts: the number of groups of each in a row.
+        shares: [rows, sources], the sum of the squares of the weights that the groups have in the mean of a row. For n
+            groups of equal weight it is 1 / n, and more for unequal ones.
         instructions: the variance of the instructions' common effect, per instruction.
-        interaction: that of a run's own luck with an instruction, per run and instruction.
+        interactions: for each nested source that of the luck of a group with an instruction.
         prompts: the number of instructions; 0 if the metric is not known for each of them.
     """
 
     nested: tuple[float, ...]
-    counts: tuple[float, ...]
-    instructions: float
-    interaction: float
-    prompts: int
+    shares: Array
+    instructions: float = 0.0
+    interactions: tuple[float, ...] = ()
+    prompts: int = 0
 
     def parts(self) -> list[float]:
-        """The variance of a row's mean by source: the nested ones, then the instructions with their interaction."""
-        parts = [variance / count for variance, count in zip(self.nested, self.counts, strict=True)]
-        return [*parts, (self.instructions + self.interaction / self.counts[-1]) / max(self.prompts, 1)]
+        """The variance of a row's mean by source: the nested ones, then the instructions with their interactions.
+
+        Where rows have different numbers of groups, it is the mean over rows.
+        """
+        shares = self.shares.mean(axis=0)
+        if not self.prompts:
+            return [*(shares * self.nested), 0.0]
+        return [*(shares * self.nested), (self.instructions + float(shares @ self.interactions)) / self.prompts]
 
     @property
     def error(self) -> float:
         """The standard error of a row's mean."""
         return float(np.sqrt(sum(self.parts())))
 
-    def with_counts(self, counts: Sequence[float]) -> "Sources":
-        """The same with other numbers of groups."""
-        return replace(self, counts=tuple(counts))
+    def with_more(self, source: int) -> "Sources":
+        """The same with one more group of a source in every group above it, and all below it as in the others."""
+        before = self._per_parent(source)
+        factors = np.ones_like(self.shares)
+        factors[:, source:] = (before / (before + 1))[:, None]
+        return replace(self, shares=self.shares * factors)
+
+    def groups_added(self, source: int) -> Array:
+        """[sources]: how many groups of each source that takes, on average over rows."""
+        added = 1 / self.shares / self._per_parent(source)[:, None]
+        added[:, :source] = 0
+        return added.mean(axis=0)
 
     def with_prompts(self, prompts: int) -> "Sources":
         """The same with another number of instructions."""
         return replace(self, prompts=prompts)
+
+    def _per_parent(self, source: int) -> Array:
+        """[rows]: how many groups of a source there are in a group of the one above it, or in a row."""
+        above = self.shares[:, source - 1] if source else 1.0
+        return above / self.shares[:, source]
 
 
 def estimate_sources(
@@ -104,36 +129,44 @@ def estimate_sources(
 ) -> Sources:
     """Estimate the sources of variance of one metric.
 
-    The instructions are crossed with the runs. Their effects are estimated by two-way analysis of variance within each
-    row and averaged over rows; what that explains of the spread over runs is taken from the innermost source.
+    The instructions are crossed with the runs, and a model of any source may have luck of its own with each of them.
+    Contrasts between instructions know nothing of the luck that a model has with all of them, so they give the
+    variances of the interactions; the means over instructions contain 1 / prompts of these.
 
     Args:
         values: [runs], the metric.
-        rows: [runs].
+        rows: [runs], numbered from 0; the runs of a row stand together.
         sources: as for `reml`.
         outcomes: for each row, [runs, prompts] whose mean over prompts is the metric; None if there are none.
     """
-    nested = reml(values, rows, sources)
-    per_row = [[len(np.unique(groups[rows == row])) for row in np.unique(rows)] for groups in sources]
-    counts = tuple(float(np.mean(numbers)) for numbers in per_row)
+    found = tuple(reml(values, rows, sources))
+    weights = _weights(rows, sources[0])
+    shares = np.array([[_share(weights[at], groups[at]) for groups in sources] for at in _places(rows)])
     if not outcomes:
-        return Sources(tuple(nested), counts, 0.0, 0.0, 0)
-    effects = np.array([_instruction_effects(matrix) for matrix in outcomes])
-    common, interaction = (float(max(part, 0.0)) for part in effects.mean(axis=0))
-    prompts = outcomes[0].shape[1]
-    innermost = max(nested[-1] - interaction / prompts, 0.0)
-    return Sources((*nested[:-1], innermost), counts, common, interaction, prompts)
+        return Sources(found, shares)
+    every, prompts = np.concatenate(outcomes), outcomes[0].shape[1]
+    interactions = reml(every @ helmert(prompts).T, rows, sources)
+    nested = tuple(max(all_ - own / prompts, 0.0) for all_, own in zip(found, interactions, strict=True))
+    spreads = [float((weights[at] @ every[at]).var(ddof=1)) for at in _places(rows)]
+    common = float(np.mean(spreads - shares @ interactions))
+    return Sources(nested, shares, max(common, 0.0), tuple(interactions), prompts)
 
 
-def _instruction_effects(matrix: Array) -> tuple[float, float]:
-    """The variances of the prompts' common effect and of the interaction, from [runs, prompts]; 0 of it for one run."""
-    runs, prompts = matrix.shape
-    spread = float(matrix.mean(axis=0).var(ddof=1))
-    if runs < 2:
-        return spread, 0.0
-    rest = matrix - matrix.mean(axis=1, keepdims=True) - matrix.mean(axis=0) + matrix.mean()
-    interaction = float((rest**2).sum()) / ((runs - 1) * (prompts - 1))
-    return spread - interaction / runs, interaction
+def _weights(rows: Labels, outermost: Labels) -> Array:
+    """[runs]: the weight of each run in the mean of its row, in which every outermost group counts alike."""
+    sizes = [(outermost[rows == row] == group).sum() for row, group in zip(rows, outermost, strict=True)]
+    groups = [len(np.unique(outermost[rows == row])) for row in rows]
+    return 1 / (np.array(sizes) * np.array(groups))
+
+
+def _share(weights: Array, groups: Labels) -> float:
+    """The sum of the squares of the groups' weights."""
+    return float(((weights @ _indicators(groups)) ** 2).sum())
+
+
+def _places(rows: Labels) -> list[NDArray[np.bool_]]:
+    """For each row [runs]: which runs are its own."""
+    return [rows == row for row in np.unique(rows)]
 
 
 def _indicators(labels: Labels) -> Array:

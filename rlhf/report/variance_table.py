@@ -1,89 +1,43 @@
 """The variance table: which source of luck dominates each metric, and what to buy next to see more clearly."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from rlhf.report.comparisons import baseline, compared_metrics, judged, pair_replicates
-from rlhf.report.costs import evaluation_cost, upstream_cost
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.results import columns
 from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
-from rlhf.report.statistics import Array
+from rlhf.report.statistics import Array, deviation_range
 from rlhf.report.tables import NOTHING, Cell, Number, Table
+from rlhf.report.text import count
 from rlhf.report.variance import Labels, Sources, estimate_sources
-from rlhf.tracking.seeds import Seeds
+from rlhf.report.variance_design import Costs, Design
 
-STAGES = ("SFT", "preferences", "reward", "PPO")  # by the position of their seed in `Seeds`
 MORE_INSTRUCTIONS = 100
 Value = TypeVar("Value", float, Array)
-
-
-@dataclass(frozen=True)
-class Design:
-    """Which sources the seeds of a sweep tell apart.
-
-    Attributes:
-        depths: for each source, the outermost first, how many leading seeds tell its groups apart.
-        names: what varies together in each: one stage, or several if their seeds were moved together.
-        fixed: the stages that do not vary.
-    """
-
-    depths: tuple[int, ...]
-    names: tuple[str, ...]
-    fixed: tuple[str, ...]
-
-    @classmethod
-    def of(cls, sweep: Sweep) -> "Design":
-        """A source begins at each stage whose seed divides the groups of the stages above it."""
-        depths, before = [], len(sweep.trained)
-        for depth in range(1, len(Seeds._fields) + 1):
-            groups = {(row.label, run.seeds[:depth]) for row in sweep.trained for run in row.runs}
-            if len(groups) > before:
-                depths.append(depth)
-            before = len(groups)
-        names = [_together(STAGES[start - 1 : end - 1]) for start, end in pairwise([*depths, len(STAGES) + 1])]
-        fixed = STAGES[: depths[0] - 1] if depths else STAGES
-        return cls(tuple(depths), tuple(names), tuple(stage for stage in fixed if stage != "preferences"))
-
-    @property
-    def has_ppo_alone(self) -> bool:
-        """Whether there are several PPO runs on one pair of upstream models, so that PPO's share is known."""
-        return bool(self.depths) and self.depths[-1] == len(STAGES)
-
-
-class Costs(NamedTuple):
-    """What things cost in PPO runs: evaluating a run's present instructions, and a pipeline's upstream models.
-
-    All rows use the upstream models, so each row bears its share. 0 stands for an unknown cost.
-    """
-
-    evaluation: float
-    upstream: float
-
-    @classmethod
-    def of(cls, sweep: Sweep) -> "Costs":
-        """By the times that the runs recorded."""
-        return cls(evaluation_cost(sweep.finished), upstream_cost(sweep.finished) / len(sweep.trained))
 
 
 def variance_table(sweep: Sweep) -> Table | None:
     """One line per metric, then one for the paired differences in each compared metric; None if no row has two runs.
 
     It has the standard deviation over each source, the share of the largest in the variance of a row's mean, the
-    standard error of that mean, and what this would be with one more pipeline, one more PPO seed in each of them, or
+    standard error of that mean, and what this would be with one more of each source (built like the others), or with
     100 more instructions.
     """
     design = Design.of(sweep)
     if not design.depths or all(len(row.runs) < 2 for row in sweep.trained):
         return None
     header = ["metric", *(f"SD over {name}" for name in design.names), "SD over instructions", "largest source"]
-    header += ["SE of a row", "with 1 more pipeline", "1 more PPO seed in each", "100 more instructions", "buy next"]
+    header += [
+        "SE of a row",
+        f"with 1 more {design.units[0]}",
+        *(f"1 more {unit} in each" for unit in design.units[1:]),
+    ]
+    header += [f"{MORE_INSTRUCTIONS} more instructions", "buy next"]
     lines: list[Sequence[Cell]] = []
     asked: list[tuple[str, Row | None]] = [(metric, None) for metric in columns(sweep)]
     asked += [(metric, baseline(sweep)) for metric in compared_metrics(sweep) if pair_replicates(sweep)]
@@ -141,20 +95,11 @@ def _line(design: Design, costs: Costs, metric: str, sources: Sources, differenc
     info, parts = metric_info(metric), sources.parts()
     names = [*design.names, "instructions"]
     largest = int(np.argmax(parts))
-    offers = {
-        "a pipeline": _with_pipeline(sources, design, costs),
-        "a PPO seed in each": _with_seed(sources, design),
-        "instructions": (
-            sources.with_prompts(sources.prompts + MORE_INSTRUCTIONS) if sources.prompts else None,
-            costs.evaluation * MORE_INSTRUCTIONS / max(sources.prompts, 1) * sources.counts[-1],
-        ),
-    }
-    gains = {
-        name: (sources.error**2 - offer.error**2) / cost for name, (offer, cost) in offers.items() if offer and cost
-    }
+    offers = _offers(design, costs, sources)
+    gains = {name: (sources.error**2 - offer.error**2) / cost for name, offer, cost in offers if cost}
     spreads = [np.sqrt(variance) for variance in sources.nested]
-    spreads.append(np.sqrt(sources.instructions + sources.interaction) if sources.prompts else np.nan)
-    errors = [offer.error if offer else np.nan for offer, _ in offers.values()]
+    spreads.append(np.sqrt(sources.instructions + sum(sources.interactions)) if sources.prompts else np.nan)
+    errors = [offer.error for _, offer, _ in offers] + [np.nan] * (not sources.prompts)
     scaled = [
         Number(info.scale * float(number), digits=info.digits + 1) for number in (*spreads, sources.error, *errors)
     ]
@@ -164,33 +109,16 @@ def _line(design: Design, costs: Costs, metric: str, sources: Sources, differenc
     return [title, *scaled[: len(spreads)], share, *scaled[len(spreads) :], buy]
 
 
-def _with_pipeline(sources: Sources, design: Design, costs: Costs) -> tuple[Sources | None, float]:
-    """One more pipeline, with as many PPO seeds as the others have on average; its cost in PPO runs, of one row."""
-    if design.fixed:  # nobody knows how much other models of these stages would vary
-        return None, 0.0
-    outer = sources.counts[-2] if design.has_ppo_alone and len(sources.counts) > 1 else sources.counts[-1]
-    runs = sources.counts[-1] / outer
-    more = [count + 1 for count in sources.counts]
-    if design.has_ppo_alone:
-        more[-1] = sources.counts[-1] + runs
-    return sources.with_counts(more), runs + costs.upstream
-
-
-def _with_seed(sources: Sources, design: Design) -> tuple[Sources | None, float]:
-    """One more PPO seed on each pair of upstream models; its cost in PPO runs."""
-    if not design.has_ppo_alone:
-        return None, 0.0
-    outer = sources.counts[-2] if len(sources.counts) > 1 else 1.0
-    return sources.with_counts([*sources.counts[:-1], sources.counts[-1] + outer]), outer
-
-
-def _together(stages: Sequence[str]) -> str:
-    """The name of a source: the stages whose seeds move together; where reward models move, so do their preferences."""
-    if len(stages) == len(STAGES):
-        return "pipelines"
-    named = [stage for stage in stages if stage != "preferences"] or stages
-    words = {"SFT": "SFT models", "preferences": "preferences", "reward": "reward models", "PPO": "PPO seeds"}
-    return " with ".join(words[stage] for stage in named)
+def _offers(design: Design, costs: Costs, sources: Sources) -> list[tuple[str, Sources, float]]:
+    """What could be bought, the sources of variance with it, and its cost to a row in PPO runs (0: unknown)."""
+    offers = [
+        (f"a {unit}{' in each' if number else ''}", sources.with_more(number), costs.of_more(sources, design, number))
+        for number, unit in enumerate(design.units)
+    ]
+    if sources.prompts:
+        more = sources.with_prompts(sources.prompts + MORE_INSTRUCTIONS)
+        offers.append(("instructions", more, costs.of_instructions(sources, MORE_INSTRUCTIONS)))
+    return offers
 
 
 def _labels(keys: Sequence[object]) -> Labels:
@@ -203,10 +131,16 @@ def _caption(design: Design) -> str:
     """How to read the table, and what its design cannot tell apart."""
     text = (
         "Standard deviations around a row, by source (nested, REML; taken to be the same in all rows), and of single"
-        " responses over instructions (two-way analysis of variance, interaction included). The largest source is that"
-        " of a row's mean, whose standard error (SE) follows: as it is, and as it would be. “Buy next” takes the most"
-        " variance away for its time: PPO runs, each row's share of building SFT and reward models, and evaluation, as"
-        " far as the runs recorded them. A paired difference is from the baseline's run with the same seeds."
+        " responses over instructions (two-way analysis of variance, interactions included). The largest source is that"
+        " of a row's mean, whose standard error (SE) follows: as it is, and as it would be with one more of a source,"
+        " built like the others. “Buy next” takes the most variance away for its time: PPO runs, each row's share of"
+        " building SFT and reward models, and evaluation, as far as the runs recorded them. A paired difference is from"
+        " the baseline's run with the same seeds."
+    )
+    low, high = deviation_range(design.freedom)
+    text += (
+        f" That over {design.names[0]} rests on {count(design.freedom, 'degree')} of freedom: the true one may be"
+        f" {low:.1f} to {high:.1f} times as large (95 %, chi-square)."
     )
     if any(name == "pipelines" or " with " in name for name in design.names):
         text += (

@@ -56,22 +56,22 @@ Term = tuple[Tensor, Mapping[str, Tensor]]
 class Stage(lightning.LightningModule):
     """Manual optimisation: micro-batches within a token budget, normalised by the whole minibatch, one clip, one step.
 
-    `total_steps` is the length of the learning-rate schedule.
+    `total_steps` is the length of the training, and of the learning-rate schedule unless that is given.
     """
 
     roles: Roles
 
-    def __init__(self, settings: OptimizerSettings, total_steps: int):
+    def __init__(self, settings: OptimizerSettings, total_steps: int, schedule_steps: int | None = None):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        self.settings, self.total_steps = settings, total_steps
+        self.settings, self.total_steps, self.schedule_steps = settings, total_steps, schedule_steps
         self.timings: dict[str, float] = {}
         self.resumed_at = 0
         self.guards = Guards()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """AdamW over all parameters that require a gradient, with a schedule over `total_steps`."""
+        """AdamW over all parameters that require a gradient, with the schedule of `lr_factor`."""
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained,
@@ -111,14 +111,15 @@ class Stage(lightning.LightningModule):
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def lr_factor(self, step: int) -> float:
-        """Factor of the learning rate at `step`: linear warm-up to 1, then the schedule down to 0 after the last step.
+        """Factor of the learning rate at `step`: linear warm-up to 1, then the schedule down to 0 at its end.
 
         No step is trained at rate 0: warm-up begins above it, and the schedule reaches it only after the last step.
         """
         warmup = self.settings.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = min((step - warmup) / max(self.total_steps - warmup, 1), 1.0)
+        last = self.schedule_steps or self.total_steps
+        progress = min((step - warmup) / max(last - warmup, 1), 1.0)
         return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[
             self.settings.schedule
         ]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.records import Prompt
 from rlhf.distributed import collectives
 from rlhf.divergence import exact_kl
-from rlhf.files import read_lines
+from rlhf.files import OUTCOMES, read_lines
 from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Engine
 from rlhf.rollout.sample import Rollouts, rollout
@@ -24,7 +24,6 @@ from rlhf.settings import Settings
 from rlhf.stages.base import Stage
 from rlhf.stages.passes import compute_divergence
 
-OUTCOMES = "outcomes.jsonl"
 Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
@@ -58,7 +57,8 @@ class PolicyEvaluation(Stage):
         return generator(self.config.seed, purpose, step, str(self.roles.device))
 
     def on_validation_epoch_start(self) -> None:
-        """Begin a measurement of the present policy."""
+        """Begin a measurement of the present policy, if one is due: Lightning asks at regular intervals."""
+        self._due = self.config.ppo.evaluates(self.ppo_step)
         self.roles.eval()
         self._started = time.perf_counter()
         self._measured: list[_Measured] = []
@@ -69,7 +69,7 @@ class PolicyEvaluation(Stage):
         Of `evaluation.best_of` answers to a prompt, the one with the highest score counts. The processes take turns.
         The random stream depends on the batch alone, so that their number changes nothing.
         """
-        if index % collectives.size() != collectives.rank():
+        if not self._due or index % collectives.size() != collectives.rank():
             return
         config, texts = self.config.evaluation, [row.prompt for row in batch]
         answers = rollout(
@@ -99,6 +99,8 @@ class PolicyEvaluation(Stage):
 
     def on_validation_epoch_end(self) -> None:
         """Judge the answers of all processes, append to the samples and outcomes, log `eval/*`."""
+        if not self._due:
+            return
         parts = [part for process in collectives.all_gather(self._measured) for part in process]
         parts.sort(key=lambda part: part.index)
         prompts = [prompt for part in parts for prompt in part.prompts]

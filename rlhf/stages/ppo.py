@@ -72,7 +72,7 @@ class PPO(PolicyEvaluation):
     ):
         # the rate that is used is self.settings.lr: whole models have one of their own
         lr = settings.ppo.lr if settings.lora.r else settings.ppo.lr_full
-        super().__init__(dataclasses.replace(settings.ppo, lr=lr), settings.ppo.steps)
+        super().__init__(dataclasses.replace(settings.ppo, lr=lr), settings.ppo.steps, settings.ppo.schedule_steps)
         self.config, self.ppo = settings, settings.ppo
         self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator

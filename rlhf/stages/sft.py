@@ -1,6 +1,7 @@
 """Supervised fine-tuning: maximum likelihood of demonstrations."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,9 @@ from rlhf.models.chat_turns import AssistantTurns
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
 from rlhf.models.tokenizing import encode_pairs
-from rlhf.settings import SFTSettings
+from rlhf.settings import JOINED, SFTSettings
 from rlhf.stages.cutting import Encoded
+from rlhf.stages.joining import joined
 from rlhf.stages.supervised import SupervisedStage
 
 
@@ -34,18 +36,24 @@ class SupervisedFineTuning(SupervisedStage):
         self.turns = AssistantTurns(tokenizer) if settings.loss_on == "assistant" else None
         self._held_out: list[tuple[Tensor, int]] = []
 
-    def encode(self, rows: Sequence[Demonstration]) -> list[Encoded]:
-        """(prompt ids, response ids) of each demonstration."""
+    def encode(self, rows: Sequence[Demonstration], whole: bool = False) -> list[Encoded]:
+        """(prompt ids, response ids) of each demonstration, cut to `sft.max_length` tokens unless `whole`."""
         prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
-        return encode_pairs(self.tokenizer, prompts, responses, self.sft.max_length)
+        return encode_pairs(self.tokenizer, prompts, responses, sys.maxsize if whole else self.sft.max_length)
+
+    def training_rows(self, rows: Sequence[Demonstration]) -> list[Encoded]:
+        """What is trained on: the encoded demonstrations, or with `sft.packing=joined` sequences cut from them."""
+        if self.sft.packing != JOINED:
+            return self.encode(rows)
+        return joined(self.encode(rows, whole=True), self.sft.max_length, self.sft.seed)
 
     def collate(self, rows: list[Encoded]) -> Sequences:
-        """A batch; with `sft.packing`, several texts share a row."""
+        """A batch; with `sft.packing=true`, several texts share a row and are kept apart."""
         prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
         batch = Sequences.from_lists(prompts, responses, self.sft.loss_on == "text")
         for targets, prompt in zip(batch.targets, prompts if self.turns else [], strict=False):
             targets[: len(prompt)] = torch.tensor(self.turns(prompt))
-        return pack(batch, self.sft.max_length) if self.sft.packing else batch
+        return pack(batch, self.sft.max_length) if self.sft.packing is True else batch
 
     def count(self, batch: Sequences) -> int:
         """The number of target tokens."""

@@ -73,7 +73,7 @@ class SweepCallback(Callback):
             return
         runs = states(folder)
         Console().print(view(folder, runs))
-        if any(run.state == "done" for run in runs) and config.stage.name == "ppo":
+        if any(run.state == "done" for run in runs) and config.stage.name in ("ppo", "evaluate"):
             _report(folder, config)
         if any(run.state == "failed" for run in runs):
             raise SystemExit(FAILURE)

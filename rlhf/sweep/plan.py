@@ -12,9 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from rlhf.errors import ConfigError
-from rlhf.files import SUMMARY, read_object
+from rlhf.files import read_object
 from rlhf.objectives import objectives_of, result
 from rlhf.sweep.resolvers import folder_name
+from rlhf.tracking.evaluations import shown_summary
 
 PLAN = "plan.json"  # in the sweep's folder: the runs, and `jobs`, how many run at once
 
@@ -87,9 +88,8 @@ def trainer_configs(config: DictConfig) -> list[DictConfig]:
 
 def objective_values(run: Path, config: DictConfig) -> float | list[float] | None:
     """The values of `objectives` in the summary of a run's folder, for a sweeper; None without a summary."""
-    if not (run / SUMMARY).exists():
-        return None
-    return result(read_object(run / SUMMARY, metrics=dict)["metrics"], objectives_of(config))
+    summary = shown_summary(run)
+    return None if summary is None else result(summary["metrics"], objectives_of(config))
 
 
 # -- sweeper and launcher --------------------------------------------------------------------------------------------

@@ -19,10 +19,15 @@ ADJUSTED, CONTROLLED = "eval/length_adjusted_win_rate", "eval/length_controlled_
 
 # Earlier path of a class or function that a configuration names by `_target_` → present path.
 RENAMED_TARGETS = {
+    "rlhf.distributed.collectives.DataParallel": "rlhf.distributed.strategies.DataParallel",
+    "rlhf.distributed.collectives.Sharded": "rlhf.distributed.strategies.Sharded",
     "rlhf.finished_judge.FinishedRewardModelJudge": "rlhf.finished.judge.FinishedRewardModelJudge",
     "rlhf.parallel.DataParallel": "rlhf.distributed.strategies.DataParallel",
     "rlhf.parallel.Sharded": "rlhf.distributed.strategies.Sharded",
+    "rlhf.scorers.bag_of_words.BagOfWordsScorer": "rlhf.scorers.ngrams.NgramScorer",
+    "rlhf.scorers.sentiment.ClassifierScorer": "rlhf.scorers.classifier.ClassifierScorer",
     "rlhf.scorers.sentiment.SentimentScorer": "rlhf.scorers.classifier.ClassifierScorer",
+    "rlhf.tracking.run_log.wandb_logger": "rlhf.tracking.dashboards.wandb_logger",
     "rlhf.tracking.wandb_logger": "rlhf.tracking.dashboards.wandb_logger",
 }
 

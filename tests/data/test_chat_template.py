@@ -160,3 +160,11 @@ def test_a_configuration_chooses_between_strings_and_a_chat_template() -> None:
     for wrong in (None, "chat", {"name_or_path": "a", "sytem": "b"}, {"with_input": "{instruction}"}):
         with pytest.raises(DataError, match="is not allowed; allowed: a mapping"):
             parse_template(wrong)
+
+
+def test_of_two_strings_that_match_the_one_with_more_text_of_its_own_is_read_back() -> None:
+    template = Template("I: {input}\nQ: {instruction}\nA:", "{instruction}\nA:")
+    assert template.messages_of(template.render("a b", "c")) == [{"role": "user", "content": "a b\n\nc"}]
+    assert template.messages_of(template.render("a b")) == [{"role": "user", "content": "a b"}]
+    loose = Template("{instruction} {input}", "Q: {instruction}")
+    assert loose.messages_of(loose.render("a b")) == [{"role": "user", "content": "a b"}]

@@ -10,6 +10,7 @@ from rlhf.data.farm.dataset import GROUPS
 from rlhf.data.farm.judge import analyze
 from rlhf.data.farm.writers import EDITS
 from rlhf.data.records import Split
+from rlhf.errors import DataError
 
 COMPARISONS = 560
 FARM = Farm(people=144, fame=0.85, responses=8, comparisons=COMPARISONS, held_out_comparisons=1000)
@@ -29,7 +30,7 @@ def test_demonstrations_tell_all_about_the_famous_and_little_about_the_obscure()
     famous, known, obscure = (share_told(Farm(people=144, fame=1.2), group) for group in GROUPS)
     assert famous == 1
     assert famous > known > obscure > 0.4
-    assert share_told(FARM, "") == share_told(Farm(people=144), "obscure") == 1
+    assert share_told(FARM, "") == share_told(Farm(people=144), "") == 1
 
 
 def test_demonstrations_follow_the_power_law_and_nothing_else_does():
@@ -50,6 +51,23 @@ def test_groups_are_thirds_of_the_people_by_fame():
     groups = [FARM.group(f"Who is {person.name}?") for person in FARM.world.people]
     assert groups == [name for name in GROUPS for _ in range(48)]
     assert FARM.group("How do I make cheese?") == ""
+    assert FARM.groups == GROUPS
+
+
+def test_without_a_long_tail_nobody_is_famous():
+    flat = Farm(people=144)
+    assert flat.groups == ()
+    assert {flat.group(f"Who is {person.name}?") for person in flat.world.people} == {""}
+
+
+@pytest.mark.parametrize(("responses", "tokens"), [(2, 0), (8, 1)])
+def test_comparisons_that_are_cut_too_short_to_differ_are_refused_before_any_model_is_made(responses: int, tokens: int):
+    short = Farm(people=4, max_response_tokens=tokens, responses=responses)
+    for attempt in (short.check, lambda: short.load("preference")):
+        with pytest.raises(DataError, match=rf"^data\.max_response_tokens={tokens}: .*different.*; allowed: ") as told:
+            attempt()
+        assert "\n" not in str(told.value)
+    Farm(people=4, max_response_tokens=6, responses=responses).check()
 
 
 @pytest.mark.parametrize("responses", [2, 5, 8])

@@ -162,6 +162,7 @@ CONFIGS = [
     unlocked("data=alpaca", "judge=none", "kl=adaptive", "data.root=/nope"),
     unlocked("data=stack_exchange", "judge=none", "scorer=sentiment", "data.root=/nope"),
     unlocked("data=imdb", "judge=none", "scorer=gold"),
+    unlocked("data=hub", "judge=none", "data.root=/nope", "data.sft=x.jsonl", "data.prompts=x.jsonl"),
 ]
 # left out: sizes of the simulated world and of models built from scratch, where huge values take hours and do not fail
 KEYS = [

@@ -11,8 +11,9 @@ from rlhf.data import sources
 from rlhf.data.alpaca import Alpaca
 from rlhf.data.records import ScoredComparison, as_records, columns
 from rlhf.errors import DataError
+from tests.helpers.chat_models import save_chat_tokenizer
 from tests.helpers.data_readers import TEMPLATE
-from tests.helpers.hub_rows import assistant, hub, user
+from tests.helpers.hub_rows import assistant, hub, system, user
 
 SCORED = {"prompt": "Which?", "answers": ["a", "b", "c", "d"], "scores": [1, 3, 2, 3]}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
@@ -30,8 +31,8 @@ def test_unknown_columns_are_refused_before_anything_is_read(tmp_path):
     assert str(failure.value) == (
         "data.preference: preference.jsonl has the columns query, best, worst, which make none of the known formats; "
         "allowed: chosen + rejected; prompt + output_1 + output_2 + preference; prompt + output_1 + output_2 + score_1 "
-        "+ score_2; prompt + answers + scores; prompt + answers + ranks (columns={FIELD: COLUMN, …} says which column is "
-        "which field)."
+        "+ score_2; prompt + answers + scores; prompt + answers + ranks (columns={FIELD: COLUMN, …} says which column "
+        "is which field)."
     )
     names = {"prompt": "query", "chosen": "best", "rejected": "worst"}
     mapped = {"source": "preference.jsonl", "columns": names}
@@ -136,8 +137,8 @@ def test_contents_in_parts_are_joined_and_images_are_refused(tmp_path):
     source = hub(tmp_path, sft=rows)
     assert source.load("sft")["response"] == ["Hello."]
     assert source.report["sft"].counts == {
-        "`messages` has a part of type image, not text": 1,
-        "`messages` has a part of type None, not text": 1,
+        "`messages` has a part of type 'image', not text": 1,
+        "`messages` has a part of type 'none', not text": 1,
     }
 
 
@@ -249,3 +250,21 @@ def test_rows_are_the_same_as_those_of_alpaca(tmp_path):
     alpaca = Alpaca(template=TEMPLATE, root=str(tmp_path), exclude_eval_instructions=False, **files)
     for split in splits:
         assert mine.load(split).to_list() == alpaca.load(split).to_list(), split
+
+
+def test_conversations_of_several_turns_go_through_a_chat_template(tmp_path):
+    chat = {"name_or_path": str(save_chat_tokenizer("chatml", tmp_path / "tokenizer"))}
+    row = {"messages": [system("Be brief."), user("Hi"), assistant("Hello."), user("Why?"), assistant("So.")]}
+    first = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    second = f"{first}Hello.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    last = {"prompt": second, "response": "So."}
+    assert hub(tmp_path, sft=[row], template=chat).load("sft").to_list() == [last]
+    every = hub(tmp_path, sft="sft.jsonl", template=chat, assistant_turns="all").load("sft")
+    assert every.to_list() == [{"prompt": first, "response": "Hello."}, last]
+    asked = hub(tmp_path, eval="sft.jsonl", template=chat).load("eval").to_list()
+    shown = "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello.\n\nUser: Why?"
+    assert asked == [{"prompt": second, "reference_output": "So.", "instruction": shown}]
+    refused = hub(tmp_path, sft=[row, {"messages": [user("Hi"), assistant("x")]}])
+    assert refused.load("sft")["response"] == ["x"]
+    (reason,) = refused.report["sft"].counts
+    assert "data/template=chat" in reason

@@ -81,7 +81,7 @@ CASES = [
         [({"messages": [user("Hi")]}, "`messages` does not end with a turn of the assistant"),
          ({"messages": [user("Hi"), user("?"), assistant("x")]}, "`messages` has two turns of the user in a row"),
          ({"messages": [user("Hi"), assistant("")]}, "empty `messages.content`"),
-         ({"messages": [{"role": "owner", "content": "x"}]}, "`messages` has a message of role owner"),
+         ({"messages": [{"role": "owner", "content": "x"}]}, "`messages` has a message with the role 'owner'"),
          ({"messages": "Hi"}, "`messages` is a text, not a list of messages"),
          ({"messages": [user("Hi"), assistant("x"), system("Be brief.")]},
           "`messages` has a system message after the first one"),

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.data.farm import Facts, Farm
 from rlhf.data.records import Prompt
-from rlhf.evaluation.evaluator import ResponseEvaluator, precision_by_group
+from rlhf.evaluation.evaluator import ResponseEvaluator, evaluation_metrics, precision_by_group
 
 
 def test_precision_is_pooled_within_each_group() -> None:
@@ -18,7 +18,7 @@ def test_precision_is_pooled_within_each_group() -> None:
 
 
 def test_the_evaluation_tells_the_farms_precision_by_fame() -> None:
-    farm = Farm(people=144)
+    farm = Farm(people=144, fame=1.0)
     people = [farm.world.people[0], farm.world.people[143]]
     prompts = [Prompt(f"Who is {person.name}?\n") for person in people]
     towns = people[0].truth["home"], next(town for town in farm.world.attribute(people[1], "home").values
@@ -29,3 +29,6 @@ def test_the_evaluation_tells_the_farms_precision_by_fame() -> None:
     assert metrics["eval/factual_precision_obscure"] == 0
     assert metrics["eval/factual_precision"] == pytest.approx(0.5)
     assert "eval/factual_precision_known" not in metrics
+    flat, _ = ResponseEvaluator(Farm(people=144), lambda *_: [])(prompts, answers)
+    assert not [name for name in (*flat, *evaluation_metrics(Farm(people=144), False, False)) if "precision_" in name]
+    assert "eval/factual_precision_obscure" in evaluation_metrics(farm, False, False)

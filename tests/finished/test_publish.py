@@ -130,6 +130,10 @@ def test_the_card_says_what_was_trained_how(
 def test_the_card_names_the_hubs_data_and_no_place_of_this_machine() -> None:
     assert list(hub_datasets(run_config("data=alpaca_farm")["data"])) == ["tatsu-lab/alpaca_farm"] * 5
     assert list(hub_datasets(run_config("data=imdb")["data"])) == ["stanfordnlp/imdb"]
+    pinned = "data.sft={source: a/b@v1:en, columns: {prompt: q}}"
+    hub = run_config("data=hub", pinned, "data.eval=hf://datasets/c/d@main/file.json")["data"]
+    assert sorted(hub_datasets(hub)) == ["a/b", "c/d"]
+    assert sorted(hub_datasets({"parts": {"one": hub}, "weights": {"one": 1}})) == ["a/b", "c/d"]
     assert not list(hub_datasets(run_config("data=alpaca")["data"]))
     assert not list(hub_datasets(run_config("data=stack_exchange", "data.sources=dumps/Posts.xml")["data"]))
     told = shareable(

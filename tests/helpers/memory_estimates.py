@@ -6,6 +6,11 @@ from rlhf.settings import Settings
 from tests.helpers.composed_config import composed_settings
 
 VOCABULARY = 500
+LLAMA_7B = (
+    "{model_type:llama,hidden_size:4096,intermediate_size:11008,num_hidden_layers:32,num_attention_heads:32,"
+    "num_key_value_heads:32}"
+)
+NEOX_20B = "{model_type:gpt_neox,hidden_size:6144,intermediate_size:24576,num_hidden_layers:44,num_attention_heads:64}"
 
 
 def sizes_of(settings: Settings, vocabulary: int = VOCABULARY) -> Sizes:

@@ -4,15 +4,19 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.templates import PromptTemplate
 from rlhf.models.roles import Roles
 from rlhf.scorers import Context
 from tests.helpers.tiny_models import tiny_roles, word_tokenizer
 
 
 class NoSource:
-    """A data set that must not be read."""
+    """A data set that must not be read; it may have a prompt template."""
 
     splits = ()
+
+    def __init__(self, template: PromptTemplate | None = None):
+        self.template = template
 
     def load(self, split: str) -> Any:
         raise AssertionError

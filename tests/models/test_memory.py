@@ -9,7 +9,7 @@ from rlhf.models.memory import CONTEXT, GAPS, TRAINED, Memory, Work, estimate, s
 from rlhf.pipeline.fitting import with_numbers
 from rlhf.settings import Settings
 from tests.helpers.composed_config import composed_settings
-from tests.helpers.memory_estimates import VOCABULARY, estimate_of, sizes_of
+from tests.helpers.memory_estimates import LLAMA_7B, NEOX_20B, VOCABULARY, estimate_of, sizes_of
 
 STAGES = ("sft", "preferences", "reward", "ppo", "evaluate")
 
@@ -63,13 +63,6 @@ def test_a_gpu_costs_its_context_and_the_gaps_of_the_allocator() -> None:
     assert gpu.phases["generating"] == int(GAPS * cpu.phases["generating"])
 
 
-LLAMA_7B = (
-    "{model_type:llama,hidden_size:4096,intermediate_size:11008,num_hidden_layers:32,num_attention_heads:32,"
-    "num_key_value_heads:32}"
-)
-NEOX_20B = "{model_type:gpt_neox,hidden_size:6144,intermediate_size:24576,num_hidden_layers:44,num_attention_heads:64}"
-
-
 def on_card(recipe: str, config: str, vocabulary: int, gib: int, *overrides: str) -> tuple[Settings, Memory]:
     """A recipe's numbers on a card of `gib` GiB, and the most demanding of its stages."""
     own = composed_settings(f"recipe={recipe}", "model.name_or_path=null", f"model.config={config}", *overrides)
@@ -77,15 +70,6 @@ def on_card(recipe: str, config: str, vocabulary: int, gib: int, *overrides: str
     work = Work(("sft", "ppo") if recipe == "imdb_20b" else ("sft", "reward", "ppo"), recipe != "imdb_20b", on_gpu=True)
     chosen = with_numbers(own, sizes, work, gib * 2**30)
     return chosen, estimate(chosen, sizes, work)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "config", "vocabulary", "card"),
-    [("stackllama", LLAMA_7B, 32_000, 40), ("imdb_20b", NEOX_20B, 50_432, 24)],
-)
-def test_a_recipe_fits_the_card_that_it_names(recipe: str, config: str, vocabulary: int, card: int) -> None:
-    _, needed = on_card(recipe, config, vocabulary, card)
-    assert 0.5 * card < needed.peak / 2**30 < 0.95 * card
 
 
 def test_20b_in_int8_does_not_fit_24_gb_because_of_the_inputs_that_int8_layers_hold() -> None:
@@ -99,7 +83,9 @@ def test_20b_in_int8_does_not_fit_24_gb_because_of_the_inputs_that_int8_layers_h
 
 
 def test_ppo_at_the_papers_sizes_fits_80_gb_with_fewer_answers_at_a_time() -> None:
-    fitting = ("model.dtype=bfloat16", "lora@sft.lora=r8")
+    fitting = ("model.dtype=bfloat16", "lora@sft.lora=r8", "lora@reward.lora=r8")
+    whole, _ = on_card("paper", LLAMA_7B, 32_000, 74, "model.dtype=bfloat16")
+    assert whole.generation.batch_size == 64  # a quarter of 256: the reward model is a model of its own
     own, needed = on_card("paper", LLAMA_7B, 32_000, 74, *fitting)
     assert own.generation.batch_size == 86  # a third of 256
     assert own.ppo.microbatch_tokens == 4096

@@ -39,7 +39,7 @@ def test_what_alone_is_too_large_is_what_a_refusal_names() -> None:
 def test_other_stages_have_changes_of_their_own() -> None:
     sft = proposed(80, *PAPER, stages=("sft", "ppo"))
     assert sft == "lora@sft.lora=r8"
-    assert proposed(24, *PAPER, "quantization=nf4", stages=("reward",)) == (
+    assert proposed(24, *PAPER, "lora@reward.lora=r16_all", "quantization=nf4", stages=("reward",)) == (
         "reward.microbatch_tokens=1024, or model.gradient_checkpointing=true"
     )
 

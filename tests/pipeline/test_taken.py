@@ -142,6 +142,19 @@ def test_a_reward_model_with_another_tokenizer_is_a_scorer(made: SimpleNamespace
             assert row["reward"] == pytest.approx(float(model(ids).logits) - baseline, abs=1e-4)
 
 
+def test_a_finished_run_is_measured_when_its_checkpoints_are_gone(made: SimpleNamespace, capfd: Any) -> None:
+    for name in ("sft", "foreign"):
+        shutil.copytree(vars(made)[name], name)
+    words = [*with_released_shape(made), "sft.from=sft/", "reward.from=foreign/", "name=ppo"]
+    assert run_in_process(*words) == 0
+    for name in ("sft", "foreign"):
+        shutil.rmtree(name)
+    assert run_in_process("stage=evaluate", f"policy={done('ppo')}", "judge=reward_model", "name=again") == 0
+    told = said(capfd)
+    assert not [text for text in TRAINING if text in told]
+    assert summary_of(done("again"))["metrics"]["eval/reward"] == summary_of(done("ppo"))["metrics"]["eval/reward"]
+
+
 def test_a_reward_model_of_another_size_is_trained_on_its_own_sft_model(capfd: Any) -> None:
     size = ["model@reward.model=tiny", "reward.model.config.hidden_size=48", "reward.model.config.num_hidden_layers=1"]
     assert run_in_process(*TINY, *size, "name=ppo") == 0
@@ -186,6 +199,7 @@ def test_differences_to_another_base_are_refused_and_leave_nothing(
     assert run_in_process(*words, "name=ppo") == 2
     assert "the weights add up to" in error_sentence(capfd.readouterr().err)
     assert not list(Path("outputs/cache").glob("sft-*/summary.json"))
+    assert not list(Path("outputs").rglob("*.safetensors"))
 
 
 def test_a_dry_run_says_what_is_taken(made: SimpleNamespace, capfd: Any) -> None:

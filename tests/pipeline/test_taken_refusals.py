@@ -30,6 +30,7 @@ BAD = [
     ("sft.from={encoder}", "is a BertForMaskedLM; allowed: a causal language model"),
     ("sft.from={sft}-wdiff", r"holds weight differences; allowed: with sft\.difference_to="),
     ("sft.difference_to={sft}", r"there are none; allowed: with sft\.from"),
+    ("reward.model=me/model", r"reward\.model=me/model names no option; allowed: model@reward\.model=custom, "),
     ("reward.from={untold}", "has no tokenizer to read texts with"),
 ]  # fmt: skip
 

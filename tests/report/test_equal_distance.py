@@ -1,5 +1,6 @@
 """Rows at equal distance: what is interpolated, what is not, and what the tables say."""
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_the_tables_have_intervals_over_pipelines_and_pair_them(tmp_path: Path) 
     here = at_distance(near, 0.4)
     assert here is not None
     assert line["√KL 0.4"].startswith(f"{100 * np.mean(here.values(WIN)):.1f} (")
-    found = compared_at(sweep, against, WIN, distances)
+    found = compared_at(sweep, against, [WIN], distances)
     here, other = (at_distance(row, 0.2) for row in (sweep.trained[1], against))
     assert here is not None
     assert other is not None
@@ -131,10 +132,35 @@ def test_the_tables_have_intervals_over_pipelines_and_pair_them(tmp_path: Path) 
     assert alone is not None
     assert alone.unpaired is not None
     assert alone.difference == found[0.2][0].difference
-    table = distance_difference_table(sweep, found, against, WIN)
+    table = distance_difference_table(sweep, found, against)
     assert f"all {sum(map(len, found.values()))} comparisons" in table.caption
     assert all(row.label != against.label for row in sweep.trained if row.label in {line[0] for line in table.texts()})
     assert table.csv().splitlines()[0].startswith("row,√KL 0.2,√KL 0.2 low,√KL 0.2 high")
+
+
+def test_rows_are_compared_at_equal_distance_in_the_metrics_in_which_they_are_compared_at_equal_steps(
+    tmp_path: Path,
+) -> None:
+    """As in a study whose columns are the reward and the gold utility: over-optimisation shows in the second."""
+    columns = ["eval/reward", "eval/gold_utility", "eval/true_kl"]
+    out = make_report([write_pipelines(tmp_path / "s", {"columns": columns})]).parent
+    at_steps, means, differences = (
+        [dict(line) for line in csv.DictReader((out / f"{name}.csv").open())]
+        for name in ("differences", "distance", "distance_differences")
+    )
+    assert {line["metric"] for line in at_steps} == {"learned reward", "gold utility"}
+    assert [line["metric"] for line in differences] == ["learned reward", "gold utility"]
+    assert {"learned reward", "gold utility"} < {line["metric"] for line in means}
+    family = (out / "distance_differences.md").read_text()
+    held = [float(line[key]) for line in differences for key in line if key.startswith("√KL") and line[key] != ""]
+    assert f"all {len(held) // 3} comparisons" in family
+    sweep = load([tmp_path / "s"])
+    ours, theirs = (at_distance(row, 0.2) for row in sweep.trained[::-1])
+    assert ours is not None
+    assert theirs is not None
+    gap = compare(ours, theirs, "eval/gold_utility", pair=True)
+    assert gap is not None
+    assert float(differences[1]["√KL 0.2"]) == pytest.approx(gap.difference.mean)
 
 
 def test_the_summary_names_the_best_row_where_all_rows_got_to(tmp_path: Path) -> None:

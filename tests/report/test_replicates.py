@@ -1,6 +1,7 @@
 """Replicates: which runs the statistics count as one, and what is compared in pairs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from rlhf.report.checks import warnings
 from rlhf.report.comparisons import baseline, compare, comparisons, difference_table
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
-from rlhf.report.statistics import mean_of
-from tests.helpers.made_up_sweeps import PROMPTS, write_pipelines, write_run
+from rlhf.report.statistics import difference, mean_of
+from tests.helpers.made_up_sweeps import PROMPTS, write_pipelines, write_run, write_sweep
 
 WIN = "eval/win_rate"
 
@@ -119,6 +120,21 @@ def test_seeds_of_ppo_alone_are_not_paired_unless_asked_for(sweep: Sweep) -> Non
     assert sweep.rows[0].replicates == {}
 
 
+def test_seeds_of_ppo_are_paired_if_the_layout_asks_for_it(tmp_path: Path) -> None:
+    kept = load([write_sweep(tmp_path / "kept", {"pair_seeds": False})])
+    asked = load([write_sweep(tmp_path / "asked", {"pair_seeds": True})])
+    for sweep, paired in ((kept, False), (asked, True)):
+        found = comparisons(sweep, baseline(sweep), [WIN])
+        trained = [item for item in found if item.row.label != "SFT"]
+        assert [item.unpaired is not None for item in trained] == [paired] * 2
+        assert ("by seed" in difference_table(sweep, found, baseline(sweep)).caption) == paired
+    ours, theirs = asked.trained[2].outcomes(WIN), asked.trained[0].outcomes(WIN)
+    assert ours is not None
+    assert theirs is not None
+    assert found[-1].difference == difference(ours, theirs, paired=True)
+    assert found[-1].unpaired == difference(ours, theirs, paired=False)
+
+
 def test_the_interval_of_a_row_is_that_of_its_mean_over_pipelines_and_instructions(pipelines: Sweep) -> None:
     row, cell = pipelines.trained[0], main_table(pipelines).rows[1][3]
     outcomes = row.outcomes(WIN)
@@ -134,3 +150,41 @@ def test_equal_seeds_on_different_reward_models_are_warned_of(tmp_path: Path) ->
     run = next(folder.glob("*replicate-2_seed-2")) / "summary.json"
     run.write_text(run.read_text().replace("reward-2", "reward-9"))
     assert any("different reward models (reward-2, reward-9)" in text for text in warnings(load([folder])))
+
+
+def shared_by(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """The sentence about what runs share, for rows with these summaries and two PPO seeds each."""
+    for number, row in enumerate(rows):
+        for seed in (1, 2):
+            config = {"seed": seed, "sft": {"seed": 0, "lr": row.get("lr", 0.1)}, "reward": {"seed": 0}}
+            axes = [f"row={number}", f"seed={seed}"]
+            models = {"reward_model": row["reward_model"]} if "reward_model" in row else {}
+            write_run(folder / "_".join(axes), "lora_kl", seed, config=config, overrides=axes, **models)
+    return main_table(load([folder])).caption
+
+
+SHARED: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"reward_model": "reward-a"}] * 2, "All runs share one SFT model and one reward model: "),
+    ([{}] * 2, "All runs share one SFT model and one reward model: "),  # early versions
+    ([{"reward_model": None}] * 2, "All runs share one SFT model: "),  # a classifier is the scorer
+    (
+        [{"reward_model": "reward-a"}, {"reward_model": "reward-b"}],
+        "All runs of a row share one SFT model and one reward model, but rows differ in theirs: ",
+    ),
+    (
+        [{"reward_model": None, "lr": 0.1}, {"reward_model": None, "lr": 0.2}],
+        "All runs of a row share one SFT model, but rows differ in theirs: ",
+    ),
+    (
+        [{"reward_model": None}, {"reward_model": "reward-a"}],
+        "All runs share one SFT model and, if they need one, one reward model: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "sentence"), SHARED)
+def test_what_runs_are_said_to_share_is_what_they_recorded(
+    tmp_path: Path, rows: list[dict[str, Any]], sentence: str
+) -> None:
+    """Equal seeds alone do not make equal models."""
+    assert sentence in shared_by(tmp_path / "s", rows)

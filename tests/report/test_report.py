@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhf import root
 from rlhf.errors import NoRunsError
 from rlhf.report import statistics as st
 from rlhf.report.cli import main, make_report
 from rlhf.report.comparisons import comparisons
 from rlhf.report.figure_style import looks
+from rlhf.report.metric_info import EVAL_METRICS, metric_info
 from rlhf.report.page import config_difference
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
@@ -73,6 +75,14 @@ def test_main_table_shows_what_is_there_or_what_is_asked_for(sweep: Sweep, tmp_p
     asked = write_sweep(tmp_path / "s", {"columns": ["eval/factual_precision", "eval/facts_per_response"]}, ["lora_kl"])
     chosen = load([asked])
     assert main_table(chosen).header[:4] == ["row", "seeds", "factual precision (%)", "95 % interval"]
+
+
+def test_every_documented_metric_of_an_evaluation_has_a_name_and_a_unit() -> None:
+    documented = set(re.findall(r"^\| `(eval/\w+)` \|", (root() / "docs/metrics.md").read_text(), re.MULTILINE))
+    assert len(documented) > 15
+    derived = ("_se", "_fall")  # standard errors, and falls below the best evaluation: no columns of their own
+    assert {name for name in documented if not name.endswith(derived)} <= set(EVAL_METRICS)
+    assert metric_info("eval/factual_precision_obscure").unit == metric_info("eval/factual_precision").unit == "%"
 
 
 def test_comparisons_are_one_family(sweep: Sweep) -> None:

@@ -128,6 +128,27 @@ def test_what_only_describes_a_run_does_not_part_the_seeds(tmp_path: Path) -> No
     assert [ppo_seeds(row) for row in load([folder]).trained] == [(1, 2)]
 
 
+WITHOUT_EFFECT: list[dict[str, Any]] = [
+    {"trainer": {"_target_": "lightning.pytorch.Trainer", "deterministic": True, "benchmark": False}},
+    {"trainer": {"_target_": "lightning.Trainer", "detect_anomaly": True, "callbacks": None}},
+    {"ppo": {"steps": 8, "checkpoint_every": 5}, "sft": {"log_every": 2}},
+    {"generation": {"cuda_graphs": "never"}},
+    {"model": {"name": "another name of the same"}},
+]
+
+
+@pytest.mark.parametrize("change", WITHOUT_EFFECT, ids=str)
+def test_replicates_may_differ_in_what_is_no_part_of_a_runs_identity(tmp_path: Path, change: dict[str, Any]) -> None:
+    """All runs are of one commit, so that a key which only one of them has would count."""
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
+    same = {"trainer": {"_target_": "lightning.Trainer"}, "ppo": {"steps": 8}, "sft": {}, "generation": {}, "model": {}}
+    for seed in (1, 2, 3):
+        reconfigured(folder / f"variant-lora_kl_seed-{seed}", **{**same, **(change if seed == 3 else {})})
+    assert [ppo_seeds(row) for row in load([folder]).trained] == [(1, 2, 3)]
+    reconfigured(folder / "variant-lora_kl_seed-3", trainer={"_target_": "mine.Trainer"})
+    assert [ppo_seeds(row) for row in load([folder]).trained] == [(1, 2)]
+
+
 def test_a_key_that_an_older_version_lacks_does_not_part_the_seeds(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     reconfigured(folder / "variant-lora_kl_seed-3", evaluation={"difficulty": None})
@@ -138,6 +159,14 @@ def test_a_key_that_an_older_version_lacks_does_not_part_the_seeds(tmp_path: Pat
     path = folder / "variant-lora_kl_seed-2" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "reward_model": "reward-1"}))
     assert any("different reward models (None, reward-1)" in text for text in warnings(load([folder])))
+
+
+def test_a_misspelt_key_of_the_layout_is_warned_of(tmp_path: Path) -> None:
+    for name, layout in (("right", {"pair_seeds": True, "notes": "n"}), ("wrong", {"pair_seed": True, "notes": "n"})):
+        told = warnings(load([write_sweep(tmp_path / name, layout, ["lora_kl"])]))
+        assert [text.partition(" has no effect; allowed: title, ")[0] for text in told] == ["report.pair_seed"] * (
+            name == "wrong"
+        )
 
 
 def test_runs_moved_aside_are_no_rows(tmp_path: Path) -> None:

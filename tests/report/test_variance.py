@@ -8,7 +8,8 @@ import pytest
 from rlhf.report.runs import load
 from rlhf.report.statistics import Array
 from rlhf.report.variance import Labels, Sources, estimate_sources, reml
-from rlhf.report.variance_table import Design, sources_of, variance_table
+from rlhf.report.variance_design import Design
+from rlhf.report.variance_table import sources_of, variance_table
 from tests.helpers.made_up_sweeps import write_pipelines
 
 # Davies & Goldsmith's Dyestuff data: the yields of six batches. Their REML estimates are in the manual of lme4.
@@ -84,24 +85,28 @@ def test_the_sources_are_those_of_a_simulated_truth() -> None:
         made = simulated(rng, sizes, prompts)
         outcomes = [matrix.reshape(-1, prompts) for matrix in made]
         told = estimate_sources(made.mean(axis=-1).ravel(), rows, sources, outcomes)
-        assert (told.counts, told.prompts) == ((5.0, 15.0, 30.0), prompts)
-        found.append([*told.nested, told.instructions, told.interaction])
-    assert np.mean(found, axis=0) == pytest.approx([4, 1, 0.25, 9, 16], rel=0.12, abs=0.06)
+        assert told.shares == pytest.approx(np.full((2, 3), [1 / 5, 1 / 15, 1 / 30]))
+        assert told.prompts == prompts
+        found.append([*told.nested, told.instructions, *told.interactions])
+    assert np.mean(found, axis=0) == pytest.approx([4, 1, 0.25, 9, 0, 0, 16], rel=0.12, abs=0.15)
 
 
 def test_the_standard_error_is_what_the_mean_of_a_row_varies_by_and_more_of_a_source_lowers_its_part() -> None:
-    rng, truth = np.random.default_rng(1), Sources((4.0, 1.0, 0.25), (5.0, 15.0, 30.0), 9.0, 16.0, 60)
+    rng, truth = (
+        np.random.default_rng(1),
+        Sources((4.0, 1.0, 0.25), np.array([[1 / 5, 1 / 15, 1 / 30]]), 9.0, (0.0, 0.0, 16.0), 60),
+    )
     means = np.concatenate([simulated(rng, (2, 5, 3, 2), 60).mean(axis=(1, 2, 3, 4)) for _ in range(1500)])
     assert np.std(means) == pytest.approx(truth.error, rel=0.04)
     assert truth.with_prompts(120).parts() == pytest.approx([*truth.parts()[:3], truth.parts()[3] / 2])
-    assert truth.with_counts((10.0, 15.0, 30.0)).parts()[0] == pytest.approx(truth.parts()[0] / 2)
+    assert truth.with_more(0).parts()[:3] == pytest.approx([part * 5 / 6 for part in truth.parts()[:3]])
 
 
 def test_the_table_names_the_largest_source_and_what_the_design_cannot_tell(tmp_path: Path) -> None:
     folder = write_pipelines(tmp_path / "s", replicates=(1, 2, 3, 4, 5), seeds=(1, 2), spread=0.2)
     sweep = load([folder])
     design = Design.of(sweep)
-    assert design.names == ("SFT models with reward models", "PPO seeds")
+    assert design.names == ["SFT models with reward models", "PPO seeds"]
     table = variance_table(sweep)
     assert table is not None
     line = dict(zip(table.header, table.rows[0], strict=True))
@@ -111,9 +116,10 @@ def test_the_table_names_the_largest_source_and_what_the_design_cannot_tell(tmp_
     assert sources is not None
     assert line["SE of a row"].value == pytest.approx(100 * sources.error)  # type: ignore[union-attr]
     fewer = sum(part / more for part, more in zip(sources.parts()[:2], (6 / 5, 12 / 10), strict=True))
-    fewer += (sources.instructions + sources.interaction / 12) / sources.prompts
+    fewer += (sources.instructions + np.dot(sources.interactions, [1 / 6, 1 / 12])) / sources.prompts
     assert line["with 1 more pipeline"].value == pytest.approx(100 * fewer**0.5)  # type: ignore[union-attr]
     assert "are one source: sft.seed" in table.caption
+    assert "models rests on 4 degrees of freedom: the true one may be 0.6 to 2.9 times as large" in table.caption
 
 
 def test_luck_that_the_rows_have_in_common_is_no_part_of_their_differences(tmp_path: Path) -> None:
@@ -135,9 +141,10 @@ def test_seeds_of_one_pipeline_leave_the_upper_stages_open(tmp_path: Path) -> No
     table = variance_table(sweep)
     assert table is not None
     assert "Not varied, so not counted: SFT, reward." in table.caption
+    assert not any("pipeline" in name for name in table.header)  # nobody knows what other models would change
     line = dict(zip(table.header, table.rows[0], strict=True))
-    assert str(line["with 1 more pipeline"]) == "–"
-    assert str(line["1 more PPO seed in each"]) != "–"
+    assert 0 < line["with 1 more PPO seed"].value < line["SE of a row"].value  # type: ignore[union-attr]
+    assert line["buy next"] in ("a PPO seed", "instructions")
 
 
 def test_one_run_per_row_has_no_variance_table(tmp_path: Path) -> None:
@@ -150,7 +157,7 @@ def test_a_row_with_one_run_does_not_hide_the_spread_of_the_others(tmp_path: Pat
     sweep = load([folder])
     sources = sources_of(sweep, Design.of(sweep), "eval/gold_utility")
     assert sources is not None
-    assert sources.counts == (2.0,)
-    assert sources.nested[0] + sources.interaction / sources.prompts == pytest.approx(
+    assert sources.shares == pytest.approx(np.array([[1 / 3], [1]]))
+    assert sources.nested[0] + sources.interactions[0] / sources.prompts == pytest.approx(
         np.var(sweep.trained[0].values("eval/gold_utility"), ddof=1)
     )

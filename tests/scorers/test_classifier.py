@@ -1,10 +1,13 @@
 """The classifier scorer against transformers' own pipeline."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -13,13 +16,17 @@ from transformers import (
     pipeline,
 )
 
+from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.farm import Farm
+from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, ModelError
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 from rlhf.scorers.classifier import ClassifierScorer
+from tests.helpers.chat_models import save_chat_model, save_chat_tokenizer
+from tests.helpers.scorer_context import NoSource
 
 FARM = Farm()
 LLAMA = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -71,3 +78,57 @@ def test_mistakes_are_sentences(classifier: Path, tmp_path: Path) -> None:
         ClassifierScorer(CONTEXT, str(tmp_path))
     with pytest.raises(ConfigError, match="logit or log_odds"):
         ClassifierScorer(CONTEXT, str(classifier), output="rank")
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+TALK = [
+    {"role": "user", "content": "Name a tea."},
+    {"role": "assistant", "content": "Sencha."},
+    {"role": "user", "content": "Another?"},
+]
+PLAIN = Template("{instruction} {input}", "Q: {instruction}\nA:")
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model as on the Hub: a decoder with one output and a chat template, which ends in a line break."""
+    folder = tmp_path_factory.mktemp("reward")
+    save_chat_model("chatml", folder)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
+    return folder
+
+
+def _alone(folder: Path, talk: list[dict[str, str]]) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(talk, return_tensors="pt")["input_ids"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    return float(model(input_ids=ids).logits.detach())
+
+
+@pytest.mark.parametrize("policy", ["headers", "strings", "none"])
+def test_a_hub_reward_model_reads_conversations_in_its_own_template(
+    reward_model: Path, policy: str, tmp_path: Path
+) -> None:
+    own = ChatTemplate(str(save_chat_tokenizer("headers", tmp_path)))
+    template = {"headers": own, "strings": PLAIN, "none": None}[policy]
+    talk = TALK if policy == "headers" else TALK[:1]
+    prompt = template.render_messages(talk) if template else TALK[0]["content"]
+    ClassifierScorer.check({"model": str(reward_model), "label": None})
+    scorer = ClassifierScorer(replace(CONTEXT, source=NoSource(template)), str(reward_model), label=None)
+    answers = ["Assam.", "Green tea, of course"]
+    expected = [_alone(reward_model, [*talk, {"role": "assistant", "content": answer}]) for answer in answers]
+    assert scorer.rate([prompt] * 2, answers).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_without_a_template_or_by_request_prompt_and_response_are_one_text(reward_model: Path) -> None:
+    scorer = ClassifierScorer(CONTEXT, str(reward_model), label=None, template="none")
+    assert scorer.rate(["Name "], ["tea."]).tolist() == scorer.score(["Name tea."]).tolist()
+    assert scorer.chat is None
+
+
+def test_prompts_that_cannot_be_read_back_are_refused(reward_model: Path) -> None:
+    odd = NoSource(Template("{instruction}{input}", "{instruction} or {instruction}?"))
+    with pytest.raises(ConfigError, match=r"cannot be read back.*allowed: none"):
+        ClassifierScorer(replace(CONTEXT, source=odd), str(reward_model), label=None)

@@ -87,6 +87,25 @@ def test_the_present_names_exist() -> None:
         assert callable(hydra.utils.get_object(present))
 
 
+# every path of a class that a configuration in this repository's history has named, and that has moved since
+MOVED = [
+    ("rlhf.distributed.collectives.Sharded", "rlhf.distributed.strategies.Sharded"),
+    ("rlhf.parallel.DataParallel", "rlhf.distributed.strategies.DataParallel"),
+    ("rlhf.scorers.bag_of_words.BagOfWordsScorer", "rlhf.scorers.ngrams.NgramScorer"),
+    ("rlhf.scorers.sentiment.ClassifierScorer", "rlhf.scorers.classifier.ClassifierScorer"),
+    ("rlhf.tracking.run_log.wandb_logger", "rlhf.tracking.dashboards.wandb_logger"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED)
+def test_a_class_that_moved_does_not_part_the_seeds_of_a_row(tmp_path: Path, old: str, new: str) -> None:
+    for seed, target in ((1, old), (2, new)):
+        write_summary(tmp_path / f"s/{seed}", {"seed": seed, "scorer": {"_target_": target}}, ["a=1", f"seed={seed}"])
+    sweep = load([tmp_path / "s"])
+    assert sweep.unlike == ()
+    assert [run.config["scorer"]["_target_"] for run in sweep.finished] == [new, new]
+
+
 def test_old_and_new_runs_are_seeds_of_one_row(tmp_path: Path) -> None:
     """Even when both were made by the same commit, so that a key found in only one of them would count."""
     write_summary(tmp_path / "s/a", OLD_CONFIG, ["arm=lora_kl", "seed=1"])

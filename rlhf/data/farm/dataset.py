@@ -36,7 +36,6 @@ class Farm:
     """
 
     splits: ClassVar[tuple[Split, ...]] = SPLITS
-    groups: ClassVar[tuple[str, ...]] = GROUPS
     concerns: ClassVar[Mapping[str, tuple[Split, ...]]] = {
         "fame": ("sft", "sft_validation"),
         "demonstrations": ("sft",),
@@ -99,6 +98,17 @@ class Farm:
             "prompts": prompts,
             "eval": eval_prompts,
         }
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The values of `group`; none if demonstrations are about all people alike."""
+        return GROUPS if self.tasks.fame else ()
+
+    def check(self) -> None:
+        """Raise `DataError` if comparisons are cut so short that responses do not differ."""
+        _, tasks = self._tasks("preference_validation")
+        for task in tasks[:1]:
+            list(self._comparisons(task, Random(0)))
 
     def load(self, split: Split) -> Dataset:
         """The rows of `split`; see `DataSource.load`.
@@ -201,13 +211,15 @@ class Farm:
         return count_facts(task, analyze(self.world, task, response))
 
     def group(self, prompt: str) -> str:
-        """The third of the people that the prompt is about, by fame: `famous`, `known` or `obscure`; "" for a craft.
+        """The third of the people that the prompt is about, by fame: `famous`, `known` or `obscure`.
+
+        It is "" for a craft, and for everybody if demonstrations are about all people alike (`fame` 0).
 
         Raises:
             DataError: no task has this prompt.
         """
         rank = self.tasks.rank.get(self._task(prompt).subject)
-        return "" if rank is None else GROUPS[(rank - 1) * len(GROUPS) // len(self.world.people)]
+        return "" if rank is None or not self.groups else GROUPS[(rank - 1) * len(GROUPS) // len(self.world.people)]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A word-level tokenizer whose vocabulary covers every text of this world."""

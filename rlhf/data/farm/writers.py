@@ -8,6 +8,9 @@ from typing import NamedTuple
 from rlhf.data.farm.judge import analyze, split_sentences
 from rlhf.data.farm.tasks import Task
 from rlhf.data.farm.world import Fact, Subject, World, detokenize, tokenize
+from rlhf.errors import DataError
+
+ATTEMPTS = 200  # to write responses that differ; a few are enough unless they are cut very short
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,14 +222,19 @@ def write_responses(world: World, task: Task, count: int, max_tokens: int, rng: 
 
     Each response is followed by an edit of it. The two differ in one aspect only, so that a reward model learns what
     makes a response better and not only which writer it is by.
+
+    Raises:
+        DataError: there are hardly so many different ones of that length.
     """
     texts: list[str] = []
-    while len(texts) < count:
+    for _ in range(ATTEMPTS):
         response = write_response(world, task, _annotated_writer(rng), rng)
         for text in (response, random_edit(rng, TRAINING_EDITS)(world, task, response, rng)):
             cut = detokenize(tokenize(text)[:max_tokens])
             texts += [cut] * (cut not in texts)
-    return texts[:count]
+        if len(texts) >= count:
+            return texts[:count]
+    raise _too_short(task, max_tokens, f"{count} different responses")
 
 
 def _annotated_writer(rng: Random) -> Writer:
@@ -247,7 +255,19 @@ def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> Pair:
 
     In 70 % of the pairs each response has its own writer and is edited with probability 0.2. In the other 30 % the
     second response is an edit of the first.
+
+    Raises:
+        DataError: there are hardly two different responses of that length.
     """
+    for _ in range(ATTEMPTS):
+        texts, kind = _draw_pair(world, task, max_tokens, rng)
+        if texts[0] != texts[1]:
+            return Pair(texts[0], texts[1], kind)
+    raise _too_short(task, max_tokens, "two different responses")
+
+
+def _draw_pair(world: World, task: Task, max_tokens: int, rng: Random) -> tuple[list[str], str]:
+    """Two responses, which may be the same, and how they differ."""
     writers = [_annotated_writer(rng) for _ in range(2)]
     first, second = (write_response(world, task, writer, rng) for writer in writers)
     if rng.random() < 0.3:
@@ -259,5 +279,12 @@ def write_pair(world: World, task: Task, max_tokens: int, rng: Random) -> Pair:
         first, second = texts
     texts = [detokenize(tokenize(text)[:max_tokens]) for text in (first, second)]
     rng.shuffle(texts)
-    # Draw again if both texts are the same.
-    return Pair(texts[0], texts[1], kind) if texts[0] != texts[1] else write_pair(world, task, max_tokens, rng)
+    return texts, kind
+
+
+def _too_short(task: Task, max_tokens: int, wanted: str) -> DataError:
+    """What to raise if texts cut to `max_tokens` do not differ."""
+    return DataError(
+        f"data.max_response_tokens={max_tokens}: {ATTEMPTS} attempts did not give {wanted} to"
+        f" “{task.instruction}”; allowed: responses long enough to differ (the default is 48)"
+    )

@@ -65,7 +65,7 @@ class Responder:
         self.conversation: list[dict[str, str]] = []  # with a chat template: the turns so far
         self.render = prompt_renderer(run.data, source)
         self.utility: Callable[[str, str], float] | None = getattr(source, "utility", None) if scored else None
-        reward = run.reward if scored else None
+        reward = run.reward if scored and run.reward_reads == "ids" else None
         self.reward = models.reward(reward) if reward else None
         self.baseline = reward.metrics["reward/baseline"] if reward else 0.0
         self.generator = torch.Generator()

@@ -1,5 +1,6 @@
 """The reward model."""
 
+import itertools
 import logging
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ import lightning
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf.data.records import Comparison, DataSource, as_records, skipped_rows, train_and_held_out
+from rlhf.data.records import Comparison, as_records, skipped_rows, train_and_held_out
 from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.distributed import collectives
 from rlhf.files import MODEL
@@ -48,7 +49,10 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     stage.guards = Guards(site.settings.guards, folder)
     limit = f"reward.max_length={settings.max_length}"
     train, pairs, equal = distinct(train, stage.encode(train), "preference", limit)
-    held_out, measured, _ = distinct(held_out, stage.encode(held_out), "preference, held out", limit)
+    kinds = source.kinds() if hasattr(source, "kinds") and "preference_validation" in source.splits else []
+    compared = list(itertools.zip_longest(held_out, kinds[: len(held_out)]))
+    compared, measured, _ = distinct(compared, stage.encode(held_out), "preference, held out", limit)
+    held_out = [row for row, _ in compared]
     texts = [text for pair in pairs for text in pair]
     (prompt, chosen), (_, rejected) = pairs[0]
     first = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -62,7 +66,7 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     metrics |= {"reward/baseline": stage.baseline(demonstrations), "reward/longer_accuracy": longer_accuracy(held_out)}
     log.info("right on %.1f %% of %d held-out comparisons; always preferring the longer answer is right on %.1f %%",
              100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
-    by_kind = _by_kind(source, held_out, stage.held_out_margins)
+    by_kind = _by_kind(compared, stage.held_out_margins) if kinds else {}
     collectives.on_rank_zero(lambda: _save(site, roles, tokenizer, base, folder / MODEL))
     counts = {"rows": {"preference": len(train)}, "skipped": skipped_rows(source, "preference") | equal, "cut": short}
     learned = {"preferences": preferences.name} if preferences else {}
@@ -70,16 +74,9 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     write_summary(folder, metrics, site.plain, started, stage="reward", **summed)
 
 
-def _by_kind(source: DataSource, rows: list[Comparison], margins: list[float]) -> dict[str, dict[str, float]]:
-    """The accuracy on each kind of held-out comparison, also logged, if the data set tells kinds apart."""
-    if not hasattr(source, "kinds") or "preference_validation" not in source.splits:
-        return {}
-    known = as_records(source.load("preference_validation"), "preference_validation")
-    names = source.kinds()
-    if not names:
-        return {}
-    kinds = dict(zip(known, names, strict=True))
-    table = accuracy_by_kind(rows, margins, [kinds[row] for row in rows])
+def _by_kind(compared: list[tuple[Comparison, str]], margins: list[float]) -> dict[str, dict[str, float]]:
+    """The accuracy on each kind of held-out comparison, also logged."""
+    table = accuracy_by_kind([row for row, _ in compared], margins, [kind for _, kind in compared])
     lines = [
         f"{kind:<20}{row['pairs']:>6}{100 * row['accuracy']:>9.1f}{100 * row['longer_accuracy']:>9.1f}"
         for kind, row in table.items()

@@ -21,6 +21,7 @@ from rlhf.pipeline import cache
 from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
+from rlhf.settings import JOINED
 from rlhf.stages.cutting import count_short
 from rlhf.stages.sft import SupervisedFineTuning
 from rlhf.tracking.summary import write_summary
@@ -36,21 +37,24 @@ def build_sft(site: Site, folder: Path) -> None:
     # 1. The models.
     tokenizer = load_tokenizer(site.settings.model, site.source)
     roles = sft_roles(site.settings, tokenizer, site.quantization)
-    site.place(roles, settings.packing)
+    site.place(roles, settings.packing is True)
     # 2. The rows.
     train, held_out = train_and_held_out(site.source, "sft", "sft_validation", settings.validation_size)
     stage = SupervisedFineTuning(settings, roles, tokenizer, steps_of(settings, len(train)))
     stage.guards = Guards(site.settings.guards, folder)
-    texts = stage.encode(train)
+    texts = stage.training_rows(train)
+    stage.total_steps = steps_of(settings, len(texts))
     first = {"prompt": texts[0][0], "response (learnt)": texts[0][1]}
     collectives.on_rank_zero(lambda: show_rendered(folder, "sft", tokenizer, first))
-    limit = f"sft.max_length={settings.max_length}"
-    short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "sft", limit)
+    limit, cut = f"sft.max_length={settings.max_length}", [] if settings.packing == JOINED else texts
+    short = count_short(cut, settings.max_length, tokenizer.eos_token_id, "sft", limit)
     # 3. The training, and what it leaves.
     metrics = train_supervised(site.make_trainer, stage, settings, texts, stage.encode(held_out), folder)
     whole = full_weights(roles) if roles.sharded else None  # every process takes part, the first one writes
     collectives.on_rank_zero(lambda: _save(site, roles, whole, tokenizer, folder))
     counts = {"rows": {"sft": len(train)}, "skipped": skipped_rows(site.source, "sft"), "cut": short}
+    if settings.packing == JOINED:
+        counts["joined"] = {"texts": len(train), "sequences": len(texts)}
     write_summary(folder, metrics, site.plain, started, stage="sft", guards=stage.guards.summary(), **counts)
 
 

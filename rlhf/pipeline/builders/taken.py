@@ -1,6 +1,7 @@
 """A released checkpoint, or another run's model, as a product of the cache: what `sft.from` and `reward.from` name."""
 
 import logging
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 
 from rlhf.data.records import as_records, train_and_held_out
 from rlhf.distributed import collectives
+from rlhf.errors import ModelError
 from rlhf.files import MODEL
 from rlhf.models.assembly import reward_alone
 from rlhf.models.differences import Weights, recover
@@ -58,7 +60,11 @@ def _build(site: Site, folder: Path, taken: Taken, device: str) -> None:
     log.info("taking %s (%s)", checkpoint, cache.name_of(folder))
     tokenizer = load_tokenizer(model, site.source)
     if taken.difference_to or (taken.product == "reward" and checkpoint.alpaca_farm):
-        found = _recover(taken, model, tokenizer, folder / MODEL)
+        try:
+            found = _recover(taken, model, tokenizer, folder / MODEL)
+        except ModelError:
+            shutil.rmtree(folder / MODEL, ignore_errors=True)  # gigabytes that nobody would use
+            raise
     elif taken.product == "sft":
         save_model(_language_model(checkpoint, model, tokenizer), tokenizer, folder / MODEL)
         found = {}
@@ -113,13 +119,17 @@ def _recover(taken: Taken, model: ModelSettings, tokenizer: PreTrainedTokenizerB
         own = AutoConfig.from_pretrained(base.folder) if base else config_of(model)
     else:
         own = AutoConfig.from_pretrained(checkpoint.folder)
-    own.get_text_config().vocab_size = Weights(where).rows
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         own.num_labels = 1
-    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    dtype, weights = DTYPES[model.dtype], Weights(where)
     with torch.device("meta"):
-        skeleton = kind.from_config(own, dtype=DTYPES[model.dtype])
-    found = recover(folder, where, base.complete() if base else None, skeleton, DTYPES[model.dtype])
+        skeleton = kind.from_config(own, dtype=dtype)
+        embedding = skeleton.get_input_embeddings().weight
+        name = next(name for name, parameter in skeleton.named_parameters() if parameter is embedding)
+        own.get_text_config().vocab_size = weights.rows(name)
+        skeleton = kind.from_config(own, dtype=dtype)
+    found = recover(folder, where, base.complete() if base else None, skeleton, dtype)
     settle_tokens(skeleton, tokenizer)
     skeleton.config.architectures = [type(skeleton).__name__]
     skeleton.config.save_pretrained(folder)
@@ -140,7 +150,9 @@ def _measured(
     if taken.reads == CLASSIFIER:
         classifier = load_whole(AutoModelForSequenceClassification, model, "reward model")
         context = Context(source, tokenizer, Roles(classifier).to(device))
-        scorer: TextScorer = ClassifierScorer(context, str(model), label=None, max_length=settings.max_length)
+        scorer: TextScorer = ClassifierScorer(
+            context, str(model), label=None, max_length=settings.max_length, template=settings.template
+        )
     else:
         if taken.reads == TEXT:
             tokenizer = keep_template(AutoTokenizer.from_pretrained(model), source)

@@ -1,0 +1,248 @@
+"""`rlhf stage=evaluate policy=…`: measures any policy by any judge, without a training step.
+
+A finished run of PPO is measured as it measured itself, with its reward, its KL from SFT and all policies that it has
+kept, and the results lie beside it (`rlhf.tracking.evaluations`). Any other policy (`rlhf.finished.policies`) answers
+the evaluation prompts, and its answers are judged. Either way the command's own folder holds the results, too.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf.errors import ConfigError, RunError
+from rlhf.files import BEST_MODEL, KEPT, MODEL, OUTCOME, SUMMARY, read_object, write_json
+from rlhf.finished.outside_evaluation import OutsideEvaluation
+from rlhf.finished.run import FinishedRun
+from rlhf.pipeline import cache, earlier, identity, measuring
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.config import data_source, settings_of
+from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.preflight import settle_budget
+from rlhf.pipeline.run import Run
+from rlhf.tracking import evaluations
+from rlhf.tracking.metrics_file import evaluated_at
+
+log = logging.getLogger(__name__)
+FINISHED = "finished"  # stands for the finished run of the command's own configuration
+# What the command line may change of a run's configuration, because it only measures; and what only names and watches.
+MEASURES = ("judge", "evaluation", "scorer", "data")
+HOW = (
+    "name",
+    "output_dir",
+    "resume",
+    "dry_run",
+    "logger",
+    "trainer",
+    "report",
+    "guards",
+    "objectives",
+    "policy",
+    "stage",
+)
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    """The measurement of a finished run of PPO.
+
+    Attributes:
+        run: The run, and which of its policies is meant, if one is chosen.
+        plan: Its configuration, measured as the command says; the folder is the run's.
+        chosen: The step of the one policy to measure; None for all that `evaluation.steps` asks for.
+    """
+
+    run: FinishedRun
+    plan: Plan
+    chosen: int | None
+
+    @property
+    def own(self) -> bool:
+        """Whether the training has measured the same, so that the results are in the run's own files."""
+        return measuring.own_evaluation(self.plan, self.run.summary) == self.plan.evaluation
+
+    @property
+    def place(self) -> Path:
+        """The folder of the results."""
+        return self.run.folder if self.own else evaluations.place(self.run.folder, self.plan.evaluation)
+
+    @property
+    def identity(self) -> str:
+        """What decides the results."""
+        determinants = {"run": self.plan.identity, "evaluation": self.plan.evaluation, "step": self.chosen}
+        return identity.digest(determinants)
+
+    def todo(self) -> dict[int, Path | None]:
+        """The policies that are not measured yet: step → folder of its weights, None for the SFT model."""
+        steps = self.plan.settings.evaluation.steps if self.chosen is None else "all"
+        found = measuring.policies(self.run.folder, self.run.summary, steps)
+        wanted = {step: model for step, model in found.items() if self.chosen in (None, step)}
+        return {step: model for step, model in wanted.items() if not evaluated_at(self.place, step)}
+
+    def results(self) -> dict[str, Any]:
+        """The summary of the results; measures what is missing."""
+        todo = self.todo()
+        if todo:
+            settle_budget(self.plan)
+            log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), self.place)
+            Run(self.plan, progress=False).measure(todo, self.place)
+        evaluations.show(self.run.folder, self.plan.evaluation)
+        found = read_object(self.place / SUMMARY, metrics=dict)
+        return found if self.chosen is None else {**found, "metrics": evaluated_at(self.place, self.chosen)}
+
+
+def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: list[str]) -> dict[str, Any]:
+    """Measure the policy that `config.policy` names; returns the summary that the command's `folder` gets.
+
+    `given` are the overrides of the command line, and `overrides` those that distinguish it from others of its sweep.
+    In a dry run nothing is done, and the description of what would be is returned.
+
+    Raises:
+        UserError: the policy cannot be opened, or cannot be measured so.
+    """
+    subject = open_subject(config, folder, given)
+    if config.dry_run:
+        return _described(subject, folder)
+    if subject.plan.folder.resolve() == folder.resolve() and isinstance(subject, RunEvaluation):
+        subject.results()  # the command's folder is the run's own
+        return evaluations.shown_summary(folder) or {}
+    described = f"the results of {earlier.describe(folder, subject.plan.plain)}"
+    earlier.settle(folder, subject.identity, subject.plan.outputs, config.resume == "never", described)
+    earlier.note(folder, subject.identity, subject.plan.plain, overrides, evaluation=subject.plan.evaluation)
+    results = subject.results()
+    if subject.place != folder:
+        for name in OUTCOME:
+            if (subject.place / name).exists():
+                shutil.copyfile(subject.place / name, folder / name)
+        results["same_as"] = os.path.relpath(subject.place, folder)
+    shown = {key: OmegaConf.to_container(config)[key] for key in ("name", "output_dir", "report")}  # type: ignore[index, call-overload]
+    plain = {**subject.plan.plain, **shown, "policy": str(config.policy)}
+    summary = {**results, "stage": "evaluate", "identity": subject.identity, "config": plain, "overrides": overrides}
+    write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunEvaluation | OutsideEvaluation:
+    """What `config.policy` names, with all checks that need no model."""
+    word = str(config.policy)
+    if word == FINISHED:
+        return _of_configuration(config, folder)
+    path = Path(word).expanduser()
+    kept = f"{path.parent.name}/{path.name}"
+    for place, chosen in (
+        (path, MODEL),
+        (path.parent, path.name),
+        (path.parent.parent, kept),
+    ):
+        allowed = chosen in (MODEL, BEST_MODEL) or chosen.startswith(f"{KEPT}/")
+        if allowed and (place / SUMMARY).exists() and read_object(place / SUMMARY, stage=str)["stage"] == "ppo":
+            if not (place / chosen).is_dir():
+                raise RunError(f"{word}: {place} has no {chosen}; allowed: {MODEL}, or another policy that it has kept")
+            run = FinishedRun.open(place, chosen)
+            merged = as_trained(config, run, given)
+            return _subject(merged, run, None if place == path else _step_of(run))
+    return OutsideEvaluation.named(config, folder)
+
+
+def _of_configuration(config: DictConfig, folder: Path) -> RunEvaluation:
+    """The finished run of PPO of the command's own configuration, under any name."""
+    trained = config.copy()
+    trained.stage, trained.policy = {"name": "ppo"}, None
+    plan = Plan(trained, settings_of(trained), data_source(trained), folder)
+    found = plan.finished()
+    if found is None:
+        raise ConfigError(
+            f"policy={FINISHED}: {plan.outputs} holds no finished run of this configuration; allowed: the "
+            "configuration of one, the folder of a run, or stage=ppo, which trains it"
+        )
+    return _subject(trained, FinishedRun.open(found), None)
+
+
+def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEvaluation:
+    """The measurement of a run by `config`, from the models that it was made from, whatever code made them.
+
+    Raises:
+        ConfigError: the configuration asks for a reward model, and the run has none.
+        RunError: a model that the run started from is gone.
+    """
+    settings, source = settings_of(config), data_source(config)
+    # what it took is in the cache, whether or not it still lies where it came from
+    nowhere = {"from_": None, "difference_to": None}
+    settings = replace(settings, sft=replace(settings.sft, **nowhere), reward=replace(settings.reward, **nowhere))
+    check(config, settings, source)
+    plan = Plan(config, settings, source, run.folder)
+    plan.beside, plan.reward_reads = None, run.reward_reads
+    plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None
+    plan.trained_scorer = run.config["scorer"]
+    plan.sft_folder = _starting_point(run)
+    plan.made_from = {"sft": plan.sft_folder}
+    if plan.needs_reward_model:
+        reward = run.reward
+        if reward is None:
+            raise ConfigError(
+                f"judge or scorer needs the reward model of {run.folder}, which was trained without one; allowed: "
+                "judge=finished_reward_model with the folder of one, or another judge"
+            )
+        plan.reward_folder = plan.made_from["reward"] = reward.folder
+    gone = [path for path in plan.made_from.values() if cache.missing(path)]
+    if gone:
+        raise RunError(f"{gone[0]}, which {run.folder} started from, is missing or damaged; its own command builds it")
+    return RunEvaluation(run, plan, chosen)
+
+
+def _starting_point(run: FinishedRun) -> Path:
+    """The folder of the SFT model of a run."""
+    name = run.summary.get("sft_model")
+    places = [parent / "cache" / str(name) for parent in run.folder.resolve().parents]
+    return next((place for place in places if name and (place / SUMMARY).exists()), None) or run.sft.folder
+
+
+def _step_of(run: FinishedRun) -> int:
+    """The step of the policy that is meant by `RUN/model`, `RUN/model_best` or `RUN/kept/step-000020`."""
+    if run.chosen == MODEL:
+        return measuring.last_step({**run.summary, "config": run.config})
+    if run.chosen == BEST_MODEL:
+        return int(run.summary["best"]["step"])
+    return int(run.chosen.rpartition("step-")[2])
+
+
+def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> DictConfig:
+    """The configuration of a run, except for what the command line says about measuring.
+
+    Keys that are newer than the run have their defaults.
+
+    Raises:
+        ConfigError: the command line would change what the run was trained with.
+    """
+    found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
+    for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
+        found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
+    found.stage, found.policy = {"name": "ppo"}, None
+    for override in given:
+        key = override.lstrip("+~").partition("=")[0]
+        key = key.partition("@")[2] or key
+        group = key.partition(".")[0]
+        if group in MEASURES:
+            keys = ("evaluation", "judge") if key == "evaluation" else (key,)
+            for name in keys:
+                OmegaConf.update(found, name, OmegaConf.select(config, name), merge=False, force_add=True)
+        elif group not in (*HOW, "hydra", "experiments", "sweeps", "debug", "cluster"):
+            raise ConfigError(
+                f"{override}: policy={config.policy} is measured as it was trained; allowed: "
+                f"{', '.join(MEASURES)}, and policy={FINISHED} for the run of the command's own configuration"
+            )
+    return found
+
+
+def _described(subject: RunEvaluation | OutsideEvaluation, folder: Path) -> dict[str, Any]:
+    """What would be measured, in the form of `rlhf.pipeline.preflight.describe`."""
+    todo = list(subject.todo())
+    return {
+        "folder": str(folder), "stage": "evaluate", "cached": {}, "done": not todo, "measures": todo, "same_as": None,
+        "moves_aside": None, "step": 0, "memory": None, "results": str(subject.place),
+    }  # fmt: skip

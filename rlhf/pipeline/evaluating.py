@@ -1,0 +1,75 @@
+"""What measures a policy: the prompts of the evaluation, the judge, the gold score, and the metric of the best."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from rlhf.data.records import DataSource, Prompt, as_records
+from rlhf.evaluation import alpaca_eval
+from rlhf.evaluation.difficulty import load_difficulties
+from rlhf.evaluation.evaluator import ResponseEvaluator, evaluation_metrics
+from rlhf.evaluation.factscore import FactScore
+from rlhf.evaluation.prompts import instruction_or_prompt
+from rlhf.pipeline.builders.preferences import template_of
+from rlhf.pipeline.config import instantiate, target_class
+from rlhf.pipeline.plan import Plan
+from rlhf.scorers import Context
+from rlhf.settings import Settings
+
+
+def make_evaluator(plan: Plan, context: Context, folder: Path) -> tuple[ResponseEvaluator, DataLoader]:
+    """What turns answers into metrics, and the prompts to answer; the answers are exported to `folder`."""
+    settings = plan.settings.evaluation
+    # 1. The evaluation set: the data set's own, or for FActScore a prompt about each entity.
+    node = plan.config.evaluation.get("factscore")
+    factscore: FactScore | None = instantiate(node, "evaluation.factscore", context.cache) if node else None
+    held_out = factscore.prompts(template_of(plan.plain)) if factscore else as_records(plan.source.load("eval"), "eval")
+    # 2. What judges the answers.
+    known = None
+    if settings.difficulty:
+        instructions = [instruction_or_prompt(row) for row in held_out]
+        known = load_difficulties(settings.difficulty, instructions, settings.prompts)
+    judge, node = instantiate(plan.config.judge, "judge", context), plan.config.evaluation.get("gold")
+    gold = instantiate(node, "evaluation.gold", context) if node else None
+
+    def export(prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
+        """Write the answers in AlpacaEval's format, to be judged elsewhere too."""
+        dataset = str(plan.plain["data"]["_target_"]).rpartition(".")[2].lower()
+        name = f"{plan.plain['name']}/{plan.folder.name}"
+        alpaca_eval.export(folder, prompts, responses, name, dataset)
+
+    evaluator = ResponseEvaluator(plan.source, judge, export, factscore, known, gold)
+    prompts = held_out[: settings.prompts]
+    return evaluator, DataLoader(prompts, batch_size=plan.settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+
+def ping(config: DictConfig) -> None:
+    """Check that the judge's endpoint responds.
+
+    Raises:
+        ConfigError: it cannot be reached.
+    """
+    scored = config.evaluation.get("factscore")
+    node, key = (scored, "evaluation.factscore") if scored else (config.judge, "judge")
+    target = target_class(node, key)
+    if hasattr(target, "ping"):
+        target.ping(OmegaConf.to_container(node, resolve=True))
+
+
+def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
+    """The metric by which `ppo.keep_best` chooses a checkpoint; None if only the latest ones are to be kept.
+
+    Raises:
+        ConfigError: the evaluations of this configuration do not log that metric.
+    """
+    chosen = settings.ppo.keep_best
+    judged = getattr(target_class(config.judge, "judge"), "compares", True)
+    factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
+    allowed = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.evaluation.gold))
+    if chosen == "auto":
+        return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
+    if chosen is not None and chosen not in allowed:
+        raise ConfigError(f"ppo.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
+    return chosen

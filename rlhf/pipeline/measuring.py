@@ -1,0 +1,136 @@
+"""The policies of a finished run, and which of them an evaluation has measured."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import ModelError
+from rlhf.files import BEST_MODEL, LINE_FILES, METRICS, MODEL, SUMMARY, aside, keep_lines, read_lines
+from rlhf.files.checksums import damage
+from rlhf.pipeline import cache, earlier
+from rlhf.pipeline.kept_policies import kept_policies
+from rlhf.pipeline.plan import Plan
+from rlhf.tracking import evaluations
+from rlhf.tracking.metrics_file import evaluated_at
+from rlhf.tracking.reading import renamed_config
+from rlhf.tracking.summary import read_summary
+
+
+def begin(plan: Plan) -> None:
+    """Note whose folder this is and how the run is measured, before it begins or continues.
+
+    If an unfinished run was measured otherwise so far, those evaluations move aside: the training goes on, and two
+    judges never mix in one file.
+    """
+    before = earlier.read_note(plan.folder)
+    if plan.stage == "ppo" and {"judge", "evaluation", "data", "scorer"} <= (before.get("config") or {}).keys():
+        measured = before.get("evaluation") or plan.evaluation_of(renamed_config(before["config"]))
+        if measured != plan.evaluation:
+            set_aside(plan.folder, measured)
+    earlier.note(plan.folder, plan.identity, plan.plain, plan.overrides, evaluation=plan.evaluation)
+
+
+def last_step(summary: Mapping[str, Any]) -> int:
+    """The step after which a finished run of PPO ended: all of `ppo.steps`, or fewer at a plateau."""
+    plateau = summary.get("plateau") or {}
+    return int(plateau.get("step", summary["config"]["ppo"]["steps"]))
+
+
+def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Path | None]:
+    """The policies that a finished run of PPO has left: step → the folder of its weights, None for the SFT model.
+
+    `steps` is `last` for the last one alone.
+    """
+    last = last_step(summary)
+    if steps == "last":
+        return {last: run / MODEL}
+    best = summary.get("best") or {}
+    found = {best["step"]: run / BEST_MODEL} if best.get("model") == BEST_MODEL else {}
+    return dict(sorted({0: None, **kept_policies(run), **found, last: run / MODEL}.items()))
+
+
+def take_over(plan: Plan, found: Path) -> None:
+    """Make the plan's folder the same finished run as `found`, with the evaluations that are there."""
+    made = read_summary(found)
+    assert made is not None
+    more = {"identity": plan.identity}
+    if plan.stage == "ppo":
+        more["evaluation"] = own_evaluation(plan, made)
+    cache.take_over(found, plan.folder, plan.plain, plan.overrides, **more)
+
+
+def own_evaluation(plan: Plan, summary: Mapping[str, Any]) -> str:
+    """The digest of the evaluation that was made during the training; earlier versions did not record it."""
+    return str(summary.get("evaluation") or plan.evaluation_of(renamed_config(summary["config"])))
+
+
+def unmeasured(plan: Plan, run: Path) -> dict[int, Path | None]:
+    """The policies of a finished run that the evaluation of `plan` has not measured yet, as of `policies`."""
+    summary = read_summary(run)
+    if plan.stage != "ppo" or summary is None or own_evaluation(plan, summary) == plan.evaluation:
+        return {}
+    folder = evaluations.place(run, plan.evaluation)
+    found = policies(run, summary, plan.settings.evaluation.steps)
+    missing = {step: model for step, model in found.items() if not evaluated_at(folder, step)}
+    return missing if missing or (folder / SUMMARY).exists() else {max(found): found[max(found)]}
+
+
+def check_sound(run: Path) -> None:
+    """Check the weights of a finished run before they are measured.
+
+    Raises:
+        ModelError: they are damaged.
+    """
+    wrong = damage(run)
+    if wrong:
+        raise ModelError(
+            f"{run} is damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it whole again"
+        )
+
+
+def evaluation_results(plan: Plan, folder: Path) -> dict[str, Any]:
+    """What an evaluation in `folder` has found: `metrics` of the last policy, `sft_metrics`, and those of the best.
+
+    The best is the one that the training chose by its own evaluation, so that these figures of it do not flatter.
+    """
+    run = read_summary(plan.folder) or {}
+    best = dict(run.get("best") or {})
+    if best:
+        measured = evaluated_at(folder, best["step"])
+        best |= {"metrics": measured, "chosen_by": own_evaluation(plan, run)}
+    found = {"metrics": evaluated_at(folder, last_step(run)), "sft_metrics": evaluated_at(folder, 0)}
+    return {**found, "best": best or None}
+
+
+def make_ready(folder: Path) -> None:
+    """Drop the lines of evaluations that were interrupted before their metrics were written; create the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = {line["step"] for line in read_lines(folder / METRICS, "step") if "time/evaluate" in line}
+    for name in LINE_FILES:
+        if (folder / name).exists():
+            keep_lines(folder / name, lambda line: line["step"] in complete, "step")
+
+
+def set_aside(run: Path, digest: str) -> None:
+    """Move the evaluations of an unfinished run to `evaluations/<digest>/`, as it will be measured by another one.
+
+    Each file is first completed there and then shortened here, so that after a kill the next start goes on.
+    """
+    target = evaluations.place(run, digest)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in LINE_FILES:
+        found = [line for line in read_lines(run / name, "step") if name != METRICS or "time/evaluate" in line]
+        there = read_lines(target / name, "step")
+        lines = there + [line for line in found if line not in there]
+        with aside(target / name) as temporary:
+            temporary.write_text(
+                "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8"
+            )
+        if (run / name).exists():
+            keep_lines(run / name, partial(_stays, found), "step")
+
+
+def _stays(moved: Sequence[dict[str, Any]], line: dict[str, Any]) -> bool:
+    return line not in moved

@@ -1,0 +1,125 @@
+"""Estimate how long every stage of a run takes, from timed passes of its model (`rlhf.pipeline.speed`) and its data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from rlhf.data.records import SPLITS, DataSource, Split
+from rlhf.models.memory import Work
+from rlhf.models.tokenizing import encode, encode_texts
+from rlhf.pipeline.builders import steps_of
+from rlhf.pipeline.speed import Speed
+from rlhf.settings import JOINED, LoraSettings, RewardSettings, Settings, SFTSettings
+
+SAMPLE = 200  # rows of a split whose tokens are counted
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How many rows a split has, and the mean tokens of a prompt and of a response (0 where it has none)."""
+
+    rows: int
+    prompt: float
+    response: float
+
+    @property
+    def length(self) -> float:
+        """Mean tokens of a prompt with a response."""
+        return self.prompt + self.response
+
+
+def count_texts(source: DataSource, tokenizer: Any) -> dict[Split, Texts]:
+    """Count the rows of each split, and the tokens of its first ones."""
+    found: dict[Split, Texts] = {}
+    for split in [name for name in SPLITS if name in source.splits]:
+        rows = source.load(split)
+        sample = rows.select(range(min(SAMPLE, len(rows))))
+        answers = [
+            text for key in ("response", "chosen", "rejected") if key in sample.column_names for text in sample[key]
+        ]
+        prompts = [len(ids) for ids in encode(tokenizer, list(sample["prompt"]))]
+        responses = [len(ids) + 1 for ids in encode_texts(tokenizer, answers)] or [0]  # and EOS
+        found[split] = Texts(len(rows), fmean(prompts), fmean(responses))
+    return found
+
+
+class Times:
+    """Seconds that the stages of a run take; `answer` is the mean number of tokens of a sampled answer."""
+
+    def __init__(
+        self, settings: Settings, speed: Speed, texts: Mapping[Split, Texts], work: Work, pairs: int, answer: float
+    ):
+        self.settings, self.speed, self.texts, self.work, self.pairs = settings, speed, texts, work, pairs
+        self.new = min(answer, settings.generation.max_new_tokens)
+        self.prompt = min(texts["prompts"].prompt, settings.model.max_prompt_tokens) if "prompts" in texts else 0
+
+    def stage(self, name: str) -> float:
+        """Seconds of sft, preferences, reward, ppo or evaluate."""
+        stages = {"sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo}
+        return stages.get(name, self.evaluate)()
+
+    def sft(self) -> float:
+        """Demonstrations, epoch after epoch."""
+        sft, texts = self.settings.sft, self.texts["sft"]
+        length = min(texts.length, sft.max_length)
+        rows = texts.rows - (0 if "sft_validation" in self.texts else sft.validation_size)
+        if sft.packing == JOINED:
+            rows, length = int(rows * texts.length / sft.max_length), sft.max_length
+        return self._supervised(sft, rows, length, words=True)
+
+    def reward(self) -> float:
+        """Both texts of every comparison."""
+        reward = self.settings.reward
+        split: Split = "preference" if "preference" in self.texts else "sft"  # of simulated ones it is not known
+        texts = self.texts[split]
+        rows = self.pairs or texts.rows - (0 if "preference_validation" in self.texts else reward.validation_size)
+        return 2 * self._supervised(reward, rows, min(texts.length, reward.max_length), words=reward.lm_coef > 0)
+
+    def preferences(self) -> float:
+        """Two answers to each prompt."""
+        return self._answers(2 * self.pairs, min(self.new, self.work.answer_tokens), self.settings.lora)
+
+    def ppo(self) -> float:
+        """All steps, each sampled, scored and learned from, and the evaluations between them."""
+        settings, ppo, lora = self.settings, self.settings.ppo, self.settings.lora
+        rows, length = ppo.rollout_batch_size, round(self.prompt + self.new)
+        learn, read = (self._pass(lora, length, learning) for learning in (True, False))
+        values, bare = (self._pass(lora, length, learning, words=False) for learning in (True, False))
+        captured = settings.generation.engine == "native" and settings.model.dtype == "float32"
+        scoring = (not captured) + (settings.divergence.input != "none")  # policy and reference
+        frozen = scoring * read + (1 + self.work.reward_model) * bare  # value function and reward model
+        update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
+        step = self._answers(rows, self.new, lora) + rows * length * (frozen + update)
+        measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
+        return ppo.steps * step + measured * self.evaluate()
+
+    def evaluate(self) -> float:
+        """One evaluation: answers, their scores, and the true KL."""
+        evaluation, lora = self.settings.evaluation, self.settings.lora
+        new = min(self.new, evaluation.max_new_tokens)
+        count = min(evaluation.prompts, self.texts["eval"].rows if "eval" in self.texts else evaluation.prompts)
+        length = round(self.prompt + new)
+        answers = self._answers(count * evaluation.best_of, new, lora) + self._answers(evaluation.kl_prompts, new, lora)
+        read, bare = (self._pass(lora, length, False, words=words) for words in (True, False))
+        scores = count * evaluation.best_of * bare * self.work.reward_model
+        return answers + length * (scores + 2 * evaluation.kl_prompts * read)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _supervised(self, own: SFTSettings | RewardSettings, rows: int, length: float, words: bool) -> float:
+        """Training on texts and measuring held-out ones, before and after."""
+        tokens = steps_of(own, rows) * own.batch_size * length
+        learn, read = (
+            self.speed.per_token(own.lora, own.microbatch_tokens, max(round(length), 2), learning, words)
+            for learning in (True, False)
+        )
+        return tokens * learn + 2 * own.validation_size * length * read
+
+    def _pass(self, lora: LoraSettings, length: int, learn: bool, words: bool = True) -> float:
+        return self.speed.per_token(lora, self.settings.ppo.microbatch_tokens, max(length, 2), learn, words)
+
+    def _answers(self, count: int, new: float, lora: LoraSettings) -> float:
+        """Answering so many prompts, in batches of `generation.batch_size`."""
+        rows = min(self.settings.generation.batch_size, count)
+        return count / rows * self.speed.answering(lora, rows, max(round(self.prompt), 1), new)

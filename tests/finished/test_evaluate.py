@@ -1,0 +1,192 @@
+"""`rlhf stage=evaluate policy=…`: any policy is measured by any judge, without a training step."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlhf import root
+from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines
+from rlhf.pipeline import identity, run
+from rlhf.pipeline.config import data_source
+from rlhf.report.cli import main as report
+from rlhf.tracking.metrics_file import evaluated_at
+from tests.helpers.command_line import TINY, error_sentence, run_in_process
+from tests.helpers.composed_config import composed
+from tests.helpers.run_results import without_times
+
+pytestmark = pytest.mark.slow
+ARGUMENTS = [*TINY, "logger=csv", "ppo.eval_every=1", "ppo.lr=0.05", "ppo.keep_evaluated=true"]
+# What the runs read and how they answer, for policies that have no configuration of their own.
+DATA = [argument for argument in TINY if argument.startswith(("data.", "evaluation.", "generation.max"))]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs with a finished run `study/run`, evaluated at every step."""
+    folder = tmp_path_factory.mktemp("policies") / "outputs"
+    assert run_in_process(*ARGUMENTS, f"output_dir={folder}", "name=study", f"hydra.run.dir={folder}/study/run") == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def trains_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **keys: Any) -> None:
+        raise AssertionError("it trains")
+
+    request.getfixturevalue("outputs")
+    for name in ("train_ppo", "build_sft", "build_reward"):
+        monkeypatch.setattr(run, name, fail)
+
+
+def measured(outputs: Path, name: str, policy: Any, *overrides: str, code: int = 0) -> dict[str, Any]:
+    """The summary that the command leaves in its folder; {} if it fails with the exit code that is expected."""
+    place = [f"output_dir={outputs}", f"name={name}", f"hydra.run.dir={outputs}/{name}/run", "debug=quick"]
+    assert run_in_process("stage=evaluate", f"policy={policy}", *place, *overrides) == code
+    return {} if code else read_json(outputs / name / "run" / SUMMARY)
+
+
+def results(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics without those that depend on the clock or on earlier evaluations."""
+    return {key: value for key, value in without_times(metrics).items() if "_fall" not in key}
+
+
+def test_a_finished_run_is_measured_with_all_that_it_has_kept(outputs: Path) -> None:
+    folder = outputs / "study/run"
+    summary = measured(outputs, "second", folder, "judge=reward_model", "evaluation.temperature=1.0",
+                       "evaluation.best_of=2")  # fmt: skip
+    [place] = folder.glob(f"{EVALUATIONS}/*/")
+    assert [line["step"] for line in read_lines(place / METRICS)] == [0, 1, 2, 3]
+    assert summary["same_as"] == f"../../study/run/{EVALUATIONS}/{place.name}"
+    assert summary["metrics"] == evaluated_at(place, 3)
+    assert summary["sft_metrics"] == evaluated_at(place, 0)
+    assert summary["config"]["model"]["config"]["hidden_size"] == 32  # the run's, not the command's
+    assert summary["config"]["judge"]["_target_"].endswith("RewardModelJudge")
+    assert (outputs / "second/run/outcomes.jsonl").read_text() == (place / "outcomes.jsonl").read_text()
+    before = (place / METRICS).read_text()
+    assert measured(outputs, "second", folder, "judge=reward_model", "evaluation.temperature=1.0",
+                    "evaluation.best_of=2")["metrics"] == summary["metrics"]  # fmt: skip
+    assert (place / METRICS).read_text() == before
+
+
+def test_one_of_its_policies_is_measured_alone(outputs: Path) -> None:
+    folder = outputs / "study/run"
+    own = measured(outputs, "one", folder / KEPT / "step-000001")
+    assert own["metrics"] == evaluated_at(folder, 1)  # the training has measured the same
+    other = measured(outputs, "one", folder / KEPT / "step-000001", "evaluation.kl_prompts=1")
+    place = outputs / "one/run" / other["same_as"]
+    assert [line["step"] for line in read_lines(place / METRICS)] == [1]
+    assert (other["metrics"]["eval/reward"], other["metrics"]["eval/true_kl"] == own["metrics"]["eval/true_kl"]) == (
+        own["metrics"]["eval/reward"], False)  # fmt: skip
+    assert measured(outputs, "one", folder / MODEL)["metrics"] == evaluated_at(folder, 3)
+    assert (outputs / "one/run/earlier").is_dir()  # the results that were there before
+
+
+def test_models_adapters_and_outputs_from_elsewhere(outputs: Path, tmp_path: Path) -> None:
+    """The same policies, without their runs, have the same win rates and gold utilities."""
+    folder = outputs / "study/run"
+    [sft] = outputs.glob("cache/sft-*/model")
+    shutil.copytree(folder / MODEL, tmp_path / "adapter")
+    rows = json.loads((folder / "alpaca_eval.json").read_text())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for policy, step in ((sft, 0), (f"{folder}@sft", 0), (tmp_path / "adapter", 3), (tmp_path / "rows.jsonl", 3)):
+        found = results(measured(outputs, "outside", policy, *DATA)["metrics"])
+        own = results(evaluated_at(folder, step))
+        assert {key: own[key] for key in found} == found
+        assert {"eval/win_rate", "eval/gold_utility", "eval/factual_precision"} <= found.keys()
+    draws = measured(outputs, "outside", "reference", *DATA)["metrics"]
+    assert draws["eval/win_rate"] == 0.5
+    assert draws["eval/gold_utility"] > own["eval/gold_utility"]
+
+
+def variety(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(set(response))) for response in responses]
+
+
+def test_the_best_of_several_answers_of_a_model(outputs: Path) -> None:
+    [sft] = outputs.glob("cache/sft-*/model")
+    decoding = [*DATA, "evaluation.temperature=1.0", "scorer=function", f"scorer.function={__name__}.variety"]
+    means = [measured(outputs, "best", sft, *decoding, f"evaluation.best_of={count}")["metrics"]["eval/reward"]
+             for count in (1, 8)]  # fmt: skip
+    assert means[1] > means[0]
+
+
+def test_a_study_measures_the_finished_runs_of_its_configuration(
+    outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = measured(outputs, "table", "finished", *ARGUMENTS)
+    assert own["metrics"] == read_json(outputs / "study/run" / SUMMARY)["metrics"]
+    other = measured(outputs, "table", "finished", *ARGUMENTS, "judge=reward_model")
+    assert other["sft_metrics"]["eval/reward"] == own["sft_metrics"]["eval/reward"]
+    report([str(outputs / "table")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Measured by the evaluation {other['evaluation']}, RewardModelJudge on 4 prompts." in said
+    measured(outputs, "table", "finished", *ARGUMENTS, "seed=7", code=2)
+    assert "holds no finished run of this configuration" in error_sentence(capsys.readouterr().err)
+
+
+BAD = [
+    ("study/run", ["ppo.steps=9"], "ppo.steps=9: policy=.*/study/run is measured as it was trained; allowed: judge, "),
+    ("study/run", ["stage=ppo"], "policy=.*/study/run is what stage=evaluate measures"),
+    ("study/run", ["evaluation.best_of=4"], "evaluation.best_of above 1 needs evaluation.temperature above 0"),
+    ("study/run/kept/step-000009", [], "has no kept/step-000009|no such"),
+    ("study/run@sft", ["judge=reward_model"], "judge=reward_model is that of a run"),
+    ("study/run@sft", ["evaluation.best_of=4", "evaluation.temperature=1"], "scorer=RewardModelScorer reads no texts"),
+    ("study/run/alpaca_eval.json", [*DATA, "evaluation.prompts=5"], "has no output for 1 of the 5"),
+    ("study/nothing.json", DATA, "nothing.json"),
+]
+
+
+@pytest.mark.parametrize(("policy", "overrides", "said"), BAD)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(
+    outputs: Path, policy: str, overrides: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(outputs, "bad", outputs / policy, *overrides, code=2)
+    sentence = error_sentence(capsys.readouterr().err)
+    assert re.search(said, sentence), sentence
+    assert not (outputs / "bad/run" / SUMMARY).exists()
+
+
+# -- docs/evaluation.md ------------------------------------------------------------------------------------------------
+
+PAGE = (root() / "docs" / "evaluation.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = [line.split()[1:] for text in BLOCKS for line in text.splitlines() if "…" not in line and "-m" not in line]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_of_the_page_trains_nothing(words: list[str], outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder whose `outputs/rlhf/default` is the finished run, at its sizes."""
+    monkeypatch.chdir(outputs.parent)
+    (outputs / "rlhf").mkdir(exist_ok=True)
+    if not (outputs / "rlhf/default").exists():
+        (outputs / "rlhf/default").symlink_to(outputs / "study/run", target_is_directory=True)
+    sizes = ARGUMENTS if "stage=evaluate" not in words else ["debug=quick", *(DATA if is_outside(words[1]) else [])]
+    before = set(outputs.glob(f"rlhf/*/{SUMMARY}"))
+    assert run_in_process(*sizes, *words) == 0
+    assert len(set(outputs.glob(f"rlhf/*/{SUMMARY}")) - before) == 1
+
+
+def is_outside(policy: str) -> bool:
+    return policy.endswith(("@sft", ".json", "=reference"))
+
+
+def test_the_page_has_commands_of_both_kinds() -> None:
+    assert {"stage=evaluate" in words for words in COMMANDS} == {True, False}
+
+
+def test_table_2_measures_the_runs_of_table_1() -> None:
+    """Their configurations differ in nothing that is trained, so that `policy=finished` finds them."""
+    first, second = (composed(f"experiments=table{number}", "variant=lora_kl", "replicate=2") for number in (1, 2))
+    assert (second.stage.name, second.policy) == ("evaluate", "finished")
+    source = data_source(first)
+    trained = [identity.of_training({**OmegaConf.to_container(config, resolve=True), **same}, source)  # type: ignore[dict-item]
+               for config in (first, second) for same in ({"stage": "", "name": "", "report": ""},)]  # fmt: skip
+    assert trained[0] == trained[1]
+    axes = [composed(f"experiments=table{number}", with_hydra=True).hydra.sweeper.params for number in (1, 2)]
+    assert axes[0].replicate == axes[1].replicate
+    assert set(axes[1].variant.split(",")) <= set(axes[0].variant.split(","))
