@@ -248,8 +248,10 @@ class ChatTemplate:
         except Exception:  # a template without system messages
             return None
         gaps = re.split(f"{SYSTEM}|{USER}|{ANSWER}|{LAST}", probe)  # of as many contents as there are messages
+        if len(gaps) != len(system) + 4 or not all(gaps[1:-1]):
+            return None
         first, *inner, last = gaps
-        if len(inner) != len(system) + 2 or not all(inner) or not (prompt.startswith(first) and prompt.endswith(last)):
+        if not (prompt.startswith(first) and prompt.endswith(last)):
             return None
         contents, rest = list[str](), prompt[len(first) : len(prompt) - len(last)]
         for gap in chain(inner[:-2], cycle(inner[-2:])):  # behind the system message; between the turns

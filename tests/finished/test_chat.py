@@ -143,11 +143,8 @@ def test_chat_reads_prompts_from_a_pipe(runs: SimpleNamespace, tmp_path: Path) -
     problems = done.stderr.splitlines()
     assert len(problems) == 3, problems
     assert "whole number" in problems[0]
-    assert "there is no command /what; allowed: /new" in problems[1]
-    assert (
-        problems[2]
-        == "ppo: the prompt has 202 tokens; allowed: 1 to 64, as in training, or /new for another conversation"
-    )
+    assert "there is no command /what; allowed: /seed" in problems[1]
+    assert problems[2] == "ppo: the prompt has 202 tokens; allowed: 1 to 64, as in training"
 
 
 def test_columns_show_the_end_while_an_answer_grows() -> None:

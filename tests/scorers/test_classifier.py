@@ -25,7 +25,7 @@ from rlhf.models.sequences import Sequences
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context
 from rlhf.scorers.classifier import ClassifierScorer
-from tests.helpers.chat_models import save_chat_model, save_chat_tokenizer
+from tests.helpers.chat_models import KINDS, chat_tokenizer, save_chat_model, save_chat_tokenizer
 from tests.helpers.scorer_context import NoSource
 
 FARM = Farm()
@@ -128,7 +128,10 @@ def test_without_a_template_or_by_request_prompt_and_response_are_one_text(rewar
     assert scorer.chat is None
 
 
-def test_prompts_that_cannot_be_read_back_are_refused(reward_model: Path) -> None:
-    odd = NoSource(Template("{instruction}{input}", "{instruction} or {instruction}?"))
+def test_prompts_that_cannot_be_read_back_are_refused(reward_model: Path, tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("headers")
+    tokenizer.chat_template = KINDS["headers"][0].replace("| trim", "| upper")
+    tokenizer.save_pretrained(tmp_path)
+    odd = NoSource(ChatTemplate(str(tmp_path)))
     with pytest.raises(ConfigError, match=r"cannot be read back.*allowed: none"):
         ClassifierScorer(replace(CONTEXT, source=odd), str(reward_model), label=None)
