@@ -56,8 +56,8 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_what_only_measures_changes_no_bit_of_the_policy(workplace: Path) -> None:
-    measured = ["judge=reward_model", "evaluation.prompts=3", "ppo.eval_every=1", "ppo.keep_best=null",
-                "evaluation.best_of=2", "ppo.keep_evaluated=true", "evaluation.temperature=1.0",
+    measured = ["judge=reward_model", "evaluation.prompts=3", "ppo.eval_every=1", "evaluation.best_of=2",
+                "ppo.keep_evaluated=true", "evaluation.temperature=1.0",
                 "data.eval_prompts=5"]  # fmt: skip
     assert command(workplace, "again", "resume=never", *measured) == 0
     again, first = workplace / "outputs/again/run", workplace / "outputs/first/run"
