@@ -43,12 +43,14 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         texts = _texts(plan)
     except (DataError, ModelError) as error:
         return {"stages": described, "time": f"unknown: {error}"}
+    speeds = {name: Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
+              for name, ((settings, sizes, work), stage) in stages.items() if stage in TIMED}  # fmt: skip
+    if not all(speed.fits for speed in speeds.values()):
+        return {"stages": described, "time": "unknown: not even a few blocks of the model fit into the free memory"}
     longest, total = plan.settings.generation.max_new_tokens, 0.0
     answer = min(texts["sft"].response, longest) if "sft" in texts else longest
-    for name, ((settings, sizes, work), stage) in stages.items():
-        if stage not in TIMED:
-            continue
-        speed = Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
+    for name, speed in speeds.items():
+        (settings, _, work), stage = stages[name]
         seconds, most = (
             Times(settings, speed, texts, work, _pairs(plan, texts), length).stage(stage)
             for length in ((answer, longest) if stage not in ("sft", "reward") else (answer, answer))

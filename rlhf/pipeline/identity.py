@@ -29,8 +29,8 @@ IGNORED_TRAINER_KEYS = frozenset({
 # Labels, intervals of saving and logging, and CUDA graphs, which only make decoding faster: on a GPU the metrics were
 # equal with and without them, and elsewhere the key has no effect.
 IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
-# Keys that only measure a policy: with other values the same steps are trained. `ppo.keep_best` is none of them, because
-# which policy is left as the best one cannot be chosen again once the run has ended.
+# Keys that only measure a policy: with other values the same steps are trained. `ppo.keep_best` is none of them: which
+# policy is left as the best one cannot be chosen again once the run has ended.
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.

@@ -12,8 +12,10 @@ from functools import cached_property, lru_cache
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rlhf.models.activations import FLOAT32
 from rlhf.models.assembly import lora_config
 from rlhf.models.loading import DTYPES, switch_off_dropout
+from rlhf.models.memory import available
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.models.sizes import Sizes
@@ -39,6 +41,13 @@ class Speed:
     def depths(self) -> tuple[int, ...]:
         """The numbers of blocks that are timed."""
         return (self.sizes.layers,) if self.sizes.parameters <= SMALL or self.sizes.layers < 3 else (1, 2)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory that is free has room for the model that is timed, and as much again for its passes."""
+        sizes = self.sizes
+        weights = sizes.parameters - sizes.linear * (1 - max(self.depths) / sizes.layers)
+        return 2 * FLOAT32 * weights < available(self.device != "cpu")
 
     def per_token(self, lora: LoraSettings, budget: int, length: int, learn: bool, words: bool = True) -> float:
         """A pass over texts of `length` tokens, per token; with `learn` also its gradients.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -57,8 +58,12 @@ class PolicyEvaluation(Stage):
         return generator(self.config.seed, purpose, step, str(self.roles.device))
 
     def on_validation_epoch_start(self) -> None:
-        """Begin a measurement of the present policy, if one is due: Lightning asks at regular intervals."""
-        self._due = self.config.ppo.evaluates(self.ppo_step)
+        """Begin a measurement of the present policy, if one is due.
+
+        While it trains, Lightning asks at regular intervals, and `ppo.eval_every` may be a list of steps.
+        """
+        training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        self._due = not training or self.config.ppo.evaluates(self.ppo_step)
         self.roles.eval()
         self._started = time.perf_counter()
         self._measured: list[_Measured] = []

@@ -41,7 +41,7 @@ def on_device(stage: Stage) -> Stage:
     """A stage on the simulated device, with an optimiser and without a trainer."""
     moved(stage)
     stage._device = CUDA
-    stage._trainer = SimpleNamespace(global_step=1, loggers=[])  # type: ignore[assignment]
+    stage._trainer = SimpleNamespace(global_step=1, loggers=[], state=SimpleNamespace(fn="validate"))  # type: ignore[assignment]
     optimizer = stage.configure_optimizers()["optimizer"]
     stage.optimizers = lambda: optimizer  # type: ignore[method-assign]
     stage.lr_schedulers = lambda: SimpleNamespace(step=lambda: None)  # type: ignore[method-assign]

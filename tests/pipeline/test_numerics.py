@@ -16,6 +16,7 @@ from torch import nn
 from rlhf import root
 from rlhf.files import read_json
 from rlhf.finished.chat import cli as chat
+from rlhf.finished.compare import cli as compare
 from rlhf.finished.export import cli as export
 from rlhf.pipeline.numerics import settle_numerics
 from tests.helpers.command_line import TINY
@@ -101,7 +102,7 @@ def test_every_command_that_makes_models_is_run_below() -> None:
         pytest.skip("not a checkout")
     scripts = tomllib.loads((root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     reaching = {name for name, target in scripts.items() if reaches_models(target.partition(":")[0])}
-    assert reaching == {"rlhf", "rlhf-chat", "rlhf-export"}
+    assert reaching == {"rlhf", "rlhf-chat", "rlhf-export", "rlhf-compare", "rlhf-agreement"}
 
 
 def test_rlhf_chooses_the_kernels_first_and_determinism_changes_no_bit_on_a_cpu(
@@ -138,6 +139,15 @@ def test_chat_chooses_the_kernels_first(tmp_path: Path, monkeypatch: pytest.Monk
     unsettle()
     with computing_modules() as seen:
         chat.main([str(runs.ppo)])
+    assert any("Attention" in kind for kind in seen)
+
+
+def test_a_comparison_chooses_the_kernels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = finished_outputs(tmp_path / "outputs")
+    unsettle()
+    with computing_modules() as seen:
+        compare.main([str(runs.ppo), f"{runs.ppo}@sft", "evaluation.prompts=2", "evaluation.max_new_tokens=4"])
     assert any("Attention" in kind for kind in seen)
 
 

@@ -157,6 +157,7 @@ def test_a_judge_scores_what_was_sampled(same: bool) -> None:
     kind = RewardModelJudge if same else FinishedRewardModelJudge
     judge = object.__new__(kind)
     RewardModelJudge.__init__(judge, Context(NoSource(), tokenizer, roles))
+    judge._known, judge.asked, judge.template = {}, None, None  # of the finished one: no scores yet, no templates
     texts = [Response("w9 w8", [9, 8], False), Response("w9 w8", [9, UNK, 8, OTHER], True), Response("w9", [9, EOS])]
     ids = [[9, 8], [9, UNK, 8, OTHER] if same else [9, 8, EOS], [9, EOS]]
     prompts = [Prompt("w5 w6", f"w{20 + i}") for i in range(3)]
