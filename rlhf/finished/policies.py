@@ -4,6 +4,7 @@ A policy has a label and answers evaluation prompts. Opening one reads configura
 reported at once: neither torch nor weights are loaded before `Policy.answers`.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _run(word: str, path: Path) -> "RunPolicy | None":
         if sft:
             raise RunError(f"{word}: {folder} is not the folder of a finished run; allowed: {ALLOWED}")
         return None
-    name = folder.resolve().name
+    name = Path(os.path.abspath(folder)).name  # that of a link, not of its target
     if sft:
         return RunPolicy(f"{name}{SFT}", FinishedRun.open(folder).sft)
     run = FinishedRun.open(folder, chosen)

@@ -83,6 +83,12 @@ def test_a_run_answers_with_its_own_model(
     assert len({*map(tuple, (answers_of(runs, name) for name in ("policy", "value", "reference")))}) == 3
 
 
+def test_a_link_gives_a_run_with_a_long_name_a_short_one(runs: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "mine").symlink_to(runs.ppo)
+    assert open_policy(str(tmp_path / "mine")).label == "mine"
+    assert open_policy(f"{tmp_path}/mine@sft").label == "mine@sft"
+
+
 def test_a_run_reads_prompts_in_the_template_that_it_was_trained_with(
     runs: SimpleNamespace, settings: Settings
 ) -> None:
