@@ -89,4 +89,9 @@ def _reward_model(folder: str) -> FinishedRun:
         raise ConfigError(f"judge.folder={folder}: {error}") from None
     if run.stage != "reward":
         raise ConfigError(f"judge.folder={folder} is of stage={run.stage}; allowed: stage=reward")
+    if run.summary.get("reads") == "classifier":  # `rlhf.pipeline.taken.CLASSIFIER`
+        raise ConfigError(
+            f"judge.folder={folder} is a classifier that was taken from elsewhere, not a reward model of one matrix on "
+            "the last hidden state; allowed: judge=reward_model with reward.from, or a reward model trained here"
+        )
     return run

@@ -12,9 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.errors import ConfigError
 from rlhf.files import METRICS, read_lines
 from rlhf.finished.export import cli as export
 from tests.helpers.command_line import TINY, error_sentence, run_in_process
+from tests.helpers.composed_config import compose_and_check
 from tests.helpers.released_models import released, weight_difference, with_released_shape
 
 pytestmark = pytest.mark.slow
@@ -132,6 +134,8 @@ def test_a_reward_model_with_another_tokenizer_is_a_scorer(made: SimpleNamespace
     assert run_in_process(*words, "name=ppo", "judge=reward_model") == 0
     told = said(capfd)
     assert "1 model(s) in memory (base)" in told  # the value function starts from the SFT model
+    with pytest.raises(ConfigError, match=r"judge\.folder=.* is a classifier .*; allowed: judge=reward_model with"):
+        compose_and_check(*words, "judge=finished_reward_model", f"judge.folder={cached('reward')}")
     baseline = summary_of(cached("reward"))["metrics"]["reward/baseline"]
     rows = [row for row in read_lines(done("ppo") / "samples.jsonl") if row["step"] == 0]
     model = AutoModelForSequenceClassification.from_pretrained(made.foreign, num_labels=1)
