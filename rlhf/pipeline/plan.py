@@ -170,9 +170,10 @@ class Plan:
 
     def in_place(self, product: str) -> Path | None:
         """The folder of the cache that is taken as it is; None if the product has to be made."""
-        taken = self.taken.get(product)
-        sft = self.sft_folder if product == "reward" else None
-        return taken.in_place(self.outputs / "cache", sft) if taken else None
+        taken, reward = self.taken.get(product), product == "reward"
+        if taken is None or (reward and not taken.centred_as(self.plain, self.source)):
+            return None
+        return taken.in_place(self.outputs / "cache", self.sft_folder if reward else None)
 
     def _data(self, splits: Collection[Split]) -> dict[str, Any]:
         return identity.of_data(self.plain["data"], self.source, splits)

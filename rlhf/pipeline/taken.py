@@ -15,6 +15,7 @@ from rlhf.models.architecture import check_architecture
 from rlhf.models.loading import config_of, load_tokenizer, skeleton
 from rlhf.models.released import Checkpoint, find
 from rlhf.models.tokenizing import chat_template_of, check_written
+from rlhf.pipeline import identity
 from rlhf.settings import ModelSettings, Settings, SupervisedSettings
 from rlhf.tracking.summary import read_summary
 
@@ -55,10 +56,26 @@ class Taken:
         on_this = base is None or (sft is not None and base.folder.parent == sft)
         return folder if made_here and on_this and self.reads == IDS else None
 
+    def centred_as(self, config: Mapping[str, Any], source: DataSource) -> bool:
+        """Whether a reward model that was made here has its baseline from the demonstrations of `config`."""
+        baselines = [
+            {
+                "rows": chosen.get("reward", {}).get("baseline_rows"),
+                "data": identity.decisive(identity.of_data(chosen.get("data", {}), source, ("sft", "sft_validation"))),
+            }
+            for chosen in (config, self._config)
+        ]
+        return identity.by_content(baselines[0]) == identity.by_content(baselines[1])
+
     def settings(self) -> Mapping[str, Any]:
         """The keys with which the product was trained, if it was trained here."""
+        found: Mapping[str, Any] = self._config.get(self.product, {})
+        return found
+
+    @property
+    def _config(self) -> Mapping[str, Any]:
         summary = read_summary(self.checkpoint.folder.parent) or {}
-        found: Mapping[str, Any] = summary.get("config", {}).get(self.product, {})
+        found: Mapping[str, Any] = summary.get("config", {})
         return found
 
     @property

@@ -16,7 +16,7 @@ from rlhf.errors import ConfigError
 from rlhf.files import METRICS, read_lines
 from rlhf.finished.export import cli as export
 from tests.helpers.command_line import TINY, error_sentence, run_in_process
-from tests.helpers.composed_config import compose_and_check
+from tests.helpers.composed_config import compose_and_check, composed_plan
 from tests.helpers.released_models import released, weight_difference, with_released_shape
 
 pytestmark = pytest.mark.slow
@@ -115,6 +115,11 @@ def test_models_of_the_cache_make_the_same_run_and_copies_the_same_bits(capfd: A
     assert run_in_process(*words, "name=trained") == 0
     sft, reward = cached("sft"), cached("reward")
     assert run_in_process(*words, f"sft.from={sft}", f"reward.from={reward}", "name=taken") == 0
+    plans = [
+        composed_plan(Path("outputs"), *words, f"reward.from={reward}", *more)
+        for more in ([], ["data.demonstrations=99"], ["reward.baseline_rows=3"])
+    ]
+    assert [plan.in_place("reward") for plan in plans] == [reward.resolve(), None, None]  # another baseline
     same = summary_of(done("taken"))
     assert same["identity"] == summary_of(done("trained"))["identity"]
     assert same["same_as"]
