@@ -1,6 +1,7 @@
 """The policies of a finished run, and which of them an evaluation has measured."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
+
+log = logging.getLogger(__name__)
 
 
 def begin(plan: Plan) -> None:
@@ -36,6 +39,18 @@ def last_step(summary: Mapping[str, Any]) -> int:
     """The step after which a finished run of PPO ended: all of `ppo.steps`, or fewer at a plateau."""
     plateau = summary.get("plateau") or {}
     return int(plateau.get("step", summary["config"]["ppo"]["steps"]))
+
+
+def warn_of_what_was_not_kept(plan: Plan, run: Path) -> None:
+    """Warn where the configuration asks a finished run for policies that it has not kept."""
+    ppo = plan.settings.ppo
+    asked = {step for step in range(1, ppo.steps) if ppo.evaluates(step)} if ppo.keep_evaluated else set()
+    missing = sorted(asked - kept_policies(run).keys())
+    if missing:
+        log.warning(
+            "ppo.keep_evaluated=true: %s is finished, without its policy of step %s; resume=never trains it again",
+            run, ", ".join(map(str, missing)),
+        )  # fmt: skip
 
 
 def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Path | None]:

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import hydra
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rlhf.data.records import SPLITS, DataSource, Split
@@ -193,14 +194,17 @@ class Plan:
     def evaluation_of(self, config: Mapping[str, Any]) -> str:
         """The digest `evaluation` of another resolved configuration of this run.
 
-        The scorer counts only if it is another one than that of the training, which is part of the run.
+        The scorer counts only if it is another one than that of the training, which is part of the run, and a reward
+        model that judges only if it is no part of the run.
         """
         measured = identity.decisive(identity.of_evaluation(config, self.source))
-        scorer, trained = (
-            identity.decisive(config["scorer"]),
-            identity.decisive(self.trained_scorer or config["scorer"]),
-        )
-        return identity.digest(measured if scorer == trained else {**measured, "scorer": scorer}, known=self._digests)
+        trained = config["scorer"] if self.trained_scorer is None else self.trained_scorer
+        if identity.decisive(config["scorer"]) != identity.decisive(trained):
+            measured["scorer"] = identity.decisive(config["scorer"])
+        judge = hydra.utils.get_object(config["judge"]["_target_"])
+        if getattr(judge, "needs_reward_model", False) and not self.learns_from_reward_model:
+            measured["reward_model"] = self.reward_folder.name
+        return identity.digest(measured, known=self._digests)
 
     @property
     def noted(self) -> str:
