@@ -68,8 +68,9 @@ class RunEvaluation:
 
     @property
     def place(self) -> Path:
-        """The folder of the results."""
-        return self.run.folder if self.own else evaluations.place(self.run.folder, self.plan.evaluation)
+        """The folder of the results: the run's own if the training has measured all of them, else one beside."""
+        measured = self.own and all(evaluated_at(self.run.folder, step) for step in self._wanted())
+        return self.run.folder if measured else evaluations.place(self.run.folder, self.plan.evaluation)
 
     @property
     def identity(self) -> str:
@@ -79,21 +80,29 @@ class RunEvaluation:
 
     def todo(self) -> dict[int, Path | None]:
         """The policies that are not measured yet: step → folder of its weights, None for the SFT model."""
-        steps = self.plan.settings.evaluation.steps if self.chosen is None else "all"
-        found = measuring.policies(self.run.folder, self.run.summary, steps)
-        wanted = {step: model for step, model in found.items() if self.chosen in (None, step)}
-        return {step: model for step, model in wanted.items() if not evaluated_at(self.place, step)}
+        place, wanted = self.place, self._wanted()
+        if self.own and place != self.run.folder:  # what the training has measured is copied there
+            wanted = {step: model for step, model in wanted.items() if not evaluated_at(self.run.folder, step)}
+        return measuring.missing_in(place, wanted)
 
     def results(self) -> dict[str, Any]:
         """The summary of the results; measures what is missing."""
-        todo = self.todo()
+        todo, place = self.todo(), self.place
         if todo:
             settle_budget(self.plan)
-            log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), self.place)
-            Run(self.plan, progress=False).measure(todo, self.place)
+            log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), place)
+            if self.own:
+                measuring.copy_aside(self.run.folder, self.plan.evaluation)
+            Run(self.plan, progress=False).measure(todo, place)
         evaluations.show(self.run.folder, self.plan.evaluation)
-        found = read_object(self.place / SUMMARY, metrics=dict)
-        return found if self.chosen is None else {**found, "metrics": evaluated_at(self.place, self.chosen)}
+        found = read_object(place / SUMMARY, metrics=dict)
+        return found if self.chosen is None else {**found, "metrics": evaluated_at(place, self.chosen)}
+
+    def _wanted(self) -> dict[int, Path | None]:
+        """All policies whose results are asked for, as of `todo`."""
+        steps = self.plan.settings.evaluation.steps if self.chosen is None else "all"
+        found = measuring.policies(self.run.folder, self.run.summary, steps)
+        return {step: model for step, model in found.items() if self.chosen in (None, step)}
 
 
 def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: list[str]) -> dict[str, Any]:
