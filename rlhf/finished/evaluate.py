@@ -223,19 +223,23 @@ def _step_of(run: FinishedRun) -> int:
 def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> DictConfig:
     """The configuration of a run, except for what the command line says about measuring.
 
-    Keys that are newer than the run have their defaults.
+    Keys that are newer than the run have their defaults. Other data are put into the template of the run's own.
 
     Raises:
-        ConfigError: the command line would change what the run was trained with.
+        ConfigError: the command line would change what the run was trained with, or the template that it reads.
     """
     found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
     for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
         found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
     found.stage, found.policy = {"name": "ppo"}, None
+    template = run.config["data"].get("template")
     for override in given:
         key = override.lstrip("+~").partition("=")[0]
         key = key.partition("@")[2] or key
+        key = key.replace("/", ".")
         group = key.partition(".")[0]
+        if template and key.startswith("data.template"):
+            raise ConfigError(f"{override}: policy={config.policy} reads prompts in the template of its training")
         if group in MEASURES:
             keys = ("evaluation", "judge") if key == "evaluation" else (key,)
             for name in keys:
@@ -245,6 +249,8 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
                 f"{override}: policy={config.policy} is measured as it was trained; allowed: "
                 f"{', '.join(MEASURES)}, and policy={FINISHED} for the run of the command's own configuration"
             )
+    if template and "template" in found.data:
+        OmegaConf.update(found, "data.template", template, merge=False)
     return found
 
 

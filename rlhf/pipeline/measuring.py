@@ -3,9 +3,12 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import ModelError
 from rlhf.files import (
@@ -22,6 +25,7 @@ from rlhf.files import (
     read_lines,
 )
 from rlhf.files.checksums import damage
+from rlhf.models.loading import load_tokenizer
 from rlhf.pipeline import cache, earlier
 from rlhf.pipeline.kept_policies import kept_policies
 from rlhf.pipeline.plan import Plan
@@ -117,6 +121,19 @@ def check_sound(run: Path, place: Path) -> None:
         raise ModelError(
             f"{run} is damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it whole again"
         )
+
+
+def tokenizer_of(plan: Plan) -> PreTrainedTokenizerBase:
+    """The tokenizer of the policy; that of a finished run is its own, even if it is measured on other data.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    model = plan.settings.model
+    if plan.made_from is not None:
+        own = str(plan.made_from["sft"] / MODEL)
+        model = replace(model, name_or_path=own, tokenizer=None, gguf_file=None)
+    return load_tokenizer(model, plan.source)
 
 
 def evaluation_results(plan: Plan, folder: Path) -> dict[str, Any]:

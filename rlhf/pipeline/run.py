@@ -22,7 +22,7 @@ from rlhf.files import BEST_MODEL, MODEL, SAMPLES, copy_folder
 from rlhf.guards import Guards
 from rlhf.models.assembly import load_policy, lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
-from rlhf.models.loading import DTYPES, load_tokenizer
+from rlhf.models.loading import DTYPES
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
 from rlhf.models.tokenizing import encode, short_enough
@@ -39,7 +39,7 @@ from rlhf.pipeline.evaluating import best_metric, make_evaluator, ping
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
-from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready
+from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, tokenizer_of
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.plateau import Plateau
@@ -199,7 +199,7 @@ class Run:
         """
         plan, settings, cached = self.plan, self.settings, self.plan.outputs / "cache"
         # 1. The models.
-        tokenizer = load_tokenizer(settings.model, self.source)
+        tokenizer = tokenizer_of(plan)
         reward = plan.reward_folder if plan.needs_reward_model else None
         role = reward / MODEL if reward and plan.reward_reads == IDS else None
         only_judges = not plan.learns_from_reward_model

@@ -10,13 +10,19 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf import root
-from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines
+from rlhf.data.records import as_records
+from rlhf.errors import ConfigError
+from rlhf.files import ALPACA_EVAL, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines
+from rlhf.finished.evaluate import as_trained
+from rlhf.finished.policies import open_policy
+from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import identity, run
-from rlhf.pipeline.config import data_source
+from rlhf.pipeline.config import data_source, settings_of
 from rlhf.report.cli import main as report
 from rlhf.tracking.metrics_file import evaluated_at
 from tests.helpers.command_line import TINY, error_sentence, run_in_process
 from tests.helpers.composed_config import composed
+from tests.helpers.finished_runs import TEMPLATE, finished_outputs
 from tests.helpers.run_results import without_times
 
 pytestmark = pytest.mark.slow
@@ -84,6 +90,30 @@ def test_one_of_its_policies_is_measured_alone(outputs: Path) -> None:
         own["metrics"]["eval/reward"], False)  # fmt: skip
     assert measured(outputs, "one", folder / MODEL)["metrics"] == evaluated_at(folder, 3)
     assert (outputs / "one/run/earlier").is_dir()  # the results that were there before
+
+
+def test_a_run_reads_other_data_with_its_own_tokenizer(outputs: Path) -> None:
+    """The words of another farm have other ids there; the answers are those of the model alone."""
+    folder = outputs / "study/run"
+    summary = measured(outputs, "elsewhere", folder, "data.seed=1")
+    config = OmegaConf.create(summary["config"])
+    settings, source = settings_of(config), data_source(config)
+    own = FinishedRun.open(folder).tokenizer()
+    assert source.tokenizer().get_vocab() != own.get_vocab()
+    prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
+    rows = read_json(outputs / "elsewhere/run" / ALPACA_EVAL)
+    assert [row["output"] for row in rows] == open_policy(str(folder)).answers(prompts, settings, source)
+
+
+def test_a_run_reads_other_data_in_its_own_template(tmp_path: Path) -> None:
+    trained = FinishedRun.open(finished_outputs(tmp_path / "outputs").ppo)
+    for words in (["data=alpaca"], ["data=stack_exchange"], ["data=hub", "data.sft=o/n"]):
+        merged = as_trained(composed("stage=evaluate", *words), trained, words)
+        assert merged.data.template == TEMPLATE
+        assert merged.data._target_ == composed(*words).data._target_
+    for words in (["data/template=short"], ["data.template.with_input=x"]):
+        with pytest.raises(ConfigError, match="reads prompts in the template of its training"):
+            as_trained(composed("stage=evaluate", "data=alpaca", *words), trained, words)
 
 
 def test_models_adapters_and_outputs_from_elsewhere(outputs: Path, tmp_path: Path) -> None:
