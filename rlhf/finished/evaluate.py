@@ -223,7 +223,8 @@ def _step_of(run: FinishedRun) -> int:
 def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> DictConfig:
     """The configuration of a run, except for what the command line says about measuring.
 
-    Keys that are newer than the run have their defaults. Other data are put into the template of the run's own.
+    Keys that are newer than the run have their defaults, which is why no option that changes several groups at once
+    (`experiments`, `debug`) is taken. Other data are put into the template of the run's own.
 
     Raises:
         ConfigError: the command line would change what the run was trained with, or the template that it reads.
@@ -244,7 +245,7 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
             keys = ("evaluation", "judge") if key == "evaluation" else (key,)
             for name in keys:
                 OmegaConf.update(found, name, OmegaConf.select(config, name), merge=False, force_add=True)
-        elif group not in (*HOW, "hydra", "experiments", "sweeps", "debug", "cluster"):
+        elif group not in (*HOW, "hydra", "sweeps", "cluster"):
             raise ConfigError(
                 f"{override}: policy={config.policy} is measured as it was trained; allowed: "
                 f"{', '.join(MEASURES)}, and policy={FINISHED} for the run of the command's own configuration"

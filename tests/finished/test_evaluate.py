@@ -28,7 +28,7 @@ from tests.helpers.run_results import without_times
 pytestmark = pytest.mark.slow
 ARGUMENTS = [*TINY, "logger=csv", "ppo.eval_every=1", "ppo.lr=0.05", "ppo.keep_evaluated=true"]
 # What the runs read and how they answer, for policies that have no configuration of their own.
-DATA = [argument for argument in TINY if argument.startswith(("data.", "evaluation.", "generation.max"))]
+DATA = [argument for argument in TINY if argument.startswith(("debug", "data.", "evaluation.", "generation.max"))]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def trains_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 def measured(outputs: Path, name: str, policy: Any, *overrides: str, code: int = 0) -> dict[str, Any]:
     """The summary that the command leaves in its folder; {} if it fails with the exit code that is expected."""
-    place = [f"output_dir={outputs}", f"name={name}", f"hydra.run.dir={outputs}/{name}/run", "debug=quick"]
+    place = [f"output_dir={outputs}", f"name={name}", f"hydra.run.dir={outputs}/{name}/run"]
     assert run_in_process("stage=evaluate", f"policy={policy}", *place, *overrides) == code
     return {} if code else read_json(outputs / name / "run" / SUMMARY)
 
@@ -161,6 +161,8 @@ def test_a_study_measures_the_finished_runs_of_its_configuration(
 
 BAD = [
     ("study/run", ["ppo.steps=9"], "ppo.steps=9: policy=.*/study/run is measured as it was trained; allowed: judge, "),
+    ("study/run", ["experiments=imdb_table"], "experiments=imdb_table: policy=.* is measured as it was trained"),
+    ("study/run", ["debug=quick"], "debug=quick: policy=.*/study/run is measured as it was trained; allowed: judge, "),
     ("study/run", ["stage=ppo"], "policy=.*/study/run is what stage=evaluate measures"),
     ("study/run", ["evaluation.best_of=4"], "evaluation.best_of above 1 needs evaluation.temperature above 0"),
     ("study/run/kept/step-000009", [], "has no kept/step-000009|no such"),
@@ -195,7 +197,7 @@ def test_a_command_of_the_page_trains_nothing(words: list[str], outputs: Path, m
     (outputs / "rlhf").mkdir(exist_ok=True)
     if not (outputs / "rlhf/default").exists():
         (outputs / "rlhf/default").symlink_to(outputs / "study/run", target_is_directory=True)
-    sizes = ARGUMENTS if "stage=evaluate" not in words else ["debug=quick", *(DATA if is_outside(words[1]) else [])]
+    sizes = ARGUMENTS if "stage=evaluate" not in words else DATA if is_outside(words[1]) else []
     before = set(outputs.glob(f"rlhf/*/{SUMMARY}"))
     assert run_in_process(*sizes, *words) == 0
     assert len(set(outputs.glob(f"rlhf/*/{SUMMARY}")) - before) == 1
