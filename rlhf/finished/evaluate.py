@@ -68,8 +68,9 @@ class RunEvaluation:
 
     @property
     def place(self) -> Path:
-        """The folder of the results."""
-        return self.run.folder if self.own else evaluations.place(self.run.folder, self.plan.evaluation)
+        """The folder of the results: the run's own if the training has measured all of them, else one beside."""
+        measured = self.own and all(evaluated_at(self.run.folder, step) for step in self._wanted())
+        return self.run.folder if measured else evaluations.place(self.run.folder, self.plan.evaluation)
 
     @property
     def identity(self) -> str:
@@ -79,21 +80,29 @@ class RunEvaluation:
 
     def todo(self) -> dict[int, Path | None]:
         """The policies that are not measured yet: step → folder of its weights, None for the SFT model."""
-        steps = self.plan.settings.evaluation.steps if self.chosen is None else "all"
-        found = measuring.policies(self.run.folder, self.run.summary, steps)
-        wanted = {step: model for step, model in found.items() if self.chosen in (None, step)}
-        return {step: model for step, model in wanted.items() if not evaluated_at(self.place, step)}
+        place, wanted = self.place, self._wanted()
+        if self.own and place != self.run.folder:  # what the training has measured is copied there
+            wanted = {step: model for step, model in wanted.items() if not evaluated_at(self.run.folder, step)}
+        return measuring.missing_in(place, wanted)
 
     def results(self) -> dict[str, Any]:
         """The summary of the results; measures what is missing."""
-        todo = self.todo()
+        todo, place = self.todo(), self.place
         if todo:
             settle_budget(self.plan)
-            log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), self.place)
-            Run(self.plan, progress=False).measure(todo, self.place)
+            log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), place)
+            if self.own:
+                measuring.copy_aside(self.run.folder, self.plan.evaluation)
+            Run(self.plan, progress=False).measure(todo, place)
         evaluations.show(self.run.folder, self.plan.evaluation)
-        found = read_object(self.place / SUMMARY, metrics=dict)
-        return found if self.chosen is None else {**found, "metrics": evaluated_at(self.place, self.chosen)}
+        found = read_object(place / SUMMARY, metrics=dict)
+        return found if self.chosen is None else {**found, "metrics": evaluated_at(place, self.chosen)}
+
+    def _wanted(self) -> dict[int, Path | None]:
+        """All policies whose results are asked for, as of `todo`."""
+        steps = self.plan.settings.evaluation.steps if self.chosen is None else "all"
+        found = measuring.policies(self.run.folder, self.run.summary, steps)
+        return {step: model for step, model in found.items() if self.chosen in (None, step)}
 
 
 def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: list[str]) -> dict[str, Any]:
@@ -214,28 +223,35 @@ def _step_of(run: FinishedRun) -> int:
 def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> DictConfig:
     """The configuration of a run, except for what the command line says about measuring.
 
-    Keys that are newer than the run have their defaults.
+    Keys that are newer than the run have their defaults, which is why no option that changes several groups at once
+    (`experiments`, `debug`) is taken. Other data are put into the template of the run's own.
 
     Raises:
-        ConfigError: the command line would change what the run was trained with.
+        ConfigError: the command line would change what the run was trained with, or the template that it reads.
     """
     found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
     for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
         found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
     found.stage, found.policy = {"name": "ppo"}, None
+    template = run.config["data"].get("template")
     for override in given:
         key = override.lstrip("+~").partition("=")[0]
         key = key.partition("@")[2] or key
+        key = key.replace("/", ".")
         group = key.partition(".")[0]
+        if template and key.startswith("data.template"):
+            raise ConfigError(f"{override}: policy={config.policy} reads prompts in the template of its training")
         if group in MEASURES:
             keys = ("evaluation", "judge") if key == "evaluation" else (key,)
             for name in keys:
                 OmegaConf.update(found, name, OmegaConf.select(config, name), merge=False, force_add=True)
-        elif group not in (*HOW, "hydra", "experiments", "sweeps", "debug", "cluster"):
+        elif group not in (*HOW, "hydra", "sweeps", "cluster"):
             raise ConfigError(
                 f"{override}: policy={config.policy} is measured as it was trained; allowed: "
                 f"{', '.join(MEASURES)}, and policy={FINISHED} for the run of the command's own configuration"
             )
+    if template and "template" in found.data:
+        OmegaConf.update(found, "data.template", template, merge=False)
     return found
 
 
