@@ -85,11 +85,15 @@ class Plan:
 
     @cached_property
     def beside(self) -> "Plan | None":
-        """The plan of a reward model on a model of its own (`reward.model`), which is fine-tuned first as ours is."""
+        """The plan of a reward model on a model of its own (`reward.model`), which is fine-tuned first as ours is.
+
+        What else refers to `model`, such as the chat template that writes the prompts, stays the policy's.
+        """
         if self.settings.reward.model is None:
             return None
         config = self.config.copy()
         with flag_override(config, ["struct", "readonly"], [False, False]):
+            OmegaConf.resolve(config)
             config.model = config.reward.model
             config.reward.model = None
             config.sft.update({"from": None, "difference_to": None})
