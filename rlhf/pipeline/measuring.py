@@ -84,7 +84,15 @@ def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Pat
 
 
 def take_over(plan: Plan, found: Path) -> None:
-    """Make the plan's folder the same finished run as `found`, with the evaluations that are there."""
+    """Make the plan's folder the same finished run as `found`, with the evaluations that are there.
+
+    An unfinished copy of the run in the plan's folder moves aside, so that no file of it is taken for one of `found`.
+
+    Raises:
+        ModelError: the models of `found` are damaged.
+    """
+    cache.check_whole(found)
+    earlier.settle(plan.folder, plan.noted, plan.outputs, True, plan.present)
     made = read_summary(found)
     assert made is not None
     more = {"identity": plan.identity}
