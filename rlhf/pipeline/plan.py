@@ -109,7 +109,7 @@ class Plan:
         """Where the simulated comparisons are, or will be; None if the comparisons come from the data set."""
         if not self.comparisons.simulated:
             return None
-        # the sampled answers depend on these; temperature and length are keys of `preferences` itself
+        # temperature and length of the sampled answers are keys of `preferences` itself
         sampled = {key: self.plain["generation"][key] for key in ("engine", "batch_size")}
         return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled})
 
@@ -184,9 +184,8 @@ class Plan:
     def identity(self) -> str:
         """A digest of what decides the run and of the models it starts from: equal identities are the same run.
 
-        An evaluation (stage=evaluate) is decided by the whole configuration, everything else by what trains it
-        (`identity.of_training`). PPO's own code is not part of it, so that a corrected line does not discard a week of
-        runs. Reports name the commits.
+        An evaluation is decided by the whole configuration, everything else by what trains it (`identity.of_training`).
+        PPO's own code is no part of it: a corrected line does not discard a week of runs. Reports name the commits.
         """
         return self._identity_of(self.plain)
 
