@@ -1,6 +1,7 @@
 """The policies of a finished run, and which of them an evaluation has measured."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,8 @@ from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
 
+log = logging.getLogger(__name__)
+
 
 def begin(plan: Plan) -> None:
     """Note whose folder this is and how the run is measured, before it begins or continues.
@@ -55,6 +58,18 @@ def last_step(summary: Mapping[str, Any]) -> int:
     return int(plateau.get("step", summary["config"]["ppo"]["steps"]))
 
 
+def warn_of_what_was_not_kept(plan: Plan, run: Path) -> None:
+    """Warn where the configuration asks a finished run for policies that it has not kept."""
+    ppo = plan.settings.ppo
+    asked = {step for step in range(1, ppo.steps) if ppo.evaluates(step)} if ppo.keep_evaluated else set()
+    missing = sorted(asked - kept_policies(run).keys())
+    if missing:
+        log.warning(
+            "ppo.keep_evaluated=true: %s is finished, without its policy of step %s; resume=never trains it again",
+            run, ", ".join(map(str, missing)),
+        )  # fmt: skip
+
+
 def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Path | None]:
     """The policies that a finished run of PPO has left: step → the folder of its weights, None for the SFT model.
 
@@ -69,7 +84,15 @@ def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Pat
 
 
 def take_over(plan: Plan, found: Path) -> None:
-    """Make the plan's folder the same finished run as `found`, with the evaluations that are there."""
+    """Make the plan's folder the same finished run as `found`, with the evaluations that are there.
+
+    An unfinished copy of the run in the plan's folder moves aside, so that no file of it is taken for one of `found`.
+
+    Raises:
+        ModelError: the models of `found` are damaged.
+    """
+    cache.check_whole(found)
+    earlier.settle(plan.folder, plan.noted, plan.outputs, True, plan.present)
     made = read_summary(found)
     assert made is not None
     more = {"identity": plan.identity}

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import hydra
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rlhf.data.records import SPLITS, DataSource, Split
@@ -84,11 +85,15 @@ class Plan:
 
     @cached_property
     def beside(self) -> "Plan | None":
-        """The plan of a reward model on a model of its own (`reward.model`), which is fine-tuned first as ours is."""
+        """The plan of a reward model on a model of its own (`reward.model`), which is fine-tuned first as ours is.
+
+        What else refers to `model`, such as the chat template that writes the prompts, stays the policy's.
+        """
         if self.settings.reward.model is None:
             return None
         config = self.config.copy()
         with flag_override(config, ["struct", "readonly"], [False, False]):
+            OmegaConf.resolve(config)
             config.model = config.reward.model
             config.reward.model = None
             config.sft.update({"from": None, "difference_to": None})
@@ -193,14 +198,17 @@ class Plan:
     def evaluation_of(self, config: Mapping[str, Any]) -> str:
         """The digest `evaluation` of another resolved configuration of this run.
 
-        The scorer counts only if it is another one than that of the training, which is part of the run.
+        The scorer counts only if it is another one than that of the training, which is part of the run, and a reward
+        model that judges only if it is no part of the run.
         """
         measured = identity.decisive(identity.of_evaluation(config, self.source))
-        scorer, trained = (
-            identity.decisive(config["scorer"]),
-            identity.decisive(self.trained_scorer or config["scorer"]),
-        )
-        return identity.digest(measured if scorer == trained else {**measured, "scorer": scorer}, known=self._digests)
+        trained = config["scorer"] if self.trained_scorer is None else self.trained_scorer
+        if identity.decisive(config["scorer"]) != identity.decisive(trained):
+            measured["scorer"] = identity.decisive(config["scorer"])
+        judge = hydra.utils.get_object(config["judge"]["_target_"])
+        if getattr(judge, "needs_reward_model", False) and not self.learns_from_reward_model:
+            measured["reward_model"] = self.reward_folder.name
+        return identity.digest(measured, known=self._digests)
 
     @property
     def noted(self) -> str:

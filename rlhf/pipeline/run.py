@@ -249,7 +249,8 @@ class Run:
             log.warning("no evaluation has %s, so that none is the best", best.metric)
             return None
         metrics = evaluated_at(self.plan.folder, step)
-        described = {"step": step, "metric": best.metric, "value": metrics[best.metric], "metrics": metrics}
+        value = metrics[best.metric]
+        described = {"step": step, "among": best.steps, "metric": best.metric, "value": value, "metrics": metrics}
         if step == stage.ppo_step:
             return {**described, "model": MODEL}
         found = StepCheckpoints(self.plan.folder / "checkpoints", 1, best=best).sound_best()

@@ -62,6 +62,21 @@ def test_a_file_counts_by_its_content(rows: Path, tmp_path: Path) -> None:
     assert identity.digest({"data": {"root": str(moved), "sft": "rows.jsonl[:5]"}}) != before
 
 
+@pytest.mark.parametrize("name", ["mine.jinja", "mine"])
+def test_the_files_of_a_prompt_template_are_not_below_the_root_of_the_data(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are read, from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / name).write_text("{{ messages }}")
+    template = {"name_or_path": None, "chat_template": name}
+    config = {"data": {"parts": {"a": {"root": str(tmp_path / "data"), "template": template}}}}
+    before = identity.digest(config)
+    (tmp_path / name).write_text("{{ messages[0] }}")
+    assert identity.digest(config) != before
+
+
 def test_option_values_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that has the same name as an option."""
     monkeypatch.chdir(tmp_path)
@@ -281,3 +296,19 @@ def test_editing_a_file_rebuilds_what_it_decides(
         file.write("\n# edited\n")
     after = names()
     assert {stage for stage in before if before[stage] != after[stage]} == rebuilt
+
+
+def test_a_reward_model_that_only_judges_is_a_part_of_what_is_measured(tmp_path: Path) -> None:
+    for judge, counts in (("reward_model", True), ("gold", False)):
+        one = composed_plan(tmp_path, "scorer=gold", f"judge={judge}")
+        other = composed_plan(tmp_path, "scorer=gold", f"judge={judge}", "preferences=simulated")
+        assert one.identity == other.identity
+        assert one.reward_folder != other.reward_folder
+        assert (one.evaluation != other.evaluation) == counts
+
+
+def test_a_name_in_the_data_is_no_label() -> None:
+    """It may choose a part of a set of the Hub."""
+    one, other = ({"name": "run", "data": {"sft": {"path": "owner/set", "name": name}}} for name in ("one", "two"))
+    assert identity.digest(identity.decisive(one)) != identity.digest(identity.decisive(other))
+    assert identity.decisive(one) == identity.decisive({**one, "name": "other"})

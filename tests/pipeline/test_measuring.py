@@ -267,6 +267,14 @@ def test_a_finished_run_of_an_earlier_version_is_found(workplace: Path, name: st
 
 
 @pytest.mark.usefixtures("trained_nothing")
+def test_a_finished_run_says_which_policies_it_has_not_kept(
+    workplace: Path, trained_nothing: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(workplace, "first", "ppo.keep_evaluated=true") == 0
+    said = capsys.readouterr()
+    assert "without its policy of step 2; resume=never trains it again" in " ".join((said.out + said.err).split())
+
+
 def test_the_curve_is_measured_again_from_the_kept_policies(workplace: Path) -> None:
     """The policies of all evaluated steps, in one command; each gives the answers that it gave during the training."""
     assert command(workplace, "again") == 0
