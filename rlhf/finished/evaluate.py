@@ -16,9 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import ConfigError, RunError
-from rlhf.files import BEST_MODEL, KEPT, MODEL, OUTCOME, SUMMARY, read_object, write_json
+from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, read_object, write_json
 from rlhf.finished.outside_evaluation import OutsideEvaluation
-from rlhf.finished.run import FinishedRun
+from rlhf.finished.run import FinishedRun, located
 from rlhf.pipeline import cache, earlier, identity, measuring
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.config import data_source, settings_of
@@ -142,19 +142,10 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
     if word == FINISHED:
         return _of_configuration(config, folder)
     path = Path(word).expanduser()
-    kept = f"{path.parent.name}/{path.name}"
-    for place, chosen in (
-        (path, MODEL),
-        (path.parent, path.name),
-        (path.parent.parent, kept),
-    ):
-        allowed = chosen in (MODEL, BEST_MODEL) or chosen.startswith(f"{KEPT}/")
-        if allowed and (place / SUMMARY).exists() and read_object(place / SUMMARY, stage=str)["stage"] == "ppo":
-            if not (place / chosen).is_dir():
-                raise RunError(f"{word}: {place} has no {chosen}; allowed: {MODEL}, or another policy that it has kept")
-            run = FinishedRun.open(place, chosen)
-            merged = as_trained(config, run, given)
-            return _subject(merged, run, None if place == path else _step_of(run))
+    found = located(path)
+    if found and read_object(found[0] / SUMMARY, stage=str)["stage"] == "ppo":
+        run = FinishedRun.open(*found)
+        return _subject(as_trained(config, run, given), run, None if found[0] == path else _step_of(run))
     return OutsideEvaluation.named(config, folder)
 
 
@@ -188,7 +179,7 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     plan.beside, plan.reward_reads = None, run.reward_reads
     plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None
     plan.trained_scorer = run.config["scorer"]
-    plan.sft_folder = _starting_point(run)
+    plan.sft_folder = run.sft.folder
     plan.made_from = {"sft": plan.sft_folder}
     if plan.needs_reward_model:
         model = run.reward
@@ -202,13 +193,6 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     if gone:
         raise RunError(f"{gone[0]}, which {run.folder} started from, is missing or damaged; its own command builds it")
     return RunEvaluation(run, plan, chosen)
-
-
-def _starting_point(run: FinishedRun) -> Path:
-    """The folder of the SFT model of a run."""
-    name = run.summary.get("sft_model")
-    places = [parent / "cache" / str(name) for parent in run.folder.resolve().parents]
-    return next((place for place in places if name and (place / SUMMARY).exists()), None) or run.sft.folder
 
 
 def _step_of(run: FinishedRun) -> int:
