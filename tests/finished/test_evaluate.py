@@ -1,6 +1,7 @@
 """`rlhf stage=evaluate policy=…`: any policy is measured by any judge, without a training step."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf import root
-from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines
+from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, locks, read_json, read_lines, write_json
 from rlhf.pipeline import identity, run
 from rlhf.pipeline.config import data_source
 from rlhf.report.cli import main as report
@@ -84,6 +85,35 @@ def test_one_of_its_policies_is_measured_alone(outputs: Path) -> None:
         own["metrics"]["eval/reward"], False)  # fmt: skip
     assert measured(outputs, "one", folder / MODEL)["metrics"] == evaluated_at(folder, 3)
     assert (outputs / "one/run/earlier").is_dir()  # the results that were there before
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_run_is_measured_when_no_other_process_works_in_its_folder(
+    outputs: Path, changed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And only if it is still the same run then."""
+    folder = outputs / "study/run"
+    summary, before = read_json(folder / SUMMARY), set(folder.glob(f"{EVALUATIONS}/*"))
+    held, waited = locks.acquire(folder / ".lock", "a test works in it"), []
+
+    class Leaves(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "another process works in" in record.getMessage():
+                waited.append(set(folder.glob(f"{EVALUATIONS}/*")))
+                write_json(folder / SUMMARY, {**summary, "identity": "another"} if changed else summary)
+                held.release()
+
+    monkeypatch.setattr(locks.log, "level", logging.INFO)
+    monkeypatch.setattr(locks.log, "handlers", [Leaves()])
+    try:
+        measured(outputs, "locked", folder / MODEL, "evaluation.prompts=1", code=2 if changed else 0)
+    finally:
+        write_json(folder / SUMMARY, summary)
+        held.release()
+    assert waited == [before]
+    assert len(set(folder.glob(f"{EVALUATIONS}/*/")) - before) == (not changed)
+    if changed:
+        assert "no longer holds the run" in error_sentence(capsys.readouterr().err)
 
 
 def test_models_adapters_and_outputs_from_elsewhere(outputs: Path, tmp_path: Path) -> None:
