@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import ConfigError, RunError
-from rlhf.files import BEST_MODEL, MODEL, OUTCOME, SUMMARY, read_object, write_json
+from rlhf.files import BEST_MODEL, EARLIER, MODEL, OUTCOME, SUMMARY, read_object, write_json
 from rlhf.finished.outside_evaluation import OutsideEvaluation
 from rlhf.finished.run import FinishedRun, located
 from rlhf.pipeline import cache, earlier, identity, measuring
@@ -27,6 +27,7 @@ from rlhf.pipeline.preflight import settle_budget
 from rlhf.pipeline.run import Run
 from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
+from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
 FINISHED = "finished"  # stands for the finished run of the command's own configuration
@@ -123,7 +124,7 @@ def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: 
     described = f"the results of {earlier.describe(folder, subject.plan.plain)}"
     earlier.settle(folder, subject.identity, subject.plan.outputs, config.resume == "never", described)
     earlier.note(folder, subject.identity, subject.plan.plain, overrides, evaluation=subject.plan.evaluation)
-    results = subject.results()
+    results = _results(subject)
     if subject.place != folder:
         for name in OUTCOME:
             if (subject.place / name).exists():
@@ -134,6 +135,24 @@ def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: 
     summary = {**results, "stage": "evaluate", "identity": subject.identity, "config": plain, "overrides": overrides}
     write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _results(subject: RunEvaluation | OutsideEvaluation) -> dict[str, Any]:
+    """The results of a measurement. Those of a run lie in its folder, whose lock is held while any is missing.
+
+    Raises:
+        RunError: while another process held it, the run moved aside and another one came into the folder.
+    """
+    if isinstance(subject, OutsideEvaluation) or not subject.todo():
+        return subject.results()
+    run = subject.run
+    with cache.locked(run.folder / ".lock", f"another process works in {run.folder}"):
+        if (read_summary(run.folder) or {}).get("identity") != run.summary.get("identity"):
+            raise RunError(
+                f"{run.folder} no longer holds the run that was to be measured, as another process worked in it; "
+                f"allowed: its present place, such as one in {run.folder / EARLIER}"
+            )
+        return subject.results()
 
 
 def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunEvaluation | OutsideEvaluation:

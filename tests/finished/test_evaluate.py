@@ -1,6 +1,7 @@
 """`rlhf stage=evaluate policy=…`: any policy is measured by any judge, without a training step."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from rlhf import root
 from rlhf.data.records import as_records
 from rlhf.errors import ConfigError
-from rlhf.files import ALPACA_EVAL, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines
+from rlhf.files import ALPACA_EVAL, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, locks, read_json, read_lines, write_json
 from rlhf.finished.evaluate import as_trained
 from rlhf.finished.policies import open_policy
 from rlhf.finished.run import FinishedRun
@@ -114,6 +115,35 @@ def test_a_run_reads_other_data_in_its_own_template(tmp_path: Path) -> None:
     for words in (["data/template=short"], ["data.template.with_input=x"]):
         with pytest.raises(ConfigError, match="reads prompts in the template of its training"):
             as_trained(composed("stage=evaluate", "data=alpaca", *words), trained, words)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_run_is_measured_when_no_other_process_works_in_its_folder(
+    outputs: Path, changed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And only if it is still the same run then."""
+    folder = outputs / "study/run"
+    summary, before = read_json(folder / SUMMARY), set(folder.glob(f"{EVALUATIONS}/*"))
+    held, waited = locks.acquire(folder / ".lock", "a test works in it"), []
+
+    class Leaves(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "another process works in" in record.getMessage():
+                waited.append(set(folder.glob(f"{EVALUATIONS}/*")))
+                write_json(folder / SUMMARY, {**summary, "identity": "another"} if changed else summary)
+                held.release()
+
+    monkeypatch.setattr(locks.log, "level", logging.INFO)
+    monkeypatch.setattr(locks.log, "handlers", [Leaves()])
+    try:
+        measured(outputs, "locked", folder / MODEL, "evaluation.prompts=1", code=2 if changed else 0)
+    finally:
+        write_json(folder / SUMMARY, summary)
+        held.release()
+    assert waited == [before]
+    assert len(set(folder.glob(f"{EVALUATIONS}/*/")) - before) == (not changed)
+    if changed:
+        assert "no longer holds the run" in error_sentence(capsys.readouterr().err)
 
 
 def test_models_adapters_and_outputs_from_elsewhere(outputs: Path, tmp_path: Path) -> None:
