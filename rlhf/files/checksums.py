@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import DamagedError
-from rlhf.files import BEST_MODEL, KEPT, LINE_FILES, MODEL, read_object, sync, write_json
+from rlhf.files import BEST_MODEL, CHECKSUMS, KEPT, LINE_FILES, MODEL, read_object, sync, write_json
 from rlhf.files.digests import file_stamp, sha256
 
-CHECKSUMS = "checksums.json"
 Signature = list[int]
 # Folders that this process has checked, with the signatures of their files: checksums.json may not be writable.
 _sound: dict[Path, dict[str, Signature]] = {}

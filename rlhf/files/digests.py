@@ -8,7 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from rlhf.files import write_json
+from rlhf.errors import DamagedError
+from rlhf.files import CHECKSUMS, read_object, write_json
 
 log = logging.getLogger(__name__)
 LARGE = 2**30  # bytes: reading a larger file takes long enough to be logged
@@ -19,6 +20,7 @@ def content_digest(path: Path, known: Path | None = None) -> str:
     """Hex digest of a file's bytes, or of the names and bytes of the files directly in a folder.
 
     Of a folder, files whose name begins with a dot and logs (`*.log`), which a run may still be writing, are ignored.
+    So is when the models of a run were last found intact, which is noted beside their checksums.
 
     Args:
         path: a file or folder.
@@ -31,7 +33,7 @@ def content_digest(path: Path, known: Path | None = None) -> str:
     if not path.is_dir():
         return _file_digest(path.resolve(), known)
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    listed = [(file.name, _file_digest(file.resolve(), known)) for file in files if file.suffix != ".log"]
+    listed = [(file.name, _listed_digest(file.resolve(), known)) for file in files if file.suffix != ".log"]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
@@ -51,6 +53,15 @@ def file_stamp(path: Path, *, device: bool = False) -> list[int]:
     stat = path.stat()
     stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     return [*stamp, stat.st_dev] if device else stamp
+
+
+def _listed_digest(path: Path, known: Path | None) -> str:
+    """The digest of one file of a folder; of `checksums.json`, that of the checksums alone."""
+    if path.name == CHECKSUMS:
+        with suppress(DamagedError, KeyError, TypeError):
+            checksums = {name: entry["sha256"] for name, entry in read_object(path).items()}
+            return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
+    return _file_digest(path, known)
 
 
 def _file_digest(path: Path, known: Path | None) -> str:

@@ -54,14 +54,11 @@ def _pointer(outputs: Path, identity: str) -> Path:
     return outputs / "cache" / "runs" / f"{identity}.json"
 
 
-def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str], **more: Any) -> dict[str, Any]:
-    """Make `folder` the same finished run as `found`: small files are copied, models are linked.
-
-    `config` and `overrides` are the new run's own, which may differ in its name and its report. What only measures is
-    in both as `found` was measured; `more` are further entries of the summary.
+def check_whole(found: Path) -> None:
+    """Check the models of a finished run before it is taken over.
 
     Raises:
-        ModelError: its models are damaged.
+        ModelError: they are damaged.
     """
     wrong = damage(found)
     if wrong:
@@ -69,14 +66,23 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
             f"{found} is the same run, but damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it"
             " whole"
         )
+
+
+def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list[str], **more: Any) -> dict[str, Any]:
+    """Make `folder` the same finished run as `found`: small files are copied, models are linked.
+
+    `config` and `overrides` are the new run's own, which may differ in its name and its report. What only measures is
+    in both as `found` was measured; `more` are further entries of the summary. The caller has checked that `found` is
+    whole and that `folder` holds no run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in OUTCOME:
         if (found / name).exists():
             shutil.copy2(found / name, folder / name)
     if (found / EVALUATIONS).is_dir():
-        shutil.copytree(found / EVALUATIONS, folder / EVALUATIONS, dirs_exist_ok=True)
+        shutil.copytree(found / EVALUATIONS, folder / EVALUATIONS)
     for name in (MODEL, BEST_MODEL, KEPT):
-        if (found / name).exists() and not (folder / name).exists():
+        if (found / name).exists():
             (folder / name).symlink_to(os.path.relpath(found / name, folder), target_is_directory=True)
     made = read_summary(found) or {}
     summary = {

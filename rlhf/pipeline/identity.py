@@ -155,15 +155,17 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 def decisive(node: Any) -> Any:
     """A part of the configuration without `IGNORED_KEYS`.
 
-    Of a judge's client only the model that answers is kept, not how it is reached.
+    Of a judge's client only the model that answers is kept, not how it is reached. In `data` a name is no label: it may
+    choose a part of a data set.
     """
     if not isinstance(node, Mapping):
         return node
     return {
-        key: endpoint_identity(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
+        key: value if key == "data" else endpoint_identity(value) if key == "client" and isinstance(value, Mapping)
+        else decisive(value)
         for key, value in node.items()
         if key not in IGNORED_KEYS
-    }
+    }  # fmt: skip
 
 
 def code_of(*modules: str) -> list[Path]:

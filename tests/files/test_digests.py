@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.files import digests
+from rlhf.files import CHECKSUMS, MODEL, digests
+from rlhf.files.checksums import damage, seal
 from rlhf.files.digests import content_digest
 
 
@@ -75,3 +76,23 @@ def test_a_folder_is_the_names_and_contents_of_its_files(tmp_path: Path) -> None
     assert content_digest(one) == content_digest(other)
     (other / "weights").rename(other / "renamed")
     assert content_digest(one) != content_digest(other)
+
+
+def test_the_digest_of_a_run_is_that_of_its_weights_whenever_they_were_checked(tmp_path: Path, known: Path) -> None:
+    """A reward model that judges is named by its folder; a copy or a `touch` of its weights makes it no other one."""
+    run = tmp_path / "reward-1"
+    (run / MODEL).mkdir(parents=True)
+    weights = run / MODEL / "weights"
+    weights.write_bytes(b"x")
+    seal(run)
+    before = content_digest(run, known)
+    stamps = (run / CHECKSUMS).read_bytes()
+    os.utime(weights, (1, 1))
+    assert damage(run) is None
+    assert (run / CHECKSUMS).read_bytes() != stamps
+    assert content_digest(run, known) == before
+    weights.write_bytes(b"y")
+    seal(run)
+    assert content_digest(run, known) != before
+    (run / CHECKSUMS).write_bytes(b"[]")
+    assert content_digest(run, known) not in (before, "")

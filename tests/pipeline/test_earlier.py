@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.files import EARLIER, METRICS, MODEL, SUMMARY, write_json
-from rlhf.pipeline import cache, earlier
+from rlhf.errors import ModelError
+from rlhf.files import EARLIER, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, write_json
+from rlhf.pipeline import cache, earlier, measuring
+from tests.helpers.composed_config import composed_plan
 
 
 @pytest.fixture
@@ -135,6 +137,34 @@ def test_runs_that_share_its_model_go_on_sharing_it(outputs: Path) -> None:
     assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
     earlier.settle(folder, "aaa", outputs, False, "it")
     assert said(other / EARLIER / "aaa" / MODEL / "adapter.safetensors") == "aaa"
+
+
+def test_an_unfinished_copy_moves_aside_before_a_finished_run_is_taken_over(outputs: Path) -> None:
+    """Its own policies, evaluations and notes would be taken for those of the finished run."""
+    plan, found = composed_plan(outputs), outputs / "other/run"
+    unfinished = write_run_files(plan.folder, plan.identity, steps=1, finished=False)
+    for folder, run in ((plan.folder, "unfinished"), (found, "finished")):
+        for place in (folder / KEPT / "step-000001", folder / EVALUATIONS / "abc"):
+            place.mkdir(parents=True)
+            (place / run).touch()
+            unfinished |= {str((place / run).relative_to(folder)): b""} if folder == plan.folder else {}
+    write_run_files(found, plan.identity)
+    made = {"identity": plan.identity, "evaluation": "abc", "config": {}, "stage": "ppo", "metrics": {}}
+    write_json(found / SUMMARY, made)
+    weights = found / MODEL / "adapter.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1])
+    with pytest.raises(ModelError, match="damaged: adapter"):
+        measuring.take_over(plan, found)
+    assert files_of(plan.folder) == unfinished  # it can still go on
+    weights.write_bytes(before)
+    measuring.take_over(plan, found)
+    assert files_of(plan.folder / EARLIER / f"{plan.identity}-1") == unfinished
+    for name in (MODEL, KEPT):
+        assert (plan.folder / name).resolve() == found / name
+    assert [path.name for path in (plan.folder / EVALUATIONS).rglob("*")] == ["abc", "finished"]
+    assert not (plan.folder / "checkpoints").exists()
+    assert plan.finished() == plan.folder
 
 
 def test_the_message_about_a_move_names_the_differences(outputs: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from rlhf.errors import Interrupted
-from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines, write_json
+from rlhf.files import ALPACA_EVAL, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines, write_json
 from rlhf.files.digests import sha256
 from rlhf.pipeline import earlier, identity, run
+from rlhf.pipeline.measuring import check_sound
 from rlhf.pipeline.plan import IGNORED_GROUPS
 from rlhf.report.cli import main as report
 from rlhf.stages.ppo import PPO
@@ -188,6 +189,44 @@ def test_an_unfinished_run_goes_on_under_another_judge(workplace: Path, monkeypa
     assert weights(folder) == weights(workplace / "outputs/first/run")
 
 
+def test_kept_steps_that_the_training_did_not_measure_so_lie_beside_the_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that was stopped under one judge and finished under another. What its training left stays as it is."""
+    train = PPO.training_step
+
+    def dying(stage: PPO, batch: Any, index: int) -> None:
+        if stage.ppo_step == 2:
+            raise Interrupted("stopped")
+        train(stage, batch, index)
+
+    keeping = ["resume=auto", "ppo.eval_every=1", "ppo.keep_evaluated=true", "seed=3"]
+    monkeypatch.setattr(PPO, "training_step", dying)
+    assert command(workplace, "two", *keeping) == 75
+    monkeypatch.setattr(PPO, "training_step", train)
+    assert command(workplace, "two", *keeping, OTHER) == 0
+    folder = workplace / "outputs/two/run"
+    assert steps_of(folder) == [0, 2, 3]
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".log"}
+    assert command(workplace, "asked", "stage=evaluate", "policy=finished", *keeping, OTHER) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    summary = read_json(folder / SUMMARY)
+    place = evaluations.place(folder, summary["evaluation"])
+    assert sorted(steps_of(place)) == [0, 1, 2, 3]
+    assert (place / ALPACA_EVAL).read_bytes() == (folder / ALPACA_EVAL).read_bytes()  # of the last policy
+    asked = read_json(workplace / "outputs/asked/run" / SUMMARY)
+    assert without_times(asked["metrics"]) == without_times(summary["metrics"])
+    (place / SUMMARY).unlink()  # as if killed before it was written
+    assert command(workplace, "asked", "stage=evaluate", "policy=finished", *keeping, OTHER, "resume=never") == 0
+    assert read_json(place / SUMMARY)["metrics"] == summary["metrics"]
+
+
+def test_the_results_of_a_training_are_no_place_for_others(workplace: Path) -> None:
+    folder = workplace / "outputs/first/run"
+    with pytest.raises(ValueError, match="has the results of the training"):
+        check_sound(folder, folder)
+
+
 @pytest.mark.usefixtures("trained_nothing")
 @pytest.mark.parametrize("name", ["old", "elsewhere"])
 def test_a_finished_run_of_an_earlier_version_is_found(workplace: Path, name: str) -> None:
@@ -228,6 +267,14 @@ def test_a_finished_run_of_an_earlier_version_is_found(workplace: Path, name: st
 
 
 @pytest.mark.usefixtures("trained_nothing")
+def test_a_finished_run_says_which_policies_it_has_not_kept(
+    workplace: Path, trained_nothing: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(workplace, "first", "ppo.keep_evaluated=true") == 0
+    said = capsys.readouterr()
+    assert "without its policy of step 2; resume=never trains it again" in " ".join((said.out + said.err).split())
+
+
 def test_the_curve_is_measured_again_from_the_kept_policies(workplace: Path) -> None:
     """The policies of all evaluated steps, in one command; each gives the answers that it gave during the training."""
     assert command(workplace, "again") == 0
