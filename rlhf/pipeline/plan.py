@@ -27,8 +27,6 @@ READS: dict[str, Collection[Split]] = {
     "preferences": SPLITS,  # the prompts may come from any split
     "reward": ("preference", "preference_validation"),
 }
-
-
 ORDER = ("sft", "preferences", "reward_sft", "reward")  # in which the products decide a run
 
 
