@@ -1,6 +1,7 @@
 """Finished runs that are measured again: by another judge, on other instructions, at other steps, without training."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from rlhf.errors import Interrupted
 from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines, write_json
 from rlhf.files.digests import sha256
-from rlhf.pipeline import earlier, identity, run
+from rlhf.pipeline import earlier, identity, measuring, run
 from rlhf.pipeline.plan import IGNORED_GROUPS
 from rlhf.report.cli import main as report
 from rlhf.stages.ppo import PPO
@@ -246,3 +247,28 @@ def test_damaged_weights_are_not_measured(workplace: Path, capsys: pytest.Captur
     (folder / MODEL / "adapter_model.safetensors").write_bytes(b"")
     assert command(workplace, "again", "evaluation.prompts=1") == 2
     assert "is damaged" in error_sentence(capsys.readouterr().err)
+
+
+def test_a_damaged_run_without_its_summary_is_made_whole(workplace: Path) -> None:
+    """From its checkpoint, where damaged kept policies do not become sound; or from the start, without what it was."""
+    assert command(workplace, "mended", "resume=never", "ppo.keep_evaluated=true") == 0
+    folder, pointers = workplace / "outputs/mended/run", workplace / "outputs/cache/runs"
+    pointers.rename(pointers.with_name("pointers"))  # or it would be taken over from another run
+    for path in (folder / MODEL, folder / KEPT / "step-000002"):
+        (path / "adapter_model.safetensors").write_bytes(b"")
+    (folder / SUMMARY).unlink()
+    assert command(workplace, "mended") == 0
+    assert weights(folder) == weights(workplace / "outputs/first/run")
+    assert [path.name for path in (folder / KEPT).iterdir()] == ["step-000003"]
+    assert (folder / "damaged/step-000002").is_dir()
+    measuring.check_sound(folder)
+    shutil.rmtree(pointers)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / SUMMARY).unlink()
+    assert command(workplace, "mended") == 0
+    shutil.rmtree(pointers)
+    pointers.with_name("pointers").rename(pointers)
+    assert not (folder / KEPT).exists()
+    [before] = (folder / "earlier").iterdir()
+    assert (before / KEPT / "step-000003").is_dir()
+    assert weights(folder) == weights(before)
