@@ -1,8 +1,10 @@
 """The chat template of a tokenizer, as prompt template of a data set (`data/template=chat`)."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import date as Date
 from functools import cached_property
 from itertools import chain, cycle, takewhile
 from pathlib import Path
@@ -21,6 +23,8 @@ SYSTEM, USER, ANSWER, LAST = "qzsystemqz", "qzuserqz", "qzanswerqz", "qzlastqz"
 ASKED = ({"role": "user", "content": USER},)
 ANSWERED = (*ASKED, {"role": "assistant", "content": ANSWER})
 CONTINUED = (*ANSWERED, {"role": "user", "content": LAST})
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
+"""How a template writes the date of today."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ChatTemplate:
             for the tokenizer's own.
         system: The system prompt of conversations that have none; None leaves this to the template.
         options: Variables for the template, such as `enable_thinking`.
+        date: The day that a template writes as today (`strftime_now`), so that every day makes the same prompts. The
+            default is the one that Llama 3.1's template falls back to.
     """
 
     name_or_path: str | None
@@ -48,6 +54,7 @@ class ChatTemplate:
     chat_template: str | None = None
     system: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    date: str = "2024-07-26"
 
     def render(self, instruction: str, input: str = "") -> str:
         """The prompt for an instruction, followed by its input if there is one, as the user's only message.
@@ -122,11 +129,15 @@ class ChatTemplate:
 
     @cached_property
     def text(self) -> str:
-        """The template itself, in Jinja.
+        """The template itself, in Jinja, with `date` instead of the day on which it is rendered.
 
         Raises:
-            DataError: the tokenizer has none, or the one that `chat_template` names cannot be read.
+            DataError: the tokenizer has none, the one that `chat_template` names cannot be read, or `date` is no day.
         """
+        return _on(self.date, self._undated)
+
+    @cached_property
+    def _undated(self) -> str:
         name = self.chat_template
         if name is not None and Path(name).expanduser().is_file():
             return Path(name).expanduser().read_text(encoding="utf-8")
@@ -264,10 +275,21 @@ class ChatTemplate:
         return messages if messages[-1]["role"] == "user" else None
 
 
+def _on(date: str, template: str) -> str:
+    """The template with the date as text, instead of the calls that make one of today's."""
+    try:
+        day = Date.fromisoformat(str(date))
+    except ValueError:
+        raise DataError(f"data.template.date={date} is no day; allowed: one such as 2024-07-26") from None
+    dated = TODAY.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
+    if "strftime_now(" in dated:
+        raise DataError("data/template=chat: the template writes today's date in a way that data.template.date cannot "
+                        "replace; allowed: one that calls strftime_now with a format in quotes")  # fmt: skip
+    return dated
+
+
 def _load(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
-    from transformers import (
-        AutoTokenizer,
-    )  # which imports torch, and commands that only look at runs do not wait for it
+    from transformers import AutoTokenizer  # imports torch, for which commands that only look at runs do not wait
 
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:

@@ -182,11 +182,24 @@ def train_and_held_out(source: DataSource, split: Split, validation: Split, size
     if validation in source.splits:
         held_out = source.load(validation)
         return as_records(rows, split), as_records(held_out.select(range(min(size, len(held_out)))), validation)
-    if len(rows) <= size:
-        raise DataError(f"the split {split} has {len(rows)} rows, too few to hold out {size}")
+    check_held_out(len(rows), split, validation, size)
     # Shuffled because files are often sorted, by topic say, and then their end does not represent the whole.
     records = as_records(rows.shuffle(seed=0), split)
     return records[:-size], records[-size:]
+
+
+def check_held_out(rows: int, split: Split, validation: Split, size: int) -> None:
+    """Check that rows are left to train on once `size` of them are held out.
+
+    Raises:
+        DataError: none are left.
+    """
+    if rows <= size:
+        key = f"{'sft' if split == 'sft' else 'reward'}.validation_size"
+        raise DataError(
+            f"the split {split} has {rows} rows, too few to hold out {key}={size}; allowed: {key} below {rows}, or a "
+            f"split {validation}"
+        )
 
 
 def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:

@@ -75,8 +75,14 @@ PromptTemplate = Template | ChatTemplate
 
 
 def conversation_of(prompt: str, template: PromptTemplate | None) -> list[dict[str, str]]:
-    """The messages that `template` made a prompt of; any other text is a message of the user."""
+    """The messages that `template` made a prompt of; a text in no template is a message of the user.
+
+    Raises:
+        RowError: a chat template made the prompt, but it cannot be read back.
+    """
     messages = template.messages_of(prompt) if template else None
+    if messages is None and isinstance(template, ChatTemplate) and template.special.search(prompt):
+        raise RowError("this prompt of data/template=chat cannot be read back as a conversation")
     return messages or [{"role": "user", "content": unmarked(prompt)}]
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import ConfigError, RunError
-from rlhf.files import BEST_MODEL, EARLIER, KEPT, MODEL, OUTCOME, SUMMARY, read_object, write_json
+from rlhf.files import BEST_MODEL, EARLIER, MODEL, OUTCOME, SUMMARY, read_object, write_json
 from rlhf.finished.outside_evaluation import OutsideEvaluation
-from rlhf.finished.run import FinishedRun
+from rlhf.finished.run import FinishedRun, located
 from rlhf.pipeline import cache, earlier, identity, measuring
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.config import data_source, settings_of
@@ -69,8 +69,9 @@ class RunEvaluation:
 
     @property
     def place(self) -> Path:
-        """The folder of the results."""
-        return self.run.folder if self.own else evaluations.place(self.run.folder, self.plan.evaluation)
+        """The folder of the results: the run's own if the training has measured all of them, else one beside."""
+        measured = self.own and all(evaluated_at(self.run.folder, step) for step in self._wanted())
+        return self.run.folder if measured else evaluations.place(self.run.folder, self.plan.evaluation)
 
     @property
     def identity(self) -> str:
@@ -80,21 +81,29 @@ class RunEvaluation:
 
     def todo(self) -> dict[int, Path | None]:
         """The policies that are not measured yet: step → folder of its weights, None for the SFT model."""
-        steps = self.plan.settings.evaluation.steps if self.chosen is None else "all"
-        found = measuring.policies(self.run.folder, self.run.summary, steps)
-        wanted = {step: model for step, model in found.items() if self.chosen in (None, step)}
-        return {step: model for step, model in wanted.items() if not evaluated_at(self.place, step)}
+        place, wanted = self.place, self._wanted()
+        if self.own and place != self.run.folder:  # what the training has measured is copied there
+            wanted = {step: model for step, model in wanted.items() if not evaluated_at(self.run.folder, step)}
+        return measuring.missing_in(place, wanted)
 
     def results(self) -> dict[str, Any]:
         """The summary of the results; measures what is missing."""
-        todo = self.todo()
+        todo, place = self.todo(), self.place
         if todo:
             settle_budget(self.plan)
-            log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), self.place)
-            Run(self.plan, progress=False).measure(todo, self.place)
+            log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), place)
+            if self.own:
+                measuring.copy_aside(self.run.folder, self.plan.evaluation)
+            Run(self.plan, progress=False).measure(todo, place)
         evaluations.show(self.run.folder, self.plan.evaluation)
-        found = read_object(self.place / SUMMARY, metrics=dict)
-        return found if self.chosen is None else {**found, "metrics": evaluated_at(self.place, self.chosen)}
+        found = read_object(place / SUMMARY, metrics=dict)
+        return found if self.chosen is None else {**found, "metrics": evaluated_at(place, self.chosen)}
+
+    def _wanted(self) -> dict[int, Path | None]:
+        """All policies whose results are asked for, as of `todo`."""
+        steps = self.plan.settings.evaluation.steps if self.chosen is None else "all"
+        found = measuring.policies(self.run.folder, self.run.summary, steps)
+        return {step: model for step, model in found.items() if self.chosen in (None, step)}
 
 
 def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: list[str]) -> dict[str, Any]:
@@ -152,19 +161,10 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
     if word == FINISHED:
         return _of_configuration(config, folder)
     path = Path(word).expanduser()
-    kept = f"{path.parent.name}/{path.name}"
-    for place, chosen in (
-        (path, MODEL),
-        (path.parent, path.name),
-        (path.parent.parent, kept),
-    ):
-        allowed = chosen in (MODEL, BEST_MODEL) or chosen.startswith(f"{KEPT}/")
-        if allowed and (place / SUMMARY).exists() and read_object(place / SUMMARY, stage=str)["stage"] == "ppo":
-            if not (place / chosen).is_dir():
-                raise RunError(f"{word}: {place} has no {chosen}; allowed: {MODEL}, or another policy that it has kept")
-            run = FinishedRun.open(place, chosen)
-            merged = as_trained(config, run, given)
-            return _subject(merged, run, None if place == path else _step_of(run))
+    found = located(path)
+    if found and read_object(found[0] / SUMMARY, stage=str)["stage"] == "ppo":
+        run = FinishedRun.open(*found)
+        return _subject(as_trained(config, run, given), run, None if found[0] == path else _step_of(run))
     return OutsideEvaluation.named(config, folder)
 
 
@@ -198,7 +198,7 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     plan.beside, plan.reward_reads = None, run.reward_reads
     plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None
     plan.trained_scorer = run.config["scorer"]
-    plan.sft_folder = _starting_point(run)
+    plan.sft_folder = run.sft.folder
     plan.made_from = {"sft": plan.sft_folder}
     if plan.needs_reward_model:
         model = run.reward
@@ -214,13 +214,6 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     return RunEvaluation(run, plan, chosen)
 
 
-def _starting_point(run: FinishedRun) -> Path:
-    """The folder of the SFT model of a run."""
-    name = run.summary.get("sft_model")
-    places = [parent / "cache" / str(name) for parent in run.folder.resolve().parents]
-    return next((place for place in places if name and (place / SUMMARY).exists()), None) or run.sft.folder
-
-
 def _step_of(run: FinishedRun) -> int:
     """The step of the policy that is meant by `RUN/model`, `RUN/model_best` or `RUN/kept/step-000020`."""
     if run.chosen == MODEL:
@@ -233,28 +226,35 @@ def _step_of(run: FinishedRun) -> int:
 def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> DictConfig:
     """The configuration of a run, except for what the command line says about measuring.
 
-    Keys that are newer than the run have their defaults.
+    Keys that are newer than the run have their defaults, which is why no option that changes several groups at once
+    (`experiments`, `debug`) is taken. Other data are put into the template of the run's own.
 
     Raises:
-        ConfigError: the command line would change what the run was trained with.
+        ConfigError: the command line would change what the run was trained with, or the template that it reads.
     """
     found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
     for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
         found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
     found.stage, found.policy = {"name": "ppo"}, None
+    template = run.config["data"].get("template")
     for override in given:
         key = override.lstrip("+~").partition("=")[0]
         key = key.partition("@")[2] or key
+        key = key.replace("/", ".")
         group = key.partition(".")[0]
+        if template and key.startswith("data.template"):
+            raise ConfigError(f"{override}: policy={config.policy} reads prompts in the template of its training")
         if group in MEASURES:
             keys = ("evaluation", "judge") if key == "evaluation" else (key,)
             for name in keys:
                 OmegaConf.update(found, name, OmegaConf.select(config, name), merge=False, force_add=True)
-        elif group not in (*HOW, "hydra", "experiments", "sweeps", "debug", "cluster"):
+        elif group not in (*HOW, "hydra", "sweeps", "cluster"):
             raise ConfigError(
                 f"{override}: policy={config.policy} is measured as it was trained; allowed: "
                 f"{', '.join(MEASURES)}, and policy={FINISHED} for the run of the command's own configuration"
             )
+    if template and "template" in found.data:
+        OmegaConf.update(found, "data.template", template, merge=False)
     return found
 
 

@@ -77,7 +77,10 @@ class OutsideEvaluation:
             )
         if settings.generation.batch_size == "auto":
             settings = replace(settings, generation=replace(settings.generation, batch_size=BATCH))
-        return cls(policy, Plan(config, settings, source, folder))
+        plan = Plan(config, settings, source, folder)
+        if settings.evaluation.best_of > 1:
+            plan.trained_scorer = {}  # the scorer chooses the answers, and is part of no run
+        return cls(policy, plan)
 
     @property
     def place(self) -> Path:

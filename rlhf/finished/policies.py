@@ -14,19 +14,19 @@ from typing import Any, Protocol
 from rlhf.data.records import DataSource, Prompt
 from rlhf.data.sources import SUFFIXES
 from rlhf.errors import RunError
-from rlhf.files import BEST_MODEL, MODEL, SUMMARY
+from rlhf.files import BEST_MODEL, KEPT, MODEL, SUMMARY
 from rlhf.files.digests import content_digest
 from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
 from rlhf.finished.outside import CHAT, OutsideModel
-from rlhf.finished.run import FinishedRun
+from rlhf.finished.run import FinishedRun, located
 from rlhf.settings import Settings
 
 REFERENCE = "reference"
 SFT = "@sft"
 ALLOWED = (
-    f"a finished run (RUN, RUN/{BEST_MODEL}, or RUN{SFT} for its SFT model), a model or peft adapter as a folder or as "
-    f"OWNER/NAME[@REVISION] on the Hub ({CHAT} in front of it: in its own chat template), a file of outputs in "
-    f"AlpacaEval's format, or {REFERENCE} for the reference outputs"
+    f"a finished run (RUN, RUN/{BEST_MODEL}, RUN/{KEPT}/step-000020, or RUN{SFT} for its SFT model), a model or peft "
+    f"adapter as a folder or as OWNER/NAME[@REVISION] on the Hub ({CHAT} in front of it: in its own chat template), a "
+    f"file of outputs in AlpacaEval's format, or {REFERENCE} for the reference outputs"
 )
 HUB = re.compile(r"([\w-][\w.-]*/[\w][\w.-]*)(?:@([\w./-]+))?")
 
@@ -119,14 +119,14 @@ def open_policy(word: str) -> Policy:
 def _run(word: str, path: Path) -> "RunPolicy | None":
     """The policy of a finished run, by its folder, a model in it, or the run and `@sft`; None for another word."""
     sft = word.endswith(SFT)
-    folder = Path(word.removesuffix(SFT)).expanduser() if sft else path
-    chosen = MODEL
-    if not sft and path.name in (MODEL, BEST_MODEL) and (path.parent / SUMMARY).exists():
-        folder, chosen = path.parent, path.name
-    if not (folder / SUMMARY).exists():
-        if sft:
-            raise RunError(f"{word}: {folder} is not the folder of a finished run; allowed: {ALLOWED}")
-        return None
+    folder, chosen = Path(word.removesuffix(SFT)).expanduser(), MODEL
+    if not sft:
+        found = located(path)
+        if found is None:
+            return None
+        folder, chosen = found
+    elif not (folder / SUMMARY).exists():
+        raise RunError(f"{word}: {folder} is not the folder of a finished run; allowed: {ALLOWED}")
     name = Path(os.path.abspath(folder)).name  # that of a link, not of its target
     if sft:
         return RunPolicy(f"{name}{SFT}", FinishedRun.open(folder).sft)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RunError
-from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, KEPT, MODEL, SUMMARY, read_object
 from rlhf.files.checksums import damage
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings
@@ -28,7 +28,7 @@ class FinishedRun:
     Attributes:
         folder: contains `summary.json` and `model/`.
         summary: the content of `summary.json`.
-        chosen: which of its models is meant, `model` or `model_best`.
+        chosen: which of its models is meant: `model`, `model_best` or `kept/step-000020`.
     """
 
     folder: Path
@@ -49,8 +49,8 @@ class FinishedRun:
             raise RunError(f"{folder} holds no {SUMMARY}: it is not the folder of a finished run")
         summary = read_object(folder / SUMMARY, stage=str, config=dict, metrics=dict)
         run = cls(folder, {**summary, "config": renamed_config(summary["config"])}, chosen)
-        if chosen == BEST_MODEL and not run.model.is_dir():
-            raise RunError(f"{folder} has no {BEST_MODEL}; allowed: {folder}, whose last policy is the only one kept")
+        if chosen != MODEL and not run.model.is_dir():
+            raise RunError(f"{folder} has no {chosen}; allowed: {folder}, its last policy, or another that it has kept")
         if not run.model.is_dir():
             raise RunError(f"{folder} has no model; allowed: a run of stage=sft, stage=reward or stage=ppo")
         _check(run.model)
@@ -124,8 +124,14 @@ class FinishedRun:
         """
         if self.stage == "sft":
             return self
+        name = self.summary.get("sft_model")
+        found = self._in_cache(name) if name else None
+        if found is not None:
+            return FinishedRun.open(found)
         reward = self.reward if self.reward_reads == "ids" else None
         base = self.base or (reward.base if reward else None)
+        if base is None and name:
+            self._cached(name)  # raises
         if base is None:
             raise RunError(f"{self.folder} trained all weights, and does not say which SFT model it started from")
         return FinishedRun.open(base.parent)
@@ -159,12 +165,29 @@ class FinishedRun:
             return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.settings.trust_remote_code)
 
     def _cached(self, name: str) -> Path:
-        """The folder `cache/<name>` beside any parent of the run's folder, since outputs may have been moved."""
-        places = [parent / "cache" / name for parent in self.folder.resolve().parents]
-        found = next((place for place in places if (place / SUMMARY).exists()), None)
+        """The folder `cache/<name>`, which must be there."""
+        found = self._in_cache(name)
         if found is None:
             raise RunError(f"{self.folder} was trained on {name}, which is not in the cache beside it any more")
         return found
+
+    def _in_cache(self, name: str) -> Path | None:
+        """The folder `cache/<name>` beside any parent of the run's folder, since outputs may have been moved."""
+        places = [parent / "cache" / name for parent in self.folder.resolve().parents]
+        return next((place for place in places if (place / SUMMARY).exists()), None)
+
+
+def located(path: Path) -> tuple[Path, str] | None:
+    """The folder of the finished run, and which of its models, that a path means; None for another path.
+
+    A path is that of the run, whose last policy is then meant, or of one of its models.
+    """
+    places = [(path, MODEL)]
+    if path.name in (MODEL, BEST_MODEL):
+        places.append((path.parent, path.name))
+    if path.parent.name == KEPT:
+        places.append((path.parent.parent, f"{KEPT}/{path.name}"))
+    return next((place for place in places if (place[0] / SUMMARY).exists()), None)
 
 
 def _check(model: Path) -> None:
@@ -174,6 +197,7 @@ def _check(model: Path) -> None:
         RunError: a file differs or is missing.
     """
     folder = model.resolve().parent  # the model of a run that was taken over is a link into the original run
+    folder = folder.parent if folder.name == KEPT else folder
     wrong = damage(folder) if (folder / SUMMARY).exists() else None
     if wrong:
         raise RunError(

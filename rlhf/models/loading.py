@@ -44,6 +44,7 @@ def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> Pr
 
     Raises:
         ModelError: no tokenizer can be loaded, or it has no EOS token.
+        DataError: it lacks a token of the prompt template.
     """
     if model.name_or_path is not None:
         name = model.tokenizer or model.name_or_path
@@ -57,9 +58,9 @@ def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> Pr
         tokenizer = source.tokenizer()
     else:
         tokenizer = train_tokenizer(text for row in source.load("sft") for text in row.values())
+    keep_template(tokenizer, source)  # whose end of turn becomes EOS
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {model.name_or_path} has no EOS token, without which no response ends")
-    keep_template(tokenizer, source)
     give_pad(tokenizer, stops_of(tokenizer, *_declared(model)))
     tokenizer.padding_side = "left"
     return tokenizer

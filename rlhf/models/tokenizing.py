@@ -41,6 +41,9 @@ def keep_template(tokenizer: PreTrainedTokenizerBase, source: Any) -> PreTrained
 
     Returns:
         The tokenizer itself.
+
+    Raises:
+        DataError: the tokenizer lacks a special token that the chat template writes, as another model's may.
     """
     template, special = getattr(source, "template", None), special_names(tokenizer)
     fixed = template.fixed_texts if isinstance(template, Template) else ()
@@ -50,11 +53,30 @@ def keep_template(tokenizer: PreTrainedTokenizerBase, source: Any) -> PreTrained
         if any(special.search(part) for part in parts)
     ]
     if isinstance(template, ChatTemplate):
+        check_written(tokenizer, template)
         tokenizer.conversation, tokenizer.chat_template = template, template.text
         if template.end != tokenizer.eos_token:
             tokenizer.eos_before = tokenizer.eos_token_id
             tokenizer.eos_token = template.end
     return tokenizer
+
+
+def check_written(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Check that the tokenizer has the special tokens that a chat template writes.
+
+    Raises:
+        DataError: it lacks some.
+    """
+    written = sorted({template.end, *template.special.findall(template.render("a") + template.answer("b"))})
+    ids = tokenizer.convert_tokens_to_ids(written)
+    unknown = (None, tokenizer.unk_token_id)
+    lacking = [name for name, i in zip(written, ids, strict=True) if i in unknown and name != tokenizer.unk_token]
+    if lacking:
+        raise DataError(
+            f"data/template=chat: the template of {template.tokenizer or template.name_or_path} writes "
+            f"{', '.join(lacking)}, which the tokenizer of {tokenizer.name_or_path or 'a model made from scratch'} "
+            "lacks; allowed: a model whose tokenizer has them, or a template (data.template.chat_template) without them"
+        )
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:

@@ -9,11 +9,12 @@ from omegaconf import DictConfig
 from torch.distributed.fsdp import fully_shard
 
 from rlhf.data.chat_template import ChatTemplate
+from rlhf.data.records import DataSource
 from rlhf.data.templates import PromptTemplate
 from rlhf.distributed import processes
 from rlhf.errors import ConfigError
 from rlhf.models.architecture import check_architecture
-from rlhf.models.loading import linear_names, skeleton
+from rlhf.models.loading import linear_names, load_tokenizer, skeleton
 from rlhf.rollout.vllm import NOT_YOURS, RANKS, TEMPERATURES
 from rlhf.settings import ModelSettings, Settings, is_quantized
 
@@ -185,14 +186,17 @@ def check_vllm(config: DictConfig, settings: Settings) -> None:
         )
 
 
-def check_template(settings: Settings, template: PromptTemplate | None) -> None:
-    """A chat template must exist, and tell turns apart if earlier ones are learnt.
+def check_template(settings: Settings, source: DataSource) -> None:
+    """A chat template must exist, be readable for each model, and tell turns apart if earlier ones are learnt.
 
     Raises:
         ConfigError, DataError: it does not.
     """
+    template: PromptTemplate | None = getattr(source, "template", None)
     if isinstance(template, ChatTemplate):
         template.check()
+        if settings.reward.model:
+            load_tokenizer(settings.reward.model, source)
     if settings.sft.loss_on != "assistant":
         return
     if not isinstance(template, ChatTemplate):

@@ -41,6 +41,11 @@ class Best:
         found = [(value, step) for step, value in self.evaluations() if step and math.isfinite(value)]
         return max(found, default=(None, None))[1]
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps among which the best is chosen: fewer if the judge changed on the way."""
+        return [step for step, _ in self.evaluations() if step]
+
     def evaluations(self) -> list[tuple[int, float]]:
         """Step and value of every evaluation so far, where higher is better; NaN where the metric is missing."""
         lines = [line for line in read_lines(self.folder / METRICS, "step") if "time/evaluate" in line]

@@ -86,7 +86,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         check_model(config, own, needs_reward_model(config), simulated)
     taken_of(settings, source)
     # 4. The data set: its template and its files.
-    check_template(settings, getattr(source, "template", None))
+    check_template(settings, source)
     if hasattr(source, "check"):
         source.check()
 

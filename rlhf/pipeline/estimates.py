@@ -1,10 +1,10 @@
 """Memory and time of every stage that a run would do, in words (`dry_run=true`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from rlhf.data.records import Split
-from rlhf.errors import DataError, ModelError
+from rlhf.data.records import Split, check_held_out
+from rlhf.errors import ModelError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.memory import Work, stage_memory
 from rlhf.models.sizes import Sizes
@@ -39,10 +39,14 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         for stage in part[2].stages
     }
     described = {name: {"memory": str(stage_memory(stage, *part))} for name, (part, stage) in stages.items()}
+    if remote := fetching.data_sets(plan.plain["data"]):
+        why = f"a dry run does not download {', '.join(remote)}, whose rows decide it"
+        return {"stages": described, "time": f"unknown: {why}"}
     try:
-        texts = _texts(plan)
-    except (DataError, ModelError) as error:
+        tokenizer = load_tokenizer(plan.settings.model, plan.source)
+    except ModelError as error:
         return {"stages": described, "time": f"unknown: {error}"}
+    texts = _texts(plan, tokenizer, stages.keys())
     speeds = {name: Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
               for name, ((settings, sizes, work), stage) in stages.items() if stage in TIMED}  # fmt: skip
     if not all(speed.fits for speed in speeds.values()):
@@ -63,17 +67,21 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
     return {"stages": described, "time": f"about {in_words(total)} on this {device}, {BASIS}"}
 
 
-def _texts(plan: Plan) -> dict[Split, Texts]:
+def _texts(plan: Plan, tokenizer: Any, stages: Collection[str]) -> dict[Split, Texts]:
     """The texts of the data.
 
     Raises:
-        DataError: the data is on the Hub, or cannot be read.
-        ModelError: the tokenizer cannot be loaded.
+        DataError: the data cannot be read, or has too few rows to hold some out.
     """
-    remote = fetching.data_sets(plan.plain["data"])
-    if remote:
-        raise DataError(f"a dry run does not download {', '.join(remote)}, whose rows decide it")
-    return count_texts(plan.source, load_tokenizer(plan.settings.model, plan.source))
+    texts = count_texts(plan.source, tokenizer)
+    validated: tuple[tuple[str, Split, Split, int], ...] = (
+        ("sft", "sft", "sft_validation", plan.settings.sft.validation_size),
+        ("reward", "preference", "preference_validation", plan.settings.reward.validation_size),
+    )
+    for stage, split, validation, size in validated:
+        if stage in stages and split in texts and validation not in texts:
+            check_held_out(texts[split].rows, split, validation, size)
+    return texts
 
 
 def _pairs(plan: Plan, texts: Mapping[Split, Texts]) -> int:

@@ -20,8 +20,8 @@ from rlhf.scorers import Context
 from rlhf.settings import Settings
 
 
-def make_evaluator(plan: Plan, context: Context, folder: Path) -> tuple[ResponseEvaluator, DataLoader]:
-    """What turns answers into metrics, and the prompts to answer; the answers are exported to `folder`."""
+def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[ResponseEvaluator, DataLoader]:
+    """What turns answers into metrics, and the prompts to answer; the answers are exported to `folder`, if any."""
     settings = plan.settings.evaluation
     # 1. The evaluation set: the data set's own, or for FActScore a prompt about each entity.
     node = plan.config.evaluation.get("factscore")
@@ -37,6 +37,8 @@ def make_evaluator(plan: Plan, context: Context, folder: Path) -> tuple[Response
 
     def export(prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
         """Write the answers in AlpacaEval's format, to be judged elsewhere too."""
+        if folder is None:
+            return
         dataset = str(plan.plain["data"]["_target_"]).rpartition(".")[2].lower()
         name = f"{plan.plain['name']}/{plan.folder.name}"
         alpaca_eval.export(folder, prompts, responses, name, dataset)

@@ -34,7 +34,7 @@ IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
-PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model"})
+PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model", "chat_template"})
 CODE = frozenset({"_target_", "function"})  # keys that name a class or function
 # Code that observes, stores, names or reports a run, or only creates what the keys name, does not decide its result.
 WATCHING = (
@@ -58,11 +58,11 @@ def digest(determinants: Mapping[str, Any], code: Iterable[Path] = (), known: Pa
 def by_content(node: Any, known: Path | None = None, root: str = "", key: str = "") -> Any:
     """The configuration, with every local file or folder that it names replaced by a digest.
 
-    A mapping with a `root` names files below that root. A slice of rows behind a file's name is kept. A class or
-    function of the user's own is replaced by the digest of its file.
+    A mapping with a `root` names files below that root, except in a prompt template, which is no data. A slice of rows
+    behind a file's name is kept. A class or function of the user's own is replaced by the digest of its file.
     """
     if isinstance(node, Mapping):
-        root = str(node.get("root") or root)
+        root = "" if key == "template" else str(node.get("root") or root)
         return {name: by_content(value, known, root, name) for name, value in node.items() if not _is_root(name, value)}
     if isinstance(node, list | tuple):
         return [by_content(value, known, root, key) for value in node]
@@ -155,15 +155,17 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 def decisive(node: Any) -> Any:
     """A part of the configuration without `IGNORED_KEYS`.
 
-    Of a judge's client only the model that answers is kept, not how it is reached.
+    Of a judge's client only the model that answers is kept, not how it is reached. In `data` a name is no label: it may
+    choose a part of a data set.
     """
     if not isinstance(node, Mapping):
         return node
     return {
-        key: endpoint_identity(value) if key == "client" and isinstance(value, Mapping) else decisive(value)
+        key: value if key == "data" else endpoint_identity(value) if key == "client" and isinstance(value, Mapping)
+        else decisive(value)
         for key, value in node.items()
         if key not in IGNORED_KEYS
-    }
+    }  # fmt: skip
 
 
 def code_of(*modules: str) -> list[Path]:

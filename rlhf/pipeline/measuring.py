@@ -1,13 +1,20 @@
 """The policies of a finished run, and which of them an evaluation has measured."""
 
 import json
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from rlhf.errors import ModelError
 from rlhf.files import (
+    ALPACA_EVAL,
+    ALPACA_EVAL_REFERENCE,
     BEST_MODEL,
     CHECKSUMS,
     EVALUATIONS,
@@ -21,6 +28,7 @@ from rlhf.files import (
     read_lines,
 )
 from rlhf.files.checksums import damage, damaged_below
+from rlhf.models.loading import load_tokenizer
 from rlhf.pipeline import cache, earlier
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.kept_policies import kept_policies
@@ -29,6 +37,8 @@ from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
+
+log = logging.getLogger(__name__)
 
 
 def begin(plan: Plan) -> None:
@@ -69,6 +79,18 @@ def last_step(summary: Mapping[str, Any]) -> int:
     """The step after which a finished run of PPO ended: all of `ppo.steps`, or fewer at a plateau."""
     plateau = summary.get("plateau") or {}
     return int(plateau.get("step", summary["config"]["ppo"]["steps"]))
+
+
+def warn_of_what_was_not_kept(plan: Plan, run: Path) -> None:
+    """Warn where the configuration asks a finished run for policies that it has not kept."""
+    ppo = plan.settings.ppo
+    asked = {step for step in range(1, ppo.steps) if ppo.evaluates(step)} if ppo.keep_evaluated else set()
+    missing = sorted(asked - kept_policies(run).keys())
+    if missing:
+        log.warning(
+            "ppo.keep_evaluated=true: %s is finished, without its policy of step %s; resume=never trains it again",
+            run, ", ".join(map(str, missing)),
+        )  # fmt: skip
 
 
 def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Path | None]:
@@ -114,21 +136,50 @@ def unmeasured(plan: Plan, run: Path) -> dict[int, Path | None]:
         return {}
     folder = evaluations.place(run, plan.evaluation)
     found = policies(run, summary, plan.settings.evaluation.steps)
-    missing = {step: model for step, model in found.items() if not evaluated_at(folder, step)}
-    return missing if missing or (folder / SUMMARY).exists() else {max(found): found[max(found)]}
+    return missing_in(folder, found)
 
 
-def check_sound(run: Path) -> None:
-    """Check the weights of a finished run before they are measured.
+def missing_in(folder: Path, wanted: Mapping[int, Path | None]) -> dict[int, Path | None]:
+    """Which of the policies `wanted` (as of `policies`) have to be measured so that `folder` has the results of all.
+
+    If all are measured, but a kill came before the summary was written, the last one is measured again.
+    """
+    missing = {step: model for step, model in wanted.items() if not evaluated_at(folder, step)}
+    return missing if missing or (folder / SUMMARY).exists() else {max(wanted): wanted[max(wanted)]}
+
+
+def has_later(folder: Path, step: int) -> bool:
+    """Whether a later step than `step` is measured in `folder`, whose exported answers are those of the last one."""
+    return any(line["step"] > step and "time/evaluate" in line for line in read_lines(folder / METRICS, "step"))
+
+
+def check_sound(run: Path, place: Path) -> None:
+    """Check the weights of a finished run before they are measured, and that the results go elsewhere, to `place`.
 
     Raises:
         ModelError: they are damaged.
+        ValueError: `place` is the run itself, whose summary and metrics are those of its training.
     """
+    if place.resolve() == run.resolve():
+        raise ValueError(f"{place} has the results of the training; allowed: a folder in its {EVALUATIONS}")
     wrong = damage(run)
     if wrong:
         raise ModelError(
             f"{run} is damaged: {wrong}; with its {SUMMARY} moved away, its own command makes it whole again"
         )
+
+
+def tokenizer_of(plan: Plan) -> PreTrainedTokenizerBase:
+    """The tokenizer of the policy; that of a finished run is its own, even if it is measured on other data.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    model = plan.settings.model
+    if plan.made_from is not None:
+        own = str(plan.made_from["sft"] / MODEL)
+        model = replace(model, name_or_path=own, tokenizer=None, gguf_file=None)
+    return load_tokenizer(model, plan.source)
 
 
 def evaluation_results(plan: Plan, folder: Path) -> dict[str, Any]:
@@ -159,8 +210,25 @@ def set_aside(run: Path, digest: str) -> None:
 
     Each file is first completed there and then shortened here, so that after a kill the next start goes on.
     """
+    for name, lines in _add_lines(run, evaluations.place(run, digest)).items():
+        if (run / name).exists():
+            keep_lines(run / name, partial(_stays, lines), "step")
+
+
+def copy_aside(run: Path, digest: str) -> None:
+    """Copy the evaluations that a training made to `evaluations/<digest>/`, which gets those of more steps."""
     target = evaluations.place(run, digest)
+    _add_lines(run, target)
+    for name in (ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
+        if (run / name).exists() and not (target / name).exists():
+            with aside(target / name) as temporary:
+                shutil.copyfile(run / name, temporary)
+
+
+def _add_lines(run: Path, target: Path) -> dict[str, list[dict[str, Any]]]:
+    """Add the lines of a run's evaluations to the files in `target`; returns them by the name of their file."""
     target.mkdir(parents=True, exist_ok=True)
+    added = {}
     for name in LINE_FILES:
         found = [line for line in read_lines(run / name, "step") if name != METRICS or "time/evaluate" in line]
         there = read_lines(target / name, "step")
@@ -169,8 +237,8 @@ def set_aside(run: Path, digest: str) -> None:
             temporary.write_text(
                 "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8"
             )
-        if (run / name).exists():
-            keep_lines(run / name, partial(_stays, found), "step")
+        added[name] = found
+    return added
 
 
 def _stays(moved: Sequence[dict[str, Any]], line: dict[str, Any]) -> bool:

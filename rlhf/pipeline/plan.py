@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import hydra
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rlhf.data.records import SPLITS, DataSource, Split
@@ -84,11 +85,15 @@ class Plan:
 
     @cached_property
     def beside(self) -> "Plan | None":
-        """The plan of a reward model on a model of its own (`reward.model`), which is fine-tuned first as ours is."""
+        """The plan of a reward model on a model of its own (`reward.model`), which is fine-tuned first as ours is.
+
+        What else refers to `model`, such as the chat template that writes the prompts, stays the policy's.
+        """
         if self.settings.reward.model is None:
             return None
         config = self.config.copy()
         with flag_override(config, ["struct", "readonly"], [False, False]):
+            OmegaConf.resolve(config)
             config.model = config.reward.model
             config.reward.model = None
             config.sft.update({"from": None, "difference_to": None})
@@ -104,7 +109,7 @@ class Plan:
         """Where the simulated comparisons are, or will be; None if the comparisons come from the data set."""
         if not self.comparisons.simulated:
             return None
-        # the sampled answers depend on these; temperature and length are keys of `preferences` itself
+        # temperature and length of the sampled answers are keys of `preferences` itself
         sampled = {key: self.plain["generation"][key] for key in ("engine", "batch_size")}
         return self._cached("preferences", {"sft_model": self.sft_folder.name, **sampled})
 
@@ -179,9 +184,8 @@ class Plan:
     def identity(self) -> str:
         """A digest of what decides the run and of the models it starts from: equal identities are the same run.
 
-        An evaluation (stage=evaluate) is decided by the whole configuration, everything else by what trains it
-        (`identity.of_training`). PPO's own code is not part of it, so that a corrected line does not discard a week of
-        runs. Reports name the commits.
+        An evaluation is decided by the whole configuration, everything else by what trains it (`identity.of_training`).
+        PPO's own code is no part of it: a corrected line does not discard a week of runs. Reports name the commits.
         """
         return self._identity_of(self.plain)
 
@@ -193,14 +197,17 @@ class Plan:
     def evaluation_of(self, config: Mapping[str, Any]) -> str:
         """The digest `evaluation` of another resolved configuration of this run.
 
-        The scorer counts only if it is another one than that of the training, which is part of the run.
+        The scorer counts only if it is another one than that of the training, which is part of the run, and a reward
+        model that judges only if it is no part of the run.
         """
         measured = identity.decisive(identity.of_evaluation(config, self.source))
-        scorer, trained = (
-            identity.decisive(config["scorer"]),
-            identity.decisive(self.trained_scorer or config["scorer"]),
-        )
-        return identity.digest(measured if scorer == trained else {**measured, "scorer": scorer}, known=self._digests)
+        trained = config["scorer"] if self.trained_scorer is None else self.trained_scorer
+        if identity.decisive(config["scorer"]) != identity.decisive(trained):
+            measured["scorer"] = identity.decisive(config["scorer"])
+        judge = hydra.utils.get_object(config["judge"]["_target_"])
+        if getattr(judge, "needs_reward_model", False) and not self.learns_from_reward_model:
+            measured["reward_model"] = self.reward_folder.name
+        return identity.digest(measured, known=self._digests)
 
     @property
     def noted(self) -> str:

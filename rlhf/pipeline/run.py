@@ -22,7 +22,7 @@ from rlhf.files import BEST_MODEL, MODEL, SAMPLES, copy_folder
 from rlhf.guards import Guards
 from rlhf.models.assembly import load_policy, lora_config, ppo_roles
 from rlhf.models.export import save_adapter, save_model
-from rlhf.models.loading import DTYPES, load_tokenizer
+from rlhf.models.loading import DTYPES
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
 from rlhf.models.tokenizing import encode, short_enough
@@ -39,7 +39,7 @@ from rlhf.pipeline.evaluating import best_metric, make_evaluator, ping
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
-from rlhf.pipeline.measuring import check_sound, evaluation_results, make_ready
+from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, tokenizer_of
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.plateau import Plateau
@@ -89,14 +89,14 @@ class Run:
         """Measure policies of the finished run in the plan's folder, without a training step; returns the summary.
 
         `todo` maps steps to the folders of their weights (None: the SFT model). Results are written to `folder`, where
-        those of other steps may be already.
+        those of other steps may be already; it is not the run's own, which has those of its training.
         """
         started, plan = time.monotonic(), self.plan
-        collectives.on_rank_zero(lambda: check_sound(plan.folder))
+        collectives.on_rank_zero(lambda: check_sound(plan.folder, folder))
         collectives.on_rank_zero(lambda: ping(self.config))
         self._build()
         lightning.seed_everything(self.settings.seed, verbose=False)
-        stage, evaluation = self._load(folder)
+        stage, evaluation = self._load(folder, exports=not has_later(folder, max(todo)))
         stage.guards = Guards()  # they watch the training, and could stop nothing here
         collectives.on_rank_zero(lambda: make_ready(folder))
         trainer = self._evaluation_trainer(folder)
@@ -192,14 +192,14 @@ class Run:
             **best,
         )
 
-    def _load(self, folder: Path) -> tuple[PPO, DataLoader]:
+    def _load(self, folder: Path, exports: bool = True) -> tuple[PPO, DataLoader]:
         """The PPO stage, whose policy is the SFT model, and the prompts that it is evaluated on.
 
-        What evaluations say is written to `folder`.
+        What evaluations say is written to `folder`, and their answers in AlpacaEval's format, too, if it `exports`.
         """
         plan, settings, cached = self.plan, self.settings, self.plan.outputs / "cache"
         # 1. The models.
-        tokenizer = load_tokenizer(settings.model, self.source)
+        tokenizer = tokenizer_of(plan)
         reward = plan.reward_folder if plan.needs_reward_model else None
         role = reward / MODEL if reward and plan.reward_reads == IDS else None
         only_judges = not plan.learns_from_reward_model
@@ -210,7 +210,7 @@ class Run:
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
         context.reward = reward_scorer(context, plan) if reward else None
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
-        evaluator, prompts = make_evaluator(plan, context, folder)
+        evaluator, prompts = make_evaluator(plan, context, folder if exports else None)
         return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES), prompts
 
     def _train(self, stage: PPO, evaluation: DataLoader, best: Best | None) -> dict[str, float]:
@@ -249,7 +249,8 @@ class Run:
             log.warning("no evaluation has %s, so that none is the best", best.metric)
             return None
         metrics = evaluated_at(self.plan.folder, step)
-        described = {"step": step, "metric": best.metric, "value": metrics[best.metric], "metrics": metrics}
+        value = metrics[best.metric]
+        described = {"step": step, "among": best.steps, "metric": best.metric, "value": value, "metrics": metrics}
         if step == stage.ppo_step:
             return {**described, "model": MODEL}
         found = StepCheckpoints(self.plan.folder / "checkpoints", 1, best=best).sound_best()

@@ -14,6 +14,7 @@ from rlhf.errors import ConfigError, explained
 from rlhf.models.architecture import check_architecture
 from rlhf.models.loading import config_of, load_tokenizer, skeleton
 from rlhf.models.released import Checkpoint, find
+from rlhf.models.tokenizing import chat_template_of, check_written
 from rlhf.settings import ModelSettings, Settings, SupervisedSettings
 from rlhf.tracking.summary import read_summary
 
@@ -177,7 +178,11 @@ def _reward(taken: Taken, model: ModelSettings, tokenizer: PreTrainedTokenizerBa
         return taken
     if checkpoint.tokenizer is None:
         raise ConfigError(f"{checkpoint} has no tokenizer to read texts with; allowed: a model with its tokenizer")
-    return Taken(taken.product, checkpoint, reads=TEXT if checkpoint.stage else CLASSIFIER)
+    if not checkpoint.stage:
+        return Taken(taken.product, checkpoint, reads=CLASSIFIER)
+    if chat := chat_template_of(tokenizer):
+        check_written(checkpoint.tokenizer, chat)
+    return Taken(taken.product, checkpoint, reads=TEXT)
 
 
 def _config(checkpoint: Checkpoint, model: ModelSettings) -> PreTrainedConfig:

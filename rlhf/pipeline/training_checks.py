@@ -22,11 +22,6 @@ def check_ppo(settings: Settings) -> None:
             "allowed: a divisor of it"
         )
     _check_length(ppo)
-    if ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
-        raise ConfigError(
-            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
-            f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
-        )
 
 
 def _check_length(ppo: PPOSettings) -> None:

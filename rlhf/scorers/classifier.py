@@ -112,9 +112,9 @@ class ClassifierScorer(TextScorer):
 
     def _conversation(self, prompt: str, response: str) -> str:
         assert self.chat is not None
-        messages = [*conversation_of(prompt, self.asked), {"role": "assistant", "content": response}]
+        answer = {"role": "assistant", "content": response}
         try:
-            return self.chat.conversation(messages)
+            return self.chat.conversation([*conversation_of(prompt, self.asked), answer])
         except RowError as error:
             raise ConfigError(
                 f"scorer.template: {error}; allowed: none, which scores prompt and response as one text"

@@ -8,7 +8,7 @@ import pytest
 from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.options import parse_template
 from rlhf.data.special_tokens import unmarked
-from rlhf.data.templates import Template
+from rlhf.data.templates import Template, conversation_of
 from rlhf.errors import DataError, RowError
 from tests.helpers.chat_models import KINDS, chat_tokenizer, save_chat_tokenizer
 from tests.helpers.tiny_tokenizers import gpt2
@@ -150,6 +150,36 @@ def test_the_rows_cached_with_a_template_depend_on_its_text_and_special_tokens(t
     assert pickle.loads(before) == used
     (folder / "chat_template.jinja").write_text(KINDS["chatml"][0].replace("Be kind.", "Be rude."))
     assert pickle.dumps(ChatTemplate(str(folder))) != before
+
+
+DATED = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y') }}.{% endif %}" + KINDS["headers"][0]
+
+
+def test_a_template_that_writes_the_date_writes_a_fixed_one_and_takes_no_other_form(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("headers")
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(tmp_path)
+    template, later = ChatTemplate(str(tmp_path)), ChatTemplate(str(tmp_path), date="2025-01-02")
+    prompt = template.render("a")
+    assert prompt.startswith("Today is 26 Jul 2024.")
+    assert later.render("a").startswith("Today is 02 Jan 2025.")
+    assert template.messages_of(prompt) == [{"role": "user", "content": "a"}]
+    assert pickle.dumps(later) != pickle.dumps(template)
+    file = tmp_path / "other.jinja"
+    file.write_text("{% set form = '%Y' %}{{ strftime_now(form) }}" + KINDS["headers"][0])
+    for complaint, wrong in {
+        r"data\.template\.date=today is no day; allowed: one such as": ChatTemplate(str(tmp_path), date="today"),
+        r"today's date in a way that.*allowed": ChatTemplate(str(tmp_path), chat_template=str(file)),
+    }.items():
+        with pytest.raises(DataError, match=complaint):
+            wrong.check()
+
+
+def test_a_prompt_that_another_template_made_is_not_taken_for_a_question(tmp_path: Path) -> None:
+    template = ChatTemplate(str(save_chat_tokenizer("headers", tmp_path)))
+    assert conversation_of("Name a tea.", template) == TALK[:1]  # of a part of a mixture that has no template
+    with pytest.raises(RowError, match="cannot be read back as a conversation"):
+        conversation_of("Today is 26 Jul 2024." + template.render("a"), template)
 
 
 def test_a_configuration_chooses_between_strings_and_a_chat_template() -> None:

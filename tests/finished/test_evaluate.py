@@ -11,19 +11,25 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf import root
-from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, locks, read_json, read_lines, write_json
+from rlhf.data.records import as_records
+from rlhf.errors import ConfigError
+from rlhf.files import ALPACA_EVAL, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, locks, read_json, read_lines, write_json
+from rlhf.finished.evaluate import as_trained
+from rlhf.finished.policies import open_policy
+from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import identity, run
-from rlhf.pipeline.config import data_source
+from rlhf.pipeline.config import data_source, settings_of
 from rlhf.report.cli import main as report
 from rlhf.tracking.metrics_file import evaluated_at
 from tests.helpers.command_line import TINY, error_sentence, run_in_process
 from tests.helpers.composed_config import composed
+from tests.helpers.finished_runs import TEMPLATE, finished_outputs
 from tests.helpers.run_results import without_times
 
 pytestmark = pytest.mark.slow
 ARGUMENTS = [*TINY, "logger=csv", "ppo.eval_every=1", "ppo.lr=0.05", "ppo.keep_evaluated=true"]
 # What the runs read and how they answer, for policies that have no configuration of their own.
-DATA = [argument for argument in TINY if argument.startswith(("data.", "evaluation.", "generation.max"))]
+DATA = [argument for argument in TINY if argument.startswith(("debug", "data.", "evaluation.", "generation.max"))]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def trains_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 def measured(outputs: Path, name: str, policy: Any, *overrides: str, code: int = 0) -> dict[str, Any]:
     """The summary that the command leaves in its folder; {} if it fails with the exit code that is expected."""
-    place = [f"output_dir={outputs}", f"name={name}", f"hydra.run.dir={outputs}/{name}/run", "debug=quick"]
+    place = [f"output_dir={outputs}", f"name={name}", f"hydra.run.dir={outputs}/{name}/run"]
     assert run_in_process("stage=evaluate", f"policy={policy}", *place, *overrides) == code
     return {} if code else read_json(outputs / name / "run" / SUMMARY)
 
@@ -85,6 +91,30 @@ def test_one_of_its_policies_is_measured_alone(outputs: Path) -> None:
         own["metrics"]["eval/reward"], False)  # fmt: skip
     assert measured(outputs, "one", folder / MODEL)["metrics"] == evaluated_at(folder, 3)
     assert (outputs / "one/run/earlier").is_dir()  # the results that were there before
+
+
+def test_a_run_reads_other_data_with_its_own_tokenizer(outputs: Path) -> None:
+    """The words of another farm have other ids there; the answers are those of the model alone."""
+    folder = outputs / "study/run"
+    summary = measured(outputs, "elsewhere", folder, "data.seed=1")
+    config = OmegaConf.create(summary["config"])
+    settings, source = settings_of(config), data_source(config)
+    own = FinishedRun.open(folder).tokenizer()
+    assert source.tokenizer().get_vocab() != own.get_vocab()
+    prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
+    rows = read_json(outputs / "elsewhere/run" / ALPACA_EVAL)
+    assert [row["output"] for row in rows] == open_policy(str(folder)).answers(prompts, settings, source)
+
+
+def test_a_run_reads_other_data_in_its_own_template(tmp_path: Path) -> None:
+    trained = FinishedRun.open(finished_outputs(tmp_path / "outputs").ppo)
+    for words in (["data=alpaca"], ["data=stack_exchange"], ["data=hub", "data.sft=o/n"]):
+        merged = as_trained(composed("stage=evaluate", *words), trained, words)
+        assert merged.data.template == TEMPLATE
+        assert merged.data._target_ == composed(*words).data._target_
+    for words in (["data/template=short"], ["data.template.with_input=x"]):
+        with pytest.raises(ConfigError, match="reads prompts in the template of its training"):
+            as_trained(composed("stage=evaluate", "data=alpaca", *words), trained, words)
 
 
 @pytest.mark.parametrize("changed", [True, False])
@@ -161,6 +191,8 @@ def test_a_study_measures_the_finished_runs_of_its_configuration(
 
 BAD = [
     ("study/run", ["ppo.steps=9"], "ppo.steps=9: policy=.*/study/run is measured as it was trained; allowed: judge, "),
+    ("study/run", ["experiments=imdb_table"], "experiments=imdb_table: policy=.* is measured as it was trained"),
+    ("study/run", ["debug=quick"], "debug=quick: policy=.*/study/run is measured as it was trained; allowed: judge, "),
     ("study/run", ["stage=ppo"], "policy=.*/study/run is what stage=evaluate measures"),
     ("study/run", ["evaluation.best_of=4"], "evaluation.best_of above 1 needs evaluation.temperature above 0"),
     ("study/run/kept/step-000009", [], "has no kept/step-000009|no such"),
@@ -195,7 +227,7 @@ def test_a_command_of_the_page_trains_nothing(words: list[str], outputs: Path, m
     (outputs / "rlhf").mkdir(exist_ok=True)
     if not (outputs / "rlhf/default").exists():
         (outputs / "rlhf/default").symlink_to(outputs / "study/run", target_is_directory=True)
-    sizes = ARGUMENTS if "stage=evaluate" not in words else ["debug=quick", *(DATA if is_outside(words[1]) else [])]
+    sizes = ARGUMENTS if "stage=evaluate" not in words else DATA if is_outside(words[1]) else []
     before = set(outputs.glob(f"rlhf/*/{SUMMARY}"))
     assert run_in_process(*sizes, *words) == 0
     assert len(set(outputs.glob(f"rlhf/*/{SUMMARY}")) - before) == 1

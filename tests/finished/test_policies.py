@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.data.options import parse_template
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError, DataError, RunError
+from rlhf.files import read_json, write_json
 from rlhf.finished.policies import open_policy
 from rlhf.models.export import save_model
 from rlhf.models.tokenizing import Response, keep_template
@@ -39,6 +40,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     shutil.copytree(found.ppo, best)
     (best / "checksums.json").unlink()
     shutil.copytree(found.other / "model", best / "model_best")
+    shutil.copytree(found.other / "model", best / "kept/step-000020")
+    alone = found.full.with_name("alone")  # as runs are recorded since they name their SFT model
+    shutil.copytree(found.full, alone)
+    summary = read_json(alone / "summary.json")
+    write_json(
+        alone / "summary.json", {**{k: v for k, v in summary.items() if k != "reward_model"}, "sft_model": "sft-0"}
+    )
+    found.alone = alone
     found.best = best
     return found
 
@@ -65,7 +74,9 @@ def answers_of(runs: SimpleNamespace, role: str) -> list[str]:
         ("{ppo}", "policy", "ppo"),
         ("{ppo}/model", "policy", "ppo"),
         ("{best}/model_best", "value", "best/model_best"),
+        ("{best}/kept/step-000020", "value", "best/kept/step-000020"),
         ("{best}@sft", "reference", "best@sft"),
+        ("{alone}@sft", "reference", "alone@sft"),
         ("{full}", "policy", "full"),
         ("{full}@sft", "reference", "full@sft"),
         ("{sft}", "reference", "sft-0"),
@@ -214,7 +225,7 @@ def test_a_wrong_word_is_refused_in_a_sentence(runs: SimpleNamespace, tmp_path: 
     config = json.loads((tmp_path / "lost/adapter_config.json").read_text())
     (tmp_path / "lost/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
     wrong = {
-        "./nowhere": "there is no such file or folder; allowed: a finished run (RUN, RUN/model_best, or RUN@sft",
+        "./nowhere": "there is no such file or folder; allowed: a finished run (RUN, RUN/model_best, RUN/kept/step-0",
         "us/nowhere": "policy=us/nowhere: there is no such folder, and the Hub does not give it",
         "us/nowhere@v2": "policy=us/nowhere@v2: there is no such folder, and the Hub does not give it",
         "word": "there is no such file or folder",
@@ -226,6 +237,7 @@ def test_a_wrong_word_is_refused_in_a_sentence(runs: SimpleNamespace, tmp_path: 
         f"{tmp_path}/lost": "policy=/gone/base: there is no such folder",
         str(runs.reward): "is a reward model, which generates no text",
         f"{runs.ppo}/model_best": "has no model_best",
+        f"{runs.best}/kept/step-000007": "has no kept/step-000007; allowed: ",
         f"{tmp_path}/empty@sft": "is not the folder of a finished run",
         f"{runs.ppo / 'model'}@main": "only models on the Hub have revisions",
     }

@@ -190,7 +190,13 @@ def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path
         (folder,) = (tmp_path / "outputs" / lora).iterdir()
         summary = read_json(folder / "summary.json")
         metrics = evaluated_at(folder, 1)
-        told = {"step": 1, "metric": "eval/true_kl", "value": metrics["eval/true_kl"], "metrics": metrics}
+        told = {
+            "step": 1,
+            "among": [1, 2, 3],
+            "metric": "eval/true_kl",
+            "value": metrics["eval/true_kl"],
+            "metrics": metrics,
+        }
         assert summary["best"] == {**told, "model": "model_best"}
         assert summary["metrics"] == evaluated_at(folder, 3)  # the report shows the metrics of the last step
         chosen_by = {name for name in metrics if name.startswith("eval/") and not name.endswith(("_se", "_fall"))}

@@ -6,14 +6,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from rlhf import root
 from rlhf.errors import ConfigError, DataError
+from rlhf.pipeline.config import settings_of
+from rlhf.pipeline.plan import Plan
 from tests.helpers.chat_models import save_chat_model
 from tests.helpers.command_line import run_in_process
 from tests.helpers.composed_config import compose_and_check, composed_plan
-from tests.helpers.tiny_tokenizers import gpt2
+from tests.helpers.tiny_tokenizers import gpt2, llama
 
 QUICK = [
     "debug=quick", "sft.validation_size=4", "sft.batch_size=4", "sft.max_length=200", "stage=sft",
@@ -57,6 +60,40 @@ def test_the_template_is_part_of_a_runs_identity(chat: list[str], tmp_path: Path
     )
     assert plain.sft_folder == same.sft_folder
     assert plain.sft_folder != other.sft_folder
+
+
+def test_a_reward_model_on_another_model_reads_the_policys_template(chat: list[str], tmp_path: Path) -> None:
+    """Prompts are in the template of the policy, so that policies with different ones have different reward models."""
+    other = save_chat_model("thinking", tmp_path / "reward")
+    names = {"one": "Be kind.", "two": "Be rude."}
+    for name, text in names.items():
+        save_chat_model("thinking", tmp_path / name)
+        AutoTokenizer.from_pretrained(other).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "chat_template.jinja"
+        file.write_text(f"{text}{file.read_text()}")
+    apart = ["model@reward.model=custom", f"reward.model.name_or_path={other}", "reward.model.dtype=bfloat16"]
+    plans = [
+        composed_plan(tmp_path, *chat, f"model.name_or_path={tmp_path / name}", *apart, "quantization=nf4")
+        for name in names
+    ]
+    besides = [plan.beside for plan in plans]
+    assert all(besides)
+    assert len({plan.sft_folder for plan in besides if plan}) == len({plan.reward_folder for plan in plans}) == 2
+    # processes that Lightning starts get the configuration as it was resolved
+    resolved = OmegaConf.create(plans[0].plain)
+    worker = Plan(resolved, settings_of(resolved), plans[0].source, plans[0].folder)
+    assert worker.reward_folder == plans[0].reward_folder
+
+
+@pytest.mark.parametrize("lacking", ["gpt2", "llama"])
+def test_a_reward_model_without_the_templates_tokens_is_refused(chat: list[str], lacking: str, tmp_path: Path) -> None:
+    """One tokenizer would give None for them, the other `<unk>`."""
+    save_chat_model("thinking", tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    {"gpt2": gpt2, "llama": llama}[lacking]().save_pretrained(tmp_path)
+    words = [*chat, "stage=sft", *QUICK[-3:], "model@reward.model=custom", f"reward.model.name_or_path={tmp_path}"]
+    with pytest.raises(DataError, match=r"writes <\|bos\|>, <\|end_header_id\|>, .*, which the tokenizer of .* lacks"):
+        compose_and_check(*words, "reward.model.max_prompt_tokens=150")
 
 
 def test_mistakes_are_found_before_any_model_is_loaded(chat: list[str], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_what_alone_is_too_large_is_what_a_refusal_names() -> None:
     assert passes == "ppo.microbatch_tokens=auto, or model.gradient_checkpointing=true, or quantization=nf4"
     whole = proposed(40, *PAPER, "lora=none", "model.gradient_checkpointing=true")
     assert whole == "lora=r8"
-    both = proposed(80, *PAPER, "ppo.microbatch_tokens=8192", "generation.batch_size=256")
+    both = proposed(74, *PAPER, "ppo.microbatch_tokens=8192", "generation.batch_size=256")
     assert both.startswith("generation.batch_size=auto with ppo.microbatch_tokens=auto, or ")
 
 

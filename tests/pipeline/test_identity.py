@@ -62,6 +62,21 @@ def test_a_file_counts_by_its_content(rows: Path, tmp_path: Path) -> None:
     assert identity.digest({"data": {"root": str(moved), "sft": "rows.jsonl[:5]"}}) != before
 
 
+@pytest.mark.parametrize("name", ["mine.jinja", "mine"])
+def test_the_files_of_a_prompt_template_are_not_below_the_root_of_the_data(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are read, from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / name).write_text("{{ messages }}")
+    template = {"name_or_path": None, "chat_template": name}
+    config = {"data": {"parts": {"a": {"root": str(tmp_path / "data"), "template": template}}}}
+    before = identity.digest(config)
+    (tmp_path / name).write_text("{{ messages[0] }}")
+    assert identity.digest(config) != before
+
+
 def test_option_values_are_not_taken_for_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that has the same name as an option."""
     monkeypatch.chdir(tmp_path)

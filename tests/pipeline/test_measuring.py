@@ -1,7 +1,6 @@
 """Finished runs that are measured again: by another judge, on other instructions, at other steps, without training."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 import pytest
 
 from rlhf.errors import Interrupted
-from rlhf.files import EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines, write_json
+from rlhf.files import ALPACA_EVAL, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, read_json, read_lines, write_json
 from rlhf.files.digests import sha256
-from rlhf.pipeline import earlier, identity, measuring, run
+from rlhf.pipeline import earlier, identity, run
+from rlhf.pipeline.measuring import check_sound
 from rlhf.pipeline.plan import IGNORED_GROUPS
 from rlhf.report.cli import main as report
 from rlhf.stages.ppo import PPO
@@ -189,6 +189,44 @@ def test_an_unfinished_run_goes_on_under_another_judge(workplace: Path, monkeypa
     assert weights(folder) == weights(workplace / "outputs/first/run")
 
 
+def test_kept_steps_that_the_training_did_not_measure_so_lie_beside_the_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that was stopped under one judge and finished under another. What its training left stays as it is."""
+    train = PPO.training_step
+
+    def dying(stage: PPO, batch: Any, index: int) -> None:
+        if stage.ppo_step == 2:
+            raise Interrupted("stopped")
+        train(stage, batch, index)
+
+    keeping = ["resume=auto", "ppo.eval_every=1", "ppo.keep_evaluated=true", "seed=3"]
+    monkeypatch.setattr(PPO, "training_step", dying)
+    assert command(workplace, "two", *keeping) == 75
+    monkeypatch.setattr(PPO, "training_step", train)
+    assert command(workplace, "two", *keeping, OTHER) == 0
+    folder = workplace / "outputs/two/run"
+    assert steps_of(folder) == [0, 2, 3]
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".log"}
+    assert command(workplace, "asked", "stage=evaluate", "policy=finished", *keeping, OTHER) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    summary = read_json(folder / SUMMARY)
+    place = evaluations.place(folder, summary["evaluation"])
+    assert sorted(steps_of(place)) == [0, 1, 2, 3]
+    assert (place / ALPACA_EVAL).read_bytes() == (folder / ALPACA_EVAL).read_bytes()  # of the last policy
+    asked = read_json(workplace / "outputs/asked/run" / SUMMARY)
+    assert without_times(asked["metrics"]) == without_times(summary["metrics"])
+    (place / SUMMARY).unlink()  # as if killed before it was written
+    assert command(workplace, "asked", "stage=evaluate", "policy=finished", *keeping, OTHER, "resume=never") == 0
+    assert read_json(place / SUMMARY)["metrics"] == summary["metrics"]
+
+
+def test_the_results_of_a_training_are_no_place_for_others(workplace: Path) -> None:
+    folder = workplace / "outputs/first/run"
+    with pytest.raises(ValueError, match="has the results of the training"):
+        check_sound(folder, folder)
+
+
 @pytest.mark.usefixtures("trained_nothing")
 @pytest.mark.parametrize("name", ["old", "elsewhere"])
 def test_a_finished_run_of_an_earlier_version_is_found(workplace: Path, name: str) -> None:
@@ -229,6 +267,14 @@ def test_a_finished_run_of_an_earlier_version_is_found(workplace: Path, name: st
 
 
 @pytest.mark.usefixtures("trained_nothing")
+def test_a_finished_run_says_which_policies_it_has_not_kept(
+    workplace: Path, trained_nothing: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(workplace, "first", "ppo.keep_evaluated=true") == 0
+    said = capsys.readouterr()
+    assert "without its policy of step 2; resume=never trains it again" in " ".join((said.out + said.err).split())
+
+
 def test_the_curve_is_measured_again_from_the_kept_policies(workplace: Path) -> None:
     """The policies of all evaluated steps, in one command; each gives the answers that it gave during the training."""
     assert command(workplace, "again") == 0
@@ -247,28 +293,3 @@ def test_damaged_weights_are_not_measured(workplace: Path, capsys: pytest.Captur
     (folder / MODEL / "adapter_model.safetensors").write_bytes(b"")
     assert command(workplace, "again", "evaluation.prompts=1") == 2
     assert "is damaged" in error_sentence(capsys.readouterr().err)
-
-
-def test_a_damaged_run_without_its_summary_is_made_whole(workplace: Path) -> None:
-    """From its checkpoint, where damaged kept policies do not become sound; or from the start, without what it was."""
-    assert command(workplace, "mended", "resume=never", "ppo.keep_evaluated=true") == 0
-    folder, pointers = workplace / "outputs/mended/run", workplace / "outputs/cache/runs"
-    pointers.rename(pointers.with_name("pointers"))  # or it would be taken over from another run
-    for path in (folder / MODEL, folder / KEPT / "step-000002"):
-        (path / "adapter_model.safetensors").write_bytes(b"")
-    (folder / SUMMARY).unlink()
-    assert command(workplace, "mended") == 0
-    assert weights(folder) == weights(workplace / "outputs/first/run")
-    assert [path.name for path in (folder / KEPT).iterdir()] == ["step-000003"]
-    assert (folder / "damaged/step-000002").is_dir()
-    measuring.check_sound(folder)
-    shutil.rmtree(pointers)
-    shutil.rmtree(folder / "checkpoints")
-    (folder / SUMMARY).unlink()
-    assert command(workplace, "mended") == 0
-    shutil.rmtree(pointers)
-    pointers.with_name("pointers").rename(pointers)
-    assert not (folder / KEPT).exists()
-    [before] = (folder / "earlier").iterdir()
-    assert (before / KEPT / "step-000003").is_dir()
-    assert weights(folder) == weights(before)

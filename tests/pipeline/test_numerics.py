@@ -123,6 +123,12 @@ def test_rlhf_chooses_the_kernels_first_and_determinism_changes_no_bit_on_a_cpu(
         cached.append({path.name for path in (tmp_path / name / "cache").glob("*-*") if path.is_dir()})
     assert_identical(*found)
     assert cached[0] == cached[1]  # their names contain their identities
+    # so does a comparison of what was trained
+    (policy,) = (path.parent for path in (tmp_path / "default").glob("*/*/summary.json") if path.parts[-3] != "cache")
+    unsettle()
+    with computing_modules() as seen:
+        compare.main([str(policy), f"{policy}@sft", "evaluation.prompts=2"])
+    assert any("Attention" in kind for kind in seen)
 
 
 def test_determinism_changes_no_identity(tmp_path: Path) -> None:
@@ -139,15 +145,6 @@ def test_chat_chooses_the_kernels_first(tmp_path: Path, monkeypatch: pytest.Monk
     unsettle()
     with computing_modules() as seen:
         chat.main([str(runs.ppo)])
-    assert any("Attention" in kind for kind in seen)
-
-
-def test_a_comparison_chooses_the_kernels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    runs = finished_outputs(tmp_path / "outputs")
-    unsettle()
-    with computing_modules() as seen:
-        compare.main([str(runs.ppo), f"{runs.ppo}@sft", "evaluation.prompts=2", "evaluation.max_new_tokens=4"])
     assert any("Attention" in kind for kind in seen)
 
 
