@@ -40,7 +40,8 @@ def damage(folder: Path) -> str | None:
         known = read_object(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
     except DamagedError as error:
         return str(error)
-    wrong = _compare(files, seen, known) if known else next(filter(None, map(_cut_short, files.values())), None)
+    cut = filter(None, map(_cut_short, files.values()))
+    wrong = next((wrong for _, wrong in _compare(files, seen, known)), None) if known else next(cut, None)
     if wrong:
         return wrong
     # 3. Write the present signatures, so that the files need not be read next time.
@@ -52,14 +53,29 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _compare(files: dict[str, Path], seen: dict[str, Signature], known: dict[str, Any]) -> str | None:
-    """The first file that is missing or differs from its checksum; `seen` are the present signatures."""
+def damaged_below(folder: Path, part: str) -> list[str]:
+    """The names of the files in `folder`, below `part`, that differ from their checksums or are gone.
+
+    Raises:
+        DamagedError: the checksums cannot be read.
+    """
+    known = read_object(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
+    files = dict(_files(folder))
+    seen = {name: file_stamp(path) for name, path in files.items()}
+    chosen = {name: entry for name, entry in known.items() if name.startswith(f"{part}/")}
+    return [name for name, _ in _compare(files, seen, chosen)]
+
+
+def _compare(files: dict[str, Path], seen: dict[str, Signature], known: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of files that are missing or differ from their checksums.
+
+    `seen` are the present signatures.
+    """
     for name, entry in known.items():
         if name not in files:
-            return f"{name} is gone"
-        if entry.get("seen") != seen[name] and entry["sha256"] != sha256(files[name]):
-            return f"{name} is not what was written, as its checksum shows"
-    return None
+            yield name, f"{name} is gone"
+        elif entry.get("seen") != seen[name] and entry["sha256"] != sha256(files[name]):
+            yield name, f"{name} is not what was written, as its checksum shows"
 
 
 def _note(folder: Path, entries: dict[str, Any]) -> None:

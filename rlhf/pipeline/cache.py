@@ -157,7 +157,9 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     with locked(folder.parent / f"{folder.name}.lock", f"another process builds {folder.name}"):
         if collectives.on_rank_zero(lambda: missing(folder)):
-            collectives.on_rank_zero(lambda: _move_damaged(folder))
+            collectives.on_rank_zero(
+                lambda: move_damaged(folder, folder.parent / "damaged", f"{_wrong(folder)}, so it is built again")
+            )
             work = _work(folder)
             work.mkdir(exist_ok=True)  # it may hold checkpoints of a builder that died
             if collectives.on_rank_zero(lambda: missing(work)):  # otherwise that builder died just before renaming it
@@ -170,14 +172,14 @@ def _work(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.building")
 
 
-def _move_damaged(folder: Path) -> None:
+def move_damaged(folder: Path, place: Path, then: str) -> None:
+    """Move a damaged folder into `place`, under its name or a numbered one; `then` says what happens next."""
     if not folder.exists():
         return
-    kept = folder.parent / "damaged"
-    kept.mkdir(exist_ok=True)
-    names = (kept / f"{folder.name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    place.mkdir(exist_ok=True)
+    names = (place / f"{folder.name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     target = next(path for path in names if not path.exists())
-    log.warning("%s is damaged (%s): it is moved to %s and built again", folder, _wrong(folder), target)
+    log.warning("%s is damaged: it is moved to %s; %s", folder, target, then)
     os.replace(folder, target)
 
 

@@ -16,7 +16,9 @@ from rlhf.files import (
     ALPACA_EVAL,
     ALPACA_EVAL_REFERENCE,
     BEST_MODEL,
+    CHECKSUMS,
     EVALUATIONS,
+    KEPT,
     LINE_FILES,
     METRICS,
     MODEL,
@@ -25,9 +27,10 @@ from rlhf.files import (
     keep_lines,
     read_lines,
 )
-from rlhf.files.checksums import damage
+from rlhf.files.checksums import damage, damaged_below
 from rlhf.models.loading import load_tokenizer
 from rlhf.pipeline import cache, earlier
+from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.kept_policies import kept_policies
 from rlhf.pipeline.plan import Plan
 from rlhf.tracking import evaluations
@@ -44,12 +47,32 @@ def begin(plan: Plan) -> None:
     If an unfinished run was measured otherwise so far, those evaluations move aside: the training goes on, and two
     judges never mix in one file.
     """
+    if plan.stage == "ppo":
+        _reopen(plan)
     before = earlier.read_note(plan.folder)
     if plan.stage == "ppo" and {"judge", "evaluation", "data", "scorer"} <= (before.get("config") or {}).keys():
         measured = before.get("evaluation") or plan.evaluation_of(renamed_config(before["config"]))
         if measured != plan.evaluation:
             set_aside(plan.folder, measured)
     earlier.note(plan.folder, plan.identity, plan.plain, plan.overrides, evaluation=plan.evaluation)
+
+
+def _reopen(plan: Plan) -> None:
+    """Make a run that was finished once, and whose summary is gone, ready to be finished again.
+
+    Without a checkpoint it is trained from the start, so that what it was moves aside as a whole. With one, no kept
+    policy is trained again, so that the damaged ones move to `damaged/`, or they would be sealed as if they were sound.
+    """
+    folder, sealed = plan.folder, (plan.folder / CHECKSUMS).exists()
+    if not (sealed or (folder / EVALUATIONS).is_dir()):
+        return
+    if StepCheckpoints(folder / "checkpoints", 1).latest() is None:
+        if plan.config.resume != "must":  # which ends here without a checkpoint
+            earlier.settle(folder, plan.noted, plan.outputs, True, plan.present)
+        return
+    for step in sorted({Path(name).parts[1] for name in damaged_below(folder, KEPT)}):
+        cache.move_damaged(folder / KEPT / step, folder / "damaged", "resume=never would train it again")
+    (folder / CHECKSUMS).unlink(missing_ok=True)  # what is trained from here on gets its own
 
 
 def last_step(summary: Mapping[str, Any]) -> int:

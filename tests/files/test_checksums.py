@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf.errors import DamagedError, ModelError, RunError
-from rlhf.files import SUMMARY, checksums, read_object, write_json
-from rlhf.files.checksums import CHECKSUMS, damage, seal
+from rlhf.files import CHECKSUMS, SUMMARY, checksums, read_object, write_json
+from rlhf.files.checksums import damage, seal
 from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import cache
 from rlhf.tracking.summary import read_summary
