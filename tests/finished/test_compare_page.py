@@ -30,7 +30,11 @@ COMMANDS = [
     if line.startswith(("rlhf-compare", "rlhf-agreement"))
 ]
 PRODUCTS = ("reward", "preferences")
-STAND_INS = {"OWNER/NAME": "us/model", "REVISION": "v1", "default/model_best": "seed-1/model_best"}
+STAND_INS = {
+    "OWNER/NAME": "us/model",
+    "REVISION": "v1",
+    **{f"default/{kept}": f"seed-1/{kept}" for kept in ("model_best", "kept")},
+}
 LONGEST = ["generation.max_new_tokens=16", "ppo.lr=0.03"]
 PAIRS = [
     "preferences=simulated",
@@ -53,6 +57,7 @@ def replaced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
             Path("outputs/rlhf").mkdir(exist_ok=True)
             shutil.move(made.parent, f"outputs/rlhf/{name}")
         shutil.copytree("outputs/rlhf/default/model", "outputs/rlhf/seed-1/model_best")
+        shutil.copytree("outputs/rlhf/default/model", "outputs/rlhf/seed-1/kept/step-000020")
         # 2. Models and outputs from elsewhere.
         run = FinishedRun.open(Path("outputs/rlhf/default"))
         assert run.base is not None
@@ -96,7 +101,7 @@ def test_every_kind_of_player_opens(replaced: dict[str, str]) -> None:
     words = [
         word for cell in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for word in re.findall(r"`(.+?)`", cell)
     ]
-    assert len(words) == 10
+    assert len(words) == 11
     for word in words:
         for name, stands_for in STAND_INS.items():
             word = word.replace(name, stands_for)
