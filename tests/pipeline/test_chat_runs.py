@@ -116,7 +116,8 @@ def test_the_command_of_the_page_runs(
     program, *arguments = shlex.split(command)
     monkeypatch.chdir(tmp_path)
     assert program == "rlhf"
-    assert run_in_process(*arguments, *chat[5:], "stage=sft", f"output_dir={tmp_path}/outputs") == 0
+    more = ["stage=sft", "sft.validation_size=4", f"output_dir={tmp_path}/outputs"]
+    assert run_in_process(*arguments, *chat[5:], *more) == 0
     assert "sft-" in capsys.readouterr().out
     keys = re.findall(r"^\| (`[^|]+) \|", page.partition("The keys of `data.template`")[2], re.MULTILINE)
     named = {name for key in keys for name in re.findall(r"`(\w+)`", key)}
