@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.records import Split, check_held_out
-from rlhf.errors import ModelError
+from rlhf.errors import DataError, ModelError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.memory import Work, stage_memory
 from rlhf.models.sizes import Sizes
@@ -46,7 +46,11 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         tokenizer = load_tokenizer(plan.settings.model, plan.source)
     except ModelError as error:
         return {"stages": described, "time": f"unknown: {error}"}
-    texts = _texts(plan, tokenizer, stages.keys())
+    try:
+        texts = count_texts(plan.source, tokenizer)
+        _check_rows(plan, texts, stages.keys())
+    except DataError as error:
+        return {"stages": described, "time": f"none, as the run would end early: {error}"}
     speeds = {name: Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
               for name, ((settings, sizes, work), stage) in stages.items() if stage in TIMED}  # fmt: skip
     if not all(speed.fits for speed in speeds.values()):
@@ -67,13 +71,12 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
     return {"stages": described, "time": f"about {in_words(total)} on this {device}, {BASIS}"}
 
 
-def _texts(plan: Plan, tokenizer: Any, stages: Collection[str]) -> dict[Split, Texts]:
-    """The texts of the data.
+def _check_rows(plan: Plan, texts: Mapping[Split, Texts], stages: Collection[str]) -> None:
+    """Check that the stages have rows to train on.
 
     Raises:
-        DataError: the data cannot be read, or has too few rows to hold some out.
+        DataError: all are held out.
     """
-    texts = count_texts(plan.source, tokenizer)
     validated: tuple[tuple[str, Split, Split, int], ...] = (
         ("sft", "sft", "sft_validation", plan.settings.sft.validation_size),
         ("reward", "preference", "preference_validation", plan.settings.reward.validation_size),
@@ -81,7 +84,6 @@ def _texts(plan: Plan, tokenizer: Any, stages: Collection[str]) -> dict[Split, T
     for stage, split, validation, size in validated:
         if stage in stages and split in texts and validation not in texts:
             check_held_out(texts[split].rows, split, validation, size)
-    return texts
 
 
 def _pairs(plan: Plan, texts: Mapping[Split, Texts]) -> int:

@@ -137,16 +137,18 @@ def test_data_on_the_hub_is_not_downloaded_to_estimate_a_time(command: Callable)
     assert plan.fetches.data == ["stanfordnlp/imdb"]
 
 
-def test_a_dry_run_refuses_data_that_the_run_would(command: Callable, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_the_run_would_refuse(command: Callable, tmp_path: Path) -> None:
     rows = [json.dumps({"instruction": f"Say w{i}.", "output": f"w{i}"}) for i in range(60)]
     for name, lines in (("few.jsonl", rows), ("bad.jsonl", [*rows * 5, "{}"])):
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     data = ("debug=quick", "dry_run=true", "stage=sft", "data=alpaca", f"data.root={tmp_path}", "data.preference=null",
             "data.preference_validation=null", "data.prompts=null", "data.eval=null", "data.sft_validation=null",
             "data.on_bad_row=fail", "data.deduplicate=false")  # fmt: skip
-    code, _, error = command(*data, "data.sft=few.jsonl")
-    assert code == 2
-    assert "sft.validation_size=200; allowed: sft.validation_size below 60, or a split sft_validation" in error
+    code, out, error = command(*data, "data.sft=few.jsonl")
+    assert code == 0, error
+    said = OmegaConf.create(out).time
+    assert said.startswith("none, as the run would end early: ")
+    assert "sft.validation_size=200; allowed: sft.validation_size below 60, or a split sft_validation" in said
     code, _, error = command(*data, "data.sft=bad.jsonl")
     assert code == 2
     assert "bad.jsonl, row 301" in error
