@@ -1,14 +1,12 @@
-"""What a GPU can do: rates of products and copies, attention, where the host waits for it, kernels of a step."""
+"""What a GPU can do: rates of products and copies, attention, where the host waits for it."""
 
 import collections
 import itertools
-import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,7 @@ import torch.nn.functional as F
 from common import commit, machine
 from gpu_checks import GRAPHS, steps
 from gpu_runner import Bench, Item
-from stage import random_stage, train
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from world import SHAPES, random_prompts
 
 aten = torch.ops.aten
 # heads, heads of keys and values, width of a head, dtype
@@ -162,33 +157,6 @@ def syncs(bench: Bench) -> dict[str, Any]:
     return {"steps": len(lines), "syncs": sum(places.values()), "places": dict(places.most_common(30))}
 
 
-def kernels(bench: Bench, graphs: str) -> dict[str, Any]:
-    """The kernels of one short PPO step of SmolLM2's shape (16 tokens decoded, one micro-batch) by device time."""
-    shape = SHAPES["toy" if bench.toy else "smollm2_135m"]
-    overrides = [
-        "lora=r8", "divergence=kl", "model.dtype=bfloat16", "ppo.rollout_batch_size=64", "ppo.minibatch_size=64",
-        "ppo.epochs=1", "ppo.microbatch_tokens=16384", "generation.max_new_tokens=16", "ppo.steps=3",
-        f"generation.cuda_graphs={graphs}",
-    ]  # fmt: skip
-    tracer = profile(activities=[ProfilerActivity.CUDA if bench.device == "cuda" else ProfilerActivity.CPU])
-
-    def after(line: dict[str, Any]) -> bool:
-        if line["warm_up"]:
-            tracer.start()
-            return True
-        tracer.stop()
-        return False
-
-    with tempfile.TemporaryDirectory() as folder:
-        stage = random_stage(shape, overrides, Path(folder), bench.device)
-        train(stage, random_prompts(64, (32, 96), shape["vocab_size"]), Path(folder), after)
-    on_device = bench.device == "cuda"
-    events = [(e.self_device_time_total if on_device else e.self_cpu_time_total, e) for e in tracer.key_averages()]
-    events.sort(key=lambda pair: -pair[0])
-    top = [f"{e.key[:80]} x{e.count} {spent / 1e3:.1f} ms" for spent, e in events[:25]]
-    return {"ms": sum(spent for spent, _ in events) / 1e3, "launches": sum(e.count for _, e in events), "kernels": top}
-
-
 def decoding(bench: Bench, heads: int, groups: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     """Attention of one token to a cache with room for 512, of which 300 to 491 are filled: milliseconds by way."""
     rows, room = (256, 512) if not bench.toy else (2, 16)
@@ -239,6 +207,4 @@ PROBES: dict[str, Item] = {
         if d == torch.bfloat16
     },
     "syncs": syncs,
-    "kernels": partial(kernels, graphs="never"),
-    "kernels with graphs": partial(kernels, graphs="auto"),
 }

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from rlhf.data.column_maps import Row
+from rlhf.data.options import parse_choice
 from rlhf.errors import DataError, RowError
 
 Ties = Literal["skip", "first", "random"]
@@ -40,11 +41,10 @@ class Choosing:
         Raises:
             DataError: a value that is not allowed.
         """
-        if ties not in get_args(Ties):
-            raise DataError(f"ties={ties!r} is not allowed; allowed: {', '.join(get_args(Ties))}.")
+        ties = parse_choice(ties, Ties, "ties")
         if not 0 <= min_margin < math.inf:
             raise DataError(f"min_margin={min_margin!r} is not allowed; allowed: a number from 0.")
-        return cls(_parse_choices(choices), cast(Ties, ties), min_margin, seed)
+        return cls(_parse_choices(choices), ties, min_margin, seed)
 
     def by_preference(self, row: Row, answers: Sequence[str]) -> list[Pair]:
         """The pair of two answers by the row's `preference`, or by the majority of several that are not null.

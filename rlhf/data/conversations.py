@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from rlhf.data.fields import checked_text, tidied
 from rlhf.errors import DataError, RowError
@@ -21,28 +21,6 @@ ROLES = {
     "tool": "tool", "function": "tool", "ipython": "tool", "observation": "tool", "function_call": "call",
 }  # fmt: skip
 """The names of roles in data sets → what they are here; `call` is an assistant that calls a tool."""
-
-
-def parse_tool_turns(tool_turns: Any) -> ToolTurns:
-    """Parse `refuse` or `text`.
-
-    Raises:
-        DataError: any other value.
-    """
-    if tool_turns not in get_args(ToolTurns):
-        raise DataError(f"tool_turns={tool_turns!r} is not allowed; allowed: refuse or text.")
-    return cast(ToolTurns, tool_turns)
-
-
-def parse_assistant_turns(assistant_turns: Any) -> AssistantTurns:
-    """Parse `last` or `all`.
-
-    Raises:
-        DataError: any other value.
-    """
-    if assistant_turns not in get_args(AssistantTurns):
-        raise DataError(f"assistant_turns={assistant_turns!r} is not allowed; allowed: last or all.")
-    return cast(AssistantTurns, assistant_turns)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from rlhf.data.choices import Choosing
 from rlhf.data.column_maps import ALLOWED, MappedSource, parse_columns
-from rlhf.data.conversations import Markers, parse_assistant_turns, parse_tool_turns
-from rlhf.data.options import as_list, parse_positive
+from rlhf.data.conversations import AssistantTurns, Markers, ToolTurns
+from rlhf.data.options import as_list, parse_choice, parse_positive
 from rlhf.data.records import SPLITS, ScoredComparison, Split
 from rlhf.data.row_formats import Reader
 from rlhf.data.row_records import HELD_OUT, ToRecords
@@ -92,17 +92,15 @@ class Hub(SplitSources):
         given |= {HELD_OUT[split]: given[split] for split in self._held_out}
         super().__init__(
             {split: _parse_sources(spec, root, columns, split) for split, spec in given.items()},
-            template=template,
-            on_bad_row=on_bad_row,
-            deduplicate=deduplicate,
-            exclude_eval_instructions=exclude_eval_instructions,
-            max_rows=max_rows,
-        )
+            template=template, on_bad_row=on_bad_row, deduplicate=deduplicate,
+            exclude_eval_instructions=exclude_eval_instructions, max_rows=max_rows,
+        )  # fmt: skip
         # 2. How rows are read.
         choosing = Choosing.parse(choices, ties, min_margin, seed)
-        self._reader = Reader(choosing, parse_tool_turns(tool_turns), Markers.parse(turn_markers), verbatim)
+        tools = parse_choice(tool_turns, ToolTurns, "tool_turns")
+        self._reader = Reader(choosing, tools, Markers.parse(turn_markers), verbatim)
         self._pairing = Pairing(parse_positive(max_pairs_per_prompt, "max_pairs_per_prompt"), seed)
-        self._all_turns = parse_assistant_turns(assistant_turns) == "all"
+        self._all_turns = parse_choice(assistant_turns, AssistantTurns, "assistant_turns") == "all"
 
     @property
     def concerns(self) -> dict[str, tuple[Split, ...]]:

@@ -60,15 +60,26 @@ def check_sources(key: str, sources: Iterable[Checkable], allowed: str) -> None:
             raise DataError(f"{key}: {error}") from None
 
 
-def parse_on_bad_row(on_bad_row: str) -> OnBadRow:
+def parse_choice(value: Any, kind: Any, key: str) -> Any:
+    """The value of a key that allows some words: those of the `Literal` type `kind`.
+
+    Raises:
+        DataError: any other value.
+    """
+    words = get_args(kind)
+    if value not in words:
+        allowed = (" or " if len(words) == 2 else ", ").join(words)
+        raise DataError(f"{key}={value!r} is not allowed; allowed: {allowed}.")
+    return value
+
+
+def parse_on_bad_row(on_bad_row: Any) -> OnBadRow:
     """Parse `skip` or `fail`.
 
     Raises:
         DataError: any other value.
     """
-    if on_bad_row not in get_args(OnBadRow):
-        raise DataError(f"on_bad_row={on_bad_row!r} is not allowed; allowed: skip or fail.")
-    return cast(OnBadRow, on_bad_row)
+    return cast(OnBadRow, parse_choice(on_bad_row, OnBadRow, "on_bad_row"))
 
 
 def parse_template(template: Any) -> PromptTemplate:

@@ -5,11 +5,10 @@ can be the annotator, except the reward model that is to be trained on its label
 """
 
 import itertools
-import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from rlhf.evaluation.evaluator import Judge
 from rlhf.evaluation.judges import NoJudge
 from rlhf.evaluation.labelled_pairs import LabelledPair, count_labels
 from rlhf.evaluation.prompts import strip_template
-from rlhf.files import aside, read_json, write_json
+from rlhf.files import read_json, write_json, write_lines
 from rlhf.models.tokenizing import Response
 from rlhf.rollout.sample import Rollouts
 from rlhf.schema import choice, fraction, optional_positive, positive, seed, typed
@@ -277,11 +276,6 @@ def _save_pairs(folder: Path, split: Split, labelled: Sequence[LabelledPair]) ->
     counts = count_labels(labelled)
     if not counts["comparisons"]:
         raise DataError(f"{split}: none of the simulated preferences can be used ({counts})")
-    _write_lines(folder / f"{split}_pairs.jsonl", map(asdict, labelled))
-    _write_lines(folder / f"{split}.jsonl", (asdict(row.comparison) for row in labelled if not row.dropped))
+    write_lines(folder / f"{split}_pairs.jsonl", map(asdict, labelled))
+    write_lines(folder / f"{split}.jsonl", (asdict(row.comparison) for row in labelled if not row.dropped))
     return counts
-
-
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with aside(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

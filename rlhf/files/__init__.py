@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
@@ -121,6 +121,12 @@ def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     characters at which `str.splitlines` breaks.
     """
     return [content for _, content in _whole_lines(path, keys)]
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    with aside(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool], *keys: str) -> None:

@@ -1,6 +1,5 @@
 """Measures a policy that is no run of PPO: a model or adapter from elsewhere, an SFT model, or a file of outputs."""
 
-import json
 import logging
 import math
 import time
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 from rlhf.data.records import Prompt
 from rlhf.errors import ConfigError
 from rlhf.evaluation.evaluator import standard_error
-from rlhf.files import METRICS, OUTCOMES, SAMPLES, aside
+from rlhf.files import METRICS, OUTCOMES, SAMPLES, write_lines
 from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
 from rlhf.finished.policies import Policy, open_policy
 from rlhf.models.tokenizing import Response
@@ -25,20 +24,12 @@ from rlhf.pipeline.checks import check_evaluation
 from rlhf.pipeline.config import data_source, instantiate, needs, settings_of, target_class
 from rlhf.pipeline.evaluating import make_evaluator, ping
 from rlhf.pipeline.plan import Plan
-from rlhf.scorers import Context, TextScorer
+from rlhf.scorers import TextContext, TextScorer, scores_texts
 from rlhf.settings import Settings
 from rlhf.tracking.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
 BATCH = 64  # prompts answered at a time where generation.batch_size=auto
-
-
-@dataclass
-class TextContext(Context):
-    """What a judge or a scorer of texts may use: a context without the models of a run, but with their device."""
-
-    tokenizer: Any = None
-    roles: Any = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,8 @@ class OutsideEvaluation:
         """
         settings, source = settings_of(config), data_source(config)
         policy = open_policy(str(config.policy))
-        scores = isinstance(scorer := target_class(config.scorer, "scorer"), type) and issubclass(scorer, TextScorer)
+        scorer = target_class(config.scorer, "scorer")
+        scores = scores_texts(scorer)
         if "eval" not in source.splits and not settings.evaluation.factscore:
             raise ConfigError(f"policy={config.policy}: the data set has no evaluation prompts; allowed: another one")
         check_evaluation(config, settings, source, False, ("scorer", "judge") if scores else ("judge",))
@@ -112,13 +104,14 @@ class OutsideEvaluation:
         context = TextContext(plan.source, cache=plan.outputs / "cache", roles=SimpleNamespace(device=device))
         evaluator, loader = make_evaluator(plan, context, self.place)
         prompts = [row for batch in loader for row in batch]
-        scorer = instantiate(plan.config.scorer, "scorer", context) if self._scores else None
+        scores = scores_texts(target_class(plan.config.scorer, "scorer"))
+        scorer = instantiate(plan.config.scorer, "scorer", context) if scores else None
         # 2. The answers, and their judgement.
-        responses, scores = best_answers(self.policy, prompts, plan.settings, plan.source, scorer)
+        responses, scored = best_answers(self.policy, prompts, plan.settings, plan.source, scorer)
         metrics, records = evaluator(prompts, responses)
-        if scores:
-            metrics |= {"eval/reward": math.fsum(scores) / len(scores), "eval/reward_se": standard_error(scores)}
-            records = [{**record, "reward": score} for record, score in zip(records, scores, strict=True)]
+        if scored:
+            metrics |= {"eval/reward": math.fsum(scored) / len(scored), "eval/reward_se": standard_error(scored)}
+            records = [{**record, "reward": score} for record, score in zip(records, scored, strict=True)]
         lengths = [len(text.ids) for text in responses if isinstance(text, Response)]
         if lengths:
             metrics["eval/response_tokens"] = sum(lengths) / len(lengths)
@@ -133,11 +126,6 @@ class OutsideEvaluation:
         }
         return write_summary(self.place, metrics, plan.plain, started, **more)
 
-    @property
-    def _scores(self) -> bool:
-        scorer = target_class(self.plan.config.scorer, "scorer")
-        return isinstance(scorer, type) and issubclass(scorer, TextScorer)
-
     def _write(self, metrics: Mapping[str, float], records: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics, a result per instruction, and samples, as a run does."""
         numbers = {
@@ -146,9 +134,7 @@ class OutsideEvaluation:
         shown = records[: self.plan.settings.evaluation.samples]
         files = {SAMPLES: shown, OUTCOMES: [numbers], METRICS: [{"time": round(time.time(), 3), **metrics}]}
         for name, lines in files.items():
-            with aside(self.place / name) as temporary:
-                text = "".join(json.dumps({"step": 0, **line}, ensure_ascii=False) + "\n" for line in lines)
-                temporary.write_text(text, encoding="utf-8")
+            write_lines(self.place / name, ({"step": 0, **line} for line in lines))
 
 
 def best_answers(

@@ -18,7 +18,7 @@ from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
-from rlhf.scorers import TextScorer
+from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
@@ -195,7 +195,7 @@ def check_evaluation(
 def _check_gold(config: DictConfig, source: DataSource) -> None:
     """A gold score reads texts, and FActScore's metrics would replace it."""
     target = target_class(config.evaluation.gold, "evaluation.gold")
-    if not (isinstance(target, type) and issubclass(target, TextScorer)):
+    if not scores_texts(target):
         raise ConfigError(
             f"evaluation.gold._target_={config.evaluation.gold._target_} does not score texts; allowed: "
             "bag_of_words, bag_of_characters, sentiment, hub_reward_model, function or gold as scorer@evaluation.gold"

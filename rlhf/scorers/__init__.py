@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -34,6 +34,14 @@ class Context:
     reward: "TextScorer | None" = None
 
 
+@dataclass
+class TextContext(Context):
+    """What judges and scorers of texts may use where no run's models are loaded."""
+
+    tokenizer: Any = None
+    roles: Any = None
+
+
 class Scorer(Protocol):
     """Gives each rollout a score, to which PPO applies its penalties later.
 
@@ -57,6 +65,11 @@ class TextScorer(ABC):
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The score of each rollout."""
         return self.rate(rollouts.prompts, rollouts.responses).to(rollouts.ended.device)
+
+
+def scores_texts(target: Any) -> bool:
+    """Whether what a configuration's `_target_` names is a scorer of texts."""
+    return isinstance(target, type) and issubclass(target, TextScorer)
 
 
 def joined(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:

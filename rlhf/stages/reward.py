@@ -182,7 +182,7 @@ class RewardModeling(SupervisedStage):
         self.held_out_margins = margins.tolist()
         metrics = {
             "reward/validation_loss": -F.logsigmoid(margins).mean(),
-            "reward/accuracy": ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(),
+            "reward/accuracy": accuracy(margins),
             "reward/margin": margins.mean(),
         }
         self.emit(metrics, self.steps_done, bar=["reward/accuracy"])
@@ -199,3 +199,8 @@ class RewardModeling(SupervisedStage):
             batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group])
             total += float(self.roles.last_token_scores("reward", batch).sum())
         return total / len(pairs)
+
+
+def accuracy(margins: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:
+    """The share of comparisons with a positive margin r(chosen) − r(rejected); equal scores are half right."""
+    return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean()

@@ -79,9 +79,8 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
 
 def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
     """Judge the pairs and write the results."""
-    from rlhf.files import write_json
+    from rlhf.files import write_json, write_lines
     from rlhf.finished.compare.duels import ConfiguredJudge
-    from rlhf.finished.compare.results import write_lines
     from rlhf.finished.export.cli import atomic_folder
     from rlhf.pipeline.config import data_source
     from rlhf.report.agreement import agreement

@@ -21,6 +21,7 @@ from rlhf.finished.policies import Policy
 from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.identity import digest
 from rlhf.report.ranking import Array
+from rlhf.scorers import TextContext
 from rlhf.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -147,20 +148,11 @@ def outcomes(judge: Judge, prompts: Sequence[Prompt], ours: Sequence[str], their
     return found
 
 
-@dataclass(frozen=True)
-class TextContext:
-    """What a judge may use where no run's models are loaded: `rlhf.scorers.Context` without these."""
-
-    source: DataSource
-    cache: Path
-    microbatch_tokens: int = 4096
-
-
 class ConfiguredJudge:
     """The judge of a configuration; its metrics (`judge/*`: questions, tokens, cost) are added up over its calls."""
 
     def __init__(self, config: DictConfig, source: DataSource, cached: Path):
-        self.judge: Judge = instantiate(config.judge, "judge", TextContext(source, cached))
+        self.judge: Judge = instantiate(config.judge, "judge", TextContext(source, cache=cached))
         self.usage: dict[str, float] = {}
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[float | None]:

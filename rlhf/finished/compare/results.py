@@ -1,8 +1,7 @@
 """The tables and files of a comparison."""
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from rlhf.data.records import Prompt
 from rlhf.errors import RunError
 from rlhf.evaluation.prompts import instruction_or_prompt
-from rlhf.files import read_object, write_json
+from rlhf.files import read_object, write_json, write_lines
 from rlhf.finished.compare.duels import Duel
 from rlhf.report.ranking import Outcomes, Rank, WinRate, misfits, rank_players, unanimous, win_rate
 from rlhf.report.tables import NOTHING, Cell, Number, Table, WithInterval
@@ -161,8 +160,3 @@ def is_made(folder: Path, name: str, identity: str) -> bool:
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

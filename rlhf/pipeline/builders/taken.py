@@ -37,7 +37,7 @@ from rlhf.scorers import Context, TextScorer
 from rlhf.scorers.classifier import ClassifierScorer
 from rlhf.scorers.separate import SeparateRewardModel
 from rlhf.settings import ModelSettings
-from rlhf.stages.reward import RewardModeling
+from rlhf.stages.reward import RewardModeling, accuracy
 from rlhf.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,6 @@ def _measured(
         _, pairs = train_and_held_out(source, "preference", "preference_validation", settings.validation_size)
         sides = [scorer.rate([pair.prompt for pair in pairs], [getattr(pair, side) for pair in pairs])
                  for side in ("chosen", "rejected")]  # fmt: skip
-        margins = sides[0] - sides[1]
-        metrics["reward/accuracy"] = float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())
+        metrics["reward/accuracy"] = float(accuracy(sides[0] - sides[1]))
         log.info("right on %.1f %% of %d held-out comparisons", 100 * metrics["reward/accuracy"], len(pairs))
     return metrics
