@@ -1,6 +1,9 @@
 """The `rlhf` command in this process, and overrides for runs as small as possible."""
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -18,13 +21,24 @@ TINY = [
 
 def run_in_process(*arguments: str) -> int:
     """Run `rlhf` with these arguments in this process and the current folder; return the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_log():
         patch.setattr(sys, "argv", ["rlhf", *arguments])
         try:
             main()
         except SystemExit as leaving:
             return int(leaving.code or 0)
     return 0
+
+
+@contextmanager
+def own_log() -> Iterator[None]:
+    """Leave the log as found: Hydra's handler opens its file anew for any later record, whether or not it is there."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
 
 
 def error_sentence(said: str) -> str:
