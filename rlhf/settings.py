@@ -1,8 +1,9 @@
 """The settings that the stages read: one schema (`rlhf.schema`) per config group, such as `PPOSettings` for `conf/ppo`.
 
-Groups that name a class by `_target_` (data, scorer, judge, preferences, kl, trainer, logger) have no schema here: the
-signature of that class declares their keys. `quantization` holds keywords of transformers' BitsAndBytesConfig. What a
-key means is explained beside it in `conf/`, whose values replace the defaults here; those serve objects made in code.
+Groups that name a class by `_target_` (data, scorer, judge, preferences, kl, reference, trainer, logger) have no schema
+here: the signature of that class declares their keys. `quantization` holds keywords of transformers'
+BitsAndBytesConfig. What a key means is explained beside it in `conf/`, whose values replace the defaults here; those
+serve objects made in code.
 """
 
 import math

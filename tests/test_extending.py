@@ -8,10 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from rlhf import root
 from rlhf.data.records import Prompt
 from rlhf.files import SUMMARY, read_lines
+from rlhf.stages.reference import Weights
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
 from tests.helpers.command_line import TINY, run_in_process
@@ -88,6 +90,15 @@ def test_a_judge_of_the_page_judges(parts: ModuleType) -> None:
     summary = read_summary(folder)
     assert summary is not None
     assert summary["metrics"]["eval/win_rate"] == sum(outcomes) / 4
+
+
+def test_a_reference_rule_of_the_page_moves_the_reference(parts: ModuleType) -> None:
+    lines = [line for line in read_metrics(run("reference=mean reference.begin=1")) if "ppo/k1" in line]
+    assert [line["ppo/reference_moves"] for line in lines] == [0, 0, 1]
+    assert [line["ppo/reference_k1"] == line["ppo/k1"] for line in lines] == [True, True, False]
+    tensors = [torch.tensor([8.0])], [torch.tensor([2.0])], [torch.tensor([0.0])]
+    parts.Mean().move(2, 0.0, Weights(*tensors))
+    assert tensors[1][0].item() == 4  # two steps: a third of the third model, 2 + (8 − 2) / 3
 
 
 def test_a_data_set_of_the_page_trains() -> None:

@@ -65,8 +65,11 @@ def ppo_roles(
     reward: Path | None,
     quantization: dict | None,
     only_judges: bool = False,
+    beside: str | None = None,
 ) -> Roles:
     """The roles `policy`, `value`, `reference` and, if there is a reward model, `reward`, on as few trunks as possible.
+
+    `beside` is a further role, which begins as the policy does and is not trained (`rlhf.stages.reference`).
 
     The value function starts as the reward model, with a zero head; without a reward model, or with one that
     `only_judges`, as the SFT model. `sft` and `reward` are folders.
@@ -81,7 +84,9 @@ def ppo_roles(
     add_policy_and_value(roles, settings, reward_config)
     if judge is not None:
         _add_reward(roles, judge)
-        roles.train_only("policy", "value")
+    if beside is not None:
+        _add_like_policy(roles, settings, beside)
+    roles.train_only("policy", "value")
     _log_size(roles)
     return _configured(roles, settings)
 
@@ -110,6 +115,20 @@ def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | 
         _add_value_adapter(roles, settings.lora, reward)
     roles.add_head("value", zero=True, bias=settings.ppo.value_bias)
     roles.train_only("policy", "value")
+
+
+def _add_like_policy(roles: Roles, settings: Settings, role: str) -> None:
+    """Add a role that computes what the policy does: an adapter on the same trunk, or a whole model."""
+    if settings.lora.r == 0:
+        roles.add_trunk(role, roles.copy_trunk("reference"))
+        roles.table[role] = Role(role, None)
+        return
+    with torch.random.fork_rng():  # the random numbers that follow are those of a run without this role
+        roles.add_adapter("base", role, lora_config(settings.lora))
+    roles.table[role] = Role("base", role)
+    with torch.no_grad():
+        for key, parameter in roles.parameters_of("policy").items():
+            roles.parameters_of(role)[key].copy_(parameter)
 
 
 def _log_size(roles: Roles) -> None:

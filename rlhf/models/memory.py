@@ -49,7 +49,8 @@ class Work:
     `stages` are those whose memory counts, of sft, preferences, reward, ppo and evaluate, and of taken and merged for
     a checkpoint that takes the place of training. `reward_model` says whether PPO's scorer or judge is one, as a role;
     `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is sharded
-    over `shares` processes. `on_gpu` says where the run trains.
+    over `shares` processes. `on_gpu` says where the run trains. `moving` is the role that a moving reference has its
+    weights in, if any (`rlhf.stages.reference`).
     """
 
     stages: tuple[str, ...] = ("ppo",)
@@ -58,6 +59,7 @@ class Work:
     answer_tokens: int = 0
     shares: int = 1
     on_gpu: bool = False
+    moving: str | None = None
 
 
 def estimate(settings: Settings, sizes: Sizes, work: Work) -> Memory:
@@ -153,7 +155,15 @@ class _Stage:
         """Base and reward model: an adapter in float32, or a model of its own."""
         lora = self.settings.reward.lora
         own = FLOAT32 * self.sizes.adapter(lora) if lora.r else self.sizes.parameters * self.passes.size
-        return self.base + (own if self.work.reward_model else 0) + self.work.beside
+        return self.base + (own if self.work.reward_model else 0) + self.work.beside + self.moving
+
+    @property
+    def moving(self) -> int:
+        """A moving reference: an adapter like the policy's and what it began as, or a whole model; in float32."""
+        if self.work.moving is None:
+            return 0
+        lora = self.settings.lora
+        return FLOAT32 * (2 * self.sizes.adapter(lora) if lora.r else self.sizes.parameters)
 
     def trained(self, lora: LoraSettings) -> int:
         """An adapter, or for r = 0 the whole model, in float32, its gradients and AdamW's moments."""

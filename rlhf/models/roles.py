@@ -26,6 +26,8 @@ from rlhf.models.heads import ScalarHead, TokenStats, token_stats
 from rlhf.models.logits import head_of
 from rlhf.models.sequences import Sequences, filled, frozen_tokens, length_buckets, select, send, spans
 
+MOVING_REFERENCE = "moving_reference"  # the role of a reference that is not the SFT model
+
 
 class Role(NamedTuple):
     """The trunk a role runs on and the adapter that is active there (None: no adapter)."""
@@ -84,6 +86,11 @@ class Roles(nn.Module):
         """The language model that `role` runs on."""
         return self.trunks[self.table[role].trunk]
 
+    @property
+    def penalty_reference(self) -> str:
+        """The role that the penalty is measured from: the SFT model, unless the reference moves."""
+        return MOVING_REFERENCE if MOVING_REFERENCE in self.table else "reference"
+
     def output(self, role: str) -> nn.Module:
         """The module that maps last hidden states of the role's trunk to logits."""
         return head_of(self.trunk(role))
@@ -107,6 +114,13 @@ class Roles(nn.Module):
         """The adapter's parameters, keyed by their path in the trunk without the adapter's name."""
         return adapters.adapter_parameters(self.trunks[trunk], name)
 
+    def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
+        """The parameters of the role's adapter, or of its whole trunk, by their path in the trunk."""
+        trunk, adapter = self.table[role]
+        return (
+            dict(self.trunks[trunk].named_parameters()) if adapter is None else self.adapter_parameters(trunk, adapter)
+        )
+
     def add_head(self, role: str, zero: bool, bias: bool = False) -> ScalarHead:
         """Add a trainable scalar head on the role's hidden states, with zero or random weights, and a bias if asked."""
         self.heads[role] = ScalarHead(hidden_size_of(self.trunk(role)), zero, bias).to(self.device)
@@ -121,10 +135,7 @@ class Roles(nn.Module):
         """Make only these roles' adapters (or whole trunks, for roles without adapter) and heads require gradients."""
         self.requires_grad_(False)
         for role in roles:
-            trunk, adapter = self.table[role]
-            model = self.trunks[trunk]
-            trained = model.parameters() if adapter is None else adapters.adapter_parameters(model, adapter).values()
-            for parameter in trained:
+            for parameter in self.parameters_of(role).values():
                 parameter.requires_grad_(True)
             if role in self.heads:
                 self.heads[role].requires_grad_(True)

@@ -17,7 +17,7 @@ from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
-from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
+from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo, check_reference
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -64,6 +64,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_files(settings.model)
     check_packing(settings.sft)
     instantiate(config.kl, "kl")
+    check_reference(config, settings)
     # 2. What parts need of each other.
     _check_quantization(config, settings)
     simulated = _check_preferences(config, source)

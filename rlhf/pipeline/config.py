@@ -24,7 +24,7 @@ from rlhf.settings import ModelSettings, Settings
 log = logging.getLogger(__name__)
 
 # Groups whose options name a class by `_target_`.
-CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
+CLASSES = ("data", "scorer", "judge", "preferences", "kl", "reference", "trainer", "logger")
 # A type that a signature may ask for → the types accepted for it, and its name in an error message.
 NUMBERS: dict[Any, tuple[Any, str]] = {
     int: (int, "a whole number"),

@@ -18,6 +18,7 @@ from rlhf.models.memory import Work, available, estimate
 from rlhf.models.sizes import Sizes
 from rlhf.pipeline import cache, earlier, fetching
 from rlhf.pipeline.checkpoints import StepCheckpoints
+from rlhf.pipeline.config import target_class
 from rlhf.pipeline.estimates import stage_estimates
 from rlhf.pipeline.fitting import advice, with_numbers
 from rlhf.pipeline.measuring import unmeasured
@@ -142,6 +143,7 @@ def work_of(plan: Plan, unmade: bool) -> Work:
         answer_tokens=plan.plain["preferences"].get("max_new_tokens", 0),
         shares=processes.num_shards(plan.config.trainer),
         on_gpu=trains_on_gpu(plan.config),
+        moving=target_class(plan.config.reference, "reference").role,
     )
 
 

@@ -202,8 +202,8 @@ class Run:
         tokenizer = tokenizer_of(plan)
         reward = plan.reward_folder if plan.needs_reward_model else None
         role = reward / MODEL if reward and plan.reward_reads == IDS else None
-        only_judges = not plan.learns_from_reward_model
-        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization, only_judges)
+        only_judges, rule = not plan.learns_from_reward_model, instantiate(self.config.reference, "reference")
+        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization, only_judges, rule.role)
         self._place_models(roles)
         # 2. All that scores and judges what they say.
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
@@ -211,7 +211,7 @@ class Run:
         context.reward = reward_scorer(context, plan) if reward else None
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
         evaluator, prompts = make_evaluator(plan, context, folder if exports else None)
-        return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES), prompts
+        return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES, rule), prompts
 
     def _train(self, stage: PPO, evaluation: DataLoader, best: Best | None) -> dict[str, float]:
         """Train and save the policy; returns the evaluation of the SFT model."""

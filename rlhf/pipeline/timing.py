@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf.data.records import SPLITS, DataSource, Split
 from rlhf.models.memory import Work
+from rlhf.models.roles import MOVING_REFERENCE
 from rlhf.models.tokenizing import encode, encode_texts
 from rlhf.pipeline.builders import steps_of
 from rlhf.pipeline.speed import Speed
@@ -87,7 +88,8 @@ class Times:
         learn, read = (self._pass(lora, length, learning) for learning in (True, False))
         values, bare = (self._pass(lora, length, learning, words=False) for learning in (True, False))
         captured = settings.generation.engine == "native" and settings.model.dtype == "float32"
-        scoring = (not captured) + (settings.divergence.input != "none")  # policy and reference
+        moving = self.work.moving == MOVING_REFERENCE  # a pass of the penalty's reference, beside the SFT model's
+        scoring = (not captured) + (settings.divergence.input != "none") + moving
         frozen = scoring * read + (1 + self.work.reward_model) * bare  # value function and reward model
         update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
         step = self._answers(rows, self.new, lora) + rows * length * (frozen + update)

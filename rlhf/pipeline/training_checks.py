@@ -1,7 +1,12 @@
 """Settings of the training that contradict each other: how long it lasts, when it ends, and what it learns from."""
 
+from omegaconf import DictConfig
+
 from rlhf.errors import ConfigError
+from rlhf.models.roles import MOVING_REFERENCE
+from rlhf.pipeline.config import instantiate
 from rlhf.settings import JOINED, PPOSettings, Settings, SFTSettings
+from rlhf.stages.reference import Rule
 
 
 def check_ppo(settings: Settings) -> None:
@@ -22,6 +27,22 @@ def check_ppo(settings: Settings) -> None:
             "allowed: a divisor of it"
         )
     _check_length(ppo)
+
+
+def check_reference(config: DictConfig, settings: Settings) -> None:
+    """The reference is a rule, and something is measured from it if it moves.
+
+    Raises:
+        ConfigError: it is none, or nothing is.
+    """
+    rule, chosen = instantiate(config.reference, "reference"), config.reference._target_
+    if not isinstance(rule, Rule):
+        raise ConfigError(f"reference._target_={chosen} is no rule; allowed: a class with `role` and `move`")
+    if rule.role == MOVING_REFERENCE and settings.divergence.input == "none":
+        raise ConfigError(
+            f"reference._target_={chosen} moves what the penalty is measured from, and divergence=none has none; "
+            "allowed: reference=fixed or reset, or a divergence"
+        )
 
 
 def _check_length(ppo: PPOSettings) -> None:

@@ -35,7 +35,8 @@ class Experience:
     masks. `sampled_logprobs` (None where nothing needs them) and `values` are without dropout, like the sampling:
     penalty and KL are computed from the former, advantages and returns from the latter. `sampling_gap` is the mean
     distance between captured and recomputed log-probs, where both are known by now. `rewards` are shaped but not
-    whitened. `ref_logprobs` is None when there was no reference pass. For an exact divergence, `ref_hidden` holds the
+    whitened. `ref_logprobs` is None when there was no reference pass; it is of the SFT model, `moving_logprobs` of the
+    penalty's reference where that is another (`rlhf.stages.reference`). For an exact divergence, `ref_hidden` holds the
     reference's hidden states (by row, [response, hidden]) and `divergence_weight` the weight in the loss.
     """
 
@@ -53,6 +54,7 @@ class Experience:
     divergence_weight: Tensor | float = 0.0
     sampled_logprobs: Float[Tensor, "batch response"] | None = None
     sampling_gap: Tensor | None = None
+    moving_logprobs: Float[Tensor, "batch response"] | None = None
 
     def flat(self, name: str, rows: Int[Tensor, "rows"]) -> Float[Tensor, "tokens"]:
         """The numbers of a tensor, by the name of its field, at the response tokens of some rows, row after row."""
@@ -94,7 +96,8 @@ class ExperienceMaker:
         # 1. Values and old log-probs.
         values, old_values, old_logprobs = self._old(rollouts, minibatches, step)
         # 2. The reference, and the penalty for being far from it.
-        penalty, sampled, ref_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
+        penalty, sampled, from_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
+        ref_logprobs, moving_logprobs = self._yardstick(rollouts, from_logprobs)
         # 3. A reward per token, and from it advantages and returns.
         rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef)
         whitened = (
@@ -108,7 +111,7 @@ class ExperienceMaker:
             advantages = ppo.whiten(advantages, mask, all_reduce=all_reduce)
         return Experience(
             batch, mask, old_logprobs, old_values, values, rewards, penalty, advantages, returns, ref_logprobs,
-            ref_states, weight, sampled, self._sampling_gap(rollouts, old_logprobs, minibatches),
+            ref_states, weight, sampled, self._sampling_gap(rollouts, old_logprobs, minibatches), moving_logprobs,
         )  # fmt: skip
 
     def _old(
@@ -142,20 +145,28 @@ class ExperienceMaker:
         part too, −β E[Σ ∇d], and it is left out: it is 0 for k1 (E[∇δ] = 0) and for no other (docs/divergences.md).
         """
         batch, roles, kind = rollouts.sequences, self.roles, self.config.divergence.input
+        role = roles.penalty_reference
         budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
         penalty, states = torch.zeros_like(old_logprobs), None
         if kind == "logits":
-            states = compute_reference_states(roles, batch, budget)
-            reference = compute_reference_logprobs(roles, batch, states, temperature)
-            penalty = compute_divergence(roles, batch, budget, temperature, self.divergence, states)
+            states = compute_reference_states(roles, batch, budget, role)
+            reference = compute_reference_logprobs(roles, batch, states, temperature, role)
+            penalty = compute_divergence(roles, batch, budget, temperature, self.divergence, states, role)
         elif kind == "logprobs" or step % self.config.ppo.reference_every == 0:
-            reference = compute_logprobs(roles, "reference", batch, budget, temperature)
+            reference = compute_logprobs(roles, role, batch, budget, temperature)
         else:
             return penalty, None, None, None
         sampled = self._sampled_logprobs(rollouts, old_logprobs)
         if kind == "logprobs":
             penalty = torch.where(rollouts.mask, self.divergence(sampled, reference), 0.0)
         return penalty, sampled, reference, states
+
+    def _yardstick(self, rollouts: Rollouts, logprobs: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probs of the SFT model, and of the penalty's reference if that is another: then in a pass of its own."""
+        if logprobs is None or self.roles.penalty_reference == "reference":
+            return logprobs, None
+        budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
+        return compute_logprobs(self.roles, "reference", rollouts.sequences, budget, temperature), logprobs
 
     def _sampled_logprobs(self, rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
         """Log-probs under the sampling policy, without dropout; a pass of its own where the engine captured none."""
@@ -220,4 +231,6 @@ def rollout_metrics(
         k1, k3 = sampled - reference, bregman(sampled, reference)
         metrics["ppo/k1"] = ppo.masked_mean(k1, mask, all_reduce)
         metrics["ppo/k3"] = ppo.masked_mean(k3, mask, all_reduce)
+    if sampled is not None and experience.moving_logprobs is not None:
+        metrics["ppo/reference_k1"] = ppo.masked_mean(sampled - experience.moving_logprobs, mask, all_reduce)
     return metrics

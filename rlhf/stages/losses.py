@@ -109,7 +109,8 @@ class Losses:
         assert experience.ref_hidden is not None
         reference = torch.cat([experience.ref_hidden[row] for row in rows.tolist()])
         temperature = self.config.generation.temperature
-        exact = exact_divergence(self.roles, states, reference, temperature, self.divergence)
+        role = self.roles.penalty_reference
+        exact = exact_divergence(self.roles, states, reference, temperature, self.divergence, role)
         return experience.divergence_weight * exact.sum()
 
 

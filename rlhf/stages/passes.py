@@ -57,12 +57,14 @@ def logprobs_of(roles: Roles, role: str, part: Sequences, temperature: float) ->
 
 
 @torch.no_grad()
-def compute_reference_states(roles: Roles, batch: Sequences, budget: int) -> list[Float[Tensor, "response hidden"]]:
+def compute_reference_states(
+    roles: Roles, batch: Sequences, budget: int, role: str = "reference"
+) -> list[Float[Tensor, "response hidden"]]:
     """For each row the reference's hidden states that predict the response tokens."""
     states: list[Tensor] = [torch.empty(0)] * len(batch)
     for group in roles.groups(batch.lengths.tolist(), budget, frozen=True):
         part = batch.rows(group)
-        hidden = roles.states("reference", part, part.predicting)
+        hidden = roles.states(role, part, part.predicting)
         for row, own in zip(group, hidden.split(part.response_lengths.tolist()), strict=True):
             states[row] = own
     return states
@@ -70,10 +72,10 @@ def compute_reference_states(roles: Roles, batch: Sequences, budget: int) -> lis
 
 @torch.no_grad()
 def compute_reference_logprobs(
-    roles: Roles, batch: Sequences, states: Sequence[Tensor], temperature: float
+    roles: Roles, batch: Sequences, states: Sequence[Tensor], temperature: float, role: str = "reference"
 ) -> Float[Tensor, "batch response"]:
     """`compute_logprobs` of the reference from its hidden states (`compute_reference_states`)."""
-    stats = roles.token_stats("reference", torch.cat(list(states)), batch.target_ids, temperature)
+    stats = roles.token_stats(role, torch.cat(list(states)), batch.target_ids, temperature)
     return unflatten(stats.logprobs, batch.response_mask)
 
 
@@ -85,19 +87,20 @@ def compute_divergence(
     temperature: float,
     divergence: Divergence,
     states: Sequence[Tensor] | None = None,
+    role: str = "reference",
 ) -> Float[Tensor, "batch response"]:
-    """A divergence between policy and reference over the whole vocabulary, at every response token.
+    """A divergence between policy and reference (`role`) over the whole vocabulary, at every response token.
 
     `states` are the reference's (`compute_reference_states`), computed here if not given. Logits exist for one chunk of
     tokens at a time.
     """
     groups = roles.groups(batch.lengths.tolist(), budget, frozen=True)
-    known = compute_reference_states(roles, batch, budget) if states is None else states
+    known = compute_reference_states(roles, batch, budget, role) if states is None else states
 
     def passes(number: int, part: Sequences) -> Tensor:
         reference = torch.cat([known[row] for row in groups[number]])
         return exact_divergence(
-            roles, roles.states("policy", part, part.predicting), reference, temperature, divergence
+            roles, roles.states("policy", part, part.predicting), reference, temperature, divergence, role
         )
 
     return by_rows(batch, groups, passes)
@@ -109,10 +112,11 @@ def exact_divergence(
     ref_hidden: Float[Tensor, "tokens hidden"],
     temperature: float,
     divergence: Divergence,
+    role: str = "reference",
 ) -> Float[Tensor, "tokens"]:
     """A divergence over the whole vocabulary from the hidden states of policy and reference; differentiable."""
     with roles.autocast():
-        outputs = roles.output("policy"), roles.output("reference")
+        outputs = roles.output("policy"), roles.output(role)
         return token_divergence(divergence, hidden, ref_hidden, *outputs, temperature)
 
 

@@ -29,6 +29,7 @@ from rlhf.stages.experience import Experience, ExperienceMaker, rollout_metrics
 from rlhf.stages.losses import LARGEST_RATIO, Losses
 from rlhf.stages.minibatches import Microbatch, Minibatch, number_microbatches, split_minibatches
 from rlhf.stages.passes import Divergence, UpdatePasses, own_stream
+from rlhf.stages.reference import Fixed, Reference, Rule
 
 KL_EARLY_STOP = "KL"  # the reason to skip an update when the policy is far enough from the one that sampled
 Scorer = Callable[[Rollouts], Float[Tensor, " batch"]]
@@ -42,11 +43,12 @@ def make_ppo(
     kl: ppo.FixedKL | ppo.AdaptiveKL,
     evaluator: Evaluator,
     samples: Path,
+    rule: Rule | None = None,
 ) -> "PPO":
     """The stage that `settings` describe: with its engine (`generation`) and its divergence (`divergence.function`)."""
     engine = make_engine(settings.generation, tokenizer, roles)
     divergence = get_method(settings.divergence.function)
-    return PPO(settings, roles, tokenizer, engine, scorer, divergence, kl, evaluator, samples)
+    return PPO(settings, roles, tokenizer, engine, scorer, divergence, kl, evaluator, samples, rule)
 
 
 class PPO(PolicyEvaluation):
@@ -69,6 +71,7 @@ class PPO(PolicyEvaluation):
         kl: ppo.FixedKL | ppo.AdaptiveKL,
         evaluator: Evaluator,
         samples: Path,
+        rule: Rule | None = None,
     ):
         # the rate that is used is self.settings.lr: whole models have one of their own
         lr = settings.ppo.lr if settings.lora.r else settings.ppo.lr_full
@@ -76,7 +79,7 @@ class PPO(PolicyEvaluation):
         self.config, self.ppo = settings, settings.ppo
         self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
-        self.samples = samples
+        self.samples, self.reference = samples, Reference(rule or Fixed(), roles)
         exact = roles.in_float32 and settings.quantization is None
         self.guards = Guards(settings.guards.at_precision(exact), samples.parent)
         self.normalizer = ppo.ScoreNormalizer(
@@ -103,6 +106,7 @@ class PPO(PolicyEvaluation):
     def training_step(self, batch: list[str], index: int) -> None:
         """One rollout batch: sampled, scored, learned from, reported."""
         started, step = time.perf_counter(), self.ppo_step + 1
+        self.reference.advance(self.ppo_step)
         # 1. Assign the prompts to processes and minibatches.
         prompts, shares = split_minibatches(batch, self.ppo.minibatch_size, self.config.seed, step)
         # 2. Sample the policy's answers.
@@ -128,7 +132,7 @@ class PPO(PolicyEvaluation):
         if rollouts.logprobs is not None and "ppo/first_log_ratio" in metrics:  # captured ones are the old ones
             metrics.setdefault("ppo/sampling_gap", metrics["ppo/first_log_ratio"])
         metrics["ppo/rollouts_per_second"] = len(batch) / (time.perf_counter() - started)
-        kl = float(metrics.get("ppo/k1", math.nan) * metrics["ppo/response_tokens"])
+        kl = float(self.reference.distance(metrics) * metrics["ppo/response_tokens"])
         if math.isfinite(kl):
             self.kl.update(kl)
         self.emit(metrics | self.take_timings(), step, bar=["ppo/reward", "ppo/response_tokens"])
@@ -229,6 +233,7 @@ class PPO(PolicyEvaluation):
             "step": self.ppo_step,
             "kl_coef": self.kl.coef,
             "scores": self.normalizer.state_dict(),
+            "reference": self.reference.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -236,3 +241,4 @@ class PPO(PolicyEvaluation):
         super().on_load_checkpoint(checkpoint)
         self.ppo_step, self.kl.coef = checkpoint["ppo"]["step"], checkpoint["ppo"]["kl_coef"]
         self.normalizer.load_state_dict(checkpoint["ppo"]["scores"])
+        self.reference.load_state_dict(checkpoint["ppo"].get("reference", {}))

@@ -57,17 +57,25 @@ def no_metrics(prompts: Sequence[Any], responses: Sequence[str]) -> tuple[dict, 
 
 
 def make_ppo(
-    settings: Settings, folders: SimpleNamespace, samples: Path, reward: bool = True, warm: bool = True, kl: Any = None
+    settings: Settings,
+    folders: SimpleNamespace,
+    samples: Path,
+    reward: bool = True,
+    warm: bool = True,
+    kl: Any = None,
+    rule: Any = None,
 ) -> PPO:
     """Make a PPO stage as rlhf.pipeline.run does; with `warm`, the policy starts from a non-zero adapter."""
     tokenizer = folders.tokenizer
     torch.manual_seed(0)
-    roles = ppo_roles(settings, tokenizer, folders.sft, folders.reward if reward else None, None)
+    beside = rule.role if rule else None
+    roles = ppo_roles(settings, tokenizer, folders.sft, folders.reward if reward else None, None, beside=beside)
     if warm and settings.lora.r:
         for key, parameter in roles.adapter_parameters("base", "policy").items():
             parameter.data.copy_(folders.policy[key])
     scorer = FunctionScorer(Context(NoSource(), tokenizer, roles), f"{__name__}.count_low_words")
-    return ppo_stage.make_ppo(settings, roles, tokenizer, scorer, kl or ppo.FixedKL(0.05), no_metrics, samples)
+    kl = kl or ppo.FixedKL(0.05)
+    return ppo_stage.make_ppo(settings, roles, tokenizer, scorer, kl, no_metrics, samples, rule)
 
 
 def train(stage: PPO, folder: Path, start: int = 0, **options: Any) -> list[dict[str, float]]:

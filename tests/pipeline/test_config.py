@@ -38,7 +38,7 @@ def test_every_option_composes_and_what_it_names_exists(override: str) -> None:
     }
     config = composed(override, *beside.get(group, []), *beside.get(override, []))
     settings_of(config)
-    for key in ("scorer", "judge", "preferences", "data", "kl", "trainer", "logger"):
+    for key in ("scorer", "judge", "preferences", "data", "kl", "reference", "trainer", "logger"):
         assert callable(target_class(config[key], key))
     instantiate(config.kl, "kl")
 

@@ -58,7 +58,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         Path("hard.json").write_text(json.dumps([{"difficulty": i % 3} for i in range(8)]))
         job = [
             *TINY, "logger=wandb", "name=study", "judge=llm_pool", "judge.model=some", f"judge.{client}",
-            "evaluation.difficulty=hard.json", "data.fame=0.5",
+            "evaluation.difficulty=hard.json", "data.fame=0.5", "reference=ema",
             "ppo.target_kl=1e-9", "ppo.lr=0.01", "ppo.epochs=2", "ppo.steps=2", "ppo.eval_every=2",
             "guards.explained_variance={window: 1, limit: 1.0}",
             "report={figures: [{name: win_rate, title: W, kind: curve, y: eval/win_rate}]}",
