@@ -19,6 +19,7 @@ from rlhf.errors import ConfigError
 from rlhf.errors.keys import unknown_key
 
 T = TypeVar("T")
+ALL_LINEAR = "all-linear"  # of `lora.target_modules`: all linear layers, whatever they are called
 
 
 def checked(check: Callable[[Any], bool], allowed: str, default: Any = omegaconf.MISSING) -> Any:

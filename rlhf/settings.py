@@ -14,6 +14,7 @@ from typing import Any
 import omegaconf
 
 from rlhf.schema import (
+    ALL_LINEAR,
     at_least_zero,
     checked,
     choice,
@@ -26,6 +27,11 @@ from rlhf.schema import (
 )
 
 JOINED = "joined"  # of `sft.packing`: as published (`rlhf.stages.joining`)
+
+
+def is_target_modules(x: Any) -> bool:
+    """Whether this says which layers an adapter is put on."""
+    return x == ALL_LINEAR or (isinstance(x, list) and all(isinstance(name, str) for name in x))
 
 
 @dataclass
@@ -55,7 +61,18 @@ class LoraSettings:
     r: int = at_least_zero()
     alpha: float = positive(64)
     dropout: float = fraction(0.0)
-    target_modules: list[str] = field(default_factory=list)
+    target_modules: Any = checked(is_target_modules, f"a list of names, or {ALL_LINEAR}", [])
+    layers_to_transform: list[int] | None = None
+    rslora: bool = False
+    dora: bool = False
+    lr_ratio: float = positive(1.0)
+    init: str = "default"
+    modules_to_save: list[str] | None = None
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product B A: alpha / r, or with rsLoRA alpha / √r (arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
 @dataclass

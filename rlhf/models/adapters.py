@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.models.fused_lora import fuse
@@ -65,6 +65,19 @@ def can_be_merged(layers: Sequence[LoraLayer], adapter: str | None) -> bool:
     return all(layer.get_base_layer().weight.is_floating_point() for layer in layers if adapter in layer.lora_A)
 
 
+def _merged(layer: LoraLayer, adapter: str | None, weight: Tensor) -> Tensor:
+    """The weight with the adapter added; with DoRA, each of its output rows is then scaled to its magnitude.
+
+    The magnitudes are those of rows of W + s B A (Liu et al. 2024, arXiv 2402.09353, equation 5).
+    """
+    delta = layer.get_delta_weight(adapter)
+    if adapter not in layer.lora_magnitude_vector:
+        return weight + delta.to(weight)
+    merged, dim = weight.float() + delta, 0 if layer.fan_in_fan_out else 1
+    factor = layer.lora_magnitude_vector[adapter].weight / torch.linalg.norm(merged, dim=dim)
+    return (merged * factor.unsqueeze(dim)).to(weight)
+
+
 @contextmanager
 def merged_weights(layers: Sequence[LoraLayer], adapter: str | None) -> Iterator[None]:
     """Replace the weights below `adapter` by copies with the adapter added; put the original tensors back on exit.
@@ -76,7 +89,7 @@ def merged_weights(layers: Sequence[LoraLayer], adapter: str | None) -> Iterator
     try:
         with torch.no_grad():
             for layer, weight in zip(layers, originals, strict=True):
-                layer.get_base_layer().weight.data = weight + layer.get_delta_weight(adapter).to(weight)
+                layer.get_base_layer().weight.data = _merged(layer, adapter, weight)
         yield
     finally:
         for layer, weight in zip(layers, originals, strict=True):
@@ -90,7 +103,7 @@ def merged_copy(model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
         if isinstance(module, LoraLayer):
             linear = module.get_base_layer()
             if adapter in module.lora_A:
-                linear.weight.data = linear.weight.data.float() + module.get_delta_weight(adapter)
+                linear.weight.data = _merged(module, adapter, linear.weight.data.float())
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, linear)
     # With these attributes transformers would take the copy for a model with adapters.

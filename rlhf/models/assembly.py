@@ -1,6 +1,7 @@
 """Assemble the roles of each stage (SFT, reward modelling, PPO) from trunks, adapters and heads."""
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -9,17 +10,26 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from rlhf.errors import ModelError
 from rlhf.models.export import ADAPTER, adapter_tensors, load_adapter, saved_head
-from rlhf.models.loading import DTYPES, load_causal_lm, load_whole, switch_off_dropout
+from rlhf.models.loading import DTYPES, linear_names, load_causal_lm, load_whole, switch_off_dropout
 from rlhf.models.roles import Role, Roles
+from rlhf.schema import ALL_LINEAR
 from rlhf.settings import LoraSettings, ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
 
-def lora_config(lora: LoraSettings) -> LoraConfig:
-    """The settings as peft's `LoraConfig`."""
+def lora_config(lora: LoraSettings, model: PreTrainedModel | None = None) -> LoraConfig:
+    """The settings as peft's `LoraConfig`; `all-linear` becomes the names of the linear layers of `model`."""
+    every = lora.target_modules == ALL_LINEAR and model is not None
     return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(linear_names(model)) if every else list(lora.target_modules),
+        layers_to_transform=lora.layers_to_transform,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
 
 
@@ -35,7 +45,7 @@ def sft_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, quantizati
     roles = Roles(base, DTYPES[settings.model.dtype])
     roles.table["policy"] = Role("base", None if full else "policy")
     if not full:
-        roles.add_adapter("base", "policy", lora_config(settings.sft.lora))
+        roles.add_adapter("base", "policy", lora_config(settings.sft.lora, base))
     roles.train_only("policy")
     return _configured(roles, settings)
 
@@ -52,7 +62,7 @@ def reward_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, sft: Pa
     roles = Roles(base, DTYPES[settings.model.dtype])
     roles.table["reward"] = Role("base", None if full else "reward")
     if not full:
-        roles.add_adapter("base", "reward", lora_config(settings.reward.lora))
+        roles.add_adapter("base", "reward", lora_config(settings.reward.lora, base))
     roles.add_head("reward", zero=False)
     roles.train_only("reward")
     return _configured(roles, settings)
@@ -102,7 +112,7 @@ def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | 
         roles.add_trunk("policy", roles.copy_trunk("reference"))
         roles.table["policy"] = Role("policy", None)
     else:
-        roles.add_adapter("base", "policy", lora_config(settings.lora))
+        roles.add_adapter("base", "policy", lora_config(settings.lora, roles.trunk("reference")))
         roles.table["policy"] = Role("base", "policy")
 
     # 2. The value function is a head on the policy, an adapter, or a trunk of its own.
@@ -124,7 +134,7 @@ def _add_like_policy(roles: Roles, settings: Settings, role: str) -> None:
         roles.table[role] = Role(role, None)
         return
     with torch.random.fork_rng():  # the random numbers that follow are those of a run without this role
-        roles.add_adapter("base", role, lora_config(settings.lora))
+        roles.add_adapter("base", role, lora_config(settings.lora, roles.trunk("reference")))
     roles.table[role] = Role("base", role)
     with torch.no_grad():
         for key, parameter in roles.parameters_of("policy").items():
@@ -219,18 +229,23 @@ def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | No
     """Add the role `value` as an adapter that computes the same function as the reward adapter, if there is one.
 
     Its rank is at least that of the reward adapter, whose matrices fill its first ranks. The remaining ranks add
-    nothing until they are trained, because their B is 0. Without a reward adapter it is a new LoRA, on the reward
-    model's trunk if there is one.
+    nothing until they are trained, because their B is 0. It is on the same layers, and has DoRA's magnitudes if that
+    has them. Without a reward adapter it is a new LoRA, on the reward model's trunk if there is one.
     """
     trunk = roles.table["reward"].trunk if "reward" in roles.table else "base"
     if reward is None:
-        roles.add_adapter(trunk, "value", lora_config(lora))
+        roles.add_adapter(trunk, "value", lora_config(lora, roles.trunks[trunk]))
         roles.table["value"] = Role(trunk, "value")
         return
     rank = max(lora.r, reward.r)
-    scale = lora.alpha / lora.r
+    scale = lora.scale
     config = LoraConfig(
-        r=rank, lora_alpha=scale * rank, lora_dropout=lora.dropout, target_modules=sorted(reward.target_modules or [])
+        r=rank,
+        lora_alpha=scale * rank,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(reward.target_modules or []),
+        layers_to_transform=reward.layers_to_transform,
+        use_dora=reward.use_dora,
     )
     roles.add_adapter(trunk, "value", config)
     roles.table["value"] = Role(trunk, "value")
@@ -239,6 +254,9 @@ def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | No
         for key, parameter in roles.adapter_parameters(trunk, "value").items():
             if "lora_A" in key:
                 parameter[: reward.r] = source[key]
+            elif "lora_B" in key:
+                # The two adapters multiply B A by different scales.
+                own = reward.lora_alpha / (math.sqrt(reward.r) if reward.use_rslora else reward.r)
+                parameter[:, : reward.r] = source[key] * (own / scale)
             else:
-                # The two adapters multiply B A by different scales: alpha / r of each.
-                parameter[:, : reward.r] = source[key] * (reward.lora_alpha / reward.r / scale)
+                parameter.copy_(source[key])

@@ -17,6 +17,9 @@ from rlhf.models.tokens import settle_tokens
 
 ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
 PREFIX = "base_model.model."
+MAGNITUDES = ".lora_magnitude_vector"  # DoRA's, which peft saves without the name of their parameter
+# Of peft's ways to initialise an adapter, those that take a part out of the base's weights.
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -57,7 +60,7 @@ def save_adapter(
     trunk, adapter = roles.table[role]
     if adapter is None:
         raise ValueError(f"role {role} has no adapter to save")
-    tensors = {PREFIX + key: value for key, value in roles.adapter_parameters(trunk, adapter).items()}
+    tensors = {PREFIX + _as_saved(key): value for key, value in roles.adapter_parameters(trunk, adapter).items()}
     has_head = role in roles.heads
     if has_head:
         tensors[PREFIX + "score.weight"] = roles.heads[role].weight  # type: ignore[assignment]
@@ -77,6 +80,11 @@ def save_adapter(
         save_tokenizer(tokenizer, folder, scoring=has_head)
 
 
+def _as_saved(key: str) -> str:
+    """peft's name of an adapter's parameter in a file."""
+    return key.removesuffix(".weight") if key.endswith(f"{MAGNITUDES}.weight") else key
+
+
 def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfig:
     """Add the adapter saved in `folder` to a trunk, under `name`; return its config.
 
@@ -86,6 +94,13 @@ def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfi
     with explained(f"{folder}: no adapter could be loaded"):
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = False
+        if str(config.init_lora_weights).lower().startswith(REWRITING):
+            raise ModelError(
+                f"it was made with init_lora_weights={config.init_lora_weights}, which took a part out of the base's "
+                "weights, and the base is shared; allowed: an adapter that peft has converted "
+                "(path_initial_model_for_weight_conversion), or a whole model with it merged in"
+            )
+        config.init_lora_weights = True
         roles.add_adapter(trunk, name, config)
     stored = adapter_tensors(folder)
     parameters = roles.adapter_parameters(trunk, name)
@@ -102,7 +117,8 @@ def load_adapter(roles: Roles, trunk: str, name: str, folder: Path) -> LoraConfi
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The LoRA matrices saved in `folder`, keyed by their path in the trunk."""
     tensors = _tensors(folder / ADAPTER)
-    return {key.removeprefix(PREFIX): value for key, value in tensors.items() if ".lora_" in key}
+    own = {key.removeprefix(PREFIX): value for key, value in tensors.items() if ".lora_" in key}
+    return {f"{key}.weight" if key.endswith(MAGNITUDES) else key: value for key, value in own.items()}
 
 
 def saved_head(folder: Path) -> Tensor:

@@ -1,12 +1,14 @@
 """Load tokenizers and causal language models from the Hub, a folder or a GGUF file, or create them from a config."""
 
 import logging
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -32,6 +34,7 @@ from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BPE_VOCABULARY = 4096  # entries of a tokenizer that is trained here
+_IN_ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # parts of a layer that has an adapter already
 LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, with a transposed weight
 
 
@@ -180,7 +183,7 @@ def linear_names(lm: PreTrainedModel) -> set[str]:
     inside, outside = set[str](), set[str]()
     layers = set(lm.base_model.modules()) - {lm.get_output_embeddings()}
     for name, module in lm.named_modules():
-        if isinstance(module, LINEAR):
+        if isinstance(module, (*LINEAR, LoraLayer)) and not _IN_ADAPTER.search(name):
             (inside if module in layers else outside).add(name.rpartition(".")[2])
     return inside - outside
 

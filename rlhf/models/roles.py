@@ -114,6 +114,12 @@ class Roles(nn.Module):
         """The adapter's parameters, keyed by their path in the trunk without the adapter's name."""
         return adapters.adapter_parameters(self.trunks[trunk], name)
 
+    def adapter_config(self, role: str) -> LoraConfig:
+        """The configuration of the role's adapter, with the names of the layers that it is on."""
+        trunk, adapter = self.table[role]
+        config: LoraConfig = self.trunks[trunk].peft_config[adapter]  # type: ignore[index]
+        return config
+
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """The parameters of the role's adapter, or of its whole trunk, by their path in the trunk."""
         trunk, adapter = self.table[role]

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.models.blocks import transformer_blocks
 from rlhf.models.loading import LINEAR, skeleton
+from rlhf.schema import ALL_LINEAR
 from rlhf.settings import LoraSettings, ModelSettings
 
 
@@ -65,18 +66,28 @@ class Sizes:
 
     @cached_property
     def _layers(self) -> list[tuple[str, int, int]]:
-        """The last part of the name, input and output features of every linear layer below the head."""
+        """The name, input and output features of every linear layer below the head."""
         layers = [(name, m) for name, m in self.model.base_model.named_modules() if isinstance(m, LINEAR)]
-        return [(name.rpartition(".")[2], *_features(layer)) for name, layer in layers]
+        return [(name, *_features(layer)) for name, layer in layers]
 
     def adapted(self, lora: LoraSettings) -> list[tuple[int, int]]:
         """Input and output features of the layers that a LoRA is put on; of all linear layers for r = 0."""
-        whole, names = lora.r == 0, set(lora.target_modules)
-        return [(inputs, outputs) for name, inputs, outputs in self._layers if whole or name in names]
+        whole, blocks = lora.r == 0 or lora.target_modules == ALL_LINEAR, lora.layers_to_transform
+        return [
+            (inputs, outputs)
+            for name, inputs, outputs in self._layers
+            if (whole or name.rpartition(".")[2] in lora.target_modules)
+            and (lora.r == 0 or not blocks or _block(name) in blocks)
+        ]
 
     def adapter(self, lora: LoraSettings) -> int:
-        """Number of parameters of a LoRA."""
-        return sum(lora.r * (inputs + outputs) for inputs, outputs in self.adapted(lora))
+        """Number of parameters of a LoRA; DoRA has a magnitude for each output besides."""
+        return sum(lora.r * (inputs + outputs) + lora.dora * outputs for inputs, outputs in self.adapted(lora))
+
+
+def _block(name: str) -> int | None:
+    """The number of the block that a module is in; None outside of blocks."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _features(layer: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from rlhf.data.records import DataSource, Prompt
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.prompts import instruction_or_prompt
+from rlhf.pipeline.adapter_checks import check_adapters
 from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_template, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.evaluating import best_metric
@@ -63,6 +64,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_trainer(config)
     check_files(settings.model)
     check_packing(settings.sft)
+    check_adapters(config, settings)
     instantiate(config.kl, "kl")
     check_reference(config, settings)
     # 2. What parts need of each other.

@@ -20,7 +20,7 @@ from rlhf.distributed.strategies import SingleDevice
 from rlhf.evaluation.preferences import Simulated
 from rlhf.files import BEST_MODEL, MODEL, SAMPLES, copy_folder
 from rlhf.guards import Guards
-from rlhf.models.assembly import load_policy, lora_config, ppo_roles
+from rlhf.models.assembly import load_policy, ppo_roles
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES
 from rlhf.models.roles import Roles
@@ -236,9 +236,9 @@ class Run:
         return Best(self.plan.folder, metric, self.settings.ppo.keep_best_mode) if metric else None
 
     def _save_policy(self, stage: PPO, folder: Path) -> None:
-        lora, sft = self.settings.lora, self.plan.sft_folder / MODEL
-        if lora.r:
-            save_adapter(stage.roles, "policy", lora_config(lora), sft, stage.tokenizer, folder)
+        roles, sft = stage.roles, self.plan.sft_folder / MODEL
+        if self.settings.lora.r:
+            save_adapter(roles, "policy", roles.adapter_config("policy"), sft, stage.tokenizer, folder)
         else:
             save_model(stage.roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), stage.tokenizer, folder)
 

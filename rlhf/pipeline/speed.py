@@ -7,7 +7,8 @@ run is not quantised here, and CUDA graphs, optimiser steps, logging and saving 
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -35,7 +36,7 @@ class Speed:
 
     def __init__(self, settings: Settings, sizes: Sizes, device: str):
         self.settings, self.sizes, self.device = settings, sizes, device
-        self._roles = lru_cache(self._made)
+        self._known: dict[tuple[int, str], Roles] = {}
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -89,8 +90,7 @@ class Speed:
 
     def _extrapolated(self, lora: LoraSettings, run: Callable[[Roles], object]) -> float:
         """Seconds of `run` with all blocks."""
-        key = (lora.r, lora.alpha, lora.dropout, tuple(lora.target_modules))
-        times = [self._fastest(self._roles(depth, key), run) for depth in self.depths]
+        times = [self._fastest(self._roles(depth, lora), run) for depth in self.depths]
         return times[0] if len(times) == 1 else times[0] + (self.sizes.layers - 1) * max(times[1] - times[0], 0)
 
     def _fastest(self, roles: Roles, run: Callable[[Roles], object]) -> float:
@@ -105,15 +105,20 @@ class Speed:
             times.append(time.perf_counter() - started)
         return min(times)
 
-    def _made(self, depth: int, lora: tuple) -> Roles:
-        """A policy with so many blocks and made-up weights."""
-        r, alpha, dropout, modules = lora
-        full, dtype = r == 0, DTYPES[self.settings.model.dtype]
+    def _roles(self, depth: int, lora: LoraSettings) -> Roles:
+        key = (depth, repr(lora))
+        if key not in self._known:
+            self._known[key] = self._made(depth, lora)
+        return self._known[key]
+
+    def _made(self, depth: int, lora: LoraSettings) -> Roles:
+        """A policy with so many blocks, an adapter on each of them, and made-up weights."""
+        full, dtype = lora.r == 0, DTYPES[self.settings.model.dtype]
         model = _shallow(self.sizes.model, depth, torch.float32 if full else dtype, self.device)
         roles = Roles(model, dtype)
         if not full:
             with torch.random.fork_rng():
-                roles.add_adapter("base", "policy", lora_config(LoraSettings(r, alpha, dropout, list(modules))))
+                roles.add_adapter("base", "policy", lora_config(replace(lora, layers_to_transform=None), model))
         roles.table["policy"] = Role("base", None if full else "policy")
         roles.train_only("policy")
         if self.settings.model.gradient_checkpointing:

@@ -60,6 +60,7 @@ class Stage(lightning.LightningModule):
     """
 
     roles: Roles
+    lr_ratio: float = 1.0  # how many times larger the learning rate of LoRA's B is (`lora.lr_ratio`)
 
     def __init__(self, settings: OptimizerSettings, total_steps: int, schedule_steps: int | None = None):
         super().__init__()
@@ -71,10 +72,21 @@ class Stage(lightning.LightningModule):
         self.guards = Guards()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """AdamW over all parameters that require a gradient, with the schedule of `lr_factor`."""
-        trained = [p for p in self.parameters() if p.requires_grad]
+        """AdamW over all parameters that require a gradient, with the schedule of `lr_factor`.
+
+        With LoRA+ (Hayou et al. 2024, arXiv 2402.12354) the matrices B have a learning rate of their own.
+        """
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        trained = list(named.values())
+        groups: list[dict[str, Any]] = [{"params": trained}]
+        if self.lr_ratio != 1:
+            faster = {name for name in named if ".lora_B." in name}
+            groups = [
+                {"params": [p for name, p in named.items() if name not in faster]},
+                {"params": [named[name] for name in sorted(faster)], "lr": self.settings.lr * self.lr_ratio},
+            ]
         optimizer = torch.optim.AdamW(
-            trained,
+            groups,
             lr=self.settings.lr,
             eps=self.settings.adam_eps,
             weight_decay=self.settings.weight_decay,

@@ -86,6 +86,7 @@ class PPO(PolicyEvaluation):
             self.ppo.score_normalization, self.ppo.score_clip, collectives.all_reduce_sum
         )
         self.ppo_step = 0
+        self.lr_ratio = settings.lora.lr_ratio
         self.dropout = settings.lora.r > 0 and settings.lora.dropout > 0
         self.captured_are_old = use_captured_logprobs(settings.generation, roles)
         self.last_evaluation: dict[str, float] = {}

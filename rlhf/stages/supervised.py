@@ -32,7 +32,7 @@ class SupervisedStage(Stage):
         total_steps: int,
     ):
         super().__init__(settings, total_steps)
-        self.roles, self.tokenizer = roles, tokenizer
+        self.roles, self.tokenizer, self.lr_ratio = roles, tokenizer, settings.lora.lr_ratio
 
     def encode(self, rows: Sequence[Any]) -> list[Any]:
         """Token ids of each row."""

@@ -57,7 +57,7 @@ CONFIGURED: list[tuple[str, str]] = [
     ("lora.target_modules=[q_proj,lm_head]", "no linear layer named lm_head; allowed: .*q_proj"),
     ("lora@sft.lora=r8 sft.lora.target_modules=[lm_head]", "no linear layer named lm_head; allowed: .*q_proj"),
     ("lora.target_modules=[embed_tokens]", "no linear layer named embed_tokens; allowed: .*q_proj"),
-    ("lora@reward.lora=r8 reward.lora.target_modules=[w1]", "lora@reward.lora.target_modules: .*w1; allowed: .*q_proj"),
+    ("lora@reward.lora=r8 reward.lora.target_modules=[w1]", "reward.lora.target_modules: .*w1; allowed: .*q_proj"),
     ("model.dtype=float64", "model.dtype=float64 is not allowed; allowed: float32, bfloat16, float16 or auto"),
     ("model.config.model_type=nope", "model.config: .*nope"),
     ("model.config.num_attention_heads=0", "model.config: no causal language model can be made"),

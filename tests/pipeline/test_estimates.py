@@ -89,7 +89,7 @@ def test_the_made_up_model_trains_what_the_run_trains(lora: str) -> None:
     settings = composed_settings(f"lora={lora}", "model.gradient_checkpointing=true")
     sizes = sizes_of(settings)
     speed = Speed(settings, sizes, "cpu")
-    roles = speed._made(4, (settings.lora.r, 64.0, 0.0, tuple(settings.lora.target_modules)))
+    roles = speed._made(4, settings.lora)
     trained = sum(p.numel() for p in roles.parameters() if p.requires_grad)
     assert trained == (sizes.adapter(settings.lora) if lora == "r8" else sizes.parameters)
     assert speed.answering(settings.lora, 4, 8, 20) > speed.answering(settings.lora, 4, 8, 3) > 0

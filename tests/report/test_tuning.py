@@ -10,7 +10,7 @@ from rlhf.errors import MISTAKE, FigureError
 from rlhf.report.cli import main, make_report
 from rlhf.report.runs import load
 from rlhf.report.tables import Table
-from rlhf.report.tuning import tuning_table
+from rlhf.report.tuning import _left_out, tuning_table
 from tests.helpers.made_up_sweeps import write_run
 
 RULE = {"key": "ppo.lr", "metric": "eval/true_kl", "limit": 0.16}
@@ -48,6 +48,21 @@ def test_the_largest_value_within_the_limit_is_chosen(tmp_path: Path) -> None:
     }
 
 
+def test_the_best_value_is_chosen_and_by_replicates_that_are_not_counted(tmp_path: Path) -> None:
+    rule = {"key": "ppo.lr", "metric": "eval/true_kl", "best": "max"}
+    found = lines(tuning_table(load([write(tmp_path / "s", rule)])))
+    assert found["LoRA, no penalty"] == ["3e-4", "0.200", "0.200", "no"]
+    assert found["variant=lora_kl"] == ["3e-4", "0.160", "–", "no"]  # one replicate; 1e-3 diverged
+    assert found["variant=full_none"] == ["1e-3", "2.000", "–", "yes"]
+    fewer = lines(tuning_table(load([write(tmp_path / "t", {**rule, "best": "min"})])))
+    assert fewer["LoRA, no penalty"] == ["1e-4", "0.030", "0.030", "yes"]
+    # without the first, a is chosen (5 and 0), without the second b (a: 1 and 0), without the third a (1 and 5)
+    assert _left_out({"a": [1, 5, 0], "b": [2, 2, 2]}, 1) == (1 + 2 + 0) / 3
+    assert _left_out({"a": [1, 5, 0], "b": [2, 2]}, 1) is None
+    with pytest.raises(FigureError, match="max or min"):
+        tuning_table(load([write(tmp_path / "u", {**rule, "best": "most"})]))
+
+
 def test_the_report_holds_the_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(write(tmp_path / "s"))])
     assert "next" in capsys.readouterr().out
@@ -61,7 +76,9 @@ def test_without_a_rule_or_its_key_there_is_no_choice(tmp_path: Path) -> None:
 
 def test_an_incomplete_rule_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "s", {"key": "ppo.lr", "limit": 0.16})
-    with pytest.raises(FigureError, match=r"report\.tuning=.*must have exactly key, limit, metric"):
+    with pytest.raises(
+        FigureError, match=r"report\.tuning=.*must have exactly key, limit, metric or best, key, metric"
+    ):
         make_report([folder])
     with pytest.raises(SystemExit) as stop:
         main([str(folder)])

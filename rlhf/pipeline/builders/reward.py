@@ -14,7 +14,7 @@ from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.distributed import collectives
 from rlhf.files import MODEL
 from rlhf.guards import Guards
-from rlhf.models.assembly import lora_config, reward_roles
+from rlhf.models.assembly import reward_roles
 from rlhf.models.export import HEAD, save_adapter, save_model
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.roles import Roles
@@ -86,9 +86,8 @@ def _by_kind(compared: list[tuple[Comparison, str]], margins: list[float]) -> di
 
 
 def _save(site: Site, roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
-    lora = site.settings.reward.lora
-    if lora.r:
-        save_adapter(roles, "reward", lora_config(lora), base, tokenizer, folder)
+    if site.settings.reward.lora.r:
+        save_adapter(roles, "reward", roles.adapter_config("reward"), base, tokenizer, folder)
     else:
         save_full_reward(roles, tokenizer, base, folder)
 

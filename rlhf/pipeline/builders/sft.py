@@ -12,7 +12,7 @@ from rlhf.data.records import skipped_rows, train_and_held_out
 from rlhf.distributed import collectives
 from rlhf.files import MODEL
 from rlhf.guards import Guards
-from rlhf.models.assembly import lora_config, sft_roles
+from rlhf.models.assembly import sft_roles
 from rlhf.models.export import load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
 from rlhf.models.roles import Roles
@@ -65,7 +65,7 @@ def _save(
     lora = site.settings.sft.lora
     if whole or (site.quantization and lora.r):
         # merge into the full-precision weights, not into rounded ones, and into all of them, not into a shard
-        save_adapter(roles, "policy", lora_config(lora), folder, tokenizer, folder / "adapter")
+        save_adapter(roles, "policy", roles.adapter_config("policy"), folder, tokenizer, folder / "adapter")
         plain = Roles(load_causal_lm(site.settings.model, tokenizer))
         if whole:
             plain.trunk("reference").load_state_dict(whole)
