@@ -62,11 +62,11 @@ def _best_table(rule: Mapping[str, Any], found: Mapping[str, Mapping[str, list[f
     key, sign, info = str(rule["key"]), SIGNS[rule["best"]], metric_info(str(rule["metric"]))
     lines: list[Sequence[Cell]] = []
     for name, values in found.items():
-        chosen, edges = _best(values, sign), (next(iter(values)), next(reversed(values)))
+        tried, chosen = list(values), _best(values, sign)
         honest = _left_out(values, sign)
         there = [info.scale * float(np.mean(values[chosen])), None if honest is None else info.scale * honest]
         cells = [NOTHING if number is None else Number(number, digits=info.digits) for number in there]
-        lines.append([name, chosen, *cells, "yes" if chosen in edges and len(values) > 1 else "no"])
+        lines.append([name, chosen, *cells, "yes" if len(tried) > 1 and chosen in (tried[0], tried[-1]) else "no"])
     caption = (
         f"The {key} with the best mean {info.name}. That mean flatters, because the replicates that it is taken over"
         " have chosen: beside it, the mean over replicates of what the others' choice gives there. A choice at the edge"
