@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.errors import ConfigError, RunError
 from rlhf.files import BEST_MODEL, EARLIER, MODEL, OUTCOME, SUMMARY, read_object, write_json
-from rlhf.finished.outside_evaluation import OutsideEvaluation
+from rlhf.finished.outside_evaluation import FINISHED, OutsideEvaluation
 from rlhf.finished.run import FinishedRun, located
 from rlhf.pipeline import cache, earlier, identity, measuring
 from rlhf.pipeline.checks import check
@@ -30,7 +30,6 @@ from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
-FINISHED = "finished"  # stands for the finished run of the command's own configuration
 # What the command line may change of a run's configuration, because it only measures; and what only names and watches.
 MEASURES = ("judge", "evaluation", "scorer", "data")
 HOW = (
@@ -46,6 +45,10 @@ HOW = (
     "policy",
     "stage",
 )
+
+
+class NotTrainedError(ConfigError):
+    """The run that is to be measured has not been trained yet."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,12 @@ def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: 
     Raises:
         UserError: the policy cannot be opened, or cannot be measured so.
     """
-    subject = open_subject(config, folder, given)
+    try:
+        subject = open_subject(config, folder, given)
+    except NotTrainedError as error:
+        if not config.dry_run:
+            raise
+        return _described(None, folder, str(error))
     if config.dry_run:
         return _described(subject, folder)
     if subject.plan.folder.resolve() == folder.resolve() and isinstance(subject, RunEvaluation):
@@ -175,7 +183,7 @@ def _of_configuration(config: DictConfig, folder: Path) -> RunEvaluation:
     plan = Plan(trained, settings_of(trained), data_source(trained), folder)
     found = plan.finished()
     if found is None:
-        raise ConfigError(
+        raise NotTrainedError(
             f"policy={FINISHED}: {plan.outputs} holds no finished run of this configuration; allowed: the "
             "configuration of one, the folder of a run, or stage=ppo, which trains it"
         )
@@ -258,10 +266,13 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
     return found
 
 
-def _described(subject: RunEvaluation | OutsideEvaluation, folder: Path) -> dict[str, Any]:
-    """What would be measured, in the form of `rlhf.pipeline.preflight.describe`."""
-    todo = list(subject.todo())
+def _described(
+    subject: RunEvaluation | OutsideEvaluation | None, folder: Path, waits_for: str | None = None
+) -> dict[str, Any]:
+    """What would be measured, in the form of `rlhf.pipeline.preflight.describe`; or what has to be there before."""
+    todo = list(subject.todo()) if subject else []
     return {
-        "folder": str(folder), "stage": "evaluate", "cached": {}, "done": not todo, "measures": todo, "same_as": None,
-        "moves_aside": None, "step": 0, "memory": None, "results": str(subject.place),
+        "folder": str(folder), "stage": "evaluate", "cached": {}, "done": not todo and not waits_for, "measures": todo,
+        "same_as": None, "moves_aside": None, "step": 0, "memory": None, "waits_for": waits_for,
+        "results": str(subject.place) if subject else None,
     }  # fmt: skip

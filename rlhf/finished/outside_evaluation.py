@@ -17,7 +17,7 @@ from rlhf.errors import ConfigError
 from rlhf.evaluation.evaluator import standard_error
 from rlhf.files import METRICS, OUTCOMES, SAMPLES, write_lines
 from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
-from rlhf.finished.policies import Policy, open_policy
+from rlhf.finished.policies import ALLOWED, Policy, open_policy
 from rlhf.models.tokenizing import Response
 from rlhf.pipeline import identity
 from rlhf.pipeline.checks import check_evaluation
@@ -29,6 +29,7 @@ from rlhf.settings import Settings
 from rlhf.tracking.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
+FINISHED = "finished"  # the word for the finished run of the command's own configuration
 BATCH = 64  # prompts answered at a time where generation.batch_size=auto
 
 
@@ -47,7 +48,7 @@ class OutsideEvaluation:
             UserError: there is no such policy, or it cannot be measured so.
         """
         settings, source = settings_of(config), data_source(config)
-        policy = open_policy(str(config.policy))
+        policy = open_policy(str(config.policy), f"{FINISHED} (the run of this configuration), {ALLOWED}")
         scorer = target_class(config.scorer, "scorer")
         scores = scores_texts(scorer)
         if "eval" not in source.splits and not settings.evaluation.factscore:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -22,6 +23,7 @@ from rlhf.files.digests import content_digest
 
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]  # all but the weights
+_TOKENIZER = "tokenizer_config.json"
 _BASE = "base_model_name_or_path"  # peft's name of the model below an adapter
 _ALPACA_FARM = "reward_model"  # model_type of AlpacaFarm's reward models
 
@@ -166,6 +168,23 @@ class Checkpoint:
                 return folder
         raise ConfigError(f"{self}: there are no weights; allowed: a repository with *.safetensors or *.bin")
 
+    def check_files(self) -> None:
+        """Check that tokenizer and local weights, an adapter's base included, are there and whole.
+
+        Only the heads of the files are read. On the Hub an interrupted download leaves no file under its name.
+
+        Raises:
+            ConfigError: one is missing, cut short or unreadable.
+        """
+        parts = {part.folder: part for part in (self, self.whole)}
+        for folder, part in parts.items():
+            if part.hub is None:
+                _check_weights(self, folder)
+        tokenizers = [folder / _TOKENIZER for folder in parts if (folder / _TOKENIZER).is_file()]
+        own_code = any('"auto_map"' in path.read_text(encoding="utf-8") for path in tokenizers)
+        if self.tokenizer is None and not own_code:  # which runs only with model.trust_remote_code
+            raise ConfigError(f"{self}: no tokenizer can be read there; allowed: a model with its tokenizer")
+
     def _read(self, name: str) -> dict[str, Any]:
         if not (self.folder / name).is_file():
             raise ConfigError(f"{self} has no {name}; allowed: the folder or Hub id of a model, or of a finished run")
@@ -199,6 +218,28 @@ def find(key: str, name: str) -> Checkpoint:
         raise ConfigError(f"{key}={name}: there is no such folder; allowed: a folder, or HUB_ID[@REVISION]")
     folder = _snapshot(key, name, hub[1], hub[2], _SMALL)
     return Checkpoint(key, name, folder, hub=(hub[1], folder.name))
+
+
+def _check_weights(model: Checkpoint, folder: Path) -> None:
+    """Check that all files with weights that a folder speaks of are there, and none is cut short."""
+    named: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        named |= set(model._read(index.name).get("weight_map", {}).values())
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    absent = sorted(named - {path.name for path in files})
+    if absent or not files:
+        what = f"{absent[0]} is missing" if absent else "there are no weights"
+        raise ConfigError(f"{model}: {what} in {folder}; allowed: a whole model, with all its *.safetensors or *.bin")
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{model}: {path} is damaged, perhaps by an interrupted download ({first_line(error)}); allowed: a "
+                "whole model"
+            ) from None
 
 
 def _snapshot(key: str, name: str, repository: str, revision: str | None, patterns: list[str]) -> Path:

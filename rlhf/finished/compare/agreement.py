@@ -13,7 +13,7 @@ AGREEMENT, PAGE, VERDICTS = "agreement.json", "agreement.md", "verdicts.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`rlhf-agreement ANNOTATIONS [judge=…] [KEY=VALUE…] [--pairs N] [--out FOLDER]`."""
+    """`rlhf-agreement ANNOTATIONS [judge=…] [KEY=VALUE…] [--pairs N] [--out FOLDER] [--dry-run]`."""
     parser = argparse.ArgumentParser(
         prog="rlhf-agreement",
         description="Have a judge compare pairs that are annotated already: accuracy and Cohen's kappa.",
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="+", metavar="ANNOTATIONS | KEY=VALUE")
     parser.add_argument("--pairs", type=int, help="judge only the first so many (default: all)")
     parser.add_argument("--out", type=Path, help="a new folder (default: agreements/<digest> among the outputs)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
     options = parser.parse_intermixed_args(arguments)  # options may stand among the words
     with leaving(parser.prog):
         # imported here so that a wrong option does not wait for torch
@@ -33,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise RunError(f"{len(named)} files of annotations are named; allowed: one")
         if options.pairs is not None and options.pairs < 1:
             raise RunError(f"--pairs {options.pairs} is not allowed; allowed: a whole number above 0")
-        print(measure(named[0], compose(overrides, None), options.pairs, options.out))
+        print(measure(named[0], compose(overrides, None), options.pairs, options.out, options.dry_run))
 
 
-def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
+def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bool = False) -> str:
     """Judge annotated pairs, unless that has been done already; return the table and the folder.
 
     Args:
@@ -44,6 +45,7 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
         config: the composed configuration.
         limit: how many pairs, from the first one on; None for all.
         out: where to write; None for `<output_dir>/agreements/<digest>`.
+        dry: judge and write nothing, and return what would be done.
 
     Raises:
         UserError: annotations, configuration or judge cannot be used.
@@ -72,7 +74,11 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
     texts = hash_of([[row.prompt.prompt, row.first, row.prompt.reference_output, row.outcome] for row in pairs])
     name = identity.digest({"judge": identity.decisive(keys), "pairs": texts}, known=cached / "digests")
     folder = out or cached.parent / "agreements" / name
-    if not is_made(folder, AGREEMENT, name):
+    made = is_made(folder, AGREEMENT, name)
+    if dry:
+        judge, new = str(keys["_target_"]).rpartition(".")[2], f"would write {folder}"
+        return f"{judge} would judge {len(pairs)} pairs\n{new}" if not made else f"{folder} has been made already"
+    if not made:
         _make(folder, config, pairs, {"annotations": word, "identity": name, "judge": keys})
     return f"{(folder / PAGE).read_text(encoding='utf-8')}\n{folder}"
 

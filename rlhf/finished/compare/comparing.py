@@ -16,6 +16,7 @@ from rlhf.finished.compare import results
 from rlhf.finished.compare.configuration import check_judge
 from rlhf.finished.compare.duels import ConfiguredJudge, answers_of, hash_of, is_known, judge_all
 from rlhf.finished.export.cli import atomic_folder
+from rlhf.finished.outside import OutsideModel
 from rlhf.finished.policies import Policy
 from rlhf.pipeline import identity
 from rlhf.pipeline.config import data_source, settings_of
@@ -109,6 +110,9 @@ class Comparison:
         started = time.monotonic()
         settle_numerics(self.config.trainer.get("deterministic"))
         # 1. All answers first, one model in memory after the other; the judge may be a model too.
+        for label, player in self.players.items():
+            if isinstance(player, OutsideModel) and not self.known[label]:
+                player.fetch()
         answers = [
             answers_of(player, self.prompts, self.settings, self.source, self.cache) for player in self.players.values()
         ]

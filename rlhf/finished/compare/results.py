@@ -13,7 +13,7 @@ from rlhf.errors import RunError
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.files import read_object, write_json, write_lines
 from rlhf.finished.compare.duels import Duel
-from rlhf.report.ranking import Outcomes, Rank, WinRate, misfits, rank_players, unanimous, win_rate
+from rlhf.report.ranking import RESAMPLES, Outcomes, Rank, WinRate, misfits, rank_players, unanimous, win_rate
 from rlhf.report.tables import NOTHING, Cell, Number, Table, WithInterval
 from rlhf.report.text import quoted
 
@@ -30,6 +30,7 @@ def results(
     order = sorted(range(len(labels)), key=lambda i: -ranks[i].strength)
     return {
         "instructions": len(prompts),
+        "resamples": RESAMPLES,
         "players": [
             {"label": labels[i], **vars(ranks[i]), "characters": fmean(len(text) for text in answers[i])} for i in order
         ],
@@ -68,8 +69,8 @@ def ranking_table(found: Mapping[str, Any]) -> Table:
 def _caption(found: Mapping[str, Any]) -> str:
     text = (
         f"Bradley-Terry strengths on Elo's scale (400 points: odds of 10 to 1), 0 on average, ties counting as half a "
-        f"win; intervals by {found['instructions']} resampled instructions, so that they do not cover another training "
-        "run. “first”: how often a resample puts the player first."
+        f"win; intervals from {found['resamples']:,} resamples of the {found['instructions']} instructions, so that "
+        "they do not cover another training run. “first”: how often a resample puts the player first."
     )
     if found["unanimous"]:
         text += f" The strength of {quoted(found['unanimous'])}, who won or lost every comparison, is only a bound."
