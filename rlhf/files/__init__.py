@@ -17,6 +17,7 @@ from rlhf.errors.machine import writing
 
 log = logging.getLogger(__name__)
 # In a run's folder:
+NOTE = "identity.json"  # a run's identity and configuration, written when it begins
 SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"
 OUTCOMES, SAMPLES = "outcomes.jsonl", "samples.jsonl"  # results per instruction, and some of the answers
 LINE_FILES = (METRICS, OUTCOMES, SAMPLES)  # JSON lines, to which a run appends

@@ -15,10 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.data.records import as_records
 from rlhf.errors import ConfigError, RunError
 from rlhf.files import BEST_MODEL, EARLIER, MODEL, OUTCOME, SUMMARY, read_object, write_json
 from rlhf.finished.outside_evaluation import FINISHED, OutsideEvaluation
 from rlhf.finished.run import FinishedRun, located
+from rlhf.finished.vocabulary import check_knows
 from rlhf.pipeline import cache, earlier, identity, measuring
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.config import data_source, settings_of
@@ -95,12 +97,24 @@ class RunEvaluation:
         if todo:
             settle_budget(self.plan)
             log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), place)
+            self._check_reads()
             if self.own:
                 measuring.copy_aside(self.run.folder, self.plan.evaluation)
             Run(self.plan, progress=False).measure(todo, place)
         evaluations.show(self.run.folder, self.plan.evaluation)
         found = read_object(place / SUMMARY, metrics=dict)
         return found if self.chosen is None else {**found, "metrics": evaluated_at(place, self.chosen)}
+
+    def _check_reads(self) -> None:
+        """Check that the run knows the words of the evaluation prompts, which may be of other data than its own.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        settings = self.plan.settings.evaluation
+        if not settings.factscore:
+            texts = [row.prompt for row in as_records(self.plan.source.load("eval"), "eval")[: settings.prompts]]
+            check_knows(f"policy={self.run.folder}", self.run.tokenizer(), texts)
 
     def _wanted(self) -> dict[int, Path | None]:
         """All policies whose results are asked for, as of `todo`."""
@@ -201,7 +215,10 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     # what it took is in the cache, whether or not it still lies where it came from
     sft = replace(settings.sft, from_=None, difference_to=None)
     settings = replace(settings, sft=sft, reward=replace(settings.reward, from_=None, difference_to=None))
-    check(config, settings, source)
+    checked = config.copy()
+    if run.summary.get("reward_model"):
+        checked.reward["from"] = run.summary["reward_model"]  # so that the data need no comparisons to train one on
+    check(checked, settings, source)
     plan = Plan(config, settings, source, run.folder)
     plan.beside, plan.reward_reads = None, run.reward_reads
     plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None

@@ -45,7 +45,8 @@ class OutsideModel:
             kind = "a classifier or reward model"
             raise RunError(f"{name} is {kind}, which generates no text; allowed: a causal language model")
         _ = checkpoint.config  # raises now if there is no model
-        checkpoint.check_files()
+        checkpoint.check_weights()
+        checkpoint.check_tokenizer()
         if chat and checkpoint.tokenizer is not None and not checkpoint.tokenizer.chat_template:
             raise RunError(f"{label}: the model has no chat template; allowed: the same without `{CHAT}`")
         return cls(label, checkpoint, chat)

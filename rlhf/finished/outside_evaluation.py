@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from rlhf.data.records import Prompt
+from rlhf.data.records import Prompt, as_records
 from rlhf.errors import ConfigError
 from rlhf.evaluation.evaluator import standard_error
 from rlhf.files import METRICS, OUTCOMES, SAMPLES, write_lines
 from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
-from rlhf.finished.policies import ALLOWED, Policy, open_policy
+from rlhf.finished.policies import ALLOWED, Policy, open_policy, tokenizer_of
+from rlhf.finished.vocabulary import check_knows
 from rlhf.models.tokenizing import Response
 from rlhf.pipeline import identity
 from rlhf.pipeline.checks import check_evaluation
@@ -68,6 +69,9 @@ class OutsideEvaluation:
                 f"evaluation.best_of: scorer={scorer.__name__} reads no texts, and policy={config.policy} is no run; "
                 "allowed: a scorer of texts, such as gold, hub_reward_model, sentiment or function"
             )
+        if not settings.evaluation.factscore:
+            prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
+            check_knows(f"policy={config.policy}", tokenizer_of(policy), [row.prompt for row in prompts])
         if settings.generation.batch_size == "auto":
             settings = replace(settings, generation=replace(settings.generation, batch_size=BATCH))
         plan = Plan(config, settings, source, folder)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.data.records import DataSource, Prompt
 from rlhf.data.sources import SUFFIXES
@@ -20,6 +20,9 @@ from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
 from rlhf.finished.outside import CHAT, OutsideModel
 from rlhf.finished.run import FinishedRun, check_ended, located
 from rlhf.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REFERENCE = "reference"
 SFT = "@sft"
@@ -114,6 +117,22 @@ def open_policy(word: str, allowed: str = ALLOWED) -> Policy:
     if hub is None or name.startswith((".", "~")):
         raise RunError(f"{word}: there is no such file or folder; allowed: {allowed}")
     return OutsideModel.find(word, name, chat)
+
+
+def place_of(policy: Policy) -> Path | None:
+    """The file or folder that holds a policy; None for the reference outputs, and for a model in two templates."""
+    if isinstance(policy, RunPolicy):
+        return policy.run.model.resolve()
+    if isinstance(policy, OutsideModel):
+        return None if policy.chat else policy.checkpoint.folder.resolve()
+    return policy.path.resolve() if isinstance(policy, OutputsFile) else None
+
+
+def tokenizer_of(policy: Policy) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of a policy's model; None if it has none, or one that needs code of its own."""
+    if isinstance(policy, RunPolicy):
+        return policy.run.tokenizer()
+    return policy.checkpoint.tokenizer if isinstance(policy, OutsideModel) else None
 
 
 def _run(word: str, path: Path, allowed: str) -> "RunPolicy | None":

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RunError
-from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, KEPT, MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, KEPT, MODEL, NOTE, SUMMARY, read_object
 from rlhf.files.checksums import damage
-from rlhf.pipeline.earlier import NOTE
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings
 from rlhf.tracking.reading import renamed_config

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf.errors import ConfigError, DamagedError, first_line
-from rlhf.files import ADAPTER_CONFIG, MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, MODEL, NOTE, SUMMARY, read_object
 from rlhf.files.digests import content_digest
 
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
@@ -66,7 +66,10 @@ class Checkpoint:
         moved = [place / "cache" / recorded.parent.name / MODEL for place in self.folder.resolve().parents]
         beside = (self.folder.parent / name, self.folder / name)  # as it was published
         there = next((place for place in (recorded, *moved, *beside) if place.is_dir()), None)
-        found = find(self.key, str(there) if there else f"{name}@{revision}" if revision else name)
+        try:
+            found = find(self.key, str(there) if there else f"{name}@{revision}" if revision else name)
+        except ConfigError as error:
+            raise ConfigError(f"{self}: the base of this adapter cannot be found: {error}") from None
         if (found.folder / ADAPTER_CONFIG).exists():
             raise ConfigError(f"{self}: its base {name} is an adapter itself; allowed: an adapter on a whole model")
         return replace(found, name=self.name)
@@ -168,19 +171,26 @@ class Checkpoint:
                 return folder
         raise ConfigError(f"{self}: there are no weights; allowed: a repository with *.safetensors or *.bin")
 
-    def check_files(self) -> None:
-        """Check that tokenizer and local weights, an adapter's base included, are there and whole.
+    def check_weights(self) -> None:
+        """Check that local weights, an adapter's base included, are there and whole, by the heads of their files.
 
-        Only the heads of the files are read. On the Hub an interrupted download leaves no file under its name.
+        In the Hub's local cache an interrupted download leaves no file under its name.
 
         Raises:
-            ConfigError: one is missing, cut short or unreadable.
+            ConfigError: a file is missing or cut short.
         """
-        parts = {part.folder: part for part in (self, self.whole)}
-        for folder, part in parts.items():
+        for part in dict.fromkeys((self, self.whole)):
             if part.hub is None:
-                _check_weights(self, folder)
-        tokenizers = [folder / _TOKENIZER for folder in parts if (folder / _TOKENIZER).is_file()]
+                _check_weights(self, part.folder)
+
+    def check_tokenizer(self) -> None:
+        """Check that there is a tokenizer, as far as that can be told without running code of its own.
+
+        Raises:
+            ConfigError: there is none, or it cannot be read.
+        """
+        folders = (self.folder, self.whole.folder)
+        tokenizers = [folder / _TOKENIZER for folder in folders if (folder / _TOKENIZER).is_file()]
         own_code = any('"auto_map"' in path.read_text(encoding="utf-8") for path in tokenizers)
         if self.tokenizer is None and not own_code:  # which runs only with model.trust_remote_code
             raise ConfigError(f"{self}: no tokenizer can be read there; allowed: a model with its tokenizer")
@@ -203,6 +213,8 @@ def find(key: str, name: str) -> Checkpoint:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / SUMMARY).exists():
+            if (path / NOTE).exists():
+                raise ConfigError(f"{key}={name} is a run that has not ended; allowed: a finished one")
             return Checkpoint(key, name, path.resolve())
         try:
             stage = read_object(path / SUMMARY, stage=str)["stage"]

@@ -48,6 +48,21 @@ def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[R
     return evaluator, DataLoader(prompts, batch_size=plan.settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
 
+def reads_words(config: DictConfig) -> bool:
+    """Whether the judge has a vocabulary of its own, which may lack the words of the data."""
+    return hasattr(target_class(config.judge, "judge"), "check_reads")
+
+
+def check_judge_reads(config: DictConfig, texts: Sequence[str]) -> None:
+    """Check that the judge knows the words of texts such as it will read, if it has a vocabulary.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if reads_words(config):
+        target_class(config.judge, "judge").check_reads(OmegaConf.to_container(config.judge, resolve=True), texts)
+
+
 def ping(config: DictConfig) -> None:
     """Check that the judge's endpoint responds.
 

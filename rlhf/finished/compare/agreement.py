@@ -55,9 +55,10 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bo
     from rlhf.finished.compare.annotations import read_annotations
     from rlhf.finished.compare.configuration import check_judge
     from rlhf.finished.compare.duels import hash_of
-    from rlhf.finished.compare.results import is_made
+    from rlhf.finished.compare.results import is_made, make_once
     from rlhf.pipeline import identity
     from rlhf.pipeline.config import data_source, settings_of
+    from rlhf.pipeline.evaluating import check_judge_reads
     from rlhf.pipeline.numerics import settle_numerics
     from rlhf.pipeline.quiet import quieten
 
@@ -71,6 +72,9 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bo
     pairs = [pair for pair in read_annotations(word, source)[:limit] if pair.first != pair.prompt.reference_output]
     if not pairs:
         raise DataError(f"{word} has no pair of two different answers")
+    if all(pair.outcome is None for pair in pairs):
+        raise ConfigError(f"{word} has no verdict on any pair; allowed: annotated pairs")
+    check_judge_reads(config, [text for pair in pairs for text in (pair.prompt.prompt, pair.first)])
     texts = hash_of([[row.prompt.prompt, row.first, row.prompt.reference_output, row.outcome] for row in pairs])
     name = identity.digest({"judge": identity.decisive(keys), "pairs": texts}, known=cached / "digests")
     folder = out or cached.parent / "agreements" / name
@@ -79,15 +83,15 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bo
         judge, new = str(keys["_target_"]).rpartition(".")[2], f"would write {folder}"
         return f"{judge} would judge {len(pairs)} pairs\n{new}" if not made else f"{folder} has been made already"
     if not made:
-        _make(folder, config, pairs, {"annotations": word, "identity": name, "judge": keys})
+        about = {"annotations": word, "identity": name, "judge": keys}
+        make_once(folder, AGREEMENT, name, cached, lambda work: _make(work, config, pairs, about))
     return f"{(folder / PAGE).read_text(encoding='utf-8')}\n{folder}"
 
 
-def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
-    """Judge the pairs and write the results."""
+def _make(work: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
+    """Judge the pairs and write the results into a folder."""
     from rlhf.files import write_json, write_lines
     from rlhf.finished.compare.duels import ConfiguredJudge
-    from rlhf.finished.export.cli import atomic_folder
     from rlhf.pipeline.config import data_source
     from rlhf.report.agreement import agreement
 
@@ -98,22 +102,18 @@ def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, A
         "judge": list(judge(prompts, first)),
         "longer answer": [_longer(pair.first, pair.prompt.reference_output) for pair in pairs],
     }
-    if all(verdict is None for verdict in verdicts["annotations"]):
-        raise ConfigError(f"{about['annotations']} has no verdict on any pair; allowed: annotated pairs")
     compared = [("judge", "annotations"), ("longer answer", "annotations"), ("judge", "longer answer")]
     instructions = [row.instruction or row.prompt for row in prompts]
     found = {(a, b): agreement(verdicts[a], verdicts[b], instructions) for a, b in compared}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder) as work:
-        (work / PAGE).write_text(table(found, len(set(instructions))), encoding="utf-8")
-        rows = zip(prompts, first, *verdicts.values(), strict=True)
-        write_lines(work / VERDICTS, (
-            {"instruction": row.instruction or row.prompt, "first": text, "second": row.reference_output,
-             **dict(zip(verdicts, given, strict=True))}
-            for row, text, *given in rows
-        ))  # fmt: skip
-        numbers = [{"between": pair, **vars(one)} for pair, one in found.items()]
-        write_json(work / AGREEMENT, {**about, "agreement": numbers, "usage": judge.usage})
+    (work / PAGE).write_text(table(found, len(set(instructions))), encoding="utf-8")
+    rows = zip(prompts, first, *verdicts.values(), strict=True)
+    write_lines(work / VERDICTS, (
+        {"instruction": row.instruction or row.prompt, "first": text, "second": row.reference_output,
+         **dict(zip(verdicts, given, strict=True))}
+        for row, text, *given in rows
+    ))  # fmt: skip
+    numbers = [{"between": pair, **vars(one)} for pair, one in found.items()]
+    write_json(work / AGREEMENT, {**about, "agreement": numbers, "usage": judge.usage})
 
 
 def table(found: Mapping[tuple[str, str], Any], instructions: int) -> str:
