@@ -97,24 +97,12 @@ class RunEvaluation:
         if todo:
             settle_budget(self.plan)
             log.info("measured without training, at step %s: %s", ", ".join(map(str, todo)), place)
-            self._check_reads()
             if self.own:
                 measuring.copy_aside(self.run.folder, self.plan.evaluation)
             Run(self.plan, progress=False).measure(todo, place)
         evaluations.show(self.run.folder, self.plan.evaluation)
         found = read_object(place / SUMMARY, metrics=dict)
         return found if self.chosen is None else {**found, "metrics": evaluated_at(place, self.chosen)}
-
-    def _check_reads(self) -> None:
-        """Check that the run knows the words of the evaluation prompts, which may be of other data than its own.
-
-        Raises:
-            ConfigError: it does not.
-        """
-        settings = self.plan.settings.evaluation
-        if not settings.factscore:
-            texts = [row.prompt for row in as_records(self.plan.source.load("eval"), "eval")[: settings.prompts]]
-            check_knows(f"policy={self.run.folder}", self.run.tokenizer(), texts)
 
     def _wanted(self) -> dict[int, Path | None]:
         """All policies whose results are asked for, as of `todo`."""
@@ -219,6 +207,9 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     if run.summary.get("reward_model"):
         checked.reward["from"] = run.summary["reward_model"]  # so that the data need no comparisons to train one on
     check(checked, settings, source)
+    if not settings.evaluation.factscore:
+        prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
+        check_knows(f"policy={run.folder}", run.tokenizer(), [row.prompt for row in prompts])
     plan = Plan(config, settings, source, run.folder)
     plan.beside, plan.reward_reads = None, run.reward_reads
     plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None

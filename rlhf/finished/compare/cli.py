@@ -45,7 +45,7 @@ def leaving(command: str) -> Iterator[None]:
         try:
             yield
         except Interrupted as stopped:
-            print(f"{command}: {stopped}; the same command continues", file=sys.stderr)
+            print(f"{command}: {stopped}", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
         except KeyboardInterrupt:
             print(f"{command}: interrupted; the same command continues", file=sys.stderr)
