@@ -50,7 +50,7 @@ def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[R
 
 
 def _template(plan: Plan) -> PromptTemplate | None:
-    """The template of the data; of data without one, such as the farm, what stands around an instruction in a prompt."""
+    """The template of the data; of data without one, such as the farm, what its prompts have around the instruction."""
     template = template_of(plan.plain)
     if template is not None or "eval" not in plan.source.splits:
         return template

@@ -75,7 +75,7 @@ def check_judge(config: DictConfig, source: DataSource) -> dict[str, Any]:
         )
     if needs(config, "judge", "needs_utility") and not hasattr(source, "utility"):
         raise ConfigError(
-            "judge=gold compares by the true utility that only the farm has, and these data have none; allowed: "
+            "judge=gold compares by a true utility, which only data=farm has; allowed: "
             "llm_pool, finished_reward_model or a judge of your own (without a judge on the command line it is that of "
             "the first run)"
         )
