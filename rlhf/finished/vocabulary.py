@@ -23,7 +23,7 @@ def check_knows(what: str, tokenizer: "PreTrainedTokenizerBase | None", texts: S
         ConfigError: it knows too few of them.
     """
     unknown = tokenizer.unk_token_id if tokenizer is not None else None
-    if tokenizer is None or unknown is None:  # a tokenizer of bytes knows everything
+    if tokenizer is None or unknown is None or not texts:  # a tokenizer of bytes knows everything
         return
     read = [token for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in ids]
     share = read.count(unknown) / max(len(read), 1)
