@@ -5,7 +5,6 @@ overrides as well as in their resolved configuration.
 """
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from rlhf.tracking.seeds import Seeds
 
 log = logging.getLogger(__name__)
 SFT = "SFT"  # the label of the first row, the common step 0
-MEASURES = ("judge", "evaluation", "report")  # groups that only measure and show, as a sentence of the page says
 PLAIN = "PPO"  # the label of a row without overrides
 
 
@@ -100,19 +98,9 @@ def load(folders: Sequence[Path], evaluation: str | None = None) -> Sweep:
     # 4. A row of each, and the row of the models that they start from.
     counted = [run for alike in kept.values() for run in alike]
     labels, depth = layout.get("labels") or {}, depth_of(counted)
-    shared = _shared(list(kept))
-    trained = [
-        Row(label([item for item in key if item not in shared], labels), tuple(alike), depth=depth)
-        for key, alike in kept.items()
-    ]
+    trained = [Row(label(key, labels), tuple(alike), depth=depth) for key, alike in kept.items()]
     rows = (_sft_row(counted, depth), *trained)
     return Sweep(tuple(runs), rows, tuple(doubled), layout, tuple(unlike), depth)
-
-
-def _shared(keys: Sequence[Sequence[str]]) -> set[str]:
-    """The overrides by which all rows are measured and shown, which tell none of them apart."""
-    common = set(keys[0]).intersection(*keys[1:]) if len(keys) > 1 else set[str]()
-    return {item for item in common if re.split(r"[.=/@]", item.lstrip("+~"))[0] in MEASURES}
 
 
 def _sft_row(runs: Sequence[RecordedRun], depth: int) -> Row:

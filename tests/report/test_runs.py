@@ -251,17 +251,3 @@ def test_a_report_does_not_depend_on_the_locale(tmp_path: Path) -> None:
 
 def test_a_clean_sweep_has_no_warnings(sweep: Sweep) -> None:
     assert warnings(sweep) == []
-
-
-def test_what_measures_all_rows_alike_is_no_part_of_their_labels(tmp_path: Path) -> None:
-    """Such as the endpoint of a second judge; where it tells rows apart, it is."""
-    alike = ["judge=llm_pool", "judge.client.base_url=http://localhost:8000/v1", "~judge.pool.crowd", "report.title=x"]
-    for folder, judges in ((tmp_path / "alike", ("llm_pool", "llm_pool")), (tmp_path / "apart", ("llm_pool", "gold"))):
-        for variant, judge in zip(("lora_kl", "lora_none"), judges, strict=True):
-            own = [f"judge={judge}", *alike[1:]]
-            write_run(folder / variant, variant, 1, overrides=[f"variant={variant}", "ppo.steps=9", *own, "seed=1"])
-    labels = {name: [row.label for row in load([tmp_path / name]).trained] for name in ("alike", "apart")}
-    assert labels["alike"] == ["variant=lora_kl, ppo.steps=9", "variant=lora_none, ppo.steps=9"]
-    assert labels["apart"] == [
-        "variant=lora_kl, ppo.steps=9, judge=llm_pool", "variant=lora_none, ppo.steps=9, judge=gold"
-    ]  # fmt: skip
