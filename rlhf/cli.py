@@ -45,6 +45,7 @@ from rlhf.report.terminal import show_plan, show_results
 from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
 from rlhf.sweep.states import progress_line, states
 from rlhf.tracking import evaluations
+from rlhf.tracking.run_folder import begin, hold_log, open_log, remove_empty
 
 if TYPE_CHECKING:
     from rlhf.pipeline.plan import Plan
@@ -64,11 +65,15 @@ def app(config: DictConfig) -> Result:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     if not config.dry_run:
         (folder / FAILED).unlink(missing_ok=True)
-    return attempt(config, folder, sweeping)
+    try:
+        return attempt(config, folder, sweeping)
+    finally:
+        remove_empty(folder)  # nothing has begun
 
 
 def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     """Do a job. A failure becomes one sentence and an exit code, or in a sweep a note in the run's folder."""
+    hold_log()
     try:
         return job(config, folder, sweeping)
     except Interrupted as stopped:
@@ -87,6 +92,7 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
             # the reason stays with the run, and a sweep goes on to its next run
             reason = explain(error) or machine_failure(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
             write_json(folder / FAILED, {"error": reason, "traceback": traceback.format_exc()})
+            open_log(folder)
         if sweeping and not config.dry_run:
             log.error("FAILED %s: %s", folder.name, reason)
             return None
@@ -190,6 +196,8 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     noted = collectives.on_rank_zero(lambda: plan.noted)
     collectives.on_rank_zero(lambda: _make_room(plan, resume, noted))
     # 3. Reuse what is finished, or run.
+    if found is None or found != folder:
+        collectives.on_rank_zero(lambda: begin(folder, plan.config))
     if found is None:
         collectives.on_rank_zero(lambda: measuring.begin(plan))
         collectives.on_rank_zero(lambda: keep_budget(plan))

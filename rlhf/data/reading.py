@@ -83,7 +83,7 @@ def read_records(
     if on_bad_row == "fail" and report.skipped:
         (file, reason), numbers = next(iter(report.skipped.items()))
         raise DataError(
-            f"{split}: {file}, row {numbers[0]:,}: {reason} (`on_bad_row: skip` skips and counts such rows)."
+            f"{split}: {file}, row {numbers[0]:,}: {reason} (data.on_bad_row=skip skips and counts such rows)."
         )
     if not kept:
         reasons = reasons_and_counts(report.counts)

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
 from rlhf.errors import FAILURE, KEYBOARD, MISTAKE, STOPPED, GuardStop, UserError
-from rlhf.errors.keys import unknown_key
+from rlhf.errors.keys import unknown_key, unknown_option
 from rlhf.errors.machine import machine_failure
 
 _NO_OPTION = "Config group override must be a string or a list."  # Hydra raises this as a bare ValueError
@@ -79,17 +79,17 @@ def _explain_composition(message: str, cause: str) -> str:
     if missing:
         group, option = missing.groups()
         options = re.findall(r"^\t(\S+)$", message, re.MULTILINE)
-        return f"{group}={option}: there is no such option; allowed: {', '.join(options) or 'nothing'}"
+        return unknown_option(f"{group}={option}", options)
     # 3. a group or a key that does not exist
     override = re.search(r"Could not override '([^']+)'", message)
     if override:
         key = override[1]
         if "No match in the defaults list" in message:
-            return unknown_key(key, _groups(), "config group")
-        parent = key.rpartition(".")[0]
-        while not (allowed := _keys(parent)) and parent:  # the key above it is already wrong
+            return _without_place(key) or unknown_key(key, _groups(), "config group", _keys_below(_composed()))
+        config, parent = _composed(), key.rpartition(".")[0]
+        while not (allowed := _keys(config, parent)) and parent:  # the key above it is already wrong
             key, parent = parent, parent.rpartition(".")[0]
-        return unknown_key(key, allowed)
+        return _without_place(key.replace(".", "/")) or unknown_key(key, allowed, everywhere=_keys_below(config))
     # 4. a group without an option, and anything else in the words of Hydra
     if _NO_OPTION in message:
         return f"a config group was given no option but {message.rpartition(' ')[2]}; allowed: group=option"
@@ -97,17 +97,46 @@ def _explain_composition(message: str, cause: str) -> str:
     return "; ".join(dict.fromkeys(lines[:3]))
 
 
-def _keys(parent: str) -> list[str]:
-    """The keys below `parent` (all top-level keys for "") under the options chosen on the command line."""
+def _without_place(group: str) -> str | None:
+    """For a group inside a group, such as data/template, that the chosen option of the outer one does not have."""
+    outer, _, inner = group.partition("/")
+    folder = root() / "conf" / outer
+    if not inner or not (folder / inner).is_dir():
+        return None
+    having = sorted(
+        path.stem for path in folder.glob("*.yaml") if re.search(rf"^  - {inner}:", path.read_text("utf-8"), re.M)
+    )
+    options = sorted(path.stem for path in (folder / inner).glob("*.yaml"))
+    return (
+        f"{group} has no place in the chosen option of {outer}; allowed: {group}={', '.join(options)} with "
+        f"{outer}={', '.join(having)}"
+    )
+
+
+def _composed() -> DictConfig:
+    """The configuration under the options chosen on the command line."""
     GlobalHydra.instance().clear()
     options = [word for word in sys.argv[1:] if re.split("[@=]", word)[0] in _groups() and "," not in word]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
         try:
-            config = hydra.compose("config", options)
+            return hydra.compose("config", options)
         except HydraException:  # one of the options is wrong as well
-            config = hydra.compose("config")
+            return hydra.compose("config")
+
+
+def _keys(config: DictConfig, parent: str) -> list[str]:
+    """The keys below `parent` (all top-level keys for "")."""
     node = OmegaConf.select(config, parent) if parent else config
     return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
+
+
+def _keys_below(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All keys of a configuration, each with the keys above it."""
+    for key in node:
+        yield f"{prefix}{key}"
+        child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
+        if isinstance(child, DictConfig):
+            yield from _keys_below(child, f"{prefix}{key}.")
 
 
 def _groups() -> list[str]:

@@ -1,7 +1,7 @@
 """The plan of a sweep: its jobs, their folders, and how many of them run at once."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from hydra import compose
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 
 from rlhf.errors import ConfigError
 from rlhf.files import read_object
@@ -84,6 +84,23 @@ def trainer_configs(config: DictConfig) -> list[DictConfig]:
     # one job per combination of trainer overrides is composed, since composing takes a second
     jobs = {tuple(item for item in job if item.lstrip("+~").startswith("trainer")): job for job in _expand_axes(config)}
     return [compose(config.hydra.job.config_name, job).trainer for job in jobs.values()]
+
+
+def configs_of_all_values(config: DictConfig) -> Iterator[DictConfig]:
+    """Configurations of as few jobs as it takes to have every value of every axis in one of them."""
+    seen: set[str] = set()
+    for job in _expand_axes(config):
+        if not seen.issuperset(job):
+            seen.update(job)
+            yield compose(config.hydra.job.config_name, job)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """The configuration of the job in one that Hydra's callbacks get."""
+    copy = config.copy()
+    with flag_override(copy, ["struct", "readonly"], [False, False]):
+        del copy["hydra"]
+    return copy
 
 
 def objective_values(run: Path, config: DictConfig) -> float | list[float] | None:
