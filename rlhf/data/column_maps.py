@@ -192,8 +192,8 @@ def parse_columns(columns: Any) -> Names:
         several = isinstance(name, list | tuple) and bool(name) and all(isinstance(column, str) for column in name)
         if field not in FIELDS or not (several or name is None or (isinstance(name, str) and name)):
             raise DataError(
-                f"data.columns={columns!r} is not allowed; allowed: a mapping to the names of columns (or lists of them, "
-                f"or null) from some of {', '.join(FIELDS)}."
+                f"data.columns={columns!r} is not allowed; allowed: a mapping to the names of columns (or lists of "
+                f"them, or null) from some of {', '.join(FIELDS)}."
             )
         parsed[field] = tuple(name) if isinstance(name, list | tuple) else name
     return parsed

@@ -123,8 +123,8 @@ def parse_max_rows(max_rows: Any) -> Mapping[Split, int]:
     limits = max_rows if isinstance(max_rows, Mapping) else {} if max_rows is None else dict.fromkeys(SPLITS, max_rows)
     if not set(limits) <= set(SPLITS) or not all(type(limit) is int and limit > 0 for limit in limits.values()):
         raise DataError(
-            f"data.max_rows={max_rows!r} is not allowed; allowed: a positive integer, or a mapping to positive integers "
-            f"from some of {', '.join(SPLITS)}."
+            f"data.max_rows={max_rows!r} is not allowed; allowed: a positive integer, or a mapping to positive "
+            f"integers from some of {', '.join(SPLITS)}."
         )
     return limits
 

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
 from rlhf.errors import FAILURE, KEYBOARD, MISTAKE, STOPPED, GuardStop, UserError
-from rlhf.errors.keys import unknown_key, unknown_option
+from rlhf.errors.keys import keys_below, unknown_key, unknown_option
 from rlhf.errors.machine import machine_failure
 
 _NO_OPTION = "Config group override must be a string or a list."  # Hydra raises this as a bare ValueError
@@ -85,11 +85,11 @@ def _explain_composition(message: str, cause: str) -> str:
     if override:
         key = override[1]
         if "No match in the defaults list" in message:
-            return _without_place(key) or unknown_key(key, _groups(), "config group", _keys_below(_composed()))
+            return _without_place(key) or unknown_key(key, _groups(), "config group", keys_below(_composed()))
         config, parent = _composed(), key.rpartition(".")[0]
         while not (allowed := _keys(config, parent)) and parent:  # the key above it is already wrong
             key, parent = parent, parent.rpartition(".")[0]
-        return _without_place(key.replace(".", "/")) or unknown_key(key, allowed, everywhere=_keys_below(config))
+        return _without_place(key.replace(".", "/")) or unknown_key(key, allowed, everywhere=keys_below(config))
     # 4. a group without an option, and anything else in the words of Hydra
     if _NO_OPTION in message:
         return f"a config group was given no option but {message.rpartition(' ')[2]}; allowed: group=option"
@@ -101,15 +101,13 @@ def _without_place(group: str) -> str | None:
     """For a group inside a group, such as data/template, that the chosen option of the outer one does not have."""
     outer, _, inner = group.partition("/")
     folder = root() / "conf" / outer
-    if not inner or not (folder / inner).is_dir():
+    options = sorted(path.stem for path in (folder / inner).glob("*.yaml")) if inner else []
+    having = [path.stem for path in folder.glob("*.yaml") if f"\n  - {inner}:" in path.read_text(encoding="utf-8")]
+    if not options:
         return None
-    having = sorted(
-        path.stem for path in folder.glob("*.yaml") if re.search(rf"^  - {inner}:", path.read_text("utf-8"), re.M)
-    )
-    options = sorted(path.stem for path in (folder / inner).glob("*.yaml"))
     return (
-        f"{group} has no place in the chosen option of {outer}; allowed: {group}={', '.join(options)} with "
-        f"{outer}={', '.join(having)}"
+        f"{group}: the chosen option of {outer} has no {inner}; allowed: {group}={', '.join(options)} with "
+        f"{outer}={', '.join(sorted(having))}"
     )
 
 
@@ -128,15 +126,6 @@ def _keys(config: DictConfig, parent: str) -> list[str]:
     """The keys below `parent` (all top-level keys for "")."""
     node = OmegaConf.select(config, parent) if parent else config
     return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
-
-
-def _keys_below(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """All keys of a configuration, each with the keys above it."""
-    for key in node:
-        yield f"{prefix}{key}"
-        child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
-        if isinstance(child, DictConfig):
-            yield from _keys_below(child, f"{prefix}{key}.")
 
 
 def _groups() -> list[str]:

@@ -2,7 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from omegaconf import DictConfig, OmegaConf
 
 # Old name → new name, for keys and config groups; `*` stands for one component, which stays as it is.
 RENAMED = {
@@ -91,3 +93,12 @@ def present_name(key: str) -> str | None:
         if match:
             return new.replace("*", "".join(match.groups()))
     return None
+
+
+def keys_below(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All keys of a configuration, each with the keys above it."""
+    for key in node:
+        yield f"{prefix}{key}"
+        child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
+        if isinstance(child, DictConfig):
+            yield from keys_below(child, f"{prefix}{key}.")

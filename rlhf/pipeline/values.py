@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
 from rlhf.errors import ConfigError
-from rlhf.errors.keys import unknown_key
+from rlhf.errors.keys import keys_below, unknown_key
 from rlhf.schema import typed
 from rlhf.settings import Settings
 
@@ -49,7 +49,7 @@ def _check_keys(config: DictConfig) -> None:
     allowed = own | {field.name for field in fields(Settings)} | set(CLASSES) | {"stage"}
     for key in config:
         if str(key) not in allowed:
-            raise ConfigError(unknown_key(str(key), allowed - {"hydra"}))
+            raise ConfigError(unknown_key(str(key), allowed - {"hydra"}, everywhere=keys_below(config)))
 
 
 def _check_replicate(config: DictConfig) -> None:
@@ -69,14 +69,11 @@ def _check_classes(config: DictConfig) -> None:
         if group == "stage" and chosen.name not in options:
             raise ConfigError(f"stage.name={chosen.name} is not allowed; allowed: {', '.join(options)}")
     for folder in sorted((root() / "conf").glob("*/*/")):  # groups inside groups
-        inner, named = (
-            f"{folder.parent.name}/{folder.name}",
-            OmegaConf.select(config, f"{folder.parent.name}.{folder.name}"),
-        )
-        if isinstance(named, str):
-            options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        key, group = f"{folder.parent.name}.{folder.name}", f"{folder.parent.name}/{folder.name}"
+        options, named = sorted(path.stem for path in folder.glob("*.yaml")), OmegaConf.select(config, key)
+        if options and isinstance(named, str):
             raise ConfigError(
-                f"{inner.replace('/', '.')}={named} is a text, did you mean {inner}={named}?; allowed: {inner}={options}"
+                f"{key}={named} is a text, did you mean {group}={named}?; allowed: {group}={', '.join(options)}"
             )
     own = OmegaConf.select(config, "reward.model", throw_on_missing=False)
     if own is not None and not isinstance(own, DictConfig):
