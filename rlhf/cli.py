@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import root
+from rlhf.distributed.cores import threads
 from rlhf.distributed.rank import is_first_process
 from rlhf.errors import (
     FAILURE,
@@ -37,7 +38,7 @@ from rlhf.errors import (
 )
 from rlhf.errors.explaining import exit_with_sentence, explain, one_sentence_errors
 from rlhf.errors.machine import machine_failure
-from rlhf.files import FAILED, tidy, write_json
+from rlhf.files import FAILED, SUMMARY, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
@@ -45,7 +46,7 @@ from rlhf.report.terminal import show_plan, show_results
 from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
 from rlhf.sweep.states import progress_line, states
 from rlhf.tracking import evaluations
-from rlhf.tracking.run_folder import begin, hold_log, open_log, remove_empty
+from rlhf.tracking.run_folder import HYDRA, begin, hold_log, open_log, remove_empty
 
 if TYPE_CHECKING:
     from rlhf.pipeline.plan import Plan
@@ -68,7 +69,9 @@ def app(config: DictConfig) -> Result:
     try:
         return attempt(config, folder, sweeping)
     finally:
-        remove_empty(folder)  # nothing has begun
+        if (folder / HYDRA).exists() and not config.dry_run:  # it has begun, now or earlier
+            open_log(folder)
+        remove_empty(folder)
 
 
 def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
@@ -113,9 +116,8 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
 
     quieten()
     launcher, workers = HydraConfig.get().launcher, processes.local_world_size(config.trainer)
-    if sweeping:
-        _share_cores(parallel_jobs(launcher), workers)
-    elif on_slurm(launcher):
+    _share_cores(parallel_jobs(launcher) if sweeping else 1, workers)
+    if not sweeping and on_slurm(launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
     given, excluded = HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
     overrides = distinctive_overrides(given, excluded)
@@ -194,10 +196,11 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
         check_memory(plan)
     # 2. The folder may hold a run of another configuration.
     noted = collectives.on_rank_zero(lambda: plan.noted)
+    complete = (folder / SUMMARY).exists() and earlier.identity_of(folder) in (plan.identity, noted)
     collectives.on_rank_zero(lambda: _make_room(plan, resume, noted))
     # 3. Reuse what is finished, or run.
-    if found is None or found != folder:
-        collectives.on_rank_zero(lambda: begin(folder, plan.config))
+    collectives.on_rank_zero(lambda: complete or begin(folder, plan.config))
+    open_log(folder)
     if found is None:
         collectives.on_rank_zero(lambda: measuring.begin(plan))
         collectives.on_rank_zero(lambda: keep_budget(plan))
@@ -257,10 +260,9 @@ def _share_cores(jobs: int, processes: int) -> None:
     """
     import torch
 
-    if processes == 1 and "OMP_NUM_THREADS" in os.environ:  # joblib sets it to a worker's share
-        return
-    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1))
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // (jobs * processes))))
+    share = threads(jobs, processes)
+    if share is not None:
+        torch.set_num_threads(min(torch.get_num_threads(), share))
 
 
 def main() -> None:

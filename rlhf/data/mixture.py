@@ -191,8 +191,8 @@ def _with_same_columns(parts: list[Dataset], split: Split) -> list[Dataset]:
 def _parse_parts(parts: Any) -> dict[str, DataSource]:
     if not isinstance(parts, Mapping) or not parts or not all(isinstance(part, DataSource) for part in parts.values()):
         raise DataError(
-            "data.parts is not a mapping from names to data sets; allowed: for example data.parts.NAME._target_ and the "
-            "other keys of an option of `data`."
+            "data.parts is not a mapping from names to data sets; allowed: for example data.parts.NAME._target_ and "
+            "the other keys of an option of `data`."
         )
     return {str(name): part for name, part in parts.items()}
 

@@ -15,6 +15,7 @@ from rlhf import root
 from rlhf.errors import FAILURE, KEYBOARD, MISTAKE, STOPPED, GuardStop, UserError
 from rlhf.errors.keys import keys_below, unknown_key, unknown_option
 from rlhf.errors.machine import machine_failure
+from rlhf.errors.users_code import failure_in_users_code
 
 _NO_OPTION = "Config group override must be a string or a list."  # Hydra raises this as a bare ValueError
 
@@ -25,7 +26,8 @@ def exit_with_sentence(command: str, error: Exception) -> None:
     Raises:
         SystemExit: with code MISTAKE, STOPPED (a guard) or FAILURE (of the machine).
     """
-    mistake, failure = explain(error), machine_failure(error)
+    failure = None if isinstance(error, UserError) else machine_failure(error)
+    mistake = None if failure else explain(error)
     if mistake or failure:
         print(f"{command}: {mistake or failure}", file=sys.stderr)
         raise SystemExit(STOPPED if isinstance(error, GuardStop) else MISTAKE if mistake else FAILURE) from None
@@ -44,15 +46,17 @@ def one_sentence_errors(command: str) -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         raise SystemExit(KEYBOARD) from None
+    except SystemExit as leaving:  # Lightning exits with 1 when it has caught the second Ctrl-C
+        raise SystemExit(KEYBOARD) if isinstance(leaving.__context__, KeyboardInterrupt) else leaving from None
 
 
 def explain(error: BaseException) -> str | None:
-    """One sentence for an error that the user can mend, in Hydra's or our own exceptions; None for any other error."""
+    """One sentence for an error that the user can mend: Hydra's, our own, or in the user's code; None for any other."""
     if isinstance(error, OverrideParseException):
         return _explain_grammar(str(error.override))
     if isinstance(error, HydraException | OmegaConfBaseException) or _NO_OPTION in str(error):
         return _explain_composition(str(error), str(error.__cause__ or ""))
-    return str(error) if isinstance(error, UserError) else None
+    return str(error) if isinstance(error, UserError) else failure_in_users_code(error)
 
 
 def _explain_grammar(override: str) -> str:

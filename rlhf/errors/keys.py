@@ -79,7 +79,7 @@ def _meant(key: str, names: list[str], everywhere: list[str]) -> str | None:
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return close[0]
-    elsewhere = [other for other in everywhere if other.rpartition(".")[2] in same]
+    elsewhere = [other for other in everywhere if other.rpartition(".")[2] in same and other != key]
     # those that share most of the key's own place come first: kl_coef is kl.coef rather than another coef
     elsewhere.sort(key=lambda other: -difflib.SequenceMatcher(None, key, other).ratio())
     chosen = elsewhere[:MOST_SUGGESTED]

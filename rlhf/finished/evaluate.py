@@ -124,7 +124,8 @@ def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: 
         return evaluations.shown_summary(folder) or {}
     described = f"the results of {earlier.describe(folder, subject.plan.plain)}"
     earlier.settle(folder, subject.identity, subject.plan.outputs, config.resume == "never", described)
-    begin(folder, config)
+    if (read_summary(folder) or {}).get("identity") != subject.identity:
+        begin(folder, config)
     earlier.note(folder, subject.identity, subject.plan.plain, overrides, evaluation=subject.plan.evaluation)
     results = _results(subject)
     if subject.place != folder:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rlhf.data.records import DataSource
 from rlhf.errors import ConfigError, DataError
+from rlhf.errors.users_code import failure_in_users_code
 from rlhf.pipeline.precision import automatic_dtype, trains_on_gpu
 from rlhf.pipeline.values import check_groups, values_of
 from rlhf.schema import typed
@@ -66,7 +67,8 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, DataError | ConfigError):  # it says already what is wrong
             raise error.__cause__ from None
-        raise ConfigError(f"{key}: {error.__cause__ or error}".replace("\n", " ")) from error
+        theirs = error.__cause__ and failure_in_users_code(error.__cause__)
+        raise ConfigError(f"{key}: {theirs or error.__cause__ or error}".replace("\n", " ")) from error
 
 
 def _check_numbers(config: Any, key: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
 from rlhf.errors import FAILURE, MISTAKE, ConfigError, UserError
@@ -120,10 +120,13 @@ class SweepCallback(Callback):
 
 def _check(configs: Iterable[DictConfig]) -> None:
     """Check groups, keys and values without torch; exit with one sentence at the first that is not allowed."""
+    from rlhf.pipeline.hub import check_hub  # the first time, this takes as long as all the rest
+
     try:
         for config in configs:
             check_groups(config)
             values_of(config)
+            check_hub(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     except UserError as error:  # Hydra turns other exceptions of a callback into warnings
         exit_with_sentence("rlhf", error)
 

@@ -1,6 +1,5 @@
 """The plan of a sweep: its jobs, their folders, and how many of them run at once."""
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, flag_override
 
+from rlhf.distributed.cores import available_cores
 from rlhf.errors import ConfigError
 from rlhf.files import read_object
 from rlhf.objectives import objectives_of, result
@@ -125,7 +125,7 @@ def on_slurm(launcher: DictConfig) -> bool:
 def parallel_jobs(launcher: DictConfig) -> int:
     """How many jobs a launcher runs at once on this machine; as in joblib, `n_jobs: -1` means one per core."""
     jobs = int(launcher.get("n_jobs") or 1)
-    return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
+    return jobs if jobs > 0 else max(1, available_cores() + 1 + jobs)
 
 
 def planned_parallelism(plan: Path) -> int:
