@@ -186,6 +186,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     from rlhf.distributed import collectives
     from rlhf.pipeline import cache, measuring
     from rlhf.pipeline.preflight import check_memory, keep_budget, settle_budget
+    from rlhf.pipeline.rows import read_rows
     from rlhf.pipeline.run import Run
 
     folder = plan.folder
@@ -194,6 +195,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     if found is None:
         settle_budget(plan, fresh=resume == "never", jobs=jobs)
         check_memory(plan)
+        collectives.on_rank_zero(lambda: read_rows(plan))
     # 2. The folder may hold a run of another configuration.
     noted = collectives.on_rank_zero(lambda: plan.noted)
     complete = (folder / SUMMARY).exists() and earlier.identity_of(folder) in (plan.identity, noted)
