@@ -12,7 +12,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rlhf.data.records import DataSource
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, first_line
 from rlhf.errors.users_code import failure_in_users_code
 from rlhf.pipeline.precision import automatic_dtype, trains_on_gpu
 from rlhf.pipeline.values import check_groups, values_of
@@ -112,8 +112,10 @@ def target_class(node: DictConfig, key: str) -> Any:
     try:
         return hydra.utils.get_object(node._target_)
     except (HydraException, ValueError, ImportError, AttributeError) as error:
+        cause = error.__cause__ or error
+        theirs = failure_in_users_code(cause) or f"{type(cause).__name__}: {first_line(cause)}"
         raise ConfigError(
-            f"{key}._target_={node._target_} cannot be imported; allowed: a class as package.module.Name"
+            f"{key}._target_={node._target_} cannot be imported ({theirs}); allowed: a class as package.module.Name"
         ) from error
 
 

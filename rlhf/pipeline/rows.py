@@ -4,11 +4,14 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from omegaconf import OmegaConf
+
 from rlhf.data.records import DataSource, Split, held_out_rows, skipped_rows
 from rlhf.errors import ConfigError
 from rlhf.pipeline import cache
 from rlhf.pipeline.builders import steps_of
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.users_functions import try_scorer
 from rlhf.settings import JOINED, Settings, SupervisedSettings
 
 log = logging.getLogger(__name__)
@@ -55,10 +58,10 @@ def rows_of(settings: Settings, source: DataSource, counts: Mapping[Split, int],
         train = counts[split] - held_out
     steps = None if getattr(own, "packing", False) == JOINED else steps_of(own, train)
     if steps is not None and own.warmup_steps > steps:
+        batches = f"{stage}.epochs={own.epochs:g}, {stage}.batch_size={own.batch_size}"
         raise ConfigError(
             f"{stage}.warmup_steps={own.warmup_steps} is longer than the training: {train} rows make {steps} "
-            f"step{'s' * (steps != 1)} ({stage}.epochs={own.epochs:g}, {stage}.batch_size={own.batch_size}); allowed: at most "
-            f"{steps}, more epochs, or smaller batches"
+            f"step{'s' * (steps != 1)} ({batches}); allowed: at most {steps}, more epochs, or smaller batches"
         )
     return Rows(train, held_out, sum(skipped_rows(source, split).values()), own.batch_size, steps)
 
@@ -72,6 +75,10 @@ def read_rows(plan: Plan) -> None:
     """
     trained = {product for product, folder in plan.needed().items() if not cache.known(folder)} - set(plan.taken)
     counts = {split: len(plan.source.load(split)) for split in _needed(plan, trained)}
+    for key in ("scorer.function", "evaluation.gold.function"):
+        function = OmegaConf.select(plan.config, key)
+        if function and plan.stage in ("ppo", "evaluate"):
+            try_scorer(key, function, plan.source)
     for stage, name in (("sft", "SFT"), ("reward", "reward model")):
         rows = rows_of(plan.settings, plan.source, counts, stage) if stage in trained else None
         if rows:

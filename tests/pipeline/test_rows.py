@@ -60,9 +60,7 @@ def test_no_model_is_trained_if_a_later_stage_cannot_read_its_rows(command: Call
     assert not list(Path("outputs").glob("cache/*sft*"))
 
 
-def test_no_model_is_trained_if_a_warmup_is_longer_than_its_stage(
-    command: Callable, tmp_path: Path
-) -> None:
+def test_no_model_is_trained_if_a_warmup_is_longer_than_its_stage(command: Callable, tmp_path: Path) -> None:
     write(tmp_path)
     code, out, err = command(*OWN, "reward.warmup_steps=9")
     assert code == 2, out + err
