@@ -117,8 +117,8 @@ THRESHOLD_RULES = {
         lambda seen: seen.now <= seen.limit,
         "the answers to the evaluation prompts had {now:.1f} tokens on average (limit: {limit:g})",
         "usual cause: an SFT model that has learnt to end at once, from demonstrations whose responses are empty or cut"
-        " off, or from too few steps; try more sft.epochs, read rendered.txt beside the SFT model and samples.jsonl, or set"
-        " guards.mute.action=off if answers shall be so short",
+        " off, or from too few steps; try more sft.epochs, read rendered.txt beside the SFT model and samples.jsonl,"
+        " or set guards.mute.action=off if answers shall be so short",
     ),
     "entropy_collapse": ThresholdRule(
         "ppo/entropy",
