@@ -38,6 +38,7 @@ from rlhf.errors import (
 )
 from rlhf.errors.explaining import exit_with_sentence, explain, one_sentence_errors
 from rlhf.errors.machine import machine_failure
+from rlhf.errors.users_code import failure_in_users_code
 from rlhf.files import FAILED, SUMMARY, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
@@ -91,7 +92,8 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
             raise SystemExit(error.code if error.code > 0 else FAILURE) from None
         if not is_first_process() and explain(error):  # all processes fail alike, and the first one reports it
             raise SystemExit(STOPPED if isinstance(error, GuardStop) else MISTAKE) from None
-        if (sweeping or isinstance(error, GuardStop)) and not config.dry_run:
+        theirs = (folder / HYDRA).exists() and failure_in_users_code(error)  # who needs the traceback
+        if (sweeping or isinstance(error, GuardStop) or theirs) and not config.dry_run:
             # the reason stays with the run, and a sweep goes on to its next run
             reason = explain(error) or machine_failure(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
             write_json(folder / FAILED, {"error": reason, "traceback": traceback.format_exc()})

@@ -5,6 +5,7 @@ that never comes to be.
 """
 
 import logging
+from contextlib import suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def note_present(folder: Path) -> None:
 def remove_empty(folder: Path) -> None:
     """Remove the folder of a job that has not begun, with those above it that were made for it."""
     top = _present[0] if _present else folder.parent  # a process of a sweep's launcher knows only its own
-    for place in (folder, *folder.parents):
-        if place == top or not place.is_dir() or any(place.iterdir()):
-            return
-        place.rmdir()
+    with suppress(OSError):  # another process has just begun there, or the disk is read-only
+        for place in (folder, *folder.parents):
+            if place == top or any(place.iterdir()):
+                return
+            place.rmdir()
