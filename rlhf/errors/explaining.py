@@ -61,7 +61,9 @@ def explain(error: BaseException) -> str | None:
 
 def _explain_grammar(override: str) -> str:
     """For an override that Hydra's grammar cannot parse, such as a slice of a data set without quotes."""
-    key, _, value = override.partition("=")
+    key, given, value = override.partition("=")
+    if not given and re.fullmatch(r"[\w./@]+", key):
+        return f"{override} has no value; allowed: GROUP=OPTION, such as ppo=paper, or KEY=VALUE, such as ppo.steps=100"
     parts = ["…", "…"] if value[:1] in ("[", "{") else [part.strip(" '\"") for part in value.split(",")]
     quoted = ",".join(f'"{part}"' for part in parts)
     word = f"{key}=[{quoted}]" if value[:1] in ("[", "{") else f"{key}={quoted}"
@@ -96,7 +98,14 @@ def _explain_composition(message: str, cause: str) -> str:
         return _without_place(key.replace(".", "/")) or unknown_key(key, allowed, everywhere=keys_below(config))
     # 4. a group without an option, and anything else in the words of Hydra
     if _NO_OPTION in message:
-        return f"a config group was given no option but {message.rpartition(' ')[2]}; allowed: group=option"
+        return _no_option(message.rpartition(" ")[2])
+    several = re.search(r"Ambiguous value for argument '([^']+)'", message)
+    if several:
+        key, _, values = several[1].partition("=")
+        return (
+            f"{several[1]}: several values make a sweep, rlhf -m {several[1]}; allowed without -m: one value, or a "
+            f"list as {key}=[{values}]"
+        )
     lines = [line.strip() for line in (message + "\n" + cause).splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines[:3]))
 
@@ -113,6 +122,19 @@ def _without_place(group: str) -> str | None:
         f"{group}: the chosen option of {outer} has no {inner}; allowed: {group}={', '.join(options)} with "
         f"{outer}={', '.join(sorted(having))}"
     )
+
+
+def _no_option(kind: str) -> str:
+    """For a number, or the like, where the option of a group is expected."""
+    given = (word for word in sys.argv[1:] if word.partition("=")[0] in _groups() and "=" in word)
+    for word in given:
+        group, _, value = word.partition("=")
+        options = sorted(path.stem for path in (root() / "conf" / group).glob("*.yaml"))
+        if options and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false|null|\[.*\]|\{.*\}", value, re.IGNORECASE):
+            return (
+                f"{word}: {group} is a config group; allowed: {group}={', '.join(options)}, or its keys as {group}.KEY"
+            )
+    return f"a config group was given no option but {kind}; allowed: GROUP=OPTION"
 
 
 def _composed() -> DictConfig:

@@ -39,6 +39,14 @@ SYNONYMS = {
     "rank": "r",
     "vf_coef": "value_coef",
 }
+# How to choose what is no option of a group.
+OWN = {
+    "data": "files and data sets of the Hub are data=hub data.sft=FILE_OR_HUB_ID (docs/data.md)",
+    "judge": "a language model is judge=llm_pool judge.model=NAME (docs/judges.md)",
+    "lora": "another rank is lora=r8 lora.r=32",
+    "model": "other models are model=custom model.name_or_path=HUB_ID_OR_FOLDER",
+    "scorer": "a function is scorer=function scorer.function=package.module.name (docs/extending.md)",
+}
 MOST_SUGGESTED = 4
 
 
@@ -64,10 +72,11 @@ def unknown_key(key: str, allowed: Iterable[str], kind: str = "key", everywhere:
 
 def unknown_option(choice: str, options: Iterable[str]) -> str:
     """The message for an option `GROUP=OPTION` that a group does not have."""
-    names = list(options)
-    close = difflib.get_close_matches(choice.rpartition("=")[2], names, n=1)
+    names, (group, _, option) = list(options), choice.partition("=")
+    close = difflib.get_close_matches(option, names, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
-    return f"{choice}: there is no such option{hint}; allowed: {', '.join(names) or 'nothing'}"
+    others = f"; {OWN[group]}" if group in OWN and not close else ""
+    return f"{choice}: there is no such option{hint}; allowed: {', '.join(names) or 'nothing'}{others}"
 
 
 def _meant(key: str, names: list[str], everywhere: list[str]) -> str | None:
@@ -76,13 +85,10 @@ def _meant(key: str, names: list[str], everywhere: list[str]) -> str | None:
     same = {name, SYNONYMS.get(name, name)}
     if same & set(names):
         return min(same & set(names))
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return close[0]
     elsewhere = [other for other in everywhere if other.rpartition(".")[2] in same and other != key]
     # those that share most of the key's own place come first: kl_coef is kl.coef rather than another coef
     elsewhere.sort(key=lambda other: -difflib.SequenceMatcher(None, key, other).ratio())
-    chosen = elsewhere[:MOST_SUGGESTED]
+    chosen = elsewhere[:MOST_SUGGESTED] or difflib.get_close_matches(name, names, n=1)
     return " or ".join([", ".join(chosen[:-1]), chosen[-1]] if len(chosen) > 1 else chosen) or None
 
 
@@ -97,7 +103,7 @@ def present_name(key: str) -> str | None:
 
 def keys_below(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """All keys of a configuration, each with the keys above it."""
-    for key in node:
+    for key in map(str, node):
         yield f"{prefix}{key}"
         child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
         if isinstance(child, DictConfig):
