@@ -36,13 +36,16 @@ def repository(name: str) -> str:
 
 
 def held(name: str, kind: str = "model") -> bool:
-    """Whether a model or a data set (`kind="dataset"`) of the Hub is in the local cache."""
-    if kind == "model":
-        files = ("config.json", "adapter_config.json", "tokenizer_config.json")
-        return any(isinstance(try_to_load_from_cache(repository(name), file), str) for file in files)
-    copies = Path(constants.HF_HUB_CACHE) / f"datasets--{repository(name).replace('/', '--')}" / "snapshots"
+    """Whether a model or a data set (`kind="dataset"`) of the Hub is in the local cache, in any revision."""
+    if kind == "model" and any(
+        isinstance(try_to_load_from_cache(repository(name), file), str)
+        for file in ("config.json", "adapter_config.json")
+    ):
+        return True
+    snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository(name).replace('/', '--')}" / "snapshots"
     prepared = Path(datasets.config.HF_DATASETS_CACHE) / repository(name).replace("/", "___")
-    return any(place.is_dir() and any(place.iterdir()) for place in (copies, prepared))
+    places = (snapshots, prepared) if kind == "dataset" else (snapshots,)
+    return any(place.is_dir() and any(place.iterdir()) for place in places)
 
 
 def checkpoints(plain: Mapping[str, Any]) -> dict[str, str]:
