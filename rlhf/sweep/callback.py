@@ -16,11 +16,10 @@ from rich.console import Console
 
 from rlhf.errors import FAILURE, MISTAKE, ConfigError, UserError
 from rlhf.errors.explaining import exit_with_sentence
-from rlhf.files import write_json
+from rlhf.files import PLAN, write_json
 from rlhf.pipeline.values import check_groups, values_of
 from rlhf.sweep import slurm
 from rlhf.sweep.plan import (
-    PLAN,
     configs_of_all_values,
     is_search,
     on_slurm,
