@@ -167,7 +167,7 @@ def _measured(
         baseline = RewardModeling(settings, context.roles, tokenizer, 1).baseline(rows)
     metrics = {"reward/baseline": baseline}
     if "preference_validation" in source.splits or (
-        "preference" in source.splits and len(source.load("preference")) > settings.validation_size
+        "preference" in source.splits and len(source.load("preference")) > 1
     ):
         _, pairs = train_and_held_out(source, "preference", "preference_validation", settings.validation_size)
         sides = [scorer.rate([pair.prompt for pair in pairs], [getattr(pair, side) for pair in pairs])
