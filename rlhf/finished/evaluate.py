@@ -251,7 +251,8 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
     Raises:
         ConfigError: the command line would change what the run was trained with, or the template that it reads.
     """
-    found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
+    newer = {"reference": config.reference}  # a group that runs of earlier versions do not have
+    found = OmegaConf.create({**newer, **run.config, **{key: config[key] for key in HOW if key in config}})
     for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
         found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
     found.stage, found.policy = {"name": "ppo"}, None

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import ConfigError
+from rlhf.finished.evaluate import as_trained
+from rlhf.finished.run import FinishedRun
 from rlhf.models.memory import stage_memory
 from rlhf.pipeline.preflight import work_of
-from tests.helpers.composed_config import compose_and_check, composed_plan
+from tests.helpers.composed_config import compose_and_check, composed, composed_plan
+from tests.helpers.finished_runs import finished_outputs
 from tests.helpers.memory_estimates import VOCABULARY, sizes_of
 
 REFUSED = [
@@ -59,3 +62,11 @@ def test_it_decides_the_run_and_nothing_else(tmp_path: Path) -> None:
     ]
     assert len({plan.identity for plan in plans}) == len(plans)
     assert len({(plan.evaluation, plan.sft_folder, plan.reward_folder) for plan in plans}) == 1
+
+
+def test_a_run_of_an_earlier_version_is_measured_with_the_fixed_reference(tmp_path: Path) -> None:
+    run = FinishedRun.open(finished_outputs(tmp_path / "outputs").ppo)
+    run.config.pop("reference", None)
+    assert as_trained(composed("stage=evaluate"), run, []).reference._target_.endswith(".Fixed")
+    with pytest.raises(ConfigError, match=r"reference=ema: policy=.* is measured as it was trained"):
+        as_trained(composed("stage=evaluate", "reference=ema"), run, ["reference=ema"])
