@@ -106,8 +106,8 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         raise
 
 
-def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
-    """Check one composed configuration, do its run, and show the results."""
+def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> Result:
+    """Check one composed configuration, do its run, with `bars` that show its progress, and show the results."""
     # imported here so that completion, --help and composition errors do not wait for torch
     from rlhf.distributed import processes
     from rlhf.pipeline import cache
@@ -142,7 +142,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         summary = _launch(plan, workers)
     else:
         with processes.process_group(), cache.locked(folder / ".lock", f"another process works in {folder}"):
-            summary = _run_or_reuse(plan, config.resume, parallel_jobs(launcher), progress=not sweeping)
+            summary = _run_or_reuse(plan, config.resume, parallel_jobs(launcher), progress=bars and not sweeping)
     # 3. Show the results, once.
     if not is_first_process() or processes.LAUNCHER_PID in os.environ:  # the process that started this one shows them
         return None

@@ -184,7 +184,7 @@ def train_and_held_out(source: DataSource, split: Split, validation: Split, size
     rows = source.load(split)
     if validation in source.splits:
         held_out = source.load(validation)
-        return as_records(rows, split), as_records(held_out.select(range(min(size, len(held_out)))), validation)
+        return as_records(rows, split), first_records(held_out, validation, size)
     size = held_out_rows(len(rows), split, validation, size)
     # Shuffled because files are often sorted, by topic say, and then their end does not represent the whole.
     records = as_records(rows.shuffle(seed=0), split)
@@ -216,3 +216,8 @@ def as_records(rows: Dataset, split: Split) -> list:
     kinds = {"chosen_ended": SampledComparison, "margin": ScoredComparison}
     record = next((kind for column, kind in kinds.items() if column in rows.column_names), RECORDS[split])
     return [record(**row) for row in rows]
+
+
+def first_records(rows: Dataset, split: Split, count: int) -> list:
+    """The first `count` rows as records, or all where there are fewer."""
+    return as_records(rows.select(range(min(count, len(rows)))), split)

@@ -12,7 +12,7 @@ from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_template, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
-from rlhf.pipeline.evaluating import best_metric
+from rlhf.pipeline.evaluating import best_metric, check_judge_reads, reads_words
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
@@ -177,6 +177,9 @@ def check_evaluation(
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
     check_patience(settings.ppo, best_metric(config, settings, source))
+    if "eval" in source.splits and not settings.evaluation.factscore:
+        rows = [Prompt(**row) for row in source.load("eval")] if reads_words(config) else []
+        check_judge_reads(config, [text for row in rows for text in (row.prompt, row.reference_output or "")])
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
         raise ConfigError(
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"
@@ -209,11 +212,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
         )
     if needs(config, key, "needs_utility") and not hasattr(source, "utility"):
         raise ConfigError(
-            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; choose another {key}"
+            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; allowed: another {key}"
         )
     if needs(config, key, "needs_labels") and not hasattr(source, "labelled"):
         raise ConfigError(
-            f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
+            f"{key}={choice} learns from labelled reviews, which only data=imdb has; allowed: another {key}"
         )
     trained = needs(config, key, "needs_reward_model") and not config.reward.get("from")
     if trained and not simulated and "preference" not in source.splits:

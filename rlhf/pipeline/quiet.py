@@ -18,6 +18,11 @@ def quieten() -> None:
         "fan_in_fan_out is set to",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("bm25s").addFilter(_is_grave)  # which logs every index at DEBUG, a level that it sets itself
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own error message replaces it
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _is_grave(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING

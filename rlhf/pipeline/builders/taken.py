@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.data.records import as_records, train_and_held_out
+from rlhf.data.records import first_records, train_and_held_out
 from rlhf.distributed import collectives
 from rlhf.errors import ModelError
 from rlhf.files import MODEL
@@ -160,7 +160,7 @@ def _measured(
         context = Context(source, tokenizer, roles, microbatch_tokens=settings.microbatch_tokens)
         scorer = SeparateRewardModel(context, roles, tokenizer, settings.max_length)
     # 2. What it says of demonstrations and comparisons.
-    rows = as_records(source.load("sft").select(range(settings.baseline_rows)), "sft")
+    rows = first_records(source.load("sft"), "sft", settings.baseline_rows)
     if taken.reads == CLASSIFIER:
         baseline = float(scorer.rate([row.prompt for row in rows], [row.response for row in rows]).mean())
     else:
