@@ -46,8 +46,11 @@ def hold_log() -> None:
     logging.getLogger().addHandler(HeldLog())
 
 
-def begin(folder: Path, config: DictConfig) -> None:
-    """Write what the run was composed from into its folder, and the log from here on."""
+def begin(folder: Path, config: DictConfig, complete: bool = False) -> None:
+    """Write what the run was composed from into its folder, unless that is `complete`, and the log from here on."""
+    if complete:
+        open_log(folder)
+        return
     hydra = HydraConfig.instance().cfg
     parts = {"config": config, "hydra": hydra, "overrides": HydraConfig.get().overrides.task}
     (folder / HYDRA).mkdir(parents=True, exist_ok=True)
