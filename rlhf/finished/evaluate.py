@@ -29,6 +29,7 @@ from rlhf.pipeline.preflight import settle_budget
 from rlhf.pipeline.run import Run
 from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
+from rlhf.tracking.run_folder import begin
 from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: 
         return evaluations.shown_summary(folder) or {}
     described = f"the results of {earlier.describe(folder, subject.plan.plain)}"
     earlier.settle(folder, subject.identity, subject.plan.outputs, config.resume == "never", described)
+    if (read_summary(folder) or {}).get("identity") != subject.identity:
+        begin(folder, config)
     earlier.note(folder, subject.identity, subject.plan.plain, overrides, evaluation=subject.plan.evaluation)
     results = _results(subject)
     if subject.place != folder:

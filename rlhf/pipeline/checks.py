@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +17,7 @@ from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
+from rlhf.pipeline.users_functions import named_function, try_divergence
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -59,7 +59,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     _check_ppo(settings)
     for key in ("scorer.function", "evaluation.gold.function"):
         if OmegaConf.select(config, key):
-            _check_function(key, OmegaConf.select(config, key))
+            named_function(key, OmegaConf.select(config, key))
     check_trainer(config)
     check_files(settings.model)
     check_packing(settings.sft)
@@ -114,14 +114,7 @@ def check_trainer(config: DictConfig) -> None:
 def _check_ppo(settings: Settings) -> None:
     check_ppo(settings)
     check_keeping(settings)
-    _check_function("divergence.function", settings.divergence.function)
-
-
-def _check_function(key: str, path: str) -> None:
-    try:
-        hydra.utils.get_method(path)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}={path} cannot be imported; allowed: a function as package.module.name") from error
+    try_divergence(settings.divergence)
 
 
 # -- what parts need of each other -------------------------------------------------------------------------------------
