@@ -235,7 +235,7 @@ def test_a_study_measures_the_finished_runs_of_its_configuration(
 
 BAD = [
     ("study/run", ["ppo.steps=9"], "ppo.steps=9: policy=.*/study/run is measured as it was trained; allowed: judge, "),
-    ("study/run", ["experiments=imdb_table"], "experiments=imdb_table: policy=.* is measured as it was trained"),
+    ("study/run", ["experiments=table1"], "experiments=table1: policy=.* is measured as it was trained"),
     ("study/run", ["debug=quick"], "debug=quick: policy=.*/study/run is measured as it was trained; allowed: judge, "),
     ("study/run", ["stage=ppo"], "policy=.*/study/run is what stage=evaluate measures"),
     ("study/run", ["evaluation.best_of=4"], "evaluation.best_of above 1 needs evaluation.temperature above 0"),
