@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf.data.records import DataSource
 from rlhf.errors import ConfigError, first_line
 from rlhf.errors.users_code import failure_in_users_code
+from rlhf.scorers import TextContext
 from rlhf.scorers.text import FunctionScorer
 from rlhf.settings import DivergenceSettings
 
@@ -75,7 +76,7 @@ def try_scorer(key: str, path: str, source: DataSource) -> None:
         return
     prompts: Sequence[str] = list(rows["prompt"])
     try:
-        FunctionScorer(None, path).rate(prompts, list(rows["response"]))  # type: ignore[arg-type]
+        FunctionScorer(TextContext(source), path).rate(prompts, list(rows["response"]))
     except ConfigError:
         raise
     except Exception as error:
