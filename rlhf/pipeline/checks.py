@@ -17,7 +17,8 @@ from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
-from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
+from rlhf.pipeline.training_checks import check_divergence, check_packing, check_patience, check_ppo
+from rlhf.placement import Placement
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -63,7 +64,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_trainer(config)
     check_files(settings.model)
     check_packing(settings.sft)
-    instantiate(config.kl, "kl")
+    Placement.of(instantiate(config.kl, "kl"), settings.divergence)
     # 2. What parts need of each other.
     _check_quantization(config, settings)
     simulated = _check_preferences(config, source)
@@ -115,6 +116,7 @@ def _check_ppo(settings: Settings) -> None:
     check_ppo(settings)
     check_keeping(settings)
     _check_function("divergence.function", settings.divergence.function)
+    check_divergence(settings.divergence)
 
 
 def _check_function(key: str, path: str) -> None:

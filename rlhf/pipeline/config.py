@@ -19,7 +19,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.errors.keys import unknown_key
 from rlhf.pipeline.precision import automatic_dtype, trains_on_gpu
 from rlhf.schema import typed
-from rlhf.settings import ModelSettings, Settings
+from rlhf.settings import DivergenceSettings, ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,10 @@ def settings_of(config: DictConfig) -> Settings:
         chosen: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or ''}: {str(error).partition(chr(10))[0]}") from error
-    return typed(Settings, {field.name: chosen[field.name] for field in fields(Settings)})
+    own = {field.name: chosen[field.name] for field in fields(Settings)}
+    if isinstance(own["divergence"], dict):
+        own["divergence"] = DivergenceSettings.keys(own["divergence"])
+    return typed(Settings, own)
 
 
 def _check_keys(config: DictConfig) -> None:
@@ -105,7 +108,7 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         ConfigError: the target cannot be imported, or does not accept these keys or values.
         DataError: the target itself found its data unusable.
     """
-    _check_numbers(config, key)
+    check_numbers(config, key)
     try:
         return hydra.utils.instantiate(config, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -114,8 +117,12 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{key}: {error.__cause__ or error}".replace("\n", " ")) from error
 
 
-def _check_numbers(config: Any, key: str) -> None:
-    """Check numbers and truth values against the type hints of the target, which Python itself ignores."""
+def check_numbers(config: Any, key: str) -> None:
+    """Check numbers and truth values against the type hints of the target, which Python itself ignores.
+
+    Raises:
+        ConfigError: a value is of another type than the target asks for.
+    """
     hints: dict[str, Any] = {}
     # a target that cannot be inspected fails, or not, when it is instantiated
     with suppress(HydraException, ValueError, ImportError, AttributeError, NameError, TypeError, KeyError):

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from rlhf import ppo
 from rlhf.distributed import collectives
-from rlhf.divergence import bregman
+from rlhf.divergence import Divergence, bregman
 from rlhf.evaluation.repetition import repeated_ngrams
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, send
+from rlhf.placement import Placement
 from rlhf.rollout.sample import Rollouts
 from rlhf.settings import Settings
 from rlhf.stages.minibatches import Microbatch, Minibatch
 from rlhf.stages.passes import (
-    Divergence,
     UpdatePasses,
     compute_divergence,
     compute_logprobs,
@@ -35,8 +35,8 @@ class Experience:
     masks. `sampled_logprobs` (None where nothing needs them) and `values` are without dropout, like the sampling:
     penalty and KL are computed from the former, advantages and returns from the latter. `sampling_gap` is the mean
     distance between captured and recomputed log-probs, where both are known by now. `rewards` are shaped but not
-    whitened. `ref_logprobs` is None when there was no reference pass. For an exact divergence, `ref_hidden` holds the
-    reference's hidden states (by row, [response, hidden]) and `divergence_weight` the weight in the loss.
+    whitened. `ref_logprobs` is None when there was no reference pass. `divergence_weight` is that of a penalty in the
+    loss; if it is an exact divergence, `ref_hidden` holds the reference's hidden states (by row, [response, hidden]).
     """
 
     sequences: Sequences
@@ -77,6 +77,7 @@ class ExperienceMaker:
     roles: Roles
     passes: UpdatePasses
     divergence: Divergence
+    placement: Placement
     captured_are_old: bool
 
     @torch.no_grad()
@@ -96,12 +97,12 @@ class ExperienceMaker:
         # 2. The reference, and the penalty for being far from it.
         penalty, sampled, ref_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
         # 3. A reward per token, and from it advantages and returns.
-        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef)
+        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef if self.placement.reward else 0.0)
         whitened = (
             ppo.whiten(rewards, mask, keep_mean=True, all_reduce=all_reduce) if config.whiten_rewards else rewards
         )
         advantages, returns = ppo.gae(whitened, values, mask, config.gamma, config.lam)
-        # 4. The weight of an exact divergence in the loss: its coefficient, in the units of the advantages.
+        # 4. The weight of a penalty in the loss: its coefficient, in the units of the advantages.
         weight = kl_coef * (ppo.whitening_scale(rewards, mask, all_reduce) if config.whiten_rewards else 1.0)
         if config.whiten_advantages:
             weight = weight * ppo.whitening_scale(advantages, mask, all_reduce)
@@ -139,7 +140,8 @@ class ExperienceMaker:
         An exact divergence D_t depends on the state alone, so as a reward it says which *states* to avoid and nothing
         about the action taken there. The gradient of −β E[Σ D_t] has a second part, −β E[Σ ∇D_t] at the states visited,
         which the loss of the update adds in the units of the advantages. A penalty d on the sampled token has such a
-        part too, −β E[Σ ∇d], and it is left out: it is 0 for k1 (E[∇δ] = 0) and for no other (docs/divergences.md).
+        part too, −β E[Σ ∇d], which is 0 for k1 (E[∇δ] = 0) and for no other. `kl.placement` says which parts are
+        used (docs/divergences.md).
         """
         batch, roles, kind = rollouts.sequences, self.roles, self.config.divergence.input
         budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
@@ -155,7 +157,7 @@ class ExperienceMaker:
         sampled = self._sampled_logprobs(rollouts, old_logprobs)
         if kind == "logprobs":
             penalty = torch.where(rollouts.mask, self.divergence(sampled, reference), 0.0)
-        return penalty, sampled, reference, states
+        return penalty, sampled, reference, states if self.placement.loss else None
 
     def _sampled_logprobs(self, rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
         """Log-probs under the sampling policy, without dropout; a pass of its own where the engine captured none."""
