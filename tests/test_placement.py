@@ -1,6 +1,7 @@
 """Where a penalty acts: each line of the table in docs/divergences.md, by enumerating all responses of a toy policy."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor
 from rlhf import root
 from rlhf.divergence import configured
 from rlhf.errors import ConfigError
+from rlhf.pipeline.config import instantiate, settings_of
+from rlhf.pipeline.training_checks import check_divergence
 from rlhf.placement import Placement
-from tests.helpers.composed_config import composed_settings
+from tests.helpers.composed_config import composed, composed_plan, composed_settings
 from tests.helpers.enumeration import MASK, RESPONSES, STATES, Toy, logits, probabilities
 
 PAGE = (root() / "docs" / "divergences.md").read_text()
@@ -141,3 +144,23 @@ def test_by_default_sampled_estimators_are_in_the_reward_and_exact_ones_in_both(
     assert placed("auto", name="exact_kl") == Placement(reward=True, loss=True)
     assert placed("auto", name="none") == Placement(reward=True, loss=False)
     assert Placement.of(object(), DIVERGENCES["kl"]) == Placement(reward=True, loss=False)  # a class of one's own
+
+
+def test_by_default_a_run_keeps_the_identity_that_it_had_before_the_keys(tmp_path: Path) -> None:
+    before = composed_plan(tmp_path, "~kl.placement", "~kl.importance_weight").identity
+    assert composed_plan(tmp_path).identity == before
+    others = [composed_plan(tmp_path, f"kl.placement={word}").identity for word in ("loss", "both")]
+    assert len({before, *others}) == 3
+
+
+@pytest.mark.parametrize("name", ["kl_placement", "divergence_family"])
+def test_each_run_of_the_studies_composes_and_can_be_placed(name: str) -> None:
+    axes = composed(f"experiments={name}", with_hydra=True).hydra.sweeper.params
+    assert len(str(axes.replicate).split(",")) >= 3
+    seen = set()
+    for option in axes[rows := "variant" if "variant" in axes else "divergence"].split(","):
+        config = composed(f"experiments={name}", f"{rows}={option}", "replicate=1")
+        settings = settings_of(config)
+        check_divergence(settings.divergence)
+        seen.add((settings.divergence.name, Placement.of(instantiate(config.kl, "kl"), settings.divergence)))
+    assert len(seen) == len(axes[rows].split(","))
