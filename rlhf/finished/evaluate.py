@@ -233,7 +233,7 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
         ConfigError: the command line would change what the run was trained with, or the template that it reads.
     """
     found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
-    for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
+    for key in ("model", "lora", "sft", "reward", "ppo", "generation", "evaluation"):
         found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
     found.stage, found.policy = {"name": "ppo"}, None
     template = run.config["data"].get("template")

@@ -1,6 +1,7 @@
 """Settings of the training that contradict each other: how long it lasts, when it ends, and what it learns from."""
 
 import inspect
+from contextlib import suppress
 
 import torch
 from hydra.utils import get_method
@@ -63,18 +64,21 @@ def check_divergence(divergence: DivergenceSettings) -> None:
         ConfigError: a key is no parameter of the function, a value is not allowed, or the result has another shape.
     """
     function, key = get_method(divergence.function), f"divergence.function={divergence.function}"
-    allowed = list(inspect.signature(function).parameters)[2:]
-    for name in divergence.parameters:
-        if name not in allowed:
-            raise ConfigError(unknown_key(f"divergence.{name}", {*allowed, "function", "input", "name"}))
+    with suppress(ValueError):  # a function of C may have no signature
+        allowed = list(inspect.signature(function).parameters)[2:]
+        for name in divergence.parameters:
+            if name not in allowed:
+                raise ConfigError(unknown_key(f"divergence.{name}", {*allowed, "function", "input", "name"}))
     check_numbers({"_target_": divergence.function, **divergence.parameters}, "divergence")
     inputs = torch.zeros(2, 1, 3, 5 if divergence.input == "logits" else 1).log_softmax(-1)
     try:
         found = configured(divergence)(*(inputs if divergence.input == "logits" else inputs.squeeze(-1)))
-    except ValueError as error:
-        raise ConfigError(f"divergence.{error}") from error
-    except TypeError as error:
-        raise ConfigError(f"{key} cannot be called with two tensors: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        about_a_key = said.partition("=")[0] in divergence.parameters
+        raise ConfigError(
+            f"divergence.{said}" if about_a_key else f"{key} cannot be called with two tensors: {said}"
+        ) from error
     if getattr(found, "shape", None) != (1, 3):
         raise ConfigError(f"{key} does not give one number per token; allowed: a result [batch, time]")
 

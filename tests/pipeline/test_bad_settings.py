@@ -37,7 +37,7 @@ CONFIGURED: list[tuple[str, str]] = [
     ("divergence.input=words", "divergence.input=words is not allowed; allowed: logprobs, logits or none"),
     ("divergence.function=os.getcwd", "divergence.function=os.getcwd cannot be called with two tensors"),
     ("divergence.function=torch.dot", "divergence.function=torch.dot"),
-    ("divergence.input=logits", "clamped_kl does not give one number per token; allowed: a result"),
+    ("divergence.input=logits", "divergence.function=rlhf.divergence.clamped_kl"),
     ("divergence=alpha divergence.alpha=-1", "divergence.alpha=-1 is not allowed; allowed: a number of 0 or above"),
     ("divergence=renyi divergence.alpha=0", "divergence.alpha=0 is not allowed; allowed: a number above 0"),
     ("divergence=alpha divergence.alpha=half", "divergence.alpha=half is not allowed; allowed: a number"),
