@@ -12,7 +12,7 @@ from rlhf import root
 from rlhf.divergence import configured
 from rlhf.errors import ConfigError
 from rlhf.pipeline.config import instantiate, settings_of
-from rlhf.pipeline.training_checks import check_divergence
+from rlhf.pipeline.users_functions import try_divergence
 from rlhf.placement import Placement
 from tests.helpers.composed_config import composed, composed_plan, composed_settings
 from tests.helpers.enumeration import MASK, RESPONSES, STATES, Toy, logits, probabilities
@@ -161,6 +161,6 @@ def test_each_run_of_the_studies_composes_and_can_be_placed(name: str) -> None:
     for option in axes[rows := "variant" if "variant" in axes else "divergence"].split(","):
         config = composed(f"experiments={name}", f"{rows}={option}", "replicate=1")
         settings = settings_of(config)
-        check_divergence(settings.divergence)
+        try_divergence(settings.divergence)
         seen.add((settings.divergence.name, Placement.of(instantiate(config.kl, "kl"), settings.divergence)))
     assert len(seen) == len(axes[rows].split(","))

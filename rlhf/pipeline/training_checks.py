@@ -1,16 +1,7 @@
 """Settings of the training that contradict each other: how long it lasts, when it ends, and what it learns from."""
 
-import inspect
-from contextlib import suppress
-
-import torch
-from hydra.utils import get_method
-
-from rlhf.divergence import configured
 from rlhf.errors import ConfigError
-from rlhf.errors.keys import unknown_key
-from rlhf.pipeline.config import check_numbers
-from rlhf.settings import JOINED, DivergenceSettings, PPOSettings, Settings, SFTSettings
+from rlhf.settings import JOINED, PPOSettings, Settings, SFTSettings
 
 
 def check_ppo(settings: Settings) -> None:
@@ -55,32 +46,6 @@ def check_patience(ppo: PPOSettings, metric: str | None) -> None:
             f"ppo.patience={ppo.patience} needs a metric to wait for, and ppo.keep_best={ppo.keep_best} is none here; "
             "allowed: ppo.patience=null, or ppo.keep_best=eval/reward"
         )
-
-
-def check_divergence(divergence: DivergenceSettings) -> None:
-    """Its function takes the other keys of the YAML, and gives one number per token: it is tried on three tokens.
-
-    Raises:
-        ConfigError: a key is no parameter of the function, a value is not allowed, or the result has another shape.
-    """
-    function, key = get_method(divergence.function), f"divergence.function={divergence.function}"
-    with suppress(ValueError):  # a function of C may have no signature
-        allowed = list(inspect.signature(function).parameters)[2:]
-        for name in divergence.parameters:
-            if name not in allowed:
-                raise ConfigError(unknown_key(f"divergence.{name}", {*allowed, "function", "input", "name"}))
-    check_numbers({"_target_": divergence.function, **divergence.parameters}, "divergence")
-    inputs = torch.zeros(2, 1, 3, 5 if divergence.input == "logits" else 1).log_softmax(-1)
-    try:
-        found = configured(divergence)(*(inputs if divergence.input == "logits" else inputs.squeeze(-1)))
-    except (TypeError, ValueError, RuntimeError) as error:
-        said = str(error).partition("\n")[0]
-        about_a_key = said.partition("=")[0] in divergence.parameters
-        raise ConfigError(
-            f"divergence.{said}" if about_a_key else f"{key} cannot be called with two tensors: {said}"
-        ) from error
-    if getattr(found, "shape", None) != (1, 3):
-        raise ConfigError(f"{key} does not give one number per token; allowed: a result [batch, time]")
 
 
 def check_packing(sft: SFTSettings) -> None:
