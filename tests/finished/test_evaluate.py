@@ -130,14 +130,6 @@ def test_a_run_reads_other_data_in_its_own_template(tmp_path: Path) -> None:
             as_trained(composed("stage=evaluate", "data=alpaca", *words), trained, words)
 
 
-def test_a_run_keeps_the_parameters_of_its_divergence(tmp_path: Path) -> None:
-    trained = FinishedRun.open(finished_outputs(tmp_path / "outputs").ppo)
-    for own, other in (("divergence=alpha", "divergence=kl"), ("divergence=kl", "divergence=alpha")):
-        trained.config["divergence"] = OmegaConf.to_container(composed(own).divergence)
-        merged = as_trained(composed("stage=evaluate", other), trained, [])
-        assert merged.divergence == trained.config["divergence"]
-
-
 @pytest.mark.parametrize("changed", [True, False])
 def test_a_run_is_measured_when_no_other_process_works_in_its_folder(
     outputs: Path, changed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
