@@ -14,7 +14,11 @@ from rlhf.divergence import configured
 from rlhf.errors import ConfigError, first_line
 from rlhf.errors.keys import unknown_key
 from rlhf.errors.users_code import failure_in_users_code
+<<<<<<< HEAD
 from rlhf.pipeline.config import check_numbers
+=======
+from rlhf.scorers import TextContext
+>>>>>>> main
 from rlhf.scorers.text import FunctionScorer
 from rlhf.settings import DivergenceSettings
 
@@ -94,7 +98,7 @@ def try_scorer(key: str, path: str, source: DataSource) -> None:
         return
     prompts: Sequence[str] = list(rows["prompt"])
     try:
-        FunctionScorer(None, path).rate(prompts, list(rows["response"]))  # type: ignore[arg-type]
+        FunctionScorer(TextContext(source), path).rate(prompts, list(rows["response"]))
     except ConfigError:
         raise
     except Exception as error:
