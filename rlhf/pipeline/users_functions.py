@@ -14,11 +14,8 @@ from rlhf.divergence import configured
 from rlhf.errors import ConfigError, first_line
 from rlhf.errors.keys import unknown_key
 from rlhf.errors.users_code import failure_in_users_code
-<<<<<<< HEAD
 from rlhf.pipeline.config import check_numbers
-=======
 from rlhf.scorers import TextContext
->>>>>>> main
 from rlhf.scorers.text import FunctionScorer
 from rlhf.settings import DivergenceSettings
 
