@@ -9,13 +9,24 @@ Padding in the inputs gives meaningless values in the result: mask them.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from hydra.utils import get_method
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.settings import DivergenceSettings
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
 # e^10 = 22,026. Beyond it, one token would outweigh all other rewards of a rollout batch; e^88 overflows float32.
 MAX_EXPONENT = 10.0
+
+
+def configured(settings: DivergenceSettings) -> Divergence:
+    """The function that `conf/divergence` names, with the other keys of its YAML as keyword arguments."""
+    return partial(get_method(settings.function), **settings.parameters)
 
 
 def kl(logprobs: Float[Tensor, "batch time"], ref_logprobs: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:

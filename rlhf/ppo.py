@@ -200,15 +200,15 @@ class ScoreNormalizer:
 
 
 class FixedKL:
-    """A constant penalty coefficient (`kl=fixed`)."""
+    """A constant penalty coefficient (`kl=fixed`). `rlhf.placement` reads where the penalty acts."""
 
-    def __init__(self, coef: float):
+    def __init__(self, coef: float, placement: str = "auto", importance_weight: bool = False):
         if not 0 <= coef < math.inf:
             raise ValueError(
                 f"kl.coef={coef} is not allowed; allowed: a number of 0 or above; to reward distance, "
                 "use divergence=negative_kl"
             )
-        self.coef = coef
+        self.coef, self.placement, self.importance_weight = coef, placement, importance_weight
 
     def update(self, kl: float) -> None:
         """Do nothing: the coefficient is fixed."""
@@ -220,10 +220,13 @@ class AdaptiveKL:
     coef ← coef · (1 + k_beta · clip(KL / target − 1, ±0.2)), with KL summed over a response (nats).
     """
 
-    def __init__(self, coef: float, target: float, k_beta: float):
+    def __init__(
+        self, coef: float, target: float, k_beta: float, placement: str = "auto", importance_weight: bool = False
+    ):
         if not all(0 < number < math.inf for number in (coef, target, k_beta)):
             raise ValueError(f"kl.coef={coef}, kl.target={target}, kl.k_beta={k_beta}; allowed: numbers above 0")
         self.coef, self.target, self.k_beta = coef, target, k_beta
+        self.placement, self.importance_weight = placement, importance_weight
 
     def update(self, kl: float) -> None:
         """Adapt the coefficient to the mean KL per response of a rollout batch (k1, in nats)."""

@@ -1,25 +1,41 @@
-"""How strongly each estimator, as a reward, pulls the policy back to the reference: by enumeration, on a toy policy.
+"""How strongly each estimator pulls the policy back to the reference: by enumeration, on a toy policy.
 
 PPO treats a penalty d on the sampled token as a reward. It therefore follows E[d ∇log π] and omits the second part of
 ∇E[d], which is E[∇d]. For k1 that part is 0, and E[δ ∇log π] is the gradient of KL(π ‖ π_ref). For every other
 estimator it is not, however well its *value* estimates the KL (Tang & Munos 2025, arXiv 2506.09477; Liu et al. 2025,
-arXiv 2510.01555; Shah et al. 2025, arXiv 2512.21852). `python -m rlhf.restoring_pull` prints the table of
+arXiv 2510.01555; Shah et al. 2025, arXiv 2512.21852). A term of the loss follows the second part alone, and with an
+importance weight the whole (`rlhf.placement`). `python -m rlhf.restoring_pull` prints the tables of
 docs/divergences.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf import divergence
+from rlhf import divergence, f_divergence
 
-ESTIMATORS = ("kl", "clamped_kl", "squared_error", "bregman", "jensen_shannon")
+Estimator = Callable[[Tensor, Tensor], Tensor]
+ESTIMATORS: dict[str, Estimator] = {
+    "kl": divergence.kl,
+    "clamped_kl": divergence.clamped_kl,
+    "squared_error": divergence.squared_error,
+    "bregman": divergence.bregman,
+    "jensen_shannon": divergence.jensen_shannon,
+}
+FAMILY: dict[str, Estimator] = {
+    "forward_kl": f_divergence.forward_kl,
+    "alpha": f_divergence.alpha_divergence,
+    "chi_squared": f_divergence.chi_squared,
+    "renyi": f_divergence.renyi,
+    "total_variation": f_divergence.total_variation,
+    "hellinger": f_divergence.hellinger,
+}
 DISTANCES = (0.003, 0.01, 0.03, 0.1, 0.3, 0.49, 1.0)  # nats per token
 STATES, VOCABULARY = 500, 50
 
-Estimator = Callable[[Tensor, Tensor], Tensor]
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
@@ -40,11 +56,18 @@ def gradients(
 
 
 def restoring_pull(
-    estimator: Estimator, logits: Float[Tensor, "states vocabulary"], ref_logits: Float[Tensor, "states vocabulary"]
+    estimator: Estimator,
+    logits: Float[Tensor, "states vocabulary"],
+    ref_logits: Float[Tensor, "states vocabulary"],
+    part: str = "reward",
 ) -> float:
-    """The reward's gradient projected on that of the KL, in units of the latter: 1 for k1, < 0 if it pushes away."""
-    rewarded, _, true = gradients(estimator, logits, ref_logits)
-    return float((rewarded * true).sum() / true.square().sum())
+    """A gradient projected on that of the KL, in units of the latter: 1 for k1 as a reward, < 0 if it pushes away.
+
+    `part` is the gradient of a `reward`, of a `loss`, or the `whole` of ∇E[d], as of a loss with an importance weight.
+    """
+    rewarded, omitted, true = gradients(estimator, logits, ref_logits)
+    followed = {"reward": rewarded, "loss": omitted, "whole": rewarded + omitted}[part]
+    return float((followed * true).sum() / true.square().sum())
 
 
 def omitted_share(
@@ -55,6 +78,7 @@ def omitted_share(
     return float(omitted.norm() / (rewarded + omitted).norm())
 
 
+@cache
 def toy(distance: float) -> tuple[Float[Tensor, "states vocabulary"], Float[Tensor, "states vocabulary"]]:
     """Logits of a policy and a reference whose mean KL is `distance` nats.
 
@@ -75,25 +99,40 @@ def _kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logprobs.exp() * (logprobs - ref_logits.log_softmax(-1))).sum(-1).mean()
 
 
-def pulls(distances: tuple[float, ...] = DISTANCES) -> dict[str, list[float]]:
-    """The pull of each estimator at each distance, on the toy policy."""
-    toys = [toy(distance) for distance in distances]
-    return {name: [restoring_pull(getattr(divergence, name), *pair) for pair in toys] for name in ESTIMATORS}
+def pulls(estimators: Mapping[str, Estimator] = ESTIMATORS, part: str = "reward") -> dict[str, list[float]]:
+    """The pull of each estimator at each of `DISTANCES`, on the toy policy."""
+    toys = [toy(distance) for distance in DISTANCES]
+    return {name: [restoring_pull(own, *pair, part) for pair in toys] for name, own in estimators.items()}
 
 
-def table() -> str:
-    """A Markdown table of the pulls, and of the share of its gradient that each reward omits, nearest and farthest."""
+def table(estimators: Mapping[str, Estimator] = ESTIMATORS, part: str = "reward") -> str:
+    """A Markdown table of the pulls, and of the share of its gradient that a reward omits, nearest and farthest."""
     ends = [toy(distance) for distance in (DISTANCES[0], DISTANCES[-1])]
+    last, columns = (" | omitted |", len(DISTANCES) + 1) if part == "reward" else (" |", len(DISTANCES))
     lines = [
-        "| estimator | " + " | ".join(f"{distance:g}" for distance in DISTANCES) + " | omitted |",
-        "| --- |" + " ---: |" * (len(DISTANCES) + 1),
+        "| estimator | " + " | ".join(f"{distance:g}" for distance in DISTANCES) + last,
+        "| --- |" + " ---: |" * columns,
     ]
-    for name, numbers in pulls().items():
-        shares = [f"{100 * omitted_share(getattr(divergence, name), *pair):.0f}" for pair in ends]
+    for name, numbers in pulls(estimators, part).items():
         cells = [f"{number:.2f}".replace("-0.00", "0.00").replace("-", "−") for number in numbers]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {' to '.join(dict.fromkeys(shares))} % |")
+        if part == "reward":
+            shares = [f"{100 * omitted_share(estimators[name], *pair):.0f}" for pair in ends]
+            cells.append(f"{' to '.join(dict.fromkeys(shares))} %")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def tables() -> dict[str, str]:
+    """The tables of docs/divergences.md, by what they show."""
+    both = {**ESTIMATORS, **FAMILY}
+    return {
+        "as a reward": table(),
+        "other divergences as a reward": table(FAMILY),
+        "in the loss": table(both, "loss"),
+        "in the loss with an importance weight, or in both": table(both, "whole"),
+    }
+
+
 if __name__ == "__main__":
-    print(table())
+    for shown, text in tables().items():
+        print(f"{shown}:\n\n{text}\n")

@@ -179,11 +179,22 @@ class PPOSettings(OptimizerSettings):
 
 @dataclass
 class DivergenceSettings:
-    """`conf/divergence`: a function, and its input: log-probs of the sampled token, whole logits, or nothing."""
+    """`conf/divergence`: a function, and its input: log-probs of the sampled token, whole logits, or nothing.
+
+    All other keys, such as `alpha`, are `parameters`: keyword arguments of the function.
+    """
 
     name: str = omegaconf.MISSING
     function: str = omegaconf.MISSING
     input: str = choice("logprobs", "logits", "none")
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def keys(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of a YAML, those of the function moved to `parameters`."""
+        own = ("name", "function", "input")
+        parameters = {key: value for key, value in chosen.items() if key not in own}
+        return {key: value for key, value in chosen.items() if key in own} | {"parameters": parameters}
 
 
 @dataclass

@@ -53,7 +53,7 @@ def run(chosen: str) -> Path:
 
 
 def test_a_divergence_of_the_page_trains() -> None:
-    folder = run("divergence=huber kl.coef=0.05")
+    folder = run("divergence=huber divergence.width=0.5 kl.coef=0.05")
     lines = [line for line in read_metrics(folder) if "ppo/penalty" in line]
     assert len(lines) == 3
     # near the reference the penalty is δ²/2, which k3 equals to second order

@@ -7,7 +7,7 @@ import torch
 
 from rlhf import divergence
 from rlhf.report import figures
-from rlhf.restoring_pull import ESTIMATORS, gradients, omitted_share, restoring_pull, table, toy
+from rlhf.restoring_pull import ESTIMATORS, FAMILY, gradients, omitted_share, restoring_pull, tables, toy
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -25,15 +25,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 )
 def test_the_pull_on_two_tokens_agrees_with_hand_computation(first: float, expected: tuple[float, ...]) -> None:
     policy, reference = (torch.tensor([[p, 1 - p]], dtype=torch.double).log() for p in (first, 0.25))
-    pulls = [restoring_pull(getattr(divergence, name), policy, reference) for name in ESTIMATORS]
+    pulls = [restoring_pull(own, policy, reference) for own in ESTIMATORS.values()]
     assert pulls == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", [*ESTIMATORS, *FAMILY])
 def test_the_two_parts_are_the_gradient_of_the_expectation(name: str) -> None:
     logits, reference = toy(0.3)
-    logits.requires_grad_()
-    estimator, logprobs = getattr(divergence, name), logits.log_softmax(-1)
+    logits = logits.clone().requires_grad_()
+    estimator, logprobs = {**ESTIMATORS, **FAMILY}[name], logits.log_softmax(-1)
     mean = (logprobs.exp() * estimator(logprobs, reference.log_softmax(-1))).sum(-1).mean()
     rewarded, omitted, _ = gradients(estimator, logits, reference)
     torch.testing.assert_close(rewarded + omitted, torch.autograd.grad(mean, logits)[0])
@@ -43,8 +43,8 @@ def test_only_k1_as_a_reward_has_the_gradient_of_the_kl() -> None:
     for distance in (0.003, 0.49):
         pair = toy(distance)
         assert omitted_share(divergence.kl, *pair) < 1e-9
-        for name in ESTIMATORS[1:]:
-            assert omitted_share(getattr(divergence, name), *pair) > 0.25
+        for name in list(ESTIMATORS)[1:]:
+            assert omitted_share(ESTIMATORS[name], *pair) > 0.25
     near = toy(1e-5)
     assert restoring_pull(divergence.clamped_kl, *near) == pytest.approx(0.5, abs=0.01)
     for name in ("squared_error", "bregman", "jensen_shannon"):
@@ -58,6 +58,16 @@ def test_as_a_loss_k2_has_the_gradient_of_the_kl_and_k1_none() -> None:
     assert gradients(divergence.kl, *pair)[1].abs().max() < 1e-12
 
 
+# Near the reference an f-divergence is f''(1)/2 times χ²: KL, forward KL and α ½, χ² 1, Rényi α/2, Hellinger ⅛.
+def test_near_the_reference_the_whole_gradients_differ_by_a_factor() -> None:
+    near = toy(1e-5)
+    factors = {"forward_kl": 1, "alpha": 1, "chi_squared": 2, "renyi": 0.5, "hellinger": 0.25}
+    for name, factor in factors.items():
+        assert restoring_pull(FAMILY[name], *near, "whole") == pytest.approx(factor, rel=0.01)
+        assert restoring_pull(FAMILY[name], *near) == pytest.approx(0, abs=0.01)
+        assert restoring_pull(FAMILY[name], *near, "loss") == pytest.approx(factor, rel=0.01)
+
+
 def test_an_exact_divergence_as_a_reward_pulls_nothing() -> None:
     policy, reference = toy(0.3)
 
@@ -68,8 +78,10 @@ def test_an_exact_divergence_as_a_reward_pulls_nothing() -> None:
     assert restoring_pull(exact, policy, reference) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_documented_table_is_the_computed_one() -> None:
-    assert table() in (DOCS / "divergences.md").read_text()
+def test_the_documented_tables_are_the_computed_ones() -> None:
+    page = (DOCS / "divergences.md").read_text()
+    for shown, text in tables().items():
+        assert text in page, shown
 
 
 def test_the_figure_has_all_estimators() -> None:

@@ -255,7 +255,7 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
     changed = [key for override in given if (key := _measuring_key(override, config.policy, bool(template)))]
     newer = {"reference": config.reference}  # a group that runs of earlier versions do not have
     found = OmegaConf.create({**newer, **run.config, **{key: config[key] for key in HOW if key in config}})
-    for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
+    for key in ("model", "lora", "sft", "reward", "ppo", "generation", "evaluation"):
         found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
     found.stage, found.policy = {"name": "ppo"}, None
     for key in changed:

@@ -19,6 +19,7 @@ from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo, check_reference
 from rlhf.pipeline.users_functions import named_function, try_divergence
+from rlhf.placement import Placement
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -65,7 +66,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     check_files(settings.model)
     check_packing(settings.sft)
     check_adapters(config, settings)
-    instantiate(config.kl, "kl")
+    Placement.of(instantiate(config.kl, "kl"), settings.divergence)
     check_reference(config, settings)
     # 2. What parts need of each other.
     _check_quantization(config, settings)

@@ -61,7 +61,7 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         ConfigError: the target cannot be imported, or does not accept these keys or values.
         DataError: the target itself found its data unusable.
     """
-    _check_numbers(config, key)
+    check_numbers(config, key)
     try:
         return hydra.utils.instantiate(config, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -71,8 +71,12 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{key}: {theirs or error.__cause__ or error}".replace("\n", " ")) from error
 
 
-def _check_numbers(config: Any, key: str) -> None:
-    """Check numbers and truth values against the type hints of the target, which Python itself ignores."""
+def check_numbers(config: Any, key: str) -> None:
+    """Check numbers and truth values against the type hints of the target, which Python itself ignores.
+
+    Raises:
+        ConfigError: a value is of another type than the target asks for.
+    """
     hints: dict[str, Any] = {}
     # a target that cannot be inspected fails, or not, when it is instantiated
     with suppress(HydraException, ValueError, ImportError, AttributeError, NameError, TypeError, KeyError):

@@ -29,6 +29,9 @@ IGNORED_TRAINER_KEYS = frozenset({
 # Labels, intervals of saving and logging, and CUDA graphs, which only make decoding faster: on a GPU the metrics were
 # equal with and without them, and elsewhere the key has no effect.
 IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
+# Keys that came later, each with the value at which runs are what they were without it: it is left out at that value,
+# so that those runs keep their identity.
+LATER_KEYS = {"placement": "auto", "importance_weight": False}
 # Keys that only measure a policy: with other values the same steps are trained. `ppo.keep_best` is none of them: which
 # policy is left as the best one cannot be chosen again once the run has ended.
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
@@ -153,7 +156,7 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decisive(node: Any) -> Any:
-    """A part of the configuration without `IGNORED_KEYS`.
+    """A part of the configuration without `IGNORED_KEYS`, and without `LATER_KEYS` that change nothing.
 
     Of a judge's client only the model that answers is kept, not how it is reached. In `data` a name is no label: it may
     choose a part of a data set.
@@ -164,7 +167,7 @@ def decisive(node: Any) -> Any:
         key: value if key == "data" else endpoint_identity(value) if key == "client" and isinstance(value, Mapping)
         else decisive(value)
         for key, value in node.items()
-        if key not in IGNORED_KEYS
+        if key not in IGNORED_KEYS and not (key in LATER_KEYS and LATER_KEYS[key] == value)
     }  # fmt: skip
 
 

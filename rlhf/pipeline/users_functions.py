@@ -1,6 +1,8 @@
 """Functions that the configuration names, tried once before anything is trained: they would fail after hours."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import hydra
@@ -8,8 +10,11 @@ import torch
 from torch import Tensor
 
 from rlhf.data.records import DataSource
+from rlhf.divergence import configured
 from rlhf.errors import ConfigError, first_line
+from rlhf.errors.keys import unknown_key
 from rlhf.errors.users_code import failure_in_users_code
+from rlhf.pipeline.config import check_numbers
 from rlhf.scorers import TextContext
 from rlhf.scorers.text import FunctionScorer
 from rlhf.settings import DivergenceSettings
@@ -38,9 +43,11 @@ def try_divergence(settings: DivergenceSettings) -> None:
     """Call the divergence on a few numbers, and look at what it returns.
 
     Raises:
-        ConfigError: it fails, or does not return a finite penalty for each token.
+        ConfigError: it fails, or does not return a finite penalty for each token; or one of its other keys is no
+            parameter of the function, or has a value that it refuses.
     """
-    function, whole = named_function("divergence.function", settings.function), settings.input == "logits"
+    _check_parameters(settings, named_function("divergence.function", settings.function))
+    function, whole = configured(settings), settings.input == "logits"
     shape, expected = ((1, 3, 5), (1, 3)) if whole else ((2, 3), (2, 3))
     if settings.input == "none":
         return
@@ -51,6 +58,8 @@ def try_divergence(settings: DivergenceSettings) -> None:
     try:
         found = function(policy, reference)
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).partition("=")[0] in settings.parameters:
+            raise ConfigError(f"divergence.{error}") from error
         reason = failure_in_users_code(error) or f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(f"{name} failed on two tensors of shape {shape}: {reason}") from error
     what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
@@ -63,6 +72,16 @@ def try_divergence(settings: DivergenceSettings) -> None:
         raise ConfigError(f"{name} returned {found.flatten().tolist()}; allowed: finite numbers")
     if whole and not found.requires_grad:
         raise ConfigError(f"{name} has no gradient, and with divergence.input=logits it is a term of the loss")
+
+
+def _check_parameters(settings: DivergenceSettings, function: Callable[..., Any]) -> None:
+    """The keys of `divergence` beside the function are parameters of it, and numbers where it asks for numbers."""
+    with suppress(ValueError):  # a function of C may have no signature
+        allowed = list(inspect.signature(function).parameters)[2:]
+        for name in settings.parameters:
+            if name not in allowed:
+                raise ConfigError(unknown_key(f"divergence.{name}", {*allowed, "function", "input", "name"}))
+    check_numbers({"_target_": settings.function, **settings.parameters}, "divergence")
 
 
 def try_scorer(key: str, path: str, source: DataSource) -> None:

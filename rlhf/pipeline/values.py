@@ -10,7 +10,7 @@ from rlhf import root
 from rlhf.errors import ConfigError
 from rlhf.errors.keys import keys_below, unknown_key
 from rlhf.schema import typed
-from rlhf.settings import Settings
+from rlhf.settings import DivergenceSettings, Settings
 
 # Groups whose options name a class by `_target_`.
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "reference", "trainer", "logger")
@@ -40,7 +40,10 @@ def values_of(config: DictConfig) -> Settings:
         chosen: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or ''}: {str(error).partition(chr(10))[0]}") from error
-    return typed(Settings, {field.name: chosen[field.name] for field in fields(Settings)})
+    own = {field.name: chosen[field.name] for field in fields(Settings)}
+    if isinstance(own["divergence"], dict):
+        own["divergence"] = DivergenceSettings.keys(own["divergence"])
+    return typed(Settings, own)
 
 
 def _check_keys(config: DictConfig) -> None:

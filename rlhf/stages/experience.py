@@ -9,15 +9,15 @@ from torch import Tensor
 
 from rlhf import ppo
 from rlhf.distributed import collectives
-from rlhf.divergence import bregman
+from rlhf.divergence import Divergence, bregman
 from rlhf.evaluation.repetition import repeated_ngrams
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, send
+from rlhf.placement import Placement
 from rlhf.rollout.sample import Rollouts
 from rlhf.settings import Settings
 from rlhf.stages.minibatches import Microbatch, Minibatch
 from rlhf.stages.passes import (
-    Divergence,
     UpdatePasses,
     compute_divergence,
     compute_logprobs,
@@ -36,8 +36,8 @@ class Experience:
     penalty and KL are computed from the former, advantages and returns from the latter. `sampling_gap` is the mean
     distance between captured and recomputed log-probs, where both are known by now. `rewards` are shaped but not
     whitened. `ref_logprobs` is None when there was no reference pass; it is of the SFT model, `moving_logprobs` of the
-    penalty's reference where that is another (`rlhf.stages.reference`). For an exact divergence, `ref_hidden` holds the
-    reference's hidden states (by row, [response, hidden]) and `divergence_weight` the weight in the loss.
+    penalty's reference where that is another (`rlhf.stages.reference`). `divergence_weight` is that of a penalty in the
+    loss; if it is an exact divergence, `ref_hidden` holds the reference's hidden states (by row, [response, hidden]).
     """
 
     sequences: Sequences
@@ -55,6 +55,11 @@ class Experience:
     sampled_logprobs: Float[Tensor, "batch response"] | None = None
     sampling_gap: Tensor | None = None
     moving_logprobs: Float[Tensor, "batch response"] | None = None
+
+    @property
+    def penalty_logprobs(self) -> Float[Tensor, "batch response"] | None:
+        """Log-probs under the reference that the penalty measures from, which may be a moving one."""
+        return self.ref_logprobs if self.moving_logprobs is None else self.moving_logprobs
 
     def flat(self, name: str, rows: Int[Tensor, "rows"]) -> Float[Tensor, "tokens"]:
         """The numbers of a tensor, by the name of its field, at the response tokens of some rows, row after row."""
@@ -79,6 +84,7 @@ class ExperienceMaker:
     roles: Roles
     passes: UpdatePasses
     divergence: Divergence
+    placement: Placement
     captured_are_old: bool
 
     @torch.no_grad()
@@ -99,12 +105,12 @@ class ExperienceMaker:
         penalty, sampled, from_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
         ref_logprobs, moving_logprobs = self._yardstick(rollouts, from_logprobs)
         # 3. A reward per token, and from it advantages and returns.
-        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef)
+        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef if self.placement.reward else 0.0)
         whitened = (
             ppo.whiten(rewards, mask, keep_mean=True, all_reduce=all_reduce) if config.whiten_rewards else rewards
         )
         advantages, returns = ppo.gae(whitened, values, mask, config.gamma, config.lam)
-        # 4. The weight of an exact divergence in the loss: its coefficient, in the units of the advantages.
+        # 4. The weight of a penalty in the loss: its coefficient, in the units of the advantages.
         weight = kl_coef * (ppo.whitening_scale(rewards, mask, all_reduce) if config.whiten_rewards else 1.0)
         if config.whiten_advantages:
             weight = weight * ppo.whitening_scale(advantages, mask, all_reduce)
@@ -142,7 +148,8 @@ class ExperienceMaker:
         An exact divergence D_t depends on the state alone, so as a reward it says which *states* to avoid and nothing
         about the action taken there. The gradient of −β E[Σ D_t] has a second part, −β E[Σ ∇D_t] at the states visited,
         which the loss of the update adds in the units of the advantages. A penalty d on the sampled token has such a
-        part too, −β E[Σ ∇d], and it is left out: it is 0 for k1 (E[∇δ] = 0) and for no other (docs/divergences.md).
+        part too, −β E[Σ ∇d], which is 0 for k1 (E[∇δ] = 0) and for no other. `kl.placement` says which parts are
+        used (docs/divergences.md).
         """
         batch, roles, kind = rollouts.sequences, self.roles, self.config.divergence.input
         role = roles.penalty_reference
@@ -159,7 +166,7 @@ class ExperienceMaker:
         sampled = self._sampled_logprobs(rollouts, old_logprobs)
         if kind == "logprobs":
             penalty = torch.where(rollouts.mask, self.divergence(sampled, reference), 0.0)
-        return penalty, sampled, reference, states
+        return penalty, sampled, reference, states if self.placement.loss else None
 
     def _yardstick(self, rollouts: Rollouts, logprobs: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Log-probs of the SFT model, and of the penalty's reference if that is another: then in a pass of its own."""

@@ -8,13 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf import ppo
+from rlhf.divergence import Divergence
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
+from rlhf.placement import Placement
 from rlhf.settings import Settings
 from rlhf.stages.base import Term
 from rlhf.stages.experience import Experience
 from rlhf.stages.minibatches import Microbatch
-from rlhf.stages.passes import Divergence, UpdatePasses, exact_divergence
+from rlhf.stages.passes import UpdatePasses, exact_divergence
 
 RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of the ratios' histogram; larger ratios count in the last bin
 
@@ -30,6 +32,7 @@ class Losses:
     roles: Roles
     passes: UpdatePasses
     divergence: Divergence
+    placement: Placement
     histogram: bool
 
     def terms(self, experience: Experience, part: Microbatch, step: int) -> Iterator[Term]:
@@ -61,7 +64,7 @@ class Losses:
         sequences: Sequences,
         states: Float[Tensor, "tokens hidden"],
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """PPO's clipped objective, and sums to report."""
+        """PPO's clipped objective, with a penalty on the sampled tokens if there is one, and sums to report."""
         clip_range, temperature = self.config.ppo.clip_range, self.config.generation.temperature
         stats = self.roles.token_stats("policy", states, sequences.target_ids, temperature, entropy=True)
         old_logprobs, advantages = experience.flat("old_logprobs", rows), experience.flat("advantages", rows)
@@ -79,6 +82,8 @@ class Losses:
             }
             if self.histogram:
                 sums["ratio_counts"] = _count_ratios(ratio)
+        if self.placement.loss and self.config.divergence.input == "logprobs":
+            loss = loss + self.sampled_penalty(experience, rows, stats.logprobs)
         return loss, sums
 
     def value(
@@ -88,6 +93,17 @@ class Losses:
         values = self.roles.heads["value"](states)
         old_values, returns = experience.flat("old_values", rows), experience.flat("returns", rows)
         return ppo.value_losses(values, old_values, returns, self.config.ppo.value_clip_range).sum()
+
+    def sampled_penalty(
+        self, experience: Experience, rows: Int[Tensor, "rows"], logprobs: Float[Tensor, "tokens"]
+    ) -> Float[Tensor, ""]:
+        """The weighted estimator of the divergence on the sampled tokens, from the policy's log-probs of this update.
+
+        With LoRA dropout they are those under its masks, as in PPO's ratio.
+        """
+        old_logprobs, reference = experience.flat("old_logprobs", rows), experience.flat("penalty_logprobs", rows)
+        losses = self.placement.sampled_losses(self.divergence, logprobs, old_logprobs, reference)
+        return experience.divergence_weight * losses.sum()
 
     def exact_penalty(
         self,

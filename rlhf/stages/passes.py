@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.distributed import collectives
+from rlhf.divergence import Divergence
 from rlhf.models.heads import token_divergence
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, send, unflatten
 from rlhf.seeding import mixed_seed
 from rlhf.stages.minibatches import Minibatch
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def by_rows(

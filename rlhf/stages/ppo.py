@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_method
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import ppo
 from rlhf.distributed import collectives
+from rlhf.divergence import Divergence, configured
 from rlhf.guards import Guards
 from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
+from rlhf.placement import Placement
 from rlhf.rollout.engine import Engine
 from rlhf.rollout.factory import make_engine, use_captured_logprobs
 from rlhf.rollout.sample import Rollouts, rollout
@@ -28,7 +29,7 @@ from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
 from rlhf.stages.experience import Experience, ExperienceMaker, rollout_metrics
 from rlhf.stages.losses import LARGEST_RATIO, Losses
 from rlhf.stages.minibatches import Microbatch, Minibatch, number_microbatches, split_minibatches
-from rlhf.stages.passes import Divergence, UpdatePasses, own_stream
+from rlhf.stages.passes import UpdatePasses, own_stream
 from rlhf.stages.reference import Fixed, Reference, Rule
 
 KL_EARLY_STOP = "KL"  # the reason to skip an update when the policy is far enough from the one that sampled
@@ -47,7 +48,7 @@ def make_ppo(
 ) -> "PPO":
     """The stage that `settings` describe: with its engine (`generation`) and its divergence (`divergence.function`)."""
     engine = make_engine(settings.generation, tokenizer, roles)
-    divergence = get_method(settings.divergence.function)
+    divergence = configured(settings.divergence)
     return PPO(settings, roles, tokenizer, engine, scorer, divergence, kl, evaluator, samples, rule)
 
 
@@ -80,6 +81,7 @@ class PPO(PolicyEvaluation):
         self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
         self.samples, self.reference = samples, Reference(rule or Fixed(), roles)
+        self.placement = Placement.of(kl, settings.divergence)
         exact = roles.in_float32 and settings.quantization is None
         self.guards = Guards(settings.guards.at_precision(exact), samples.parent)
         self.normalizer = ppo.ScoreNormalizer(
@@ -154,7 +156,9 @@ class PPO(PolicyEvaluation):
         self, rollouts: Rollouts, scores: Float[Tensor, "batch"], minibatches: Sequence[Minibatch], step: int
     ) -> Experience:
         """What the update learns from: see `ExperienceMaker`."""
-        maker = ExperienceMaker(self.config, self.roles, self.passes, self.divergence, self.captured_are_old)
+        maker = ExperienceMaker(
+            self.config, self.roles, self.passes, self.divergence, self.placement, self.captured_are_old
+        )
         return maker.make(rollouts, scores, minibatches, step, self.kl.coef)
 
     # -- the update ----------------------------------------------------------------------------------------------------
@@ -166,7 +170,8 @@ class PPO(PolicyEvaluation):
         tokens = torch.zeros((), dtype=torch.long, device=experience.mask.device)
         skipped: list[tuple[str, Tensor]] = []
         metrics: dict[str, Any] = {"ppo/lr": self.current_lr}
-        losses = Losses(self.config, self.roles, self.passes, self.divergence, bool(self.dashboards))
+        histogram = bool(self.dashboards)
+        losses = Losses(self.config, self.roles, self.passes, self.divergence, self.placement, histogram)
         for parts in self.all_epochs(minibatches, step):
             rows = torch.cat([part.rows for part in parts])
             result = self.accumulate(

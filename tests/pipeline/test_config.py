@@ -225,7 +225,9 @@ PUBLISHED = {
 PAPER = ["experiments=table1", "recipe=paper", "model=llama_7b", "data=alpaca_farm", "judge=reward_model"]
 
 
-@pytest.mark.parametrize("variant", sorted(path.stem for path in (CONF / "variant").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "variant", composed("experiments=table1", with_hydra=True).hydra.sweeper.params.variant.split(",")
+)
 def test_the_study_composes_with_the_published_hyper_parameters(variant: str) -> None:
     config = composed(*PAPER, f"variant={variant}")
     settings_of(config)
