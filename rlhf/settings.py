@@ -107,6 +107,7 @@ class RewardSettings(SupervisedSettings):
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
     group_prompts: bool = False
+    average_of: int = positive(1)
     lm_coef: float = at_least_zero(0.0)
     token_coef: float = at_least_zero(0.0)
 

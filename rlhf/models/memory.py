@@ -49,7 +49,7 @@ class Work:
     `stages` are those whose memory counts, of sft, preferences, reward, ppo and evaluate, and of taken and merged for
     a checkpoint that takes the place of training. `reward_model` says whether PPO's scorer or judge is one, as a role;
     `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is sharded
-    over `shares` processes. `on_gpu` says where the run trains.
+    over `shares` processes. `on_gpu` says where the run trains. `members` further reward models score beside that one.
     """
 
     stages: tuple[str, ...] = ("ppo",)
@@ -58,6 +58,7 @@ class Work:
     answer_tokens: int = 0
     shares: int = 1
     on_gpu: bool = False
+    members: int = 0
 
 
 def estimate(settings: Settings, sizes: Sizes, work: Work) -> Memory:
@@ -151,9 +152,15 @@ class _Stage:
     @property
     def roles(self) -> int:
         """Base and reward model: an adapter in float32, or a model of its own."""
-        lora = self.settings.reward.lora
+        lora = self.reward_lora
         own = FLOAT32 * self.sizes.adapter(lora) if lora.r else self.sizes.parameters * self.passes.size
-        return self.base + (own if self.work.reward_model else 0) + self.work.beside
+        return self.base + own * (self.work.reward_model + self.work.members) + self.work.beside
+
+    @property
+    def reward_lora(self) -> LoraSettings:
+        """The adapter of the reward model, whose members it has the ranks of if it is an average."""
+        reward = self.settings.reward
+        return replace(reward.lora, r=reward.lora.r * reward.average_of)
 
     def trained(self, lora: LoraSettings) -> int:
         """An adapter, or for r = 0 the whole model, in float32, its gradients and AdamW's moments."""
@@ -167,7 +174,7 @@ class _Stage:
             return None
         if settings.lora.r == 0 or kind == "full":
             return LoraSettings(r=0)
-        lora, reward = settings.lora, settings.reward.lora
+        lora, reward = settings.lora, self.reward_lora
         if not self.work.reward_model or reward.r == 0:
             return lora
         return replace(reward, r=max(lora.r, reward.r), dropout=lora.dropout)  # as `ppo_roles` makes it

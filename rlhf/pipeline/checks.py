@@ -16,6 +16,7 @@ from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, 
 from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
+from rlhf.pipeline.members import check_members
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
 from rlhf.scorers import scores_texts
@@ -67,6 +68,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     # 2. What parts need of each other.
     _check_quantization(config, settings)
     simulated = _check_preferences(config, source)
+    check_members(config, settings)
     if settings.reward.group_prompts and not simulated and "preference_validation" not in source.splits:
         raise ConfigError(
             "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "

@@ -32,6 +32,8 @@ IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"
 # Keys that only measure a policy: with other values the same steps are trained. `ppo.keep_best` is none of them: which
 # policy is left as the best one cannot be chosen again once the run has ended.
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
+# Values at which a key does nothing: the run is the same as one of a version that did not have the key.
+OFF: Mapping[str, Any] = {"reward.average_of": 1}
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model", "chat_template"})
@@ -152,8 +154,8 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return kept if trainer["_target_"] in LIGHTNING else {**kept, "_target_": trainer["_target_"]}
 
 
-def decisive(node: Any) -> Any:
-    """A part of the configuration without `IGNORED_KEYS`.
+def decisive(node: Any, path: str = "") -> Any:
+    """A part of the configuration, which lies below the dotted `path`, without `IGNORED_KEYS` and what is `OFF`.
 
     Of a judge's client only the model that answers is kept, not how it is reached. In `data` a name is no label: it may
     choose a part of a data set.
@@ -162,9 +164,9 @@ def decisive(node: Any) -> Any:
         return node
     return {
         key: value if key == "data" else endpoint_identity(value) if key == "client" and isinstance(value, Mapping)
-        else decisive(value)
+        else decisive(value, f"{path}{key}.")
         for key, value in node.items()
-        if key not in IGNORED_KEYS
+        if key not in IGNORED_KEYS and not (f"{path}{key}" in OFF and value == OFF[f"{path}{key}"])
     }  # fmt: skip
 
 

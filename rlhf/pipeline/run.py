@@ -26,7 +26,7 @@ from rlhf.models.loading import DTYPES
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
 from rlhf.models.tokenizing import encode, short_enough
-from rlhf.pipeline import cache
+from rlhf.pipeline import cache, members
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.builders import Site
 from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences
@@ -121,12 +121,12 @@ class Run:
 
     def _build(self) -> None:
         """Build the models and comparisons that this run shares with others, where they are missing."""
-        plan = self.plan
-        missing = collectives.on_rank_zero(lambda: [path for path in plan.needed().values() if cache.missing(path)])
+        plan, needed = self.plan, collectives.on_rank_zero(lambda: members.needed(self.plan))
+        missing = collectives.on_rank_zero(lambda: [path for path in needed.values() if cache.missing(path)])
         collectives.on_rank_zero(lambda: cache.check_writable(missing))
         if plan.preferences_folder in missing:
             prepare_preferences(self.site, self._simulated)
-        for product, folder in plan.needed().items():
+        for product, folder in needed.items():
             cache.ensure(folder, self._builder(product))
             lockstep.disable()
             gc.collect()  # a stage and its trainer refer to each other, and hold models on the device
@@ -134,15 +134,17 @@ class Run:
 
     def _builder(self, product: str) -> Callable[[Path], None]:
         """The function that builds a product of the cache into a folder."""
-        sft, preferences, own = self.plan.sft_folder, self.plan.preferences_folder, self.plan.beside or self.plan
+        sft, preferences, plan = self.plan.sft_folder, self.plan.preferences_folder, members.plan_of(self.plan, product)
+        own = plan.beside or plan
         if product in self.plan.taken:
             return partial(build_taken, self.site, taken=self.plan.taken[product], device=self._device)
         if product == "sft":
             return partial(build_sft, self.site)
         if product == "reward_sft":
             return partial(build_sft, self._site(own))
-        if product == "reward":
-            return partial(build_reward, self._site(own), sft=own.sft_folder, preferences=preferences)
+        if members.stage_of(product) == "reward":
+            trained = {"sft": own.sft_folder, "preferences": preferences, "members": members.averaged(plan)}
+            return partial(build_reward, self._site(own), **trained)
         return partial(build_preferences, self.site, simulated=self._simulated, sft=sft, device=self._device)
 
     def _site(self, plan: Plan) -> Site:
@@ -181,8 +183,7 @@ class Run:
             stage=plan.stage,
             sft_metrics=before,
             sft_model=plan.sft_folder.name,
-            reward_model=plan.reward_folder.name if plan.needs_reward_model else None,
-            reward_reads=plan.reward_reads,
+            **members.noted(plan),
             guards=stage.guards.summary(),
             microbatch_tokens=settings.ppo.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
@@ -202,13 +203,13 @@ class Run:
         tokenizer = tokenizer_of(plan)
         reward = plan.reward_folder if plan.needs_reward_model else None
         role = reward / MODEL if reward and plan.reward_reads == IDS else None
-        only_judges = not plan.learns_from_reward_model
-        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization, only_judges)
+        only_judges, others = not plan.learns_from_reward_model, members.scoring(plan)
+        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization, only_judges, others)
         self._place_models(roles)
         # 2. All that scores and judges what they say.
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
-        context.reward = reward_scorer(context, plan) if reward else None
+        context.reward, context.members = reward_scorer(context, plan) if reward else None, members.baselines(others)
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
         evaluator, prompts = make_evaluator(plan, context, folder if exports else None)
         return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES), prompts

@@ -88,7 +88,7 @@ class Times:
         values, bare = (self._pass(lora, length, learning, words=False) for learning in (True, False))
         captured = settings.generation.engine == "native" and settings.model.dtype == "float32"
         scoring = (not captured) + (settings.divergence.input != "none")  # policy and reference
-        frozen = scoring * read + (1 + self.work.reward_model) * bare  # value function and reward model
+        frozen = scoring * read + (1 + self.work.reward_model + self.work.members) * bare
         update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
         step = self._answers(rows, self.new, lora) + rows * length * (frozen + update)
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
@@ -102,7 +102,7 @@ class Times:
         length = round(self.prompt + new)
         answers = self._answers(count * evaluation.best_of, new, lora) + self._answers(evaluation.kl_prompts, new, lora)
         read, bare = (self._pass(lora, length, False, words=words) for words in (True, False))
-        scores = count * evaluation.best_of * bare * self.work.reward_model
+        scores = count * evaluation.best_of * bare * (self.work.reward_model + self.work.members)
         return answers + length * (scores + 2 * evaluation.kl_prompts * read)
 
     # -- parts ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ class Context:
 
     `reward_baseline` is the reward model's mean score of demonstrations. `microbatch_tokens` limits the tokens per
     forward pass. `cache` is the folder that all runs share. `reward` is the reward model if it is no role, because it
-    is made from another model or has another tokenizer than the policy.
+    is made from another model or has another tokenizer than the policy. `members` are the roles of further
+    reward models, each with its mean score of demonstrations.
     """
 
     source: DataSource
@@ -32,6 +33,7 @@ class Context:
     microbatch_tokens: int = 4096
     cache: Path = Path("outputs/cache")
     reward: "TextScorer | None" = None
+    members: Sequence[tuple[str, float]] = ()
 
 
 @dataclass

@@ -171,21 +171,21 @@ class RewardModeling(SupervisedStage):
     def validation_step(self, batch: Sequences, index: int) -> None:
         """Measure a batch of held-out comparisons."""
         if self.has_turn(index):
-            groups = self.microbatches(batch)
-            order = (torch.cat(groups)[::2] // 2).tolist()
-            self._margins.append((index, concatenate([self.margins(batch.rows(rows)) for rows in groups], order).cpu()))
+            self._margins.append((index, self.margins_of(batch).cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, accuracy and margin over all held-out comparisons; keep their margins, in order."""
         parts = [part for process in collectives.all_gather(self._margins) for part in process]
         margins = torch.cat([part for _, part in sorted(parts, key=itemgetter(0))])
         self.held_out_margins = margins.tolist()
-        metrics = {
-            "reward/validation_loss": -F.logsigmoid(margins).mean(),
-            "reward/accuracy": accuracy(margins),
-            "reward/margin": margins.mean(),
-        }
-        self.emit(metrics, self.steps_done, bar=["reward/accuracy"])
+        self.emit(held_out_metrics(margins), self.steps_done, bar=["reward/accuracy"])
+
+    @torch.no_grad()
+    def margins_of(self, batch: Sequences) -> Float[Tensor, "pairs"]:
+        """`margins` of a batch of any size, in the order of its pairs."""
+        groups = self.microbatches(batch)
+        order = (torch.cat(groups)[::2] // 2).tolist()
+        return concatenate([self.margins(batch.rows(rows)) for rows in groups], order)
 
     @torch.no_grad()
     def baseline(self, rows: Sequence[Demonstration]) -> float:
@@ -199,6 +199,15 @@ class RewardModeling(SupervisedStage):
             batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group])
             total += float(self.roles.last_token_scores("reward", batch).sum())
         return total / len(pairs)
+
+
+def held_out_metrics(margins: Float[Tensor, "pairs"]) -> dict[str, float]:
+    """Loss, accuracy and mean of the margins of held-out comparisons, as metrics."""
+    return {
+        "reward/validation_loss": float(-F.logsigmoid(margins).mean()),
+        "reward/accuracy": float(accuracy(margins)),
+        "reward/margin": float(margins.mean()),
+    }
 
 
 def accuracy(margins: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:
