@@ -137,6 +137,10 @@ class PPOSettings(OptimizerSettings):
     score_clip: float | None = optional_positive()
     accumulation: str = choice("exact", "as_published")
     published_rows: int = positive(16)
+    entropy_coef: float = at_least_zero(0.0)
+    ptx_coef: float = at_least_zero(0.0)
+    ptx_batch_size: int | None = optional_positive()
+    ptx_texts: str | None = None
     value_model: str = choice("adapter", "trunk_head", "full")
     value_bias: bool = False
     target_kl: float | None = optional_positive()
@@ -167,6 +171,14 @@ class DivergenceSettings:
     name: str = omegaconf.MISSING
     function: str = omegaconf.MISSING
     input: str = choice("logprobs", "logits", "none")
+
+
+@dataclass
+class LossTermSettings:
+    """`conf/loss_terms`: a further term of the policy's loss, a function of `rlhf.stages.loss_terms.PolicyTokens`."""
+
+    function: str = omegaconf.MISSING
+    coef: float = 1.0
 
 
 @dataclass
@@ -201,6 +213,10 @@ class EvaluationSettings:
     prompts: int = positive()
     kl_prompts: int = positive()
     best_of: int = positive(1)
+    demonstrations: int = at_least_zero(0)
+    texts: str | None = None
+    text_rows: int = positive(100)
+    diversity_samples: int = at_least_zero(0)
     steps: str = choice("all", "last")
     samples: int = at_least_zero(20)
     factscore: dict[str, Any] | None = None
@@ -269,6 +285,7 @@ class Settings:
     reward: RewardSettings = field(default_factory=RewardSettings)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
+    loss_terms: dict[str, LossTermSettings] = field(default_factory=dict)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     guards: GuardsSettings = field(default_factory=GuardsSettings)

@@ -203,15 +203,20 @@ class _Stage:
         tokens = frozen_tokens(self.tokens, self.work.on_gpu)
         scoring = self.passes.frozen(tokens) + self.passes.logits(tokens, models) + self.states
         merged = self.merged if self.passes.size == FLOAT32 else 0  # `Roles.scoring`
-        answering = self.answering(evaluation.prompts * evaluation.best_of, evaluation.max_new_tokens)
+        answers = max(evaluation.prompts * evaluation.best_of, evaluation.kl_prompts * evaluation.diversity_samples)
+        answering = self.answering(answers, evaluation.max_new_tokens)
         return {"scoring": scoring + merged, "evaluating": answering}
 
     def updating(self) -> int:
         """A pass with gradients, of the policy or of the value function: one is back-propagated before the next."""
-        exact = self.settings.divergence.input == "logits"
-        policy = self.passes.kept(self.tokens, self.settings.lora) + self.passes.logits(self.tokens, 2 if exact else 1)
+        settings, ppo = self.settings, self.settings.ppo
+        # a differentiable entropy keeps as much of the logits again, as the reference's do
+        models = 1 + (settings.divergence.input == "logits") + bool(ppo.entropy_coef or settings.loss_terms)
+        policy = self.passes.kept(self.tokens, settings.lora) + self.passes.logits(self.tokens, models)
         value = self.passes.kept(self.tokens, self.value_lora) if self.value_lora else 0
-        return max(policy, value) + self.states
+        mixed = max(ppo.microbatch_tokens, settings.sft.max_length) if ppo.ptx_coef else 0
+        texts = self.passes.kept(mixed, settings.lora) + self.passes.logits(mixed) if mixed else 0
+        return max(policy, value, texts) + self.states
 
     @property
     def states(self) -> int:

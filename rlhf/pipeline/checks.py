@@ -7,19 +7,22 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.data.records import DataSource, Prompt
+from rlhf.data.records import DataSource, as_records
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_template, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.evaluating import best_metric
+from rlhf.pipeline.extras import check_extras
+from rlhf.pipeline.fetching import data_sets
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.members import check_members
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
 from rlhf.scorers import scores_texts
+from rlhf.scorers.columns import check_columns
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
@@ -78,6 +81,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
     if config.stage.name in ("ppo", "evaluate"):
         check_evaluation(config, settings, source, simulated)
+        check_extras(config, settings, source)
+        _check_loss_terms(settings)
     # 3. What this machine and these models can do.
     check_processes(config, settings)
     check_vllm(config, settings)
@@ -117,6 +122,11 @@ def _check_ppo(settings: Settings) -> None:
     check_ppo(settings)
     check_keeping(settings)
     _check_function("divergence.function", settings.divergence.function)
+
+
+def _check_loss_terms(settings: Settings) -> None:
+    for name, term in settings.loss_terms.items():
+        _check_function(f"loss_terms.{name}.function", term.function)
 
 
 def _check_function(key: str, path: str) -> None:
@@ -181,6 +191,9 @@ def check_evaluation(
     """
     for key in keys:
         _check_needs(config, key, source, simulated)
+    if not data_sets(OmegaConf.to_container(config.data, resolve=True)):  # type: ignore[arg-type]
+        for key in [key for key in ("scorer.function", "evaluation.gold.function") if OmegaConf.select(config, key)]:
+            check_columns(key, hydra.utils.get_method(OmegaConf.select(config, key)), source)
     if settings.evaluation.gold:
         _check_gold(config, source)
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):
@@ -245,5 +258,5 @@ def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource
     path = settings.evaluation.difficulty
     if settings.evaluation.factscore or not getattr(target_class(config.judge, "judge"), "compares", True):
         raise ConfigError(f"evaluation.difficulty={path} needs a judge that compares; allowed: null without one")
-    held_out = [instruction_or_prompt(Prompt(**row)) for row in source.load("eval")]
+    held_out = [instruction_or_prompt(row) for row in as_records(source.load("eval"), "eval")]
     load_difficulties(str(path), held_out, settings.evaluation.prompts)

@@ -33,7 +33,11 @@ IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"
 # policy is left as the best one cannot be chosen again once the run has ended.
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
 # Values at which a key does nothing: the run is the same as one of a version that did not have the key.
-OFF: Mapping[str, Any] = {"reward.average_of": 1}
+OFF: Mapping[str, Any] = {
+    "reward.average_of": 1, "data.keep": None, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0,
+    "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
+    "evaluation.text_rows": 100, "evaluation.diversity_samples": 0,
+}  # fmt: skip
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model", "chat_template"})
@@ -112,7 +116,9 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
     """The keys of `data` that decide the rows of these splits (see `DataSource.concerns`)."""
     concerns: Mapping[str, Collection[Split]] = getattr(source, "concerns", {})
     return {
-        key: value for key, value in data.items() if key not in concerns or not set(splits).isdisjoint(concerns[key])
+        key: value
+        for key, value in data.items()
+        if (key not in concerns or not set(splits).isdisjoint(concerns[key])) and not _is_off(f"data.{key}", value)
     }
 
 
@@ -166,8 +172,12 @@ def decisive(node: Any, path: str = "") -> Any:
         key: value if key == "data" else endpoint_identity(value) if key == "client" and isinstance(value, Mapping)
         else decisive(value, f"{path}{key}.")
         for key, value in node.items()
-        if key not in IGNORED_KEYS and not (f"{path}{key}" in OFF and value == OFF[f"{path}{key}"])
+        if key not in IGNORED_KEYS and not _is_off(f"{path}{key}", value)
     }  # fmt: skip
+
+
+def _is_off(key: str, value: Any) -> bool:
+    return key in OFF and value == OFF[key]
 
 
 def code_of(*modules: str) -> list[Path]:

@@ -36,6 +36,7 @@ from rlhf.pipeline.builders.taken import build_taken
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.evaluating import best_metric, make_evaluator, ping
+from rlhf.pipeline.extras import with_extras
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
@@ -138,10 +139,8 @@ class Run:
         own = plan.beside or plan
         if product in self.plan.taken:
             return partial(build_taken, self.site, taken=self.plan.taken[product], device=self._device)
-        if product == "sft":
-            return partial(build_sft, self.site)
-        if product == "reward_sft":
-            return partial(build_sft, self._site(own))
+        if members.stage_of(product) == "sft":
+            return partial(build_sft, self.site if product == "sft" else self._site(own))
         if members.stage_of(product) == "reward":
             trained = {"sft": own.sft_folder, "preferences": preferences, "members": members.averaged(plan)}
             return partial(build_reward, self._site(own), **trained)
@@ -212,7 +211,8 @@ class Run:
         context.reward, context.members = reward_scorer(context, plan) if reward else None, members.baselines(others)
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
         evaluator, prompts = make_evaluator(plan, context, folder if exports else None)
-        return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES), prompts
+        stage = make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES)
+        return with_extras(stage, plan, prompts.dataset), prompts  # type: ignore[arg-type]
 
     def _train(self, stage: PPO, evaluation: DataLoader, best: Best | None) -> dict[str, float]:
         """Train and save the policy; returns the evaluation of the SFT model."""

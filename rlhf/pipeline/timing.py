@@ -90,7 +90,7 @@ class Times:
         scoring = (not captured) + (settings.divergence.input != "none")  # policy and reference
         frozen = scoring * read + (1 + self.work.reward_model + self.work.members) * bare
         update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
-        step = self._answers(rows, self.new, lora) + rows * length * (frozen + update)
+        step = self._answers(rows, self.new, lora) + rows * length * (frozen + update) + self._mixed()
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
         return ppo.steps * step + measured * self.evaluate()
 
@@ -100,10 +100,28 @@ class Times:
         new = min(self.new, evaluation.max_new_tokens)
         count = min(evaluation.prompts, self.texts["eval"].rows if "eval" in self.texts else evaluation.prompts)
         length = round(self.prompt + new)
-        answers = self._answers(count * evaluation.best_of, new, lora) + self._answers(evaluation.kl_prompts, new, lora)
+        samples = evaluation.kl_prompts * (1 + evaluation.diversity_samples)
+        answers = self._answers(count * evaluation.best_of, new, lora) + self._answers(samples, new, lora)
         read, bare = (self._pass(lora, length, False, words=words) for words in (True, False))
         scores = count * evaluation.best_of * bare * (self.work.reward_model + self.work.members)
-        return answers + length * (scores + 2 * evaluation.kl_prompts * read)
+        texts = evaluation.demonstrations + (evaluation.text_rows if evaluation.texts else 0)
+        return answers + length * (scores + 4 * evaluation.kl_prompts * read) + texts * self._read_texts(lora)
+
+    def _mixed(self) -> float:
+        """The texts that are mixed into the updates of one step."""
+        ppo, sft = self.settings.ppo, self.settings.sft
+        if not ppo.ptx_coef:
+            return 0.0
+        texts = ppo.epochs * ppo.rollout_batch_size / ppo.minibatch_size * (ppo.ptx_batch_size or ppo.minibatch_size)
+        known = "sft" in self.texts and not ppo.ptx_texts  # of other texts the lengths are not known
+        length = round(min(self.texts["sft"].length, sft.max_length)) if known else sft.max_length
+        return texts * length * self._pass(self.settings.lora, length, True)
+
+    def _read_texts(self, lora: LoraSettings) -> float:
+        """A demonstration, read once."""
+        sft = self.settings.sft
+        length = round(min(self.texts["sft"].length, sft.max_length)) if "sft" in self.texts else sft.max_length
+        return length * self._pass(lora, length, False)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

@@ -1,15 +1,19 @@
 """Scorers of decoded texts: the data set's own utility, or any Python function."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import hydra
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.data.special_tokens import unmarked
-from rlhf.scorers import Context, TextScorer
+from rlhf.errors import ConfigError
+from rlhf.rollout.sample import Rollouts
+from rlhf.scorers import Context, TextScorer, totals
+from rlhf.scorers.columns import Columns
 
 
 class GoldScorer(TextScorer):
@@ -28,21 +32,48 @@ class GoldScorer(TextScorer):
 class FunctionScorer(TextScorer):
     """A function named by its path: `scorer=function scorer.function=my.module.score`.
 
-    It is called with (prompts, responses), two lists of strings, and returns a number for each pair.
+    It is called with (prompts, responses), two lists of strings, and with the columns of the data set's prompts that
+    its further parameters name, each a list (`rlhf.scorers.columns`; `**columns` takes all). It returns for each
+    response a number, or a list with the reward of every token (`response.ids`, with EOS if one was sampled).
     """
 
     def __init__(self, context: Context, function: str):
-        self.function: Callable[[Sequence[str], Sequence[str]], Sequence[float]] = hydra.utils.get_method(function)
+        self.function: Callable[..., Sequence[Any]] = hydra.utils.get_method(function)
+        self.columns = Columns(self.function, context.source)
 
     def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "batch"]:
-        """The score of each response.
+        """The score of each response, which is the sum of its rewards if it has one per token.
 
         Raises:
-            ValueError: the function did not return exactly one score per response.
+            ConfigError: the function did not return exactly one score, or one list, per response.
         """
-        scores = torch.as_tensor(
-            self.function([unmarked(prompt) for prompt in prompts], responses), dtype=torch.float32
-        )
-        if scores.shape != (len(responses),):
-            raise ValueError(f"scorer.function returned shape {tuple(scores.shape)} for {len(responses)} responses")
-        return scores
+        return totals(self._ask(prompts, responses))
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch *response"]:
+        """The score of each rollout, or the reward of each of its tokens (0 on padding).
+
+        Raises:
+            ConfigError: the function returned another number of scores, or of rewards for a response.
+        """
+        return self._ask(rollouts.prompts, rollouts.responses).to(rollouts.ended.device)
+
+    def _ask(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "batch *response"]:
+        texts = [unmarked(prompt) for prompt in prompts]
+        found = self.function(texts, responses, **self.columns(prompts))
+        rows = found.tolist() if isinstance(found, Tensor) else list(found)
+        per_token = [hasattr(row, "__len__") for row in rows]
+        if len(rows) != len(responses) or len(set(per_token)) > 1:
+            raise ConfigError(
+                f"scorer.function returned {len(rows)} scores for {len(responses)} responses, {sum(per_token)} of them "
+                "lists; allowed: a number for each, or a list for each with a reward per token"
+            )
+        if not any(per_token):
+            return torch.tensor([float(row) for row in rows])
+        for row, response in zip(rows, responses, strict=True):
+            tokens = getattr(response, "ids", ())
+            if tokens and len(row) != len(tokens):
+                raise ConfigError(
+                    f"scorer.function returned {len(row)} rewards for a response of {len(tokens)} tokens; allowed: one "
+                    "per token, as many as response.ids has"
+                )
+        return pad_sequence([torch.tensor([float(reward) for reward in row]) for row in rows], batch_first=True)

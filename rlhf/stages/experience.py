@@ -96,7 +96,7 @@ class ExperienceMaker:
         # 2. The reference, and the penalty for being far from it.
         penalty, sampled, ref_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
         # 3. A reward per token, and from it advantages and returns.
-        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef)
+        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef, rollouts.token_rewards)
         whitened = (
             ppo.whiten(rewards, mask, keep_mean=True, all_reduce=all_reduce) if config.whiten_rewards else rewards
         )

@@ -31,7 +31,7 @@ def test_the_members_of_an_average_are_needed_until_it_is_made(tmp_path: Path) -
     assert plan.reward_folder not in alone
     assert members.averaged(plan) == alone
     plan.reward_folder.mkdir(parents=True)
-    (plan.reward_folder / "summary.json").write_text("{}")
+    (plan.reward_folder / "summary.json").write_text('{"stage": "reward", "metrics": {}}')
     assert list(members.needed(plan)) == ["sft", "reward"]
 
 
