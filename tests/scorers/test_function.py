@@ -16,7 +16,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenizing import Response
 from rlhf.rollout.sample import Rollouts
-from rlhf.scorers import Context, totals
+from rlhf.scorers import TextContext, totals
 from rlhf.scorers.columns import Columns, check_columns
 from rlhf.scorers.combine import WeightedSum
 from rlhf.scorers.text import FunctionScorer
@@ -58,7 +58,7 @@ def one_too_few(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def scorer(name: str, source: Any = None) -> FunctionScorer:
-    return FunctionScorer(Context(source or Asked(), None, None), f"{__name__}.{name}")  # type: ignore[arg-type]
+    return FunctionScorer(TextContext(source or Asked()), f"{__name__}.{name}")
 
 
 def test_a_function_is_given_the_columns_that_it_names() -> None:
@@ -90,15 +90,15 @@ def test_further_columns_are_no_part_of_a_record() -> None:
 
 def test_hub_data_keep_columns(tmp_path: Path) -> None:
     """Strings and numbers as they are, values of several types as JSON."""
-    rows = [{"prompt": "a", "answer": 4, "mixed": [1]}, {"prompt": "b", "answer": 5, "mixed": "x"}]
+    rows = [{"prompt": "a", "number": 4, "mixed": [1]}, {"prompt": "b", "number": 5, "mixed": "x"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = {"with_input": "{instruction} {input}", "without_input": "{instruction}"}
-    source = Hub(template=template, root=str(tmp_path), prompts="rows.jsonl", keep=["answer", "mixed"])
+    source = Hub(template=template, root=str(tmp_path), prompts="rows.jsonl", keep=["number", "mixed"])
     found = source.load("prompts")
     assert found["prompt"][:] == ["a", "b"]
-    assert found["answer"][:] == [4, 5]
+    assert found["number"][:] == [4, 5]
     assert found["mixed"][:] == ["[1]", '"x"']
-    assert "answer" not in Hub(template=template, root=str(tmp_path), prompts="rows.jsonl").load("prompts").column_names
+    assert "number" not in Hub(template=template, root=str(tmp_path), prompts="rows.jsonl").load("prompts").column_names
     with pytest.raises(DataError, match=r"^keep: no row of data\.prompts has a column tests"):
         Hub(template=template, root=str(tmp_path), prompts="rows.jsonl", keep=["tests"]).load("prompts")
     with pytest.raises(DataError, match="a prompt has a column instruction of its own"):
@@ -137,7 +137,7 @@ def test_a_sum_puts_scores_of_whole_answers_on_the_last_token() -> None:
         {"weight": 2.0, "scorer": {"_target_": "rlhf.scorers.text.FunctionScorer", "function": f"{__name__}.each_id"}},
         {"weight": 1.0, "scorer": {"_target_": "rlhf.scorers.combine.LengthPenalty"}},
     ]
-    found = WeightedSum(Context(Asked(), None, None), terms)(rollouts())  # type: ignore[arg-type]
+    found = WeightedSum(TextContext(Asked()), terms)(rollouts())
     assert found.tolist() == [[10, 14, 2 - 3], [12 - 1, 0, 0]]
     assert totals(found).tolist() == [23, 11]
 
