@@ -225,7 +225,11 @@ PUBLISHED = {
 PAPER = ["experiments=table1", "recipe=paper", "model=llama_7b", "data=alpaca_farm", "judge=reward_model"]
 
 
-@pytest.mark.parametrize("variant", sorted(path.stem for path in (CONF / "variant").glob("*.yaml")))
+# variants of the paper's table; others vary what it does not
+VARIANTS = sorted(path.stem for path in (CONF / "variant").glob("*.yaml") if path.stem.startswith(("full_", "lora_")))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_study_composes_with_the_published_hyper_parameters(variant: str) -> None:
     config = composed(*PAPER, f"variant={variant}")
     settings_of(config)
