@@ -108,6 +108,8 @@ class RewardSettings(SupervisedSettings):
     baseline_rows: int = positive(256)
     group_prompts: bool = False
     average_of: int = positive(1)
+    margin_coef: float = at_least_zero(0.0)
+    length_coef: Any = number_or_auto(0.0, whole=False)
     lm_coef: float = at_least_zero(0.0)
     token_coef: float = at_least_zero(0.0)
 
@@ -135,6 +137,8 @@ class PPOSettings(OptimizerSettings):
     missing_eos_penalty: float = at_least_zero(0.0)
     score_normalization: str = choice("none", "scale", "standardize")
     score_clip: float | None = optional_positive()
+    score_transform: str = choice("none", "par")
+    reference_answers: int = positive(1)
     accumulation: str = choice("exact", "as_published")
     published_rows: int = positive(16)
     entropy_coef: float = at_least_zero(0.0)
@@ -215,7 +219,6 @@ class EvaluationSettings:
     best_of: int = positive(1)
     demonstrations: int = at_least_zero(0)
     texts: str | None = None
-    text_rows: int = positive(100)
     diversity_samples: int = at_least_zero(0)
     steps: str = choice("all", "last")
     samples: int = at_least_zero(20)

@@ -22,8 +22,8 @@ def check_texts(key: str, spec: str) -> None:
         raise DataError(f"{key}={spec}: {error}") from error
 
 
-def read_texts(key: str, spec: str, limit: int | None = None) -> list[str]:
-    """The column `text` of a file or a data set of the Hub, the first `limit` rows that have one.
+def read_texts(key: str, spec: str) -> list[str]:
+    """The column `text` of a file or a data set of the Hub, or of a slice of its rows: `texts.jsonl[:100]`.
 
     Raises:
         DataError: it cannot be read, or no row has a text.
@@ -31,8 +31,6 @@ def read_texts(key: str, spec: str, limit: int | None = None) -> list[str]:
     texts: list[str] = []
     bad = 0
     for _, row in Source.parse(spec, Path()).rows():
-        if limit is not None and len(texts) == limit:
-            break
         try:
             if isinstance(row, RowError):
                 raise row

@@ -18,7 +18,7 @@ from rlhf.pipeline.extras import check_extras
 from rlhf.pipeline.fetching import data_sets
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
-from rlhf.pipeline.members import check_members
+from rlhf.pipeline.members import check_margins, check_members
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
 from rlhf.scorers import scores_texts
@@ -72,6 +72,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     _check_quantization(config, settings)
     simulated = _check_preferences(config, source)
     check_members(config, settings)
+    check_margins(config, settings, source, simulated)
     if settings.reward.group_prompts and not simulated and "preference_validation" not in source.splits:
         raise ConfigError(
             "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "

@@ -70,8 +70,7 @@ def costs(stage: PPO, plan: Plan, prompts: Sequence[Prompt]) -> Costs:
     settings, tokenizer, source = plan.settings.evaluation, stage.tokenizer, plan.source
     rows = {"demonstration": held_out_demonstrations(plan, settings.demonstrations)}
     if settings.texts:
-        texts = read_texts("evaluation.texts", settings.texts, settings.text_rows)
-        rows["text"] = [Demonstration("", text) for text in texts]
+        rows["text"] = [Demonstration("", text) for text in read_texts("evaluation.texts", settings.texts)]
     limit = plan.settings.sft.max_length
     encoded = {
         name: encode_pairs(tokenizer, [row.prompt for row in found], [row.response for row in found], limit)

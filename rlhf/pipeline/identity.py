@@ -34,9 +34,10 @@ IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
 # Values at which a key does nothing: the run is the same as one of a version that did not have the key.
 OFF: Mapping[str, Any] = {
+    "ppo.score_transform": "none", "ppo.reference_answers": 1, "reward.margin_coef": 0, "reward.length_coef": 0,
     "reward.average_of": 1, "data.keep": None, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0,
     "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
-    "evaluation.text_rows": 100, "evaluation.diversity_samples": 0,
+    "evaluation.diversity_samples": 0,
 }  # fmt: skip
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.

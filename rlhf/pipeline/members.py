@@ -9,10 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from rlhf.data.records import DataSource
 from rlhf.errors import ConfigError
 from rlhf.files import MODEL
 from rlhf.pipeline import cache
 from rlhf.pipeline.config import needs_reward_model, nodes, settings_of, target_class
+from rlhf.pipeline.fetching import data_sets
 from rlhf.pipeline.plan import Plan
 from rlhf.settings import Settings
 from rlhf.tracking.summary import read_summary
@@ -112,6 +114,23 @@ def check_members(config: DictConfig, settings: Settings) -> None:
         raise ConfigError(
             f"{name}: with lora@reward.lora=none each would be a whole model of its own; allowed: an adapter such as "
             "lora@reward.lora=r16_all, or reward.average_of, which makes one model of them"
+        )
+
+
+def check_margins(config: DictConfig, settings: Settings, source: DataSource, simulated: bool) -> None:
+    """Check that comparisons have margins if the reward model's loss asks for them; a data set of the Hub is not read.
+
+    Raises:
+        ConfigError: they have none.
+    """
+    coef, splits = settings.reward.margin_coef, source.splits
+    if not coef or not (config.stage.name == "reward" or needs_reward_model(config)):
+        return
+    remote = data_sets(OmegaConf.to_container(config.data, resolve=True))  # type: ignore[arg-type]
+    has = remote or ("preference" in splits and "margin" in source.load("preference").column_names)
+    if simulated or not has:
+        raise ConfigError(
+            f"reward.margin_coef={coef}: the comparisons have no margins, which data=hub reads from scores; allowed: 0"
         )
 
 

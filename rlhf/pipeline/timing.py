@@ -90,7 +90,10 @@ class Times:
         scoring = (not captured) + (settings.divergence.input != "none")  # policy and reference
         frozen = scoring * read + (1 + self.work.reward_model + self.work.members) * bare
         update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
-        step = self._answers(rows, self.new, lora) + rows * length * (frozen + update) + self._mixed()
+        answers = self._answers(rows, self.new, lora)
+        if ppo.score_transform == "par":
+            answers *= 1 + ppo.reference_answers
+        step = answers + rows * length * (frozen + update) + self._mixed()
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
         return ppo.steps * step + measured * self.evaluate()
 
@@ -104,8 +107,8 @@ class Times:
         answers = self._answers(count * evaluation.best_of, new, lora) + self._answers(samples, new, lora)
         read, bare = (self._pass(lora, length, False, words=words) for words in (True, False))
         scores = count * evaluation.best_of * bare * (self.work.reward_model + self.work.members)
-        texts = evaluation.demonstrations + (evaluation.text_rows if evaluation.texts else 0)
-        return answers + length * (scores + 4 * evaluation.kl_prompts * read) + texts * self._read_texts(lora)
+        texts = evaluation.demonstrations * self._demonstration(lora)  # the number of other texts is not known
+        return answers + length * (scores + 4 * evaluation.kl_prompts * read) + texts
 
     def _mixed(self) -> float:
         """The texts that are mixed into the updates of one step."""
@@ -117,7 +120,7 @@ class Times:
         length = round(min(self.texts["sft"].length, sft.max_length)) if known else sft.max_length
         return texts * length * self._pass(self.settings.lora, length, True)
 
-    def _read_texts(self, lora: LoraSettings) -> float:
+    def _demonstration(self, lora: LoraSettings) -> float:
         """A demonstration, read once."""
         sft = self.settings.sft
         length = round(min(self.texts["sft"].length, sft.max_length)) if "sft" in self.texts else sft.max_length

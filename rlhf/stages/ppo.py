@@ -119,7 +119,7 @@ class PPO(PolicyEvaluation):
         minibatches = self.split_microbatches(rollouts.sequences, shares)
         # 3. Score the answers, and make of that a reward and an advantage per token.
         with self.timed("score"):
-            scores = self.normalizer(score(self.scorer, rollouts)) - self.ppo.missing_eos_penalty * ~rollouts.ended
+            scores = self.normalizer(score(self, rollouts, step)) - self.ppo.missing_eos_penalty * ~rollouts.ended
             experience = self.make_experience(rollouts, scores, minibatches, step)
         # 4. Update policy and value function.
         self.roles.train()

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from rlhf.data.records import Comparison, as_records, skipped_rows, train_and_held_out
 from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.distributed import collectives
+from rlhf.errors import DataError
 from rlhf.files import MODEL
 from rlhf.guards import Guards
 from rlhf.models.assembly import lora_config, reward_alone, reward_roles
@@ -25,7 +26,8 @@ from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
-from rlhf.stages.reward import RewardModeling, accuracy_by_kind, grouped, held_out_metrics, longer_accuracy
+from rlhf.stages.reward import Pair, RewardModeling, accuracy_by_kind, grouped, held_out_metrics, longer_accuracy
+from rlhf.stages.reward_offsets import fit_length_coef
 from rlhf.tracking.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,12 @@ def build_reward(
     `members`, the folders of such reward models, it is their average instead, and is only measured here.
     """
     if members:
-        _build_average(site, folder, sft, preferences, members)
-        return
+        _average(site, folder, sft, preferences, members)
+    else:
+        _train(site, folder, sft, preferences)
+
+
+def _train(site: Site, folder: Path, sft: Path, preferences: Path | None) -> None:
     started, settings = time.monotonic(), site.settings.reward
     log.info("training the reward model (%s)", cache.name_of(folder))
     lightning.seed_everything(settings.seed, verbose=False)
@@ -66,6 +72,7 @@ def build_reward(
     first = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     collectives.on_rank_zero(lambda: show_rendered(folder, "reward", tokenizer, first))
     short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
+    _settle_offsets(stage, pairs)
     groups = grouped(pairs) if settings.group_prompts else pairs
     stage.total_steps = steps_of(settings, len(groups))
     # 3. The training, and what it leaves.
@@ -77,11 +84,12 @@ def build_reward(
     collectives.on_rank_zero(lambda: _save(site, roles, tokenizer, base, folder / MODEL))
     counts = {"rows": {"preference": len(train)}, "skipped": skipped_rows(source, "preference") | equal, "cut": short}
     learned = {"preferences": preferences.name} if preferences else {}
+    learned |= {"length_coef": stage.length_coef} if stage.length_coef else {}
     summed = {"guards": stage.guards.summary(), **counts, **learned, **({"by_kind": by_kind} if by_kind else {})}
     write_summary(folder, metrics, site.plain, started, stage="reward", **summed)
 
 
-def _build_average(site: Site, folder: Path, sft: Path, preferences: Path | None, members: Sequence[Path]) -> None:
+def _average(site: Site, folder: Path, sft: Path, preferences: Path | None, members: Sequence[Path]) -> None:
     """Write the average of reward models into `folder`, and measure it as its members were."""
     started, settings = time.monotonic(), site.settings.reward
     log.info("averaging %d reward models (%s)", len(members), cache.name_of(folder))
@@ -112,6 +120,16 @@ def _baseline(site: Site, stage: RewardModeling) -> float:
     """The reward model's mean score of demonstrations."""
     demonstrations = as_records(site.source.load("sft").select(range(site.settings.reward.baseline_rows)), "sft")
     return stage.baseline(demonstrations)
+
+
+def _settle_offsets(stage: RewardModeling, pairs: list[Pair]) -> None:
+    """Fit the length coefficient to the training pairs, if it says auto; check that there are margins to use."""
+    settings = stage.reward
+    if settings.length_coef == "auto":
+        stage.length_coef = fit_length_coef(pairs)
+        log.info("reward.length_coef=auto: %.4f nats per token", stage.length_coef)
+    if settings.margin_coef and not stage.data_margins:
+        raise DataError(f"reward.margin_coef={settings.margin_coef}: no comparison has a margin; allowed: 0")
 
 
 def _by_kind(compared: list[tuple[Comparison, str]], margins: list[float]) -> dict[str, dict[str, float]]:
