@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf.data.column_maps import Row
@@ -62,7 +62,7 @@ class ToRecords:
         if not self.keep or self.split not in ("prompts", "eval"):
             return records
         kept = json.dumps({name: row.values.get(name) for name in self.keep}, default=str)
-        return [KeptPrompt(*astuple(record), kept) for record in records]
+        return [KeptPrompt(**asdict(record), kept=kept) for record in records]
 
     def _belongs(self, key: str) -> bool:
         """Whether a prompt belongs to this split and not to the one that it is held out for, or from."""
