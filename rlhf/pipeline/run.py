@@ -142,7 +142,11 @@ class Run:
         if members.stage_of(product) == "sft":
             return partial(build_sft, self.site if product == "sft" else self._site(own))
         if members.stage_of(product) == "reward":
-            trained = {"sft": own.sft_folder, "preferences": preferences, "members": members.averaged(plan)}
+            trained: dict[str, Any] = {
+                "sft": own.sft_folder,
+                "preferences": preferences,
+                "members": members.averaged(plan),
+            }
             return partial(build_reward, self._site(own), **trained)
         return partial(build_preferences, self.site, simulated=self._simulated, sft=sft, device=self._device)
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from rlhf.distributed import collectives
 from rlhf.models.sequences import Sequences
 from rlhf.stages.base import Term
@@ -61,7 +63,7 @@ class PretrainingMix:
         """
         drawn = [self.rows[row] for row in self.order.batch((step - 1) * self.updates + update)]
         own = drawn[collectives.rank() :: collectives.size()]
-        total = collectives.all_reduce_sum(passes.roles.heads["value"].weight.new_tensor(float(count)))
+        total = collectives.all_reduce_sum(torch.tensor(float(count), device=passes.roles.device))
         # no state predicts the first token of a text without prompt
         weight = float(total) / sum(len(response) - (not prompt) for prompt, response in drawn)
         if not own:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import brentq
+from scipy.optimize import brentq  # type: ignore[import-untyped]
 from torch import Tensor
 
 from rlhf.data.records import Comparison

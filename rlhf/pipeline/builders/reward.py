@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 from safetensors.torch import save_file
@@ -83,7 +84,7 @@ def _train(site: Site, folder: Path, sft: Path, preferences: Path | None) -> Non
     by_kind = _by_kind(compared, stage.held_out_margins) if kinds else {}
     collectives.on_rank_zero(lambda: _save(site, roles, tokenizer, base, folder / MODEL))
     counts = {"rows": {"preference": len(train)}, "skipped": skipped_rows(source, "preference") | equal, "cut": short}
-    learned = {"preferences": preferences.name} if preferences else {}
+    learned: dict[str, Any] = {"preferences": preferences.name} if preferences else {}
     learned |= {"length_coef": stage.length_coef} if stage.length_coef else {}
     summed = {"guards": stage.guards.summary(), **counts, **learned, **({"by_kind": by_kind} if by_kind else {})}
     write_summary(folder, metrics, site.plain, started, stage="reward", **summed)
