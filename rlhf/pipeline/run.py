@@ -142,12 +142,8 @@ class Run:
         if members.stage_of(product) == "sft":
             return partial(build_sft, self.site if product == "sft" else self._site(own))
         if members.stage_of(product) == "reward":
-            trained: dict[str, Any] = {
-                "sft": own.sft_folder,
-                "preferences": preferences,
-                "members": members.averaged(plan),
-            }
-            return partial(build_reward, self._site(own), **trained)
+            trained: dict[str, Any] = {"sft": own.sft_folder, "preferences": preferences}
+            return partial(build_reward, self._site(own), **trained, members=members.averaged(plan))
         return partial(build_preferences, self.site, simulated=self._simulated, sft=sft, device=self._device)
 
     def _site(self, plan: Plan) -> Site:
