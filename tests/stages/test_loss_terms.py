@@ -65,8 +65,8 @@ def test_entropys_gradient_is_that_of_its_formula() -> None:
 
 
 def test_the_entropy_bonus_raises_entropy(folders: SimpleNamespace, tmp_path: Path) -> None:
-    _, plain, _ = run(folders, tmp_path / "plain", only=True, steps=4)
-    _, rows, _ = run(folders, tmp_path / "bonus", only=True, steps=4, entropy_coef=0.5)
+    _, plain, _ = run(folders, tmp_path / "plain", only=True, steps=4, lr=0.05)
+    _, rows, _ = run(folders, tmp_path / "bonus", only=True, steps=4, lr=0.05, entropy_coef=0.5)
     assert plain[-1]["ppo/entropy"] == pytest.approx(plain[0]["ppo/entropy"], rel=0.2)
     assert rows[-1]["ppo/entropy"] > plain[-1]["ppo/entropy"] + 0.2
     assert rows[0]["ppo/policy_loss"] == pytest.approx(0, abs=1e-6)  # the bonus is no part of it
