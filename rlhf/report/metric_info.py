@@ -58,8 +58,8 @@ COSTS = {
     "eval/samples_ead": MetricInfo("distinct tokens of several answers, adjusted"),
     "eval/samples_unlike": MetricInfo("different answers among several", "%", 100, 1),
 }
-# the columns of a table whose layout names none, and what a search may have as objectives
-EVAL_METRICS = [name for name in KNOWN_METRICS if name.startswith("eval/")]
+COLUMNS = [name for name in KNOWN_METRICS if name.startswith("eval/")]  # of a table whose layout names none
+EVAL_METRICS = [*COLUMNS, *COSTS]  # what a search may have as objectives
 
 
 def metric_info(metric: str) -> MetricInfo:
