@@ -207,10 +207,7 @@ class GenerationSettings:
 
 @dataclass
 class EvaluationSettings:
-    """`conf/evaluation`: what is measured at step 0, every `ppo.eval_every` steps and at the end.
-
-    `factscore` (evaluation=factscore) and `gold` (scorer@evaluation.gold=…) name a class, which checks its own keys.
-    """
+    """`conf/evaluation`: what an evaluation measures; `factscore` and `gold` name a class, which checks its own keys."""
 
     temperature: float = at_least_zero(0.0)
     max_new_tokens: int = positive()
@@ -264,6 +261,7 @@ class GuardsSettings:
     large_kl: LimitGuard = field(default_factory=LimitGuard)
     repetition: LimitGuard = field(default_factory=LimitGuard)
     length_cap: LimitGuard = field(default_factory=LimitGuard)
+    mute: LimitGuard = field(default_factory=LimitGuard)
     overoptimization: LimitGuard = field(default_factory=LimitGuard)
     linear_range: LimitGuard = field(default_factory=LimitGuard)
     entropy_collapse: LimitGuard = field(default_factory=LimitGuard)

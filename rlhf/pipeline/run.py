@@ -115,7 +115,6 @@ class Run:
             started,
             **results,
             stage="evaluate",
-            identity=plan.identity,
             evaluation=plan.evaluation,
             overrides=plan.overrides,
         )

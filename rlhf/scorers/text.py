@@ -15,6 +15,8 @@ from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context, TextScorer, totals
 from rlhf.scorers.columns import Columns
 
+MOST_SHOWN = 60  # characters of what a function returned, in a message
+
 
 class GoldScorer(TextScorer):
     """The data set's `utility(prompt, response)`: PPO optimises the true objective, without a reward model."""
@@ -39,7 +41,7 @@ class FunctionScorer(TextScorer):
 
     def __init__(self, context: Context, function: str):
         self.function: Callable[..., Sequence[Any]] = hydra.utils.get_method(function)
-        self.columns = Columns(self.function, context.source)
+        self.path, self.columns = function, Columns(self.function, context.source)
 
     def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "batch"]:
         """The score of each response, which is the sum of its rewards if it has one per token.
@@ -58,22 +60,30 @@ class FunctionScorer(TextScorer):
         return self._ask(rollouts.prompts, rollouts.responses).to(rollouts.ended.device)
 
     def _ask(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "batch *response"]:
-        texts = [unmarked(prompt) for prompt in prompts]
-        found = self.function(texts, responses, **self.columns(prompts))
-        rows = found.tolist() if isinstance(found, Tensor) else list(found)
-        per_token = [hasattr(row, "__len__") for row in rows]
-        if len(rows) != len(responses) or len(set(per_token)) > 1:
+        returned = self.function([unmarked(prompt) for prompt in prompts], responses, **self.columns(prompts))
+        name = f"scorer.function={self.path} returned"
+        try:
+            rows = [torch.as_tensor(row, dtype=torch.float32) for row in returned]
+        except (TypeError, ValueError, RuntimeError):  # None, or words among the numbers
+            rows = []
+        shapes = {row.ndim for row in rows}
+        if len(rows) != len(responses) or shapes not in ({0}, {1}):
             raise ConfigError(
-                f"scorer.function returned {len(rows)} scores for {len(responses)} responses, {sum(per_token)} of them "
-                "lists; allowed: a number for each, or a list for each with a reward per token"
+                f"{name} {_shortened(returned)} for {len(responses)} responses; allowed: a list of as many numbers, or "
+                "of as many lists with a reward per token"
             )
-        if not any(per_token):
-            return torch.tensor([float(row) for row in rows])
+        if shapes == {0}:
+            return torch.stack(rows)
         for row, response in zip(rows, responses, strict=True):
             tokens = getattr(response, "ids", ())
             if tokens and len(row) != len(tokens):
                 raise ConfigError(
-                    f"scorer.function returned {len(row)} rewards for a response of {len(tokens)} tokens; allowed: one "
-                    "per token, as many as response.ids has"
+                    f"{name} {len(row)} rewards for a response of {len(tokens)} tokens; allowed: one per token, as "
+                    "many as response.ids has"
                 )
-        return pad_sequence([torch.tensor([float(reward) for reward in row]) for row in rows], batch_first=True)
+        return pad_sequence(rows, batch_first=True)
+
+
+def _shortened(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"

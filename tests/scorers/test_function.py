@@ -128,7 +128,7 @@ def test_rewards_of_tokens_add_up_to_the_score_and_stay_where_they_are() -> None
 def test_other_numbers_of_rewards_are_refused() -> None:
     with pytest.raises(ConfigError, match="returned 2 rewards for a response of 3 tokens; allowed: one per token"):
         scorer("none_for_the_last")(rollouts())
-    with pytest.raises(ConfigError, match="returned 1 scores for 2 responses"):
+    with pytest.raises(ConfigError, match=r"returned \[0\.0\] for 2 responses; allowed: a list of as many numbers"):
         scorer("one_too_few")(rollouts())
 
 

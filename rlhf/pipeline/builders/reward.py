@@ -11,7 +11,7 @@ import lightning
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf.data.records import Comparison, as_records, skipped_rows, train_and_held_out
+from rlhf.data.records import Comparison, first_records, skipped_rows, train_and_held_out
 from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.distributed import collectives
 from rlhf.errors import DataError
@@ -119,7 +119,7 @@ def _average(site: Site, folder: Path, sft: Path, preferences: Path | None, memb
 
 def _baseline(site: Site, stage: RewardModeling) -> float:
     """The reward model's mean score of demonstrations."""
-    demonstrations = as_records(site.source.load("sft").select(range(site.settings.reward.baseline_rows)), "sft")
+    demonstrations = first_records(site.source.load("sft"), "sft", site.settings.reward.baseline_rows)
     return stage.baseline(demonstrations)
 
 
