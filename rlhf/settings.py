@@ -207,7 +207,7 @@ class GenerationSettings:
 
 @dataclass
 class EvaluationSettings:
-    """`conf/evaluation`: what an evaluation measures; `factscore` and `gold` name a class, which checks its own keys."""
+    """`conf/evaluation`: what evaluations measure; `factscore` and `gold` name a class, which checks its own keys."""
 
     temperature: float = at_least_zero(0.0)
     max_new_tokens: int = positive()
