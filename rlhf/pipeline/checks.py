@@ -187,7 +187,7 @@ def check_evaluation(
         _check_needs(config, key, source, simulated)
     if not data_sets(OmegaConf.to_container(config.data, resolve=True)):  # type: ignore[arg-type]
         for key in [key for key in ("scorer.function", "evaluation.gold.function") if OmegaConf.select(config, key)]:
-            check_columns(key, hydra.utils.get_method(OmegaConf.select(config, key)), source)
+            check_columns(key, named_function(key, OmegaConf.select(config, key)), source)
     if settings.evaluation.gold:
         _check_gold(config, source)
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):

@@ -113,10 +113,13 @@ def rollouts() -> Rollouts:
     return Rollouts(ROWS, None, torch.tensor([True, False]), ["1 + 1", "2 + 2"], list(RESPONSES))
 
 
-def test_rewards_of_tokens_add_up_to_the_score_and_stay_where_they_are() -> None:
+def test_rewards_of_tokens_add_up_to_the_score_and_stay_where_they_are(
+    folders: SimpleNamespace, tmp_path: Path
+) -> None:
     """A missing EOS, say, is charged to the last token; the divergence to every token."""
-    batch = rollouts()
-    scores = score(scorer("each_id"), batch)
+    batch, stage = rollouts(), make_ppo(ppo_settings(), folders, tmp_path / "samples")
+    stage.scorer = scorer("each_id")
+    scores = score(stage, batch, 1)
     assert scores.tolist() == [13, 6]
     assert batch.token_rewards is not None
     assert batch.token_rewards.tolist() == [[5, 7, 1], [6, 0, 0]]
