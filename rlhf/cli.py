@@ -206,7 +206,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     complete = (folder / SUMMARY).exists() and earlier.identity_of(folder) in (plan.identity, noted)
     collectives.on_rank_zero(lambda: _make_room(plan, resume, noted))
     # 3. Reuse what is finished, or run.
-    collectives.on_rank_zero(lambda: complete or begin(folder, plan.config))
+    collectives.on_rank_zero(lambda: begin(folder, plan.config, complete))
     open_log(folder)
     if found is None:
         collectives.on_rank_zero(lambda: measuring.begin(plan))

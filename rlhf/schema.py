@@ -21,8 +21,10 @@ from rlhf.errors.keys import unknown_key
 
 T = TypeVar("T")
 # How OmegaConf says that a value has the wrong type, and what it calls the types that we check.
-NOT_CONVERTED = re.compile(r"Value '(.*)' of type '.*' could not be converted to (Integer|Float|Boolean)$")
-KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+NOT_CONVERTED = re.compile(
+    r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (Integer|Float|bool)"
+)
+KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
 
 def checked(check: Callable[[Any], bool], allowed: str, default: Any = omegaconf.MISSING) -> Any:

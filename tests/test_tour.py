@@ -1,4 +1,4 @@
-"""The pages name real code: docs/tour.md in particular, the README's tree, and the sources of docs/metrics.md."""
+"""The pages name real code: docs/tour.md in particular, the site's menu, and the sources of docs/metrics.md."""
 
 import ast
 import re
@@ -119,15 +119,24 @@ def test_the_tour_lists_every_folder_in_the_order_of_the_flow() -> None:
 # -- other pages -------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_has_todays_tree() -> None:
-    tree = section(README, "The tree")
+def test_the_tour_lists_every_single_file() -> None:
+    files = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
+    listed = re.findall(r"`rlhf/(\w+\.py)`", section(TOUR, "The folders").partition("Single files:")[2])
+    assert set(listed) == files
+    assert len(listed) == len(files)
+
+
+def test_the_site_has_every_page() -> None:
+    """A page that is in no menu is found by nobody; those that are made when the site is built have no file here."""
+    listed = re.findall(r": (\w+\.md)$", (root() / "mkdocs.yml").read_text(), re.MULTILINE)
+    made = {"index.md", "results.md", "speed.md", "configuration.md", "notebook.md"}
+    assert sorted(listed) == sorted(made | {page.name for page in (root() / "docs").glob("*.md")})
+
+
+def test_the_readme_names_every_folder() -> None:
     for name in ("benchmarks", "conf", "docs", "experiments", "hydra_plugins", "rlhf", "sweeps", "tests"):
         assert (root() / name).is_dir()
-        assert f"\n{name}/" in tree
-    check_order(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
-    files = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
-    assert set(re.findall(r"\b(\w+\.py)\b", tree)) == files
-    assert all(f"{page.stem}.md" in tree for page in (root() / "docs").glob("*.md"))
+        assert f"`{name}/`" in section(README, "Where things are")
 
 
 def test_metrics_name_real_sources() -> None:

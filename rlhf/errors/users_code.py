@@ -12,12 +12,15 @@ LIBRARIES = tuple({Path(sysconfig.get_path(name)).resolve() for name in ("stdlib
 
 def failure_in_users_code(error: BaseException) -> str | None:
     """One sentence if the user's code raised `error`, itself or through a library that it called; None otherwise."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    frames = traceback.extract_tb(error.__traceback__)
+    for number, frame in reversed(list(enumerate(frames))):
         path = Path(frame.filename)
         if not path.is_file() or any(path.resolve().is_relative_to(folder) for folder in LIBRARIES):
             continue
         if path.resolve().is_relative_to(PACKAGE):
             return None
         what = " ".join(str(error).split())
-        return f"{path}, line {frame.lineno}, in {frame.name}: {type(error).__name__}{f': {what}' if what else ''}"
+        around = [outer.name for outer in frames[: number + 1] if outer.filename == frame.filename]
+        name = next((name for name in reversed(around) if not name.startswith("<")), frame.name)  # not <listcomp>
+        return f"{path}, line {frame.lineno}, in {name}: {type(error).__name__}{f': {what}' if what else ''}"
     return None

@@ -253,30 +253,39 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
     Raises:
         ConfigError: the command line would change what the run was trained with, or the template that it reads.
     """
+    template = run.config["data"].get("template")
+    changed = [key for override in given if (key := _measuring_key(override, config.policy, bool(template)))]
     found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
     for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
         found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
     found.stage, found.policy = {"name": "ppo"}, None
-    template = run.config["data"].get("template")
-    for override in given:
-        key = override.lstrip("+~").partition("=")[0]
-        key = key.partition("@")[2] or key
-        key = key.replace("/", ".")
-        group = key.partition(".")[0]
-        if template and key.startswith("data.template"):
-            raise ConfigError(f"{override}: policy={config.policy} reads prompts in the template of its training")
-        if group in MEASURES:
-            keys = ("evaluation", "judge") if key == "evaluation" else (key,)
-            for name in keys:
-                OmegaConf.update(found, name, OmegaConf.select(config, name), merge=False, force_add=True)
-        elif group not in (*HOW, "hydra", "sweeps", "cluster"):
-            raise ConfigError(
-                f"{override}: policy={config.policy} is measured as it was trained; allowed: "
-                f"{', '.join(MEASURES)}, and policy={FINISHED} for the run of the command's own configuration"
-            )
+    for key in changed:
+        for name in ("evaluation", "judge") if key == "evaluation" else (key,):
+            OmegaConf.update(found, name, OmegaConf.select(config, name), merge=False, force_add=True)
     if template and "template" in found.data:
         OmegaConf.update(found, "data.template", template, merge=False)
     return found
+
+
+def _measuring_key(override: str, policy: str, templated: bool) -> str | None:
+    """The key that an override changes, if it only measures; None if it only says how.
+
+    Raises:
+        ConfigError: it would change what the run was trained with, or its template.
+    """
+    key = override.lstrip("+~").partition("=")[0]
+    key = (key.partition("@")[2] or key).replace("/", ".")
+    group = key.partition(".")[0]
+    if templated and key.startswith("data.template"):
+        raise ConfigError(f"{override}: policy={policy} reads prompts in the template of its training")
+    if group in MEASURES:
+        return key
+    if group not in (*HOW, "hydra", "sweeps", "cluster"):
+        raise ConfigError(
+            f"{override}: policy={policy} is measured as it was trained; allowed: {', '.join(MEASURES)}, and "
+            f"policy={FINISHED} for the run of the command's own configuration"
+        )
+    return None
 
 
 def _described(

@@ -72,6 +72,8 @@ class OutsideEvaluation:
         if not settings.evaluation.factscore:
             prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
             check_knows(f"policy={config.policy}", tokenizer_of(policy), [row.prompt for row in prompts])
+            if isinstance(policy, OutputsFile | ReferenceOutputs):
+                policy.answers(prompts, settings, source)  # raises now if there is no answer to one of them
         if settings.generation.batch_size == "auto":
             settings = replace(settings, generation=replace(settings.generation, batch_size=BATCH))
         plan = Plan(config, settings, source, folder)

@@ -27,7 +27,7 @@ def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[R
     # 1. The evaluation set: the data set's own, or for FActScore a prompt about each entity.
     node = plan.config.evaluation.get("factscore")
     factscore: FactScore | None = instantiate(node, "evaluation.factscore", context.cache) if node else None
-    held_out = factscore.prompts(_template(plan)) if factscore else as_records(plan.source.load("eval"), "eval")
+    held_out = factscore.prompts(question_template(plan)) if factscore else as_records(plan.source.load("eval"), "eval")
     # 2. What judges the answers.
     known = None
     if settings.difficulty:
@@ -49,7 +49,7 @@ def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[R
     return evaluator, DataLoader(prompts, batch_size=plan.settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
 
-def _template(plan: Plan) -> PromptTemplate | None:
+def question_template(plan: Plan) -> PromptTemplate | None:
     """The template of the data; of data without one, such as the farm, what its prompts have around the instruction."""
     template = template_of(plan.plain)
     if template is not None or "eval" not in plan.source.splits:

@@ -1,7 +1,7 @@
 """The rows that a run will read, looked at before anything is trained, and how many steps they make."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
@@ -12,7 +12,7 @@ from rlhf.pipeline import cache
 from rlhf.pipeline.builders import steps_of
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.users_functions import try_scorer
-from rlhf.settings import JOINED, Settings, SupervisedSettings
+from rlhf.settings import JOINED, Settings
 
 log = logging.getLogger(__name__)
 STAGES: tuple[tuple[str, Split, Split], ...] = (
@@ -50,7 +50,7 @@ def rows_of(settings: Settings, source: DataSource, counts: Mapping[Split, int],
     _, split, validation = next(names for names in STAGES if names[0] == stage)
     if split not in counts:
         return None
-    own: SupervisedSettings = getattr(settings, stage)
+    own = settings.sft if stage == "sft" else settings.reward
     if validation in source.splits:
         train, held_out = counts[split], min(own.validation_size, counts.get(validation, own.validation_size))
     else:
@@ -85,7 +85,7 @@ def read_rows(plan: Plan) -> None:
             log.info("%s: %s", name, rows)
 
 
-def _needed(plan: Plan, trained: Collection[str]) -> list[Split]:
+def _needed(plan: Plan, trained: Set[str]) -> list[Split]:
     """The splits that training these models and then the stage itself will read, of those that the data set has."""
     wanted: list[Split] = []
     if trained & {"sft", "reward_sft", "reward"}:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf.files import aside
 
 HYDRA = ".hydra"  # what the run was composed from: config.yaml, hydra.yaml and overrides.yaml
+LOCK = ".lock"  # all that is there of a run that was refused before it began
 LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"  # as Hydra's own
 MOST_HELD = 100_000  # log records that wait for the run to begin
 _present: list[Path] = []
@@ -46,8 +47,11 @@ def hold_log() -> None:
     logging.getLogger().addHandler(HeldLog())
 
 
-def begin(folder: Path, config: DictConfig) -> None:
-    """Write what the run was composed from into its folder, and the log from here on."""
+def begin(folder: Path, config: DictConfig, complete: bool = False) -> None:
+    """Write what the run was composed from into its folder, unless that is `complete`, and the log from here on."""
+    if complete:
+        open_log(folder)
+        return
     hydra = HydraConfig.instance().cfg
     parts = {"config": config, "hydra": hydra, "overrides": HydraConfig.get().overrides.task}
     (folder / HYDRA).mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,8 @@ def remove_empty(folder: Path) -> None:
     """Remove the folder of a job that has not begun, with those above it that were made for it."""
     top = _present[0] if _present else folder.parent  # a process of a sweep's launcher knows only its own
     with suppress(OSError):  # another process has just begun there, or the disk is read-only
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
         for place in (folder, *folder.parents):
             if place == top or any(place.iterdir()):
                 return

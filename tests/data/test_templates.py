@@ -30,4 +30,4 @@ def test_template_renders_braces_of_rows_and_of_its_own():
 def test_malformed_template_is_refused(name, text, complaint):
     with pytest.raises(DataError) as failure:
         Template(**(GOOD | {name: text}))
-    assert str(failure.value).startswith(f"template.{name} {complaint}")
+    assert str(failure.value).startswith(f"data.template.{name} {complaint}")

@@ -62,7 +62,8 @@ def replaced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         run = FinishedRun.open(Path("outputs/rlhf/default"))
         assert run.base is not None
         shutil.copytree(run.base, "my-model")
-        on_the_hub(Path("hub"), "us/model", {"1" * 40: run.base})
+        Path("my-model/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        on_the_hub(Path("hub"), "us/model", {"1" * 40: Path("my-model")})
         rows = as_records(data_source(compose([], run)).load("eval"), "eval")
         task = {"instruction": rows[0].prompt, "input": "", "output_1": "No.", "output_2": "Yes.", "preference": 1}
         Path("annotations.json").write_text(json.dumps([task] * 3))

@@ -13,7 +13,7 @@ from tests.helpers.data_readers import (
 
 # overrides of the default configuration, and the error message
 CONFIGURED: list[tuple[str, str]] = [
-    ("judge=null", "judge=null: judge is a config group; allowed: finished_reward_model, gold, "),
+    ("judge=null", "judge=null: judge is a config group; allowed: judge=finished_reward_model, gold, "),
     ("~judge", "judge=None has no _target_; allowed: finished_reward_model, gold, "),
     ("~scorer", "scorer=None has no _target_; allowed: bag_of_characters, bag_of_words, function"),
     ("stage.name=dpo", "stage.name=dpo is not allowed; allowed: evaluate, ppo, preferences, reward, sft"),
@@ -44,7 +44,7 @@ CONFIGURED: list[tuple[str, str]] = [
     ("ppo.lr=inf", "ppo.lr=inf is not allowed; allowed: a number above 0"),
     ("ppo.lr=nan", "ppo.lr=nan is not allowed"),
     ("ppo.lr=null", "ppo.lr"),
-    ("ppo.steps=1.5", "ppo.steps: .*1.5"),
+    ("ppo.steps=1.5", "ppo.steps=1.5 is not allowed; allowed: a whole number"),
     ("ppo.steps=0", "ppo.steps=0 is not allowed"),
     ("ppo.schedule=cubic", "ppo.schedule=cubic is not allowed; allowed: linear, cosine or constant"),
     ("+ppo.accumulation=other", "ppo.accumulation=other is not allowed"),

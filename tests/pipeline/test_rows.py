@@ -57,7 +57,7 @@ def test_no_model_is_trained_if_a_later_stage_cannot_read_its_rows(command: Call
     code, out, err = command(*OWN)
     assert code == 2, out + err
     assert "preference.jsonl has the columns prompt, better, worse" in error_sentence(err)
-    assert not list(Path("outputs").glob("cache/*sft*"))
+    assert not Path("outputs").exists()
 
 
 def test_no_model_is_trained_if_a_warmup_is_longer_than_its_stage(command: Callable, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rlhf.pipeline import identity
+from rlhf.pipeline.evaluating import question_template
 from tests.helpers.composed_config import composed_plan
 
 
@@ -20,3 +21,13 @@ def test_a_name_in_the_data_is_no_label() -> None:
     one, other = ({"name": "run", "data": {"sft": {"path": "owner/set", "name": name}}} for name in ("one", "two"))
     assert identity.digest(identity.decisive(one)) != identity.digest(identity.decisive(other))
     assert identity.decisive(one) == identity.decisive({**one, "name": "other"})
+
+
+def test_factscore_asks_in_the_form_of_the_data(tmp_path: Path) -> None:
+    """Also where the data have no template: the farm's prompts end in a line break."""
+    other = ["data=alpaca", "data/template=question_answer"]
+    question = "Tell me a bio of Mira Keld."
+    for words, prompt in (([], f"{question}\n"), (other, f"Question: {question}\n\nAnswer: ")):
+        template = question_template(composed_plan(tmp_path, *words))
+        assert template is not None
+        assert template.render(question) == prompt
