@@ -81,9 +81,16 @@ def whitening_length_term(
 
 
 def shape_rewards(
-    scores: Float[Tensor, "batch"], penalty: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], coef: float
+    scores: Float[Tensor, "batch"],
+    penalty: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    coef: float,
+    given: Float[Tensor, "batch time"] | None = None,
 ) -> Float[Tensor, "batch time"]:
     """Reward per token: −β · d everywhere, plus the score on the last sampled token (the EOS when one was sampled).
+
+    `given` are rewards per token that are part of the score, 0 on padding: they stay where they are, and only what the
+    score has beside their sum is put on the last token.
 
     Raises:
         ValueError: a row has no response token to carry its score.
@@ -92,6 +99,8 @@ def shape_rewards(
     if bool((lengths == 0).any()):
         raise ValueError("a rollout without any response token cannot be given its score")
     rewards = torch.where(mask, -coef * penalty, 0.0)
+    if given is not None:
+        rewards, scores = rewards + given, scores - given.sum(1)
     return rewards.scatter_add(1, (lengths - 1)[:, None], scores[:, None].to(rewards))
 
 

@@ -44,9 +44,15 @@ def positive(default: Any = omegaconf.MISSING) -> Any:
     return checked(lambda x: x > 0, "a number above 0", default)
 
 
-def number_or_auto(default: int) -> Any:
-    """A whole number above 0, or the word auto."""
-    return checked(lambda x: x == "auto" or (type(x) is int and x > 0), "a whole number above 0, or auto", default)
+def number_or_auto(default: float, whole: bool = True) -> Any:
+    """A whole number above 0, or the word auto; unless it must be `whole`, any finite number, or auto."""
+    if whole:
+        return checked(lambda x: x == "auto" or (type(x) is int and x > 0), "a whole number above 0, or auto", default)
+
+    def right(x: Any) -> bool:
+        return x == "auto" or (type(x) in (int, float) and math.isfinite(x))
+
+    return checked(right, "a number, or auto", default)
 
 
 def number_or_list() -> Any:

@@ -125,6 +125,9 @@ class RewardSettings(SupervisedSettings):
     validation_size: int = positive(500)
     baseline_rows: int = positive(256)
     group_prompts: bool = False
+    average_of: int = positive(1)
+    margin_coef: float = at_least_zero(0.0)
+    length_coef: Any = number_or_auto(0.0, whole=False)
     lm_coef: float = at_least_zero(0.0)
     token_coef: float = at_least_zero(0.0)
 
@@ -152,8 +155,14 @@ class PPOSettings(OptimizerSettings):
     missing_eos_penalty: float = at_least_zero(0.0)
     score_normalization: str = choice("none", "scale", "standardize")
     score_clip: float | None = optional_positive()
+    score_transform: str = choice("none", "par")
+    reference_answers: int = positive(1)
     accumulation: str = choice("exact", "as_published")
     published_rows: int = positive(16)
+    entropy_coef: float = at_least_zero(0.0)
+    ptx_coef: float = at_least_zero(0.0)
+    ptx_batch_size: int | None = optional_positive()
+    ptx_texts: str | None = None
     value_model: str = choice("adapter", "trunk_head", "full")
     value_bias: bool = False
     target_kl: float | None = optional_positive()
@@ -198,6 +207,14 @@ class DivergenceSettings:
 
 
 @dataclass
+class LossTermSettings:
+    """`conf/loss_terms`: a further term of the policy's loss, a function of `rlhf.stages.loss_terms.PolicyTokens`."""
+
+    function: str = omegaconf.MISSING
+    coef: float = 1.0
+
+
+@dataclass
 class GenerationSettings:
     """`conf/generation`: how rollouts are sampled. Top-k and top-p are absent because they would bias every KL.
 
@@ -219,16 +236,16 @@ class GenerationSettings:
 
 @dataclass
 class EvaluationSettings:
-    """`conf/evaluation`: what is measured at step 0, every `ppo.eval_every` steps and at the end.
-
-    `factscore` (evaluation=factscore) and `gold` (scorer@evaluation.gold=…) name a class, which checks its own keys.
-    """
+    """`conf/evaluation`: what evaluations measure; `factscore` and `gold` name a class, which checks its own keys."""
 
     temperature: float = at_least_zero(0.0)
     max_new_tokens: int = positive()
     prompts: int = positive()
     kl_prompts: int = positive()
     best_of: int = positive(1)
+    demonstrations: int = at_least_zero(0)
+    texts: str | None = None
+    diversity_samples: int = at_least_zero(0)
     steps: str = choice("all", "last")
     samples: int = at_least_zero(20)
     factscore: dict[str, Any] | None = None
@@ -298,6 +315,7 @@ class Settings:
     reward: RewardSettings = field(default_factory=RewardSettings)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
+    loss_terms: dict[str, LossTermSettings] = field(default_factory=dict)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     guards: GuardsSettings = field(default_factory=GuardsSettings)

@@ -81,6 +81,13 @@ def test_a_scorer_of_the_page_has_parameters() -> None:
     assert all(row["reward"] == pytest.approx(-abs(row["tokens"] - 6) / 10) for row in samples)
 
 
+def test_a_loss_term_of_the_page_is_added() -> None:
+    folder = run("loss_terms=[unlikely] loss_terms.unlikely.coef=0.2")
+    values = [line["ppo/loss_unlikely"] for line in read_metrics(folder) if "ppo/loss_unlikely" in line]
+    assert len(values) == 3
+    assert all(value > 0 for value in values)
+
+
 def test_a_judge_of_the_page_judges(parts: ModuleType) -> None:
     folder = run("judge=overlap")
     samples = [row for row in read_lines(folder / "samples.jsonl") if row["step"] == 3]

@@ -1,10 +1,12 @@
 """Data sets from the Hub or from files in the formats that are common there, recognised or mapped by columns."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median_low
 from typing import Any, ClassVar
 
+import pyarrow
 from datasets import Dataset
 
 from rlhf.data.choices import Choosing
@@ -12,8 +14,9 @@ from rlhf.data.column_maps import ALLOWED, MappedSource, parse_columns
 from rlhf.data.conversations import AssistantTurns, Markers, ToolTurns
 from rlhf.data.options import as_list, parse_choice, parse_positive
 from rlhf.data.records import SPLITS, ScoredComparison, Split
+from rlhf.data.records import columns as columns_of
 from rlhf.data.row_formats import Reader
-from rlhf.data.row_records import HELD_OUT, ToRecords
+from rlhf.data.row_records import HELD_OUT, KeptPrompt, ToRecords
 from rlhf.data.sources import Source
 from rlhf.data.split_sources import SplitSources
 from rlhf.data.splitting import Shares
@@ -21,6 +24,7 @@ from rlhf.data.threads import Pairing
 from rlhf.errors import DataError
 
 COMPARISONS: tuple[Split, ...] = ("preference", "preference_validation")
+KEEPING: tuple[Split, ...] = ("prompts", "eval")  # splits whose rows may keep further columns
 
 
 class Hub(SplitSources):
@@ -47,11 +51,12 @@ class Hub(SplitSources):
         on_bad_row: `skip` counts and skips bad rows; `fail` raises an error.
         deduplicate: Whether a row with the same records as an earlier one of its split is a bad row.
         exclude_eval_instructions: Whether a training row whose instruction is in `eval` is a bad row.
+        keep: Columns of the rows of `prompts` and `eval` to keep as they are, for a function that rewards the answers.
         max_rows: Most rows per split: a number, a mapping from split to number, or None. The first rows are taken.
     """
 
     option: ClassVar[str] = "hub"
-    record_classes: ClassVar[Mapping[Split, type]] = dict.fromkeys(COMPARISONS, ScoredComparison)
+    record_classes: Mapping[Split, type] = dict.fromkeys(COMPARISONS, ScoredComparison)
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class Hub(SplitSources):
         on_bad_row: str = "skip",
         deduplicate: bool = True,
         exclude_eval_instructions: bool = True,
+        keep: Any = None,
         max_rows: Any = None,
     ) -> None:
         """Check the configuration, whose values may be anything (hence `Any`); no file is read.
@@ -90,6 +96,9 @@ class Hub(SplitSources):
         given: dict[Split, Any] = {split: spec for split, spec in zip(SPLITS, specs, strict=True) if spec}
         self._held_out = _parse_held_out(held_out, given, seed)
         given |= {HELD_OUT[split]: given[split] for split in self._held_out}
+        self._keep = _parse_keep(keep)
+        if self._keep:
+            self.record_classes = {**self.record_classes, **dict.fromkeys(KEEPING, KeptPrompt)}
         super().__init__(
             {split: _parse_sources(spec, root, columns, split) for split, spec in given.items()},
             template=template, on_bad_row=on_bad_row, deduplicate=deduplicate,
@@ -105,7 +114,7 @@ class Hub(SplitSources):
     @property
     def concerns(self) -> dict[str, tuple[Split, ...]]:
         """The splits that each split's source affects, also those that it is held out for; see `DataSource`."""
-        found = super().concerns
+        found = {**super().concerns, "keep": KEEPING}
         for split in self._held_out:
             found[split] = (*found[split], *found[HELD_OUT[split]])
         return found
@@ -123,13 +132,50 @@ class Hub(SplitSources):
 
     def _read(self, split: Split) -> Dataset:
         rows = super()._read(split)
+        if "kept" in rows.column_names:
+            return _with_columns(rows, split)
         scored = "margin" in rows.column_names and any(margin is not None for margin in rows["margin"])
         return rows if scored or split not in COMPARISONS else rows.remove_columns("margin")
 
     def _to_record(self, split: Split, excluded: set[str]) -> ToRecords:
         training = next((train for train, held in HELD_OUT.items() if held == split), split)
         shares = self._held_out.get(training)
-        return ToRecords(split, self.template, self._reader, self._pairing, self._all_turns, excluded, shares)
+        chosen = (self.template, self._reader, self._pairing, self._all_turns, excluded, shares)
+        return ToRecords(split, *chosen, self._keep if split in KEEPING else ())
+
+
+def _parse_keep(keep: Any) -> tuple[str, ...]:
+    """Parse the names of columns to keep; null is the same as none.
+
+    Raises:
+        DataError: any other value, or a column that a prompt has anyway.
+    """
+    names = () if keep is None else keep
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"keep={keep!r} is not allowed; allowed: a list of names of columns, or null.")
+    taken = sorted({*columns_of("prompts"), "kept"} & set(names))
+    if taken:
+        raise DataError(f"keep={keep!r}: a prompt has a column {taken[0]} of its own; allowed: other columns.")
+    return tuple(names)
+
+
+def _with_columns(rows: Dataset, split: Split) -> Dataset:
+    """Rows of `KeptPrompt` with the columns that they kept; values of several types become JSON.
+
+    Raises:
+        DataError: a column has no value in any row.
+    """
+    kept = [json.loads(text) for text in rows["kept"]]
+    rows = rows.remove_columns("kept")
+    for name in kept[0]:
+        values = [row[name] for row in kept]
+        if all(value is None for value in values):
+            raise DataError(f"keep: no row of data.{split} has a column {name}; allowed: names of its columns.")
+        try:
+            rows = rows.add_column(name, values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+            rows = rows.add_column(name, [None if value is None else json.dumps(value) for value in values])
+    return rows
 
 
 def _parse_sources(specs: Any, root: str, columns: Any, split: Split) -> tuple[MappedSource, ...]:

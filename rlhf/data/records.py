@@ -126,6 +126,8 @@ class DataSource(Protocol):
       response and how many of them are true (`rlhf.data.farm.Facts`, for example); reported as factual precision.
     - `group(prompt: str) -> str` and `groups`, all its values: which part of the evaluation a prompt belongs to, a word
       such as `famous`, or "" for none; factual precision is then also reported for each part.
+    - `probes() -> list[tuple[str, str, str]]`: facts that a model may know, each as a prompt, the beginning of an
+      answer, and the text that completes it truly; evaluations report how many are known and how many were forgotten.
     - `kinds() -> list[str]`: for each row of `preference_validation` a word that says how its two responses differ; the
       reward model's accuracy is then also reported for each kind. An empty list says that there are no kinds.
     - `labelled(split: Split) -> Dataset`: rows with `text` (str) and `label` (0 or 1), on which
@@ -161,7 +163,8 @@ class DataSource(Protocol):
 
         Returns:
             A dataset of at least one row with exactly the columns `columns(split)`, all of them strings and none null.
-            Rows of comparisons may also have the column `margin`.
+            Rows of comparisons may also have the column `margin`, and rows of `prompts` and `eval` any others, which a
+            function that rewards the answers may ask for (`rlhf.scorers.columns`).
 
         Raises:
             DataError: `split` is not in `splits`, cannot be read, or has no rows.
@@ -215,7 +218,8 @@ def as_records(rows: Dataset, split: Split) -> list:
     """The rows as instances of the split's record class, or of the kind of comparison that has all their columns."""
     kinds = {"chosen_ended": SampledComparison, "margin": ScoredComparison}
     record = next((kind for column, kind in kinds.items() if column in rows.column_names), RECORDS[split])
-    return [record(**row) for row in rows]
+    names = [field.name for field in fields(record) if field.name in rows.column_names]
+    return [record(**row) for row in rows.select_columns(names)]
 
 
 def first_records(rows: Dataset, split: Split, count: int) -> list:

@@ -1,7 +1,8 @@
 """From a row of a known format to the records of a split."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf.data.column_maps import Row
@@ -18,12 +19,19 @@ HELD_OUT: dict[Split, Split] = {"sft": "sft_validation", "preference": "preferen
 """Training split → the split for which some of its rows can be held out."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptPrompt(Prompt):
+    """A prompt with further columns of its row, as JSON."""
+
+    kept: str = "{}"
+
+
 @dataclass(frozen=True)
 class ToRecords:
     """Makes the records of a row of `split`.
 
     `excluded` are the normalized evaluation instructions. With `shares`, the row belongs to `split` only if they say so
-    of its first message.
+    of its first message. Prompts are of the class `KeptPrompt` if columns are to `keep`.
     """
 
     split: Split
@@ -33,6 +41,7 @@ class ToRecords:
     all_turns: bool
     excluded: set[str]
     shares: Shares | None
+    keep: tuple[str, ...] = ()
 
     def __call__(self, row: Row) -> list[Any]:
         """The records of a row, none if it belongs to another split.
@@ -49,7 +58,11 @@ class ToRecords:
             return []
         if any(normalized(context.instruction) in self.excluded for context, _ in examples):
             raise RowError("instruction is in the evaluation set")
-        return [record for context, answers in examples for record in self._records(row, context, answers)]
+        records = [record for context, answers in examples for record in self._records(row, context, answers)]
+        if not self.keep or self.split not in ("prompts", "eval"):
+            return records
+        kept = json.dumps({name: row.values.get(name) for name in self.keep}, default=str)
+        return [KeptPrompt(**asdict(record), kept=kept) for record in records]
 
     def _belongs(self, key: str) -> bool:
         """Whether a prompt belongs to this split and not to the one that it is held out for, or from."""

@@ -25,7 +25,7 @@ class SplitSources:
 
     option: ClassVar[str]
     """The option of `data`, for messages."""
-    record_classes: ClassVar[Mapping[Split, type]] = {}
+    record_classes: Mapping[Split, type] = {}
     """The record class of a split, if it is not that of `rlhf.data.records.RECORDS`."""
 
     def __init__(

@@ -24,6 +24,7 @@ from rlhf.finished.vocabulary import check_knows
 from rlhf.pipeline import cache, earlier, identity, measuring
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.config import data_source, settings_of
+from rlhf.pipeline.members import product_of
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.preflight import settle_budget
 from rlhf.pipeline.run import Run
@@ -227,6 +228,7 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
                 "judge=finished_reward_model with the folder of one, or another judge"
             )
         plan.reward_folder = plan.made_from["reward"] = model.folder
+        plan.made_from |= {product_of(number): member.folder for number, member in enumerate(run.members, 1)}
     gone = [path for path in plan.made_from.values() if cache.missing(path)]
     if gone:
         raise RunError(f"{gone[0]}, which {run.folder} started from, is missing or damaged; its own command builds it")

@@ -152,6 +152,15 @@ class FinishedRun:
         name = self.summary.get("reward_model")
         return FinishedRun.open(self._cached(name)) if name else None
 
+    @property
+    def members(self) -> "list[FinishedRun]":
+        """The reward models that the run was trained against besides `reward`; none without an ensemble.
+
+        Raises:
+            RunError: one of them is missing or damaged.
+        """
+        return [FinishedRun.open(self._cached(name)) for name in self.summary.get("reward_members", [])]
+
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that the run was trained with.
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -76,13 +77,15 @@ def ppo_roles(
     quantization: dict | None,
     only_judges: bool = False,
     beside: str | None = None,
+    members: Sequence[Path] = (),
 ) -> Roles:
     """The roles `policy`, `value`, `reference` and, if there is a reward model, `reward`, on as few trunks as possible.
 
     `beside` is a further role, which begins as the policy does and is not trained (`rlhf.stages.reference`).
 
     The value function starts as the reward model, with a zero head; without a reward model, or with one that
-    `only_judges`, as the SFT model. `sft` and `reward` are folders.
+    `only_judges`, as the SFT model. `sft` and `reward` are folders, and so are `members`, further reward models, which
+    become the roles `reward_1`, `reward_2`, ….
     """
     # 1. The SFT model is the reference. The reward model is an adapter on it, or a trunk of its own.
     base = load_causal_lm(settings.model, tokenizer, sft, quantization)
@@ -90,10 +93,12 @@ def ppo_roles(
     judge, reward = (reward, None) if only_judges else (None, reward)
     reward_config = _add_reward(roles, reward) if reward is not None else None
 
-    # 2. What is trained. A model that only judges comes last, so that it changes no random number of those.
+    # 2. What is trained. Models that only judge or score come last, so that they change no random number of those.
     add_policy_and_value(roles, settings, reward_config)
-    if judge is not None:
-        _add_reward(roles, judge)
+    last = {"reward": judge} if judge is not None else {}
+    last |= {f"reward_{number}": folder for number, folder in enumerate(members, 1)}
+    for role, folder in last.items():
+        _add_reward(roles, folder, role)
     if beside is not None:
         _add_like_policy(roles, settings, beside)
     roles.train_only("policy", "value")
@@ -199,16 +204,16 @@ def reward_alone(
     return roles.eval()
 
 
-def _add_reward(roles: Roles, folder: Path) -> LoraConfig | None:
-    """Add the role `reward` from a reward model's folder; return the adapter's config, None for a full model."""
+def _add_reward(roles: Roles, folder: Path, role: str = "reward") -> LoraConfig | None:
+    """Add a role from a reward model's folder; return the adapter's config, None for a full model."""
     config = None
     if (folder / ADAPTER).exists():
-        config = load_adapter(roles, "base", "reward", folder)
-        roles.table["reward"] = Role("base", "reward")
+        config = load_adapter(roles, "base", role, folder)
+        roles.table[role] = Role("base", role)
     else:
-        roles.add_trunk("reward", _classifier(folder, next(roles.trunk("reference").parameters()).dtype))
-        roles.table["reward"] = Role("reward", None)
-    _add_reward_head(roles, folder)
+        roles.add_trunk(role, _classifier(folder, next(roles.trunk("reference").parameters()).dtype))
+        roles.table[role] = Role(role, None)
+    _add_reward_head(roles, folder, role)
     return config
 
 
@@ -219,8 +224,8 @@ def _classifier(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _add_reward_head(roles: Roles, folder: Path) -> None:
-    head = roles.add_head("reward", zero=False)
+def _add_reward_head(roles: Roles, folder: Path, role: str = "reward") -> None:
+    head = roles.add_head(role, zero=False)
     with torch.no_grad():
         head.weight.copy_(saved_head(folder))
 

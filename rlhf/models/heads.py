@@ -56,11 +56,12 @@ def token_stats(
     targets: Int[Tensor, "tokens"],
     temperature: float = 1.0,
     entropy: bool = False,
+    entropy_grad: bool = False,
 ) -> TokenStats:
     """Log-probability of each target under softmax(output(hidden) / temperature), and optionally the entropy.
 
     Float32 logits are held for one chunk of tokens at a time. With autograd, each chunk is recomputed in the backward
-    pass. The entropy has no gradient.
+    pass. The entropy has no gradient unless `entropy_grad` asks for it.
     """
 
     def stats(h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -68,10 +69,16 @@ def token_stats(
         chosen = logprobs.gather(-1, y[:, None]).squeeze(-1)
         if not entropy:
             return (chosen,)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
             return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
     return TokenStats(*_in_chunks(stats, chunk_size(output), hidden, targets))
+
+
+def most_likely(hidden: Float[Tensor, "tokens hidden"], output: nn.Module) -> Int[Tensor, "tokens"]:
+    """The id of the most likely token after each hidden state; no gradient. Works in chunks, as `token_stats` does."""
+    with torch.no_grad():
+        return _in_chunks(lambda h: (output(h).float().argmax(-1),), chunk_size(output), hidden)[0]
 
 
 def token_divergence(

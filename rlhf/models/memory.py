@@ -50,7 +50,7 @@ class Work:
     a checkpoint that takes the place of training. `reward_model` says whether PPO's scorer or judge is one, as a role;
     `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is sharded
     over `shares` processes. `on_gpu` says where the run trains. `moving` is the role that a moving reference has its
-    weights in, if any (`rlhf.stages.reference`).
+    weights in, if any (`rlhf.stages.reference`). `members` further reward models score beside that one.
     """
 
     stages: tuple[str, ...] = ("ppo",)
@@ -60,6 +60,7 @@ class Work:
     shares: int = 1
     on_gpu: bool = False
     moving: str | None = None
+    members: int = 0
 
 
 def estimate(settings: Settings, sizes: Sizes, work: Work) -> Memory:
@@ -153,9 +154,9 @@ class _Stage:
     @property
     def roles(self) -> int:
         """Base and reward model: an adapter in float32, or a model of its own."""
-        lora = self.settings.reward.lora
+        lora = self.reward_lora
         own = FLOAT32 * self.sizes.adapter(lora) if lora.r else self.sizes.parameters * self.passes.size
-        return self.base + (own if self.work.reward_model else 0) + self.work.beside + self.moving
+        return self.base + own * (self.work.reward_model + self.work.members) + self.work.beside + self.moving
 
     @property
     def moving(self) -> int:
@@ -164,6 +165,12 @@ class _Stage:
             return 0
         lora = self.settings.lora
         return FLOAT32 * (2 * self.sizes.adapter(lora) if lora.r else self.sizes.parameters)
+
+    @property
+    def reward_lora(self) -> LoraSettings:
+        """The adapter of the reward model, whose members it has the ranks of if it is an average."""
+        reward = self.settings.reward
+        return replace(reward.lora, r=reward.lora.r * reward.average_of)
 
     def trained(self, lora: LoraSettings) -> int:
         """An adapter, or for r = 0 the whole model, in float32, its gradients and AdamW's moments."""
@@ -177,7 +184,7 @@ class _Stage:
             return None
         if settings.lora.r == 0 or kind == "full":
             return LoraSettings(r=0)
-        lora, reward = settings.lora, settings.reward.lora
+        lora, reward = settings.lora, self.reward_lora
         if not self.work.reward_model or reward.r == 0:
             return lora
         return replace(reward, r=max(lora.r, reward.r), dropout=lora.dropout)  # as `ppo_roles` makes it
@@ -206,15 +213,20 @@ class _Stage:
         tokens = frozen_tokens(self.tokens, self.work.on_gpu)
         scoring = self.passes.frozen(tokens) + self.passes.logits(tokens, models) + self.states
         merged = self.merged if self.passes.size == FLOAT32 else 0  # `Roles.scoring`
-        answering = self.answering(evaluation.prompts * evaluation.best_of, evaluation.max_new_tokens)
+        answers = max(evaluation.prompts * evaluation.best_of, evaluation.kl_prompts * evaluation.diversity_samples)
+        answering = self.answering(answers, evaluation.max_new_tokens)
         return {"scoring": scoring + merged, "evaluating": answering}
 
     def updating(self) -> int:
         """A pass with gradients, of the policy or of the value function: one is back-propagated before the next."""
-        exact = self.settings.divergence.input == "logits"
-        policy = self.passes.kept(self.tokens, self.settings.lora) + self.passes.logits(self.tokens, 2 if exact else 1)
+        settings, ppo = self.settings, self.settings.ppo
+        # a differentiable entropy keeps as much of the logits again, as the reference's do
+        models = 1 + (settings.divergence.input == "logits") + bool(ppo.entropy_coef or settings.loss_terms)
+        policy = self.passes.kept(self.tokens, settings.lora) + self.passes.logits(self.tokens, models)
         value = self.passes.kept(self.tokens, self.value_lora) if self.value_lora else 0
-        return max(policy, value) + self.states
+        mixed = max(ppo.microbatch_tokens, settings.sft.max_length) if ppo.ptx_coef else 0
+        texts = self.passes.kept(mixed, settings.lora) + self.passes.logits(mixed) if mixed else 0
+        return max(policy, value, texts) + self.states
 
     @property
     def states(self) -> int:

@@ -275,7 +275,9 @@ class Roles(nn.Module):
         targets: Int[Tensor, "tokens"],
         temperature: float = 1.0,
         entropy: bool = False,
+        entropy_grad: bool = False,
     ) -> TokenStats:
         """`rlhf.models.heads.token_stats` with the role's language-model head; `targets` are on the host."""
         with self.autocast():
-            return token_stats(hidden, self.output(role), send(targets, hidden.device), temperature, entropy)
+            targets = send(targets, hidden.device)
+            return token_stats(hidden, self.output(role), targets, temperature, entropy, entropy_grad)

@@ -6,7 +6,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.data.records import DataSource, Prompt
+from rlhf.data.records import DataSource, as_records
 from rlhf.errors import ConfigError
 from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.prompts import instruction_or_prompt
@@ -14,13 +14,17 @@ from rlhf.pipeline.adapter_checks import check_adapters
 from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_template, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
 from rlhf.pipeline.evaluating import best_metric, check_judge_reads, reads_words
+from rlhf.pipeline.extras import check_extras
+from rlhf.pipeline.fetching import data_sets
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
+from rlhf.pipeline.members import check_margins, check_members
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo, check_reference
 from rlhf.pipeline.users_functions import named_function, try_divergence
 from rlhf.placement import Placement
 from rlhf.scorers import scores_texts
+from rlhf.scorers.columns import check_columns
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
@@ -71,6 +75,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     # 2. What parts need of each other.
     _check_quantization(config, settings)
     simulated = _check_preferences(config, source)
+    check_members(config, settings)
+    check_margins(config, settings, source, simulated)
     if settings.reward.group_prompts and not simulated and "preference_validation" not in source.splits:
         raise ConfigError(
             "reward.group_prompts=true: without a split preference_validation, comparisons are shuffled, and those of "
@@ -80,6 +86,8 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
     if config.stage.name in ("ppo", "evaluate"):
         check_evaluation(config, settings, source, simulated)
+        check_extras(config, settings, source)
+        _check_loss_terms(settings)
     # 3. What this machine and these models can do.
     check_processes(config, settings)
     check_vllm(config, settings)
@@ -119,6 +127,11 @@ def _check_ppo(settings: Settings) -> None:
     check_ppo(settings)
     check_keeping(settings)
     try_divergence(settings.divergence)
+
+
+def _check_loss_terms(settings: Settings) -> None:
+    for name, term in settings.loss_terms.items():
+        named_function(f"loss_terms.{name}.function", term.function)
 
 
 # -- what parts need of each other -------------------------------------------------------------------------------------
@@ -176,6 +189,9 @@ def check_evaluation(
     """
     for key in keys:
         _check_needs(config, key, source, simulated)
+    if not data_sets(OmegaConf.to_container(config.data, resolve=True)):  # type: ignore[arg-type]
+        for key in [key for key in ("scorer.function", "evaluation.gold.function") if OmegaConf.select(config, key)]:
+            check_columns(key, named_function(key, OmegaConf.select(config, key)), source)
     if settings.evaluation.gold:
         _check_gold(config, source)
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):
@@ -243,5 +259,5 @@ def _check_difficulty(config: DictConfig, settings: Settings, source: DataSource
     path = settings.evaluation.difficulty
     if settings.evaluation.factscore or not getattr(target_class(config.judge, "judge"), "compares", True):
         raise ConfigError(f"evaluation.difficulty={path} needs a judge that compares; allowed: null without one")
-    held_out = [instruction_or_prompt(Prompt(**row)) for row in source.load("eval")]
+    held_out = [instruction_or_prompt(row) for row in as_records(source.load("eval"), "eval")]
     load_difficulties(str(path), held_out, settings.evaluation.prompts)

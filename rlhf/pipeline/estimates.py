@@ -67,6 +67,8 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
             Times(settings, speed, texts, work, _pairs(plan, texts), length).stage(stage)
             for length in ((answer, longest) if stage not in ("sft", "reward") else (answer, answer))
         )
+        count = work.stages.count(stage)  # reward models of several seeds
+        seconds, most = seconds * count, most * count
         total += seconds
         described[name]["time"] = f"about {in_words(seconds)}"
         if stage not in ("sft", "reward") and answer < longest:

@@ -29,12 +29,17 @@ IGNORED_TRAINER_KEYS = frozenset({
 # Labels, intervals of saving and logging, and CUDA graphs, which only make decoding faster: on a GPU the metrics were
 # equal with and without them, and elsewhere the key has no effect.
 IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
-# Keys that came later, each with the value at which runs are what they were without it: it is left out at that value,
-# so that those runs keep their identity.
-LATER_KEYS = {"placement": "auto", "importance_weight": False}
 # Keys that only measure a policy: with other values the same steps are trained. `ppo.keep_best` is none of them: which
 # policy is left as the best one cannot be chosen again once the run has ended.
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
+# Values at which a key does nothing: the run is the same as one of a version that did not have the key.
+OFF: Mapping[str, Any] = {
+    "kl.placement": "auto", "kl.importance_weight": False,
+    "ppo.score_transform": "none", "ppo.reference_answers": 1, "reward.margin_coef": 0, "reward.length_coef": 0,
+    "reward.average_of": 1, "data.keep": None, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0,
+    "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
+    "evaluation.diversity_samples": 0,
+}  # fmt: skip
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model", "chat_template"})
@@ -113,7 +118,9 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
     """The keys of `data` that decide the rows of these splits (see `DataSource.concerns`)."""
     concerns: Mapping[str, Collection[Split]] = getattr(source, "concerns", {})
     return {
-        key: value for key, value in data.items() if key not in concerns or not set(splits).isdisjoint(concerns[key])
+        key: value
+        for key, value in data.items()
+        if (key not in concerns or not set(splits).isdisjoint(concerns[key])) and not _is_off(f"data.{key}", value)
     }
 
 
@@ -155,8 +162,8 @@ def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return kept if trainer["_target_"] in LIGHTNING else {**kept, "_target_": trainer["_target_"]}
 
 
-def decisive(node: Any) -> Any:
-    """A part of the configuration without `IGNORED_KEYS`, and without `LATER_KEYS` that change nothing.
+def decisive(node: Any, path: str = "") -> Any:
+    """A part of the configuration, which lies below the dotted `path`, without `IGNORED_KEYS` and what is `OFF`.
 
     Of a judge's client only the model that answers is kept, not how it is reached. In `data` a name is no label: it may
     choose a part of a data set.
@@ -165,10 +172,14 @@ def decisive(node: Any) -> Any:
         return node
     return {
         key: value if key == "data" else endpoint_identity(value) if key == "client" and isinstance(value, Mapping)
-        else decisive(value)
+        else decisive(value, f"{path}{key}.")
         for key, value in node.items()
-        if key not in IGNORED_KEYS and not (key in LATER_KEYS and LATER_KEYS[key] == value)
+        if key not in IGNORED_KEYS and not _is_off(f"{path}{key}", value)
     }  # fmt: skip
+
+
+def _is_off(key: str, value: Any) -> bool:
+    return key in OFF and value == OFF[key]
 
 
 def code_of(*modules: str) -> list[Path]:

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import Logger
 
 from rlhf.distributed import collectives
 from rlhf.files import EVALUATIONS, METRICS, PLAN
-from rlhf.pipeline import cache
+from rlhf.pipeline import cache, members
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.plan import Plan
@@ -40,13 +40,15 @@ class Loggers:
 
     def _dashboard(self, folder: Path, own: bool) -> Dashboard:
         """The W&B run of a stage, with an edge to each model that it starts from."""
-        plan, needed = self.plan, list(self.plan.needed().values())
+        plan, needed = self.plan, list(members.needed(self.plan).values())
         stage, name, run_id = plan.stage, plan.folder.name, f"{plan.stage}-{plan.identity}"
         if folder.parent.name == EVALUATIONS:
             run_id, name, stage = f"evaluate-{plan.identity}-{folder.name}", f"{name} {folder.name}", "evaluate"
         elif not own:
             run_id = name = cache.name_of(folder)
             stage, needed = name.partition("-")[0], list(takewhile(lambda path: path.name != name, needed))
+            averages = bool(members.averaged(plan)) and name == plan.reward_folder.name
+            needed = [path for path in needed if averages or not path.name.startswith("reward-")]
         # "allow" continues the W&B run of an interrupted stage; None overwrites what was there
         begun = StepCheckpoints.reached(folder / "checkpoints") or (stage == "evaluate" and (folder / METRICS).exists())
         continued = "allow" if begun else None

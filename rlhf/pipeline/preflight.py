@@ -16,7 +16,7 @@ from rlhf.models.activations import FLOAT32, Passes
 from rlhf.models.loading import BPE_VOCABULARY, DTYPES, load_tokenizer
 from rlhf.models.memory import Work, available, estimate
 from rlhf.models.sizes import Sizes
-from rlhf.pipeline import cache, earlier, fetching
+from rlhf.pipeline import cache, earlier, fetching, members
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.config import target_class
 from rlhf.pipeline.estimates import stage_estimates
@@ -48,7 +48,7 @@ def describe(plan: Plan, timed: bool = True) -> dict[str, Any]:
     return {
         "folder": str(plan.folder),
         "stage": plan.stage,
-        "cached": {path.name: cache.known(path) for path in plan.needed().values()},
+        "cached": {path.name: cache.known(path) for path in members.needed(plan).values()},
         "taken": {product: taken.described for product, taken in plan.taken.items()} or None,
         "done": found is not None,
         "measures": sorted(unmeasured(plan, found)) if found else [],
@@ -144,6 +144,7 @@ def work_of(plan: Plan, unmade: bool) -> Work:
         shares=processes.num_shards(plan.config.trainer),
         on_gpu=trains_on_gpu(plan.config),
         moving=target_class(plan.config.reference, "reference").role,
+        members=members.ensemble_size(plan.config) - 1,
     )
 
 
@@ -196,12 +197,12 @@ def _stages(plan: Plan, unmade: bool, beside: bool) -> list[str]:
     """The stages that make the products of a run, those of a reward model on a model of its own apart (`beside`)."""
 
     def stages() -> Iterator[str]:
-        for product, folder in plan.needed().items():
-            apart = bool(plan.beside) and product in ("reward", "reward_sft")
+        for product, folder in members.needed(plan).items():
+            apart = bool(plan.beside) and product.startswith("reward")
             if apart != beside or (unmade and cache.known(folder)):
                 continue
             if product not in plan.taken:
-                yield "sft" if product == "reward_sft" else product
+                yield members.stage_of(product)
             elif plan.taken[product].reads != CLASSIFIER:
                 yield "taken" if plan.taken[product].whole else "merged"
 

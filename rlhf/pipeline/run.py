@@ -26,7 +26,7 @@ from rlhf.models.loading import DTYPES
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
 from rlhf.models.tokenizing import encode, short_enough
-from rlhf.pipeline import cache
+from rlhf.pipeline import cache, members
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.builders import Site
 from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences
@@ -36,6 +36,7 @@ from rlhf.pipeline.builders.taken import build_taken
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.evaluating import best_metric, make_evaluator, ping
+from rlhf.pipeline.extras import with_extras
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
@@ -120,12 +121,12 @@ class Run:
 
     def _build(self) -> None:
         """Build the models and comparisons that this run shares with others, where they are missing."""
-        plan = self.plan
-        missing = collectives.on_rank_zero(lambda: [path for path in plan.needed().values() if cache.missing(path)])
+        plan, needed = self.plan, collectives.on_rank_zero(lambda: members.needed(self.plan))
+        missing = collectives.on_rank_zero(lambda: [path for path in needed.values() if cache.missing(path)])
         collectives.on_rank_zero(lambda: cache.check_writable(missing))
         if plan.preferences_folder in missing:
             prepare_preferences(self.site, self._simulated)
-        for product, folder in plan.needed().items():
+        for product, folder in needed.items():
             cache.ensure(folder, self._builder(product))
             lockstep.disable()
             gc.collect()  # a stage and its trainer refer to each other, and hold models on the device
@@ -133,15 +134,15 @@ class Run:
 
     def _builder(self, product: str) -> Callable[[Path], None]:
         """The function that builds a product of the cache into a folder."""
-        sft, preferences, own = self.plan.sft_folder, self.plan.preferences_folder, self.plan.beside or self.plan
+        sft, preferences, plan = self.plan.sft_folder, self.plan.preferences_folder, members.plan_of(self.plan, product)
+        own = plan.beside or plan
         if product in self.plan.taken:
             return partial(build_taken, self.site, taken=self.plan.taken[product], device=self._device)
-        if product == "sft":
-            return partial(build_sft, self.site)
-        if product == "reward_sft":
-            return partial(build_sft, self._site(own))
-        if product == "reward":
-            return partial(build_reward, self._site(own), sft=own.sft_folder, preferences=preferences)
+        if members.stage_of(product) == "sft":
+            return partial(build_sft, self.site if product == "sft" else self._site(own))
+        if members.stage_of(product) == "reward":
+            trained: dict[str, Any] = {"sft": own.sft_folder, "preferences": preferences}
+            return partial(build_reward, self._site(own), **trained, members=members.averaged(plan))
         return partial(build_preferences, self.site, simulated=self._simulated, sft=sft, device=self._device)
 
     def _site(self, plan: Plan) -> Site:
@@ -180,8 +181,7 @@ class Run:
             stage=plan.stage,
             sft_metrics=before,
             sft_model=plan.sft_folder.name,
-            reward_model=plan.reward_folder.name if plan.needs_reward_model else None,
-            reward_reads=plan.reward_reads,
+            **members.noted(plan),
             guards=stage.guards.summary(),
             microbatch_tokens=settings.ppo.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
@@ -198,19 +198,21 @@ class Run:
         """
         plan, settings, cached = self.plan, self.settings, self.plan.outputs / "cache"
         # 1. The models.
-        tokenizer = tokenizer_of(plan)
+        tokenizer, base = tokenizer_of(plan), plan.sft_folder / MODEL
         reward = plan.reward_folder if plan.needs_reward_model else None
         role = reward / MODEL if reward and plan.reward_reads == IDS else None
-        only_judges, rule = not plan.learns_from_reward_model, instantiate(self.config.reference, "reference")
-        roles = ppo_roles(settings, tokenizer, plan.sft_folder / MODEL, role, plan.quantization, only_judges, rule.role)
+        only_judges, others = not plan.learns_from_reward_model, members.scoring(plan)
+        rule = instantiate(self.config.reference, "reference")
+        roles = ppo_roles(settings, tokenizer, base, role, plan.quantization, only_judges, rule.role, others)
         self._place_models(roles)
         # 2. All that scores and judges what they say.
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
         context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
-        context.reward = reward_scorer(context, plan) if reward else None
+        context.reward, context.members = reward_scorer(context, plan) if reward else None, members.baselines(others)
         scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
         evaluator, prompts = make_evaluator(plan, context, folder if exports else None)
-        return make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES, rule), prompts
+        stage = make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES, rule)
+        return with_extras(stage, plan, prompts.dataset), prompts  # type: ignore[arg-type]
 
     def _train(self, stage: PPO, evaluation: DataLoader, best: Best | None) -> dict[str, float]:
         """Train and save the policy; returns the evaluation of the SFT model."""

@@ -90,9 +90,12 @@ class Times:
         captured = settings.generation.engine == "native" and settings.model.dtype == "float32"
         moving = self.work.moving == MOVING_REFERENCE  # a pass of the penalty's reference, beside the SFT model's
         scoring = (not captured) + (settings.divergence.input != "none") + moving
-        frozen = scoring * read + (1 + self.work.reward_model) * bare  # value function and reward model
+        frozen = scoring * read + (1 + self.work.reward_model + self.work.members) * bare  # value, rewards
         update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
-        step = self._answers(rows, self.new, lora) + rows * length * (frozen + update)
+        answers = self._answers(rows, self.new, lora)
+        if ppo.score_transform == "par":
+            answers *= 1 + ppo.reference_answers
+        step = answers + rows * length * (frozen + update) + self._mixed()
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
         return ppo.steps * step + measured * self.evaluate()
 
@@ -102,10 +105,28 @@ class Times:
         new = min(self.new, evaluation.max_new_tokens)
         count = min(evaluation.prompts, self.texts["eval"].rows if "eval" in self.texts else evaluation.prompts)
         length = round(self.prompt + new)
-        answers = self._answers(count * evaluation.best_of, new, lora) + self._answers(evaluation.kl_prompts, new, lora)
+        samples = evaluation.kl_prompts * (1 + evaluation.diversity_samples)
+        answers = self._answers(count * evaluation.best_of, new, lora) + self._answers(samples, new, lora)
         read, bare = (self._pass(lora, length, False, words=words) for words in (True, False))
-        scores = count * evaluation.best_of * bare * self.work.reward_model
-        return answers + length * (scores + 2 * evaluation.kl_prompts * read)
+        scores = count * evaluation.best_of * bare * (self.work.reward_model + self.work.members)
+        texts = evaluation.demonstrations * self._demonstration(lora)  # the number of other texts is not known
+        return answers + length * (scores + 4 * evaluation.kl_prompts * read) + texts
+
+    def _mixed(self) -> float:
+        """The texts that are mixed into the updates of one step."""
+        ppo, sft = self.settings.ppo, self.settings.sft
+        if not ppo.ptx_coef:
+            return 0.0
+        texts = ppo.epochs * ppo.rollout_batch_size / ppo.minibatch_size * (ppo.ptx_batch_size or ppo.minibatch_size)
+        known = "sft" in self.texts and not ppo.ptx_texts  # of other texts the lengths are not known
+        length = round(min(self.texts["sft"].length, sft.max_length)) if known else sft.max_length
+        return texts * length * self._pass(self.settings.lora, length, True)
+
+    def _demonstration(self, lora: LoraSettings) -> float:
+        """A demonstration, read once."""
+        sft = self.settings.sft
+        length = round(min(self.texts["sft"].length, sft.max_length)) if "sft" in self.texts else sft.max_length
+        return length * self._pass(lora, length, False)
 
     def _training_rows(self, split: Split, validation: Split, size: int) -> int:
         """The rows of a split that are not held out."""

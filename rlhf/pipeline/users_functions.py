@@ -90,12 +90,16 @@ def try_scorer(key: str, path: str, source: DataSource) -> None:
     Raises:
         ConfigError: it fails, or does not return a number for each of them.
     """
-    rows = source.load("sft").select(range(TRIED)) if "sft" in source.splits else None
+    rows = source.load("sft") if "sft" in source.splits else None
     if rows is None or len(rows) < TRIED:
         return
-    prompts: Sequence[str] = list(rows["prompt"])
+    responses, asked = list(rows["response"][:TRIED]), rows
     try:
-        FunctionScorer(TextContext(source), path).rate(prompts, list(rows["response"]))
+        scorer = FunctionScorer(TextContext(source), path)
+        if scorer.columns.values:  # which only prompts to be answered have
+            asked = source.load("prompts")
+        prompts: Sequence[str] = [asked["prompt"][number % len(asked)] for number in range(TRIED)]
+        scorer.rate(prompts, responses)
     except ConfigError:
         raise
     except Exception as error:

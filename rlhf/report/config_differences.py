@@ -77,7 +77,9 @@ def _unequal(own: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "")
 
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides the result: what a run is known by, but for how answers are fetched."""
-    found = {key: decisive(_without_fetching(value)) for key, value in config.items() if key not in DESCRIPTIVE}
+    found = {
+        key: decisive(_without_fetching(value), f"{key}.") for key, value in config.items() if key not in DESCRIPTIVE
+    }
     trainer = found.get("trainer")
     if isinstance(trainer, Mapping):
         kept = {key: value for key, value in trainer.items() if key not in EARLY_TRAINER_KEYS}

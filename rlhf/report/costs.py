@@ -47,7 +47,10 @@ def upstream_costs(runs: Sequence[RecordedRun]) -> UpstreamCosts:
         preferences = summary(cache / str(reward["preferences"])) if reward.get("preferences") else {}
         built = (summary(path) for path in sorted(cache.glob("sft-*")))
         sft: Mapping[str, Any] = next((each for each in built if _is_start(each, run)), {})
-        found += [[_seconds(each) / own for each in (sft, preferences, reward)]] if own else []
+        # an ensemble has members beside its first reward model, and an average is made of some
+        members = [*run.summary.get("reward_members", []), *reward.get("members", [])]
+        rewards = sum(_seconds(summary(cache / str(name))) for name in members) + _seconds(reward)
+        found += [[cost / own for cost in (_seconds(sft), _seconds(preferences), rewards)]] if own else []
     known = [[cost for cost in costs if cost] for costs in zip(*found, strict=True)] or [[], [], []]
     return UpstreamCosts(*(float(np.median(costs)) if costs else 0.0 for costs in known))
 

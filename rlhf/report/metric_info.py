@@ -45,10 +45,27 @@ KNOWN_METRICS = {
     "ppo/response_tokens": MetricInfo("sampled response length", "tokens", digits=1),
     "ppo/missing_eos": MetricInfo("responses without an end", "%", 100, 1),
 }
-# the columns of a table whose layout names none, and what a search may have as objectives
-EVAL_METRICS = [name for name in KNOWN_METRICS if name.startswith("eval/")]
+# what training by a reward costs, for layouts that ask for it
+COSTS = {
+    "eval/forward_kl": MetricInfo("forward KL", "nats per token", digits=3),
+    "eval/entropy": MetricInfo("entropy of answers", "nats per token", digits=3),
+    "eval/demonstration_perplexity": MetricInfo("perplexity of held-out demonstrations"),
+    "eval/text_perplexity": MetricInfo("perplexity of other texts"),
+    "eval/facts_known": MetricInfo("facts known", "%", 100, 1),
+    "eval/facts_lost": MetricInfo("facts forgotten", "%", 100, 1),
+    "eval/samples_distinct_1": MetricInfo("distinct tokens of several answers"),
+    "eval/samples_distinct_2": MetricInfo("distinct token pairs of several answers"),
+    "eval/samples_ead": MetricInfo("distinct tokens of several answers, adjusted"),
+    "eval/samples_unlike": MetricInfo("different answers among several", "%", 100, 1),
+}
+COLUMNS = [name for name in KNOWN_METRICS if name.startswith("eval/")]  # of a table whose layout names none
+EVAL_METRICS = [*COLUMNS, *COSTS]  # what a search may have as objectives
 
 
 def metric_info(metric: str) -> MetricInfo:
     """How a metric is displayed; an unknown metric gets the part of its key after the slash as its name."""
-    return KNOWN_METRICS.get(metric) or MetricInfo(metric.partition("/")[2].replace("_", " ") or metric, digits=3)
+    return (
+        KNOWN_METRICS.get(metric)
+        or COSTS.get(metric)
+        or MetricInfo(metric.partition("/")[2].replace("_", " ") or metric, digits=3)
+    )

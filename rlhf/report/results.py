@@ -4,7 +4,7 @@ import numpy as np
 
 from rlhf.report.comparisons import WIN, compared_metrics, judged, mean_over, single_note
 from rlhf.report.config_differences import differences
-from rlhf.report.metric_info import EVAL_METRICS, metric_info
+from rlhf.report.metric_info import COLUMNS, metric_info
 from rlhf.report.rows import PPO_SEEDS, Row
 from rlhf.report.runs import Sweep
 from rlhf.report.statistics import covered, errors_for, judge_error, replicate_error
@@ -94,11 +94,11 @@ def _coverage(sweep: Sweep) -> str:
 
 
 def columns(sweep: Sweep) -> list[str]:
-    """The metrics of the main table: the layout's `columns`, or else `EVAL_METRICS`.
+    """The metrics of the main table: the layout's `columns`, or else `COLUMNS`.
 
     Early layouts list the length-adjusted win rate under its earlier name, length-controlled.
     """
-    asked = list(sweep.layout.get("columns") or EVAL_METRICS)
+    asked = list(sweep.layout.get("columns") or COLUMNS)
     renamed = not any(row.values(CONTROLLED) for row in sweep.rows)  # today CONTROLLED is another metric
     return list(dict.fromkeys(ADJUSTED if renamed and name == CONTROLLED else name for name in asked))
 

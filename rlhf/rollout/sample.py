@@ -22,7 +22,8 @@ class Rollouts:
 
     `ended` marks responses that end with an EOS. `responses` are strings of the class `Response`, which also hold the
     ids. `logprobs` are those at the sampling temperature, in nats; `values` are those of the states in which the tokens
-    were chosen. Both are 0 on padding, and None if the engine does not compute them.
+    were chosen. Both are 0 on padding, and None if the engine does not compute them. `token_rewards` are what a scorer
+    says of each token, if it does (`rlhf.stages.scoring`).
     """
 
     sequences: Sequences
@@ -31,6 +32,7 @@ class Rollouts:
     prompts: list[str]
     responses: list[str]
     values: Float[Tensor, "batch response"] | None = None
+    token_rewards: Float[Tensor, "batch response"] | None = None
 
     @property
     def mask(self) -> Bool[Tensor, "batch response"]:

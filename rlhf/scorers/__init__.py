@@ -22,7 +22,8 @@ class Context:
 
     `reward_baseline` is the reward model's mean score of demonstrations. `microbatch_tokens` limits the tokens per
     forward pass. `cache` is the folder that all runs share. `reward` is the reward model if it is no role, because it
-    is made from another model or has another tokenizer than the policy.
+    is made from another model or has another tokenizer than the policy. `members` are the roles of further
+    reward models, each with its mean score of demonstrations.
     """
 
     source: DataSource
@@ -32,6 +33,7 @@ class Context:
     microbatch_tokens: int = 4096
     cache: Path = Path("outputs/cache")
     reward: "TextScorer | None" = None
+    members: Sequence[tuple[str, float]] = ()
 
 
 @dataclass
@@ -43,14 +45,16 @@ class TextContext(Context):
 
 
 class Scorer(Protocol):
-    """Gives each rollout a score, to which PPO applies its penalties later.
+    """Gives each rollout a score, or each of its tokens a reward; PPO applies its penalties later.
 
-    Constructed with a `Context` and the keys of its YAML file as keyword arguments.
+    Constructed with a `Context` and the keys of its YAML file as keyword arguments. The rewards of a rollout's tokens
+    add up to its score, and are 0 on padding. A scorer that asks several judges may keep an attribute `spread`, their
+    standard deviation for each rollout of the last call.
     """
 
     needs_reward_model: ClassVar[bool]
 
-    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]: ...  # noqa: D102
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch *response"]: ...  # noqa: D102
 
 
 class TextScorer(ABC):
@@ -65,6 +69,11 @@ class TextScorer(ABC):
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
         """The score of each rollout."""
         return self.rate(rollouts.prompts, rollouts.responses).to(rollouts.ended.device)
+
+
+def totals(scores: Float[Tensor, "batch *response"]) -> Float[Tensor, "batch"]:
+    """The score of each rollout: rewards per token are summed."""
+    return scores if scores.ndim == 1 else scores.sum(1)
 
 
 def scores_texts(target: Any) -> bool:

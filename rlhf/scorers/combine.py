@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.errors import ConfigError
+from rlhf.ppo import shape_rewards
 from rlhf.rollout.sample import Rollouts
 from rlhf.scorers import Context, Scorer
 
@@ -33,9 +34,20 @@ class WeightedSum:
         if not self.terms:
             raise ConfigError("scorer.terms is empty; allowed: terms with a weight and a scorer each")
 
-    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-        """The weighted sum of each rollout."""
-        return torch.stack([weight * scorer(rollouts) for weight, scorer in self.terms]).sum(0)
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "batch *response"]:
+        """The weighted sum of each rollout; if a term rewards tokens, the other terms reward the last one."""
+        parts = [weight * scorer(rollouts) for weight, scorer in self.terms]
+        if any(part.ndim == 2 for part in parts):
+            nothing, mask = torch.zeros(rollouts.mask.shape, device=rollouts.mask.device), rollouts.mask
+            parts = [part if part.ndim == 2 else shape_rewards(part, nothing, mask, 0.0) for part in parts]
+        return torch.stack(parts).sum(0)
+
+    @property
+    def spread(self) -> Tensor | None:
+        """The spread of the only term that has one, in the units of the sum."""
+        terms = [(weight, getattr(scorer, "spread", None)) for weight, scorer in self.terms]
+        found = [abs(weight) * spread for weight, spread in terms if spread is not None]
+        return found[0] if len(found) == 1 else None
 
 
 class LengthPenalty:

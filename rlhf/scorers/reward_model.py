@@ -30,11 +30,16 @@ class RewardModelScorer:
             return self.context.reward(rollouts) - self.baseline
         return self.score(rollouts.sequences)
 
-    @torch.no_grad()
     def score(self, batch: Sequences) -> Float[Tensor, "batch"]:
         """The score of each sequence, in the order of the rows."""
-        roles, budget = self.context.roles, self.context.microbatch_tokens
-        groups = roles.groups(batch.lengths.tolist(), budget, frozen=True)
-        with roles.scoring("reward"):
-            scores = [roles.last_token_scores("reward", batch.rows(group)) for group in groups]
-        return concatenate(scores, [row for group in groups for row in group]) - self.baseline
+        return scores_of(self.context, "reward", batch) - self.baseline
+
+
+@torch.no_grad()
+def scores_of(context: Context, role: str, batch: Sequences) -> Float[Tensor, "batch"]:
+    """What the head of a role says of each sequence, in the order of the rows, without baseline."""
+    roles = context.roles
+    groups = roles.groups(batch.lengths.tolist(), context.microbatch_tokens, frozen=True)
+    with roles.scoring(role):
+        scores = [roles.last_token_scores(role, batch.rows(group)) for group in groups]
+    return concatenate(scores, [row for group in groups for row in group])

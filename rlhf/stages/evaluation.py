@@ -15,22 +15,27 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Prompt
 from rlhf.distributed import collectives
-from rlhf.divergence import exact_kl
+from rlhf.evaluation.diversity import diversity
 from rlhf.files import OUTCOMES, read_lines
 from rlhf.models.roles import Roles
 from rlhf.rollout.engine import Engine
 from rlhf.rollout.sample import Rollouts, rollout
+from rlhf.scorers import totals
 from rlhf.seeding import generator
 from rlhf.settings import Settings
 from rlhf.stages.base import Stage
-from rlhf.stages.passes import compute_divergence
+from rlhf.stages.costs import Costs, kl_and_entropy
 
 Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """The answers to a batch of evaluation prompts, with a reward and a length each, and the KL of sampled tokens."""
+    """The answers to a batch of evaluation prompts, with a reward and a length each.
+
+    And of tokens sampled at the training temperature the true KL and the entropy (the policy's, in another order), and
+    for some prompts the ids of several answers.
+    """
 
     index: int
     prompts: list[Prompt]
@@ -38,6 +43,8 @@ class _Measured:
     rewards: Tensor
     lengths: Tensor
     kl: Tensor
+    entropy: Tensor
+    several: list[list[list[int]]]
 
 
 class PolicyEvaluation(Stage):
@@ -52,6 +59,7 @@ class PolicyEvaluation(Stage):
     samples: Path
     ppo_step: int
     last_evaluation: dict[str, float]
+    costs: Costs | None = None
 
     def stream(self, purpose: str, step: int) -> torch.Generator:
         """The random stream of a purpose at a step, on the device."""
@@ -81,26 +89,38 @@ class PolicyEvaluation(Stage):
             self.engine, self.roles, "policy", self.tokenizer, [text for text in texts for _ in range(config.best_of)],
             self.config.generation, self.stream("evaluation", index), config.temperature, config.max_new_tokens,
         )  # fmt: skip
-        rewards = self.scorer(answers)
+        rewards = totals(self.scorer(answers))
         best = (
             rewards.view(len(texts), config.best_of).argmax(1)
             + torch.arange(len(texts), device=rewards.device) * config.best_of
         )
         left = config.kl_prompts - index * self.config.generation.batch_size
-        kl = torch.empty(0)
+        kl, entropy, several = torch.empty(0), torch.empty(0), []
         if left > 0:
             sampled = rollout(
                 self.engine, self.roles, "policy", self.tokenizer, texts[:left], self.config.generation,
                 self.stream("true KL", index),
             )  # fmt: skip
-            temperature = self.config.generation.temperature
-            exact = compute_divergence(
-                self.roles, sampled.sequences, self.config.ppo.microbatch_tokens, temperature, exact_kl
-            )
-            kl = exact[sampled.mask].cpu()
+            budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
+            kl, entropy = kl_and_entropy(self.roles, sampled.sequences, budget, temperature)
+            several = self._several(texts[:left], index)
         responses = [answers.responses[row] for row in best.tolist()]
         lengths = answers.mask.sum(1)[best]
-        self._measured.append(_Measured(index, batch, responses, rewards[best].cpu(), lengths.cpu(), kl))
+        self._measured.append(
+            _Measured(index, batch, responses, rewards[best].cpu(), lengths.cpu(), kl, entropy, several)
+        )
+
+    def _several(self, prompts: list[str], index: int) -> list[list[list[int]]]:
+        """For each prompt the ids of `evaluation.diversity_samples` answers; nothing if none are asked for."""
+        number = self.config.evaluation.diversity_samples
+        if not number:
+            return []
+        sampled = rollout(
+            self.engine, self.roles, "policy", self.tokenizer, [prompt for prompt in prompts for _ in range(number)],
+            self.config.generation, self.stream("diversity", index),
+        )  # fmt: skip
+        ids = sampled.sequences.responses()
+        return [ids[start : start + number] for start in range(0, len(ids), number)]
 
     def on_validation_epoch_end(self) -> None:
         """Judge the answers of all processes, append to the samples and outcomes, log `eval/*`."""
@@ -116,10 +136,16 @@ class PolicyEvaluation(Stage):
             record |= {"reward": reward, "tokens": length}
         shown = records[: self.config.evaluation.samples]
         metrics |= collectives.on_rank_zero(lambda: self._write(records, shown))
+        if self.costs:
+            budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
+            metrics |= self.costs.measure(self.roles, budget, temperature)
+        if several := [answers for part in parts for answers in part.several]:
+            metrics |= diversity(several, len(self.tokenizer))
         metrics |= {
             "eval/reward": float(rewards.mean()),
             "eval/response_tokens": float(lengths.float().mean()),
             "eval/true_kl": float(torch.cat([part.kl for part in parts]).mean()),
+            "eval/entropy": float(torch.cat([part.entropy for part in parts]).mean()),
             "time/evaluate": time.perf_counter() - self._started,
         }
         # the metrics are written last of the three files: their line marks the evaluation as complete

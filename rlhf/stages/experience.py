@@ -105,7 +105,8 @@ class ExperienceMaker:
         penalty, sampled, from_logprobs, ref_states = self._reference(rollouts, old_logprobs, step)
         ref_logprobs, moving_logprobs = self._yardstick(rollouts, from_logprobs)
         # 3. A reward per token, and from it advantages and returns.
-        rewards = ppo.shape_rewards(scores, penalty, mask, kl_coef if self.placement.reward else 0.0)
+        beta = kl_coef if self.placement.reward else 0.0
+        rewards = ppo.shape_rewards(scores, penalty, mask, beta, rollouts.token_rewards)
         whitened = (
             ppo.whiten(rewards, mask, keep_mean=True, all_reduce=all_reduce) if config.whiten_rewards else rewards
         )

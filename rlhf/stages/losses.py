@@ -1,7 +1,7 @@
 """PPO's losses on a micro-batch."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +15,10 @@ from rlhf.placement import Placement
 from rlhf.settings import Settings
 from rlhf.stages.base import Term
 from rlhf.stages.experience import Experience
+from rlhf.stages.loss_terms import WeightedTerm, add_terms
 from rlhf.stages.minibatches import Microbatch
 from rlhf.stages.passes import UpdatePasses, exact_divergence
+from rlhf.stages.pretraining import MixedPart
 
 RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of the ratios' histogram; larger ratios count in the last bin
 
@@ -25,7 +27,7 @@ RATIO_BINS, LARGEST_RATIO = 64, 2.0  # of the ratios' histogram; larger ratios c
 class Losses:
     """The losses of policy and value function, each summed over a micro-batch's response tokens.
 
-    `histogram` says whether the ratios are counted for dashboards.
+    `histogram` says whether the ratios are counted for dashboards. `more` are further terms of the policy's loss.
     """
 
     config: Settings
@@ -34,13 +36,17 @@ class Losses:
     divergence: Divergence
     placement: Placement
     histogram: bool
+    more: Mapping[str, WeightedTerm] = field(default_factory=dict)
 
-    def terms(self, experience: Experience, part: Microbatch, step: int) -> Iterator[Term]:
+    def terms(self, experience: Experience, part: Microbatch | MixedPart, step: int) -> Iterator[Term]:
         """The losses one after the other, with sums to report.
 
         They are one term where both read the same hidden states. Elsewhere the activations of one can be freed before
         those of the next are made; so can those of an exact divergence's own pass.
         """
+        if isinstance(part, MixedPart):
+            yield from part.terms(step)
+            return
         sequences = experience.sequences.rows(part.rows)
         shared, exact = self.passes.shared_trunk, experience.ref_hidden is not None
         states = self.passes.states("policy", sequences, part.number, step)
@@ -66,7 +72,8 @@ class Losses:
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """PPO's clipped objective, with a penalty on the sampled tokens if there is one, and sums to report."""
         clip_range, temperature = self.config.ppo.clip_range, self.config.generation.temperature
-        stats = self.roles.token_stats("policy", states, sequences.target_ids, temperature, entropy=True)
+        targets, more = sequences.target_ids, bool(self.more)
+        stats = self.roles.token_stats("policy", states, targets, temperature, entropy=True, entropy_grad=more)
         old_logprobs, advantages = experience.flat("old_logprobs", rows), experience.flat("advantages", rows)
         loss = ppo.policy_losses(stats.logprobs, old_logprobs, advantages, clip_range).sum()
         with torch.no_grad():
@@ -84,6 +91,9 @@ class Losses:
                 sums["ratio_counts"] = _count_ratios(ratio)
         if self.placement.loss and self.config.divergence.input == "logprobs":
             loss = loss + self.sampled_penalty(experience, rows, stats.logprobs)
+        if self.more:
+            added, values = add_terms(self.more, stats, experience, rows)
+            loss, sums = loss + added, sums | values
         return loss, sums
 
     def value(

@@ -27,10 +27,13 @@ from rlhf.seeding import generator
 from rlhf.settings import Settings
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
 from rlhf.stages.experience import Experience, ExperienceMaker, rollout_metrics
+from rlhf.stages.loss_terms import terms_of
 from rlhf.stages.losses import LARGEST_RATIO, Losses
 from rlhf.stages.minibatches import Microbatch, Minibatch, number_microbatches, split_minibatches
 from rlhf.stages.passes import UpdatePasses, own_stream
+from rlhf.stages.pretraining import PretrainingMix
 from rlhf.stages.reference import Fixed, Reference, Rule
+from rlhf.stages.scoring import score, spread_metrics
 
 KL_EARLY_STOP = "KL"  # the reason to skip an update when the policy is far enough from the one that sampled
 Scorer = Callable[[Rollouts], Float[Tensor, " batch"]]
@@ -93,6 +96,7 @@ class PPO(PolicyEvaluation):
         self.captured_are_old = use_captured_logprobs(settings.generation, roles)
         self.last_evaluation: dict[str, float] = {}
         self.ratio_counts: Tensor | None = None
+        self.mix: PretrainingMix | None = None
 
     @property
     def passes(self) -> UpdatePasses:
@@ -122,7 +126,7 @@ class PPO(PolicyEvaluation):
         minibatches = self.split_microbatches(rollouts.sequences, shares)
         # 3. Score the answers, and make of that a reward and an advantage per token.
         with self.timed("score"):
-            scores = self.normalizer(self.scorer(rollouts)) - self.ppo.missing_eos_penalty * ~rollouts.ended
+            scores = self.normalizer(score(self, rollouts, step)) - self.ppo.missing_eos_penalty * ~rollouts.ended
             experience = self.make_experience(rollouts, scores, minibatches, step)
         # 4. Update policy and value function.
         self.roles.train()
@@ -130,7 +134,7 @@ class PPO(PolicyEvaluation):
             metrics = self.update(experience, minibatches, step)
         self.ppo_step = step
         # 5. Report, and adapt the penalty's coefficient.
-        metrics |= rollout_metrics(experience, rollouts, scores, self.ppo.whiten_rewards)
+        metrics |= rollout_metrics(experience, rollouts, scores, self.ppo.whiten_rewards) | spread_metrics(self.scorer)
         metrics["ppo/kl_coef"] = self.kl.coef
         if rollouts.logprobs is not None and "ppo/first_log_ratio" in metrics:  # captured ones are the old ones
             metrics.setdefault("ppo/sampling_gap", metrics["ppo/first_log_ratio"])
@@ -170,14 +174,15 @@ class PPO(PolicyEvaluation):
         tokens = torch.zeros((), dtype=torch.long, device=experience.mask.device)
         skipped: list[tuple[str, Tensor]] = []
         metrics: dict[str, Any] = {"ppo/lr": self.current_lr}
-        histogram = bool(self.dashboards)
-        losses = Losses(self.config, self.roles, self.passes, self.divergence, self.placement, histogram)
-        for parts in self.all_epochs(minibatches, step):
+        histogram, more = bool(self.dashboards), terms_of(self.config)
+        losses = Losses(self.config, self.roles, self.passes, self.divergence, self.placement, histogram, more)
+        for number, parts in enumerate(self.all_epochs(minibatches, step)):
             rows = torch.cat([part.rows for part in parts])
+            count = int(experience.sequences.response_lengths[rows].sum())
             result = self.accumulate(
-                parts,
+                [*parts, *(self.mix.parts(self.passes, step, number, count) if self.mix else [])],
                 lambda part: losses.terms(experience, part, step),
-                int(experience.sequences.response_lengths[rows].sum()),
+                count,
                 clip_each=self.ppo.accumulation == "as_published",
             )
             if result.skip_reason == KL_EARLY_STOP:

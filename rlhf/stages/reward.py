@@ -19,6 +19,7 @@ from rlhf.models.sequences import Sequences, concatenate, select, send, unflatte
 from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import RewardSettings
 from rlhf.stages.cutting import Encoded
+from rlhf.stages.reward_offsets import Key, margins_of, offsets
 from rlhf.stages.supervised import SupervisedStage
 
 Pair = tuple[Encoded, Encoded]  # chosen and rejected
@@ -74,7 +75,8 @@ class RewardModeling(SupervisedStage):
     (Ouyang et al. 2022, section 3.4). There are two auxiliary losses. With `reward.lm_coef` it is the mean negative
     log-likelihood per response token of both texts, in nats. With `reward.token_coef` a score at every response token
     has the same loss, against the other text's last score, which gets no gradient from it (in the spirit of Cobbe et
-    al. 2021's token-level verifiers).
+    al. 2021's token-level verifiers). `reward.length_coef` and `reward.margin_coef` explain part of a preference by the
+    lengths of the answers and by the data's margins.
 
     `roles` needs a role `reward` with a head. On held-out comparisons it logs `reward/validation_loss`,
     `reward/accuracy` (a tie counts ½) and `reward/margin`. Chosen and rejected go through the model together.
@@ -87,6 +89,8 @@ class RewardModeling(SupervisedStage):
         self.reward = settings
         self._margins: list[tuple[int, Tensor]] = []
         self.held_out_margins: list[float] = []
+        self.length_coef = 0.0 if settings.length_coef == "auto" else float(settings.length_coef)
+        self.data_margins: dict[Key, float] = {}
 
     def encode(self, rows: Sequence[Comparison]) -> list[Pair]:
         """(chosen, rejected) of each comparison, both as (prompt ids, response ids)."""
@@ -98,7 +102,10 @@ class RewardModeling(SupervisedStage):
         prompts, responses, ended = map(list, zip(*texts, strict=True))
         encoded = encode_pairs(self.tokenizer, prompts, responses, self.reward.max_length, ended)
         ids = dict(zip(texts, encoded, strict=True))
-        return [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
+        pairs = [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
+        if self.reward.margin_coef:
+            self.data_margins |= margins_of(rows, pairs)
+        return pairs
 
     def collate(self, rows: Sequence[Pair | list[Pair]]) -> Sequences:
         """A batch of comparisons or groups of them: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
@@ -133,7 +140,7 @@ class RewardModeling(SupervisedStage):
         """−log σ(margin) and the auxiliary losses, summed over the pairs, and how many pairs are ranked correctly."""
         if not (self.reward.lm_coef or self.reward.token_coef):
             margins = self.margins(batch)
-            return -F.logsigmoid(margins).sum(), {"right": (margins > 0).sum()}
+            return -F.logsigmoid(self._explained(margins, batch)).sum(), {"right": (margins > 0).sum()}
         first, which = distinct_texts(batch)
         texts = batch.rows(first)
         needed = texts.targets | texts.predicting
@@ -145,7 +152,7 @@ class RewardModeling(SupervisedStage):
         by_token = unflatten(self.roles.heads["reward"](responses), on_host)
         scores = by_token.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)[which].view(-1, 2)
         margins = scores[:, 0] - scores[:, 1]
-        loss = -F.logsigmoid(margins)
+        loss = -F.logsigmoid(self._explained(margins, batch))
         # 2. A score at every other token already predicts how its text will compare with the other one.
         if self.reward.token_coef:
             others = scores.detach().flip(1)[..., None]
@@ -160,6 +167,12 @@ class RewardModeling(SupervisedStage):
             loss = loss + self.reward.lm_coef * nll[which].view(-1, 2).mean(1)
         return loss.sum(), {"right": (margins > 0).sum()}
 
+    def _explained(self, margins: Float[Tensor, "pairs"], batch: Sequences) -> Float[Tensor, "pairs"]:
+        """The margins with what explains a preference besides the score (`rlhf.stages.reward_offsets`)."""
+        if not (self.length_coef or self.reward.margin_coef):
+            return margins
+        return margins + send(offsets(self.reward, self.length_coef, self.data_margins, batch), margins.device)
+
     def training_metrics(self, sums: Mapping[str, Tensor], count: Tensor) -> dict[str, Tensor]:
         """The accuracy on the batch itself."""
         return {"train_accuracy": sums["right"] / count}
@@ -171,21 +184,21 @@ class RewardModeling(SupervisedStage):
     def validation_step(self, batch: Sequences, index: int) -> None:
         """Measure a batch of held-out comparisons."""
         if self.has_turn(index):
-            groups = self.microbatches(batch)
-            order = (torch.cat(groups)[::2] // 2).tolist()
-            self._margins.append((index, concatenate([self.margins(batch.rows(rows)) for rows in groups], order).cpu()))
+            self._margins.append((index, self.margins_of(batch).cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, accuracy and margin over all held-out comparisons; keep their margins, in order."""
         parts = [part for process in collectives.all_gather(self._margins) for part in process]
         margins = torch.cat([part for _, part in sorted(parts, key=itemgetter(0))])
         self.held_out_margins = margins.tolist()
-        metrics = {
-            "reward/validation_loss": -F.logsigmoid(margins).mean(),
-            "reward/accuracy": accuracy(margins),
-            "reward/margin": margins.mean(),
-        }
-        self.emit(metrics, self.steps_done, bar=["reward/accuracy"])
+        self.emit(held_out_metrics(margins), self.steps_done, bar=["reward/accuracy"])
+
+    @torch.no_grad()
+    def margins_of(self, batch: Sequences) -> Float[Tensor, "pairs"]:
+        """`margins` of a batch of any size, in the order of its pairs."""
+        groups = self.microbatches(batch)
+        order = (torch.cat(groups)[::2] // 2).tolist()
+        return concatenate([self.margins(batch.rows(rows)) for rows in groups], order)
 
     @torch.no_grad()
     def baseline(self, rows: Sequence[Demonstration]) -> float:
@@ -199,6 +212,15 @@ class RewardModeling(SupervisedStage):
             batch = Sequences.from_lists([pairs[i][0] for i in group], [pairs[i][1] for i in group])
             total += float(self.roles.last_token_scores("reward", batch).sum())
         return total / len(pairs)
+
+
+def held_out_metrics(margins: Float[Tensor, "pairs"]) -> dict[str, float]:
+    """Loss, accuracy and mean of the margins of held-out comparisons, as metrics."""
+    return {
+        "reward/validation_loss": float(-F.logsigmoid(margins).mean()),
+        "reward/accuracy": float(accuracy(margins)),
+        "reward/margin": float(margins.mean()),
+    }
 
 
 def accuracy(margins: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:

@@ -123,6 +123,16 @@ class Farm:
         rows = itertools.islice(self._rows(split), self.sizes[split])
         return Dataset.from_dict(dict(zip(columns(split), map(list, zip(*rows, strict=True)), strict=True)))
 
+    def probes(self) -> list[tuple[str, str, str]]:
+        """Every true fact of the world: a prompt, the beginning of an answer, and the value that completes it."""
+        tasks = {task.subject: task for task in self.tasks.by_instruction.values() if task.kind in ("bio", "how-to")}
+        found = []
+        for subject, task in tasks.items():
+            for name, value in subject.truth.items():
+                clause = self.world.attribute(subject, name).clauses(value)[0]
+                found.append((task.prompt, f"{subject.opening} {clause.removesuffix(value)}".strip(), value))
+        return found
+
     def _rows(self, split: Split) -> Iterator[tuple[str, ...]]:
         """The fields of each record of `split`, in the order of its columns."""
         rng, tasks = self._tasks(split)

@@ -3,7 +3,9 @@
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 from safetensors.torch import save_file
@@ -12,9 +14,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from rlhf.data.records import Comparison, first_records, skipped_rows, train_and_held_out
 from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.distributed import collectives
+from rlhf.errors import DataError
 from rlhf.files import MODEL
 from rlhf.guards import Guards
-from rlhf.models.assembly import reward_roles
+from rlhf.models.assembly import reward_alone, reward_roles
+from rlhf.models.averaging import average_reward_models
 from rlhf.models.export import HEAD, save_adapter, save_model
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.roles import Roles
@@ -23,17 +27,28 @@ from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
-from rlhf.stages.reward import RewardModeling, accuracy_by_kind, grouped, longer_accuracy
-from rlhf.tracking.summary import write_summary
+from rlhf.stages.reward import Pair, RewardModeling, accuracy_by_kind, grouped, held_out_metrics, longer_accuracy
+from rlhf.stages.reward_offsets import fit_length_coef
+from rlhf.tracking.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
 
 
-def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None = None) -> None:
+def build_reward(
+    site: Site, folder: Path, sft: Path, preferences: Path | None = None, members: Sequence[Path] = ()
+) -> None:
     """Train a reward model on the SFT model of the folder `sft` into `folder`: `model/`, an adapter or whole.
 
-    It learns from the simulated comparisons of the folder `preferences`, or else from those of the data set.
+    It learns from the simulated comparisons of the folder `preferences`, or else from those of the data set. With
+    `members`, the folders of such reward models, it is their average instead, and is only measured here.
     """
+    if members:
+        _average(site, folder, sft, preferences, members)
+    else:
+        _train(site, folder, sft, preferences)
+
+
+def _train(site: Site, folder: Path, sft: Path, preferences: Path | None) -> None:
     started, settings = time.monotonic(), site.settings.reward
     log.info("training the reward model (%s)", cache.name_of(folder))
     lightning.seed_everything(settings.seed, verbose=False)
@@ -58,20 +73,64 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     first = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     collectives.on_rank_zero(lambda: show_rendered(folder, "reward", tokenizer, first))
     short = count_short(texts, settings.max_length, tokenizer.eos_token_id, "preference", limit)
+    _settle_offsets(stage, pairs)
     groups = grouped(pairs) if settings.group_prompts else pairs
     stage.total_steps = steps_of(settings, len(groups))
     # 3. The training, and what it leaves.
     metrics = train_supervised(site.make_trainer, stage, settings, groups, measured, folder)
-    demonstrations = first_records(site.source.load("sft"), "sft", settings.baseline_rows)
-    metrics |= {"reward/baseline": stage.baseline(demonstrations), "reward/longer_accuracy": longer_accuracy(held_out)}
+    metrics |= {"reward/baseline": _baseline(site, stage), "reward/longer_accuracy": longer_accuracy(held_out)}
     log.info("right on %.1f %% of %d held-out comparisons; always preferring the longer answer is right on %.1f %%",
              100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
     by_kind = _by_kind(compared, stage.held_out_margins) if kinds else {}
     collectives.on_rank_zero(lambda: _save(site, roles, tokenizer, base, folder / MODEL))
     counts = {"rows": {"preference": len(train)}, "skipped": skipped_rows(source, "preference") | equal, "cut": short}
-    learned = {"preferences": preferences.name} if preferences else {}
+    learned: dict[str, Any] = {"preferences": preferences.name} if preferences else {}
+    learned |= {"length_coef": stage.length_coef} if stage.length_coef else {}
     summed = {"guards": stage.guards.summary(), **counts, **learned, **({"by_kind": by_kind} if by_kind else {})}
     write_summary(folder, metrics, site.plain, started, stage="reward", **summed)
+
+
+def _average(site: Site, folder: Path, sft: Path, preferences: Path | None, members: Sequence[Path]) -> None:
+    """Write the average of reward models into `folder`, and measure it as its members were."""
+    started, settings = time.monotonic(), site.settings.reward
+    log.info("averaging %d reward models (%s)", len(members), cache.name_of(folder))
+    # 1. The average, which replaces the weights of a reward model that is not trained.
+    tokenizer = load_tokenizer(site.settings.model, site.source)
+    models = [member / MODEL for member in members]
+    collectives.on_rank_zero(lambda: average_reward_models(models, tokenizer, folder / MODEL))
+    base = sft / MODEL if settings.lora.r else None
+    roles = reward_alone(site.settings.model, tokenizer, folder / MODEL, base, site.quantization)
+    site.place(roles, False)
+    # 2. What it says of held-out comparisons and of demonstrations.
+    source = SavedPreferences(preferences) if preferences else site.source
+    _, rows = train_and_held_out(source, "preference", "preference_validation", settings.validation_size)
+    stage = RewardModeling(settings, roles, tokenizer, 1)
+    rows, pairs, _ = distinct(
+        rows, stage.encode(rows), "preference, held out", f"reward.max_length={settings.max_length}"
+    )
+    metrics = held_out_metrics(stage.margins_of(stage.collate(pairs))) | {"reward/baseline": _baseline(site, stage)}
+    metrics["reward/longer_accuracy"] = longer_accuracy(rows)
+    each = [(read_summary(member) or {})["metrics"]["reward/accuracy"] for member in members]
+    log.info("right on %.1f %% of %d held-out comparisons; its members on %s %%", 100 * metrics["reward/accuracy"],
+             len(rows), ", ".join(f"{100 * accuracy:.1f}" for accuracy in each))  # fmt: skip
+    of = {"members": [member.name for member in members], **({"preferences": preferences.name} if preferences else {})}
+    write_summary(folder, metrics, site.plain, started, stage="reward", **of)
+
+
+def _baseline(site: Site, stage: RewardModeling) -> float:
+    """The reward model's mean score of demonstrations."""
+    demonstrations = first_records(site.source.load("sft"), "sft", site.settings.reward.baseline_rows)
+    return stage.baseline(demonstrations)
+
+
+def _settle_offsets(stage: RewardModeling, pairs: list[Pair]) -> None:
+    """Fit the length coefficient to the training pairs, if it says auto; check that there are margins to use."""
+    settings = stage.reward
+    if settings.length_coef == "auto":
+        stage.length_coef = fit_length_coef(pairs)
+        log.info("reward.length_coef=auto: %.4f nats per token", stage.length_coef)
+    if settings.margin_coef and not stage.data_margins:
+        raise DataError(f"reward.margin_coef={settings.margin_coef}: no comparison has a margin; allowed: 0")
 
 
 def _by_kind(compared: list[tuple[Comparison, str]], margins: list[float]) -> dict[str, dict[str, float]]:
