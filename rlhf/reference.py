@@ -62,7 +62,7 @@ def option_files() -> dict[str, list[Path]]:
 def description(file: Path) -> str:
     """The comment at the head of an option file: its first paragraph."""
     lines: list[str] = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
             continue
         if not line.startswith("# "):
@@ -83,7 +83,7 @@ def keys(file: Path) -> list[Key]:
     """The keys of an option file in their order, those of a nested node with its name in front."""
     found: list[Key] = []
     above: list[tuple[int, str]] = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         match = _KEY.match(line)
         if match is None:
             continue
@@ -149,7 +149,7 @@ def group_text(group: str) -> str:
     files = option_files()[group]
     lines = [f"{group}: one of", *_columns({file.stem: summary(file) for file in files})]
     chosen = next((file for file in files if file.stem == defaults().get(group)), files[0])
-    listed = [] if "# @package" in chosen.read_text() else keys(chosen)  # such an option sets keys of other groups
+    listed = [] if "# @package" in chosen.read_text(encoding="utf-8") else keys(chosen)  # such an option sets keys of other groups
     if listed:
         lines += ["", f"Keys, with the values of {group}={chosen.stem}"]
         lines += _columns({f"{group.split('/')[0]}.{key.name}={key.value}": key.comment for key in listed})
