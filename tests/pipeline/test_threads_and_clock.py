@@ -1,7 +1,6 @@
 """The number of threads of a run, and its duration when the system clock is changed."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ def test_the_variable_decides_over_threads_and_jobs_share_the_cores(
     monkeypatch.delenv("OMP_NUM_THREADS")
     if said:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("rlhf.distributed.cores.available_cores", lambda: 8)
     torch.set_num_threads(now)
     try:
         _share_cores(jobs, processes)
