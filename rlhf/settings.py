@@ -24,6 +24,7 @@ from rlhf.schema import (
     seed,
 )
 
+ALL_LINEAR = "all-linear"  # of `lora.target_modules`: every linear layer between embeddings and last hidden states
 JOINED = "joined"  # of `sft.packing`: as published (`rlhf.stages.joining`)
 
 
@@ -54,7 +55,11 @@ class LoraSettings:
     r: int = at_least_zero()
     alpha: float = positive(64)
     dropout: float = fraction(0.0)
-    target_modules: list[str] = field(default_factory=list)
+    target_modules: Any = checked(
+        lambda x: x == ALL_LINEAR or (isinstance(x, list) and all(isinstance(name, str) for name in x)),
+        f"a list of names of linear layers, or {ALL_LINEAR}",
+        [],
+    )
 
 
 @dataclass

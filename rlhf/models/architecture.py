@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
 
 from rlhf.errors import ConfigError
 from rlhf.settings import ModelSettings
@@ -41,6 +41,15 @@ def check_architecture(lm: PreTrainedModel, model: ModelSettings, lengths: Mappi
     for key, length in lengths.items():
         if limit is not None and length > limit:
             raise ConfigError(f"{key}: {where} ({name}) has {limit} positions; allowed: up to {limit}")
+
+
+def has_classifier(lm: PreTrainedModel) -> bool:
+    """Whether transformers, or the model's own code, has a sequence classifier of this architecture.
+
+    A whole reward model is saved as one. Granite and Cohere have none.
+    """
+    own = getattr(lm.config, "auto_map", None) or {}
+    return type(lm.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in own
 
 
 def hidden_size_of(model: PreTrainedModel) -> int:

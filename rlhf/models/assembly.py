@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from rlhf.errors import ModelError
 from rlhf.models.export import ADAPTER, adapter_tensors, load_adapter, saved_head
+from rlhf.models.linear_layers import target_names
 from rlhf.models.loading import DTYPES, load_causal_lm, load_whole, switch_off_dropout
 from rlhf.models.roles import Role, Roles
 from rlhf.settings import LoraSettings, ModelSettings, Settings
@@ -16,10 +17,10 @@ from rlhf.settings import LoraSettings, ModelSettings, Settings
 log = logging.getLogger(__name__)
 
 
-def lora_config(lora: LoraSettings) -> LoraConfig:
-    """The settings as peft's `LoraConfig`."""
+def lora_config(lora: LoraSettings, model: PreTrainedModel) -> LoraConfig:
+    """The settings as peft's `LoraConfig` for an adapter on `model`."""
     return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=sorted(target_names(lora, model))
     )
 
 
@@ -35,7 +36,7 @@ def sft_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, quantizati
     roles = Roles(base, DTYPES[settings.model.dtype])
     roles.table["policy"] = Role("base", None if full else "policy")
     if not full:
-        roles.add_adapter("base", "policy", lora_config(settings.sft.lora))
+        roles.add_adapter("base", "policy", lora_config(settings.sft.lora, base))
     roles.train_only("policy")
     return _configured(roles, settings)
 
@@ -52,7 +53,7 @@ def reward_roles(settings: Settings, tokenizer: PreTrainedTokenizerBase, sft: Pa
     roles = Roles(base, DTYPES[settings.model.dtype])
     roles.table["reward"] = Role("base", None if full else "reward")
     if not full:
-        roles.add_adapter("base", "reward", lora_config(settings.reward.lora))
+        roles.add_adapter("base", "reward", lora_config(settings.reward.lora, base))
     roles.add_head("reward", zero=False)
     roles.train_only("reward")
     return _configured(roles, settings)
@@ -97,7 +98,7 @@ def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | 
         roles.add_trunk("policy", roles.copy_trunk("reference"))
         roles.table["policy"] = Role("policy", None)
     else:
-        roles.add_adapter("base", "policy", lora_config(settings.lora))
+        roles.add_adapter("base", "policy", lora_config(settings.lora, roles.trunk("reference")))
         roles.table["policy"] = Role("base", "policy")
 
     # 2. The value function is a head on the policy, an adapter, or a trunk of its own.
@@ -205,7 +206,7 @@ def _add_value_adapter(roles: Roles, lora: LoraSettings, reward: LoraConfig | No
     """
     trunk = roles.table["reward"].trunk if "reward" in roles.table else "base"
     if reward is None:
-        roles.add_adapter(trunk, "value", lora_config(lora))
+        roles.add_adapter(trunk, "value", lora_config(lora, roles.trunks[trunk]))
         roles.table["value"] = Role(trunk, "value")
         return
     rank = max(lora.r, reward.r)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
@@ -21,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.pytorch_utils import Conv1D
 
 from rlhf.data.records import DataSource
 from rlhf.errors import ModelError, explained
@@ -32,7 +30,6 @@ from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BPE_VOCABULARY = 4096  # entries of a tokenizer that is trained here
-LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, with a transposed weight
 
 
 def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
@@ -169,20 +166,6 @@ def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTr
             f"such as {absent[0]}"
         )
     return model
-
-
-def linear_names(lm: PreTrainedModel) -> set[str]:
-    """Last parts of the names of the linear layers that can have an adapter (`q_proj`, …).
-
-    Names that also occur outside of the base model, such as that of the language-model head, are left out. An adapter
-    there would have no effect on hidden states, and could not be merged without changing tied embeddings.
-    """
-    inside, outside = set[str](), set[str]()
-    layers = set(lm.base_model.modules()) - {lm.get_output_embeddings()}
-    for name, module in lm.named_modules():
-        if isinstance(module, LINEAR):
-            (inside if module in layers else outside).add(name.rpartition(".")[2])
-    return inside - outside
 
 
 def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedModel | None:

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.models.blocks import transformer_blocks
-from rlhf.models.loading import LINEAR, skeleton
+from rlhf.models.linear_layers import LINEAR, target_names
+from rlhf.models.loading import skeleton
 from rlhf.settings import LoraSettings, ModelSettings
 
 
@@ -71,7 +72,7 @@ class Sizes:
 
     def adapted(self, lora: LoraSettings) -> list[tuple[int, int]]:
         """Input and output features of the layers that a LoRA is put on; of all linear layers for r = 0."""
-        whole, names = lora.r == 0, set(lora.target_modules)
+        whole, names = lora.r == 0, target_names(lora, self.model)
         return [(inputs, outputs) for name, inputs, outputs in self._layers if whole or name in names]
 
     def adapter(self, lora: LoraSettings) -> int:

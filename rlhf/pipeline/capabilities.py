@@ -14,7 +14,8 @@ from rlhf.data.templates import PromptTemplate
 from rlhf.distributed import processes
 from rlhf.errors import ConfigError
 from rlhf.models.architecture import check_architecture
-from rlhf.models.loading import linear_names, load_tokenizer, skeleton
+from rlhf.models.linear_layers import linear_names, target_names
+from rlhf.models.loading import load_tokenizer, skeleton
 from rlhf.rollout.vllm import NOT_YOURS, RANKS, TEMPERATURES
 from rlhf.settings import ModelSettings, Settings, is_quantized
 
@@ -55,7 +56,7 @@ def check_model(config: DictConfig, settings: Settings, reward_model: bool, simu
     loras = {"lora": settings.lora, "lora@reward.lora": settings.reward.lora, "lora@sft.lora": settings.sft.lora}
     present = linear_names(lm)
     for key, lora in loras.items():
-        absent = sorted(set(lora.target_modules) - present) if lora.r else []
+        absent = sorted(target_names(lora, lm) - present) if lora.r else []
         if absent:
             raise ConfigError(
                 f"{key}.target_modules: between embeddings and last hidden states there is no linear layer named "

@@ -236,11 +236,11 @@ class Run:
         return Best(self.plan.folder, metric, self.settings.ppo.keep_best_mode) if metric else None
 
     def _save_policy(self, stage: PPO, folder: Path) -> None:
-        lora, sft = self.settings.lora, self.plan.sft_folder / MODEL
+        lora, sft, model = self.settings.lora, self.plan.sft_folder / MODEL, stage.roles.trunk("policy")
         if lora.r:
-            save_adapter(stage.roles, "policy", lora_config(lora), sft, stage.tokenizer, folder)
+            save_adapter(stage.roles, "policy", lora_config(lora, model), sft, stage.tokenizer, folder)
         else:
-            save_model(stage.roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), stage.tokenizer, folder)
+            save_model(model.to(DTYPES[self.settings.model.dtype]), stage.tokenizer, folder)
 
     def _save_best(self, stage: PPO, best: Best) -> dict[str, Any] | None:
         """Save the policy of the best evaluation as `model_best/` unless it is the last one; describe it."""

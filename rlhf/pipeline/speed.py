@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.models.activations import FLOAT32
 from rlhf.models.assembly import lora_config
+from rlhf.models.linear_layers import target_names
 from rlhf.models.loading import DTYPES, switch_off_dropout
 from rlhf.models.memory import available
 from rlhf.models.roles import Role, Roles
@@ -89,7 +90,7 @@ class Speed:
 
     def _extrapolated(self, lora: LoraSettings, run: Callable[[Roles], object]) -> float:
         """Seconds of `run` with all blocks."""
-        key = (lora.r, lora.alpha, lora.dropout, tuple(lora.target_modules))
+        key = (lora.r, lora.alpha, lora.dropout, tuple(sorted(target_names(lora, self.sizes.model))))
         times = [self._fastest(self._roles(depth, key), run) for depth in self.depths]
         return times[0] if len(times) == 1 else times[0] + (self.sizes.layers - 1) * max(times[1] - times[0], 0)
 
@@ -113,7 +114,8 @@ class Speed:
         roles = Roles(model, dtype)
         if not full:
             with torch.random.fork_rng():
-                roles.add_adapter("base", "policy", lora_config(LoraSettings(r, alpha, dropout, list(modules))))
+                adapter = LoraSettings(r, alpha, dropout, list(modules))
+                roles.add_adapter("base", "policy", lora_config(adapter, model))
         roles.table["policy"] = Role("base", None if full else "policy")
         roles.train_only("policy")
         if self.settings.model.gradient_checkpointing:

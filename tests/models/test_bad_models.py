@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.errors import DataError, ModelError
 from rlhf.models.export import load_adapter, save_model, saved_head
-from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
+from rlhf.models.linear_layers import linear_names
+from rlhf.models.loading import load_causal_lm, load_tokenizer, skeleton
 from rlhf.models.tokenizing import encode_pairs, short_enough
 from rlhf.settings import ModelSettings
 from tests.helpers.data_readers import (

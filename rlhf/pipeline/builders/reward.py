@@ -88,7 +88,7 @@ def _by_kind(compared: list[tuple[Comparison, str]], margins: list[float]) -> di
 def _save(site: Site, roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
     lora = site.settings.reward.lora
     if lora.r:
-        save_adapter(roles, "reward", lora_config(lora), base, tokenizer, folder)
+        save_adapter(roles, "reward", lora_config(lora, roles.trunk("reward")), base, tokenizer, folder)
     else:
         save_full_reward(roles, tokenizer, base, folder)
 

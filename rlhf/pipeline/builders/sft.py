@@ -65,7 +65,7 @@ def _save(
     lora = site.settings.sft.lora
     if whole or (site.quantization and lora.r):
         # merge into the full-precision weights, not into rounded ones, and into all of them, not into a shard
-        save_adapter(roles, "policy", lora_config(lora), folder, tokenizer, folder / "adapter")
+        save_adapter(roles, "policy", lora_config(lora, roles.trunk("policy")), folder, tokenizer, folder / "adapter")
         plain = Roles(load_causal_lm(site.settings.model, tokenizer))
         if whole:
             plain.trunk("reference").load_state_dict(whole)
