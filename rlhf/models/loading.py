@@ -23,6 +23,7 @@ from transformers import (
 
 from rlhf.data.records import DataSource
 from rlhf.errors import ModelError, explained
+from rlhf.models.architecture import check_decoder
 from rlhf.models.logits import head_of
 from rlhf.models.tokenizing import keep_template
 from rlhf.models.tokens import give_pad, stops_of
@@ -182,6 +183,14 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
             config = config_of(model)
         except OSError:  # the Hub cannot be reached, but may be when training starts
             return None
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ModelError(
+                f"{name}: the model comes with code of its own, which would run here; allowed: a model that is part "
+                "of transformers, or, for code that you trust, model.trust_remote_code=true"
+            ) from error
+        check_decoder(config, name)
         if model.name_or_path is None and vocabulary is not None:
             config.vocab_size = vocabulary
         with torch.device("meta"):

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.records import DataSource
 from rlhf.data.templates import PromptTemplate
 from rlhf.distributed import processes
 from rlhf.errors import ConfigError
-from rlhf.models.architecture import check_architecture
+from rlhf.models.architecture import check_architecture, has_classifier, is_recurrent
 from rlhf.models.linear_layers import linear_names, target_names
 from rlhf.models.loading import load_tokenizer, skeleton
 from rlhf.rollout.vllm import NOT_YOURS, RANKS, TEMPERATURES
-from rlhf.settings import ModelSettings, Settings, is_quantized
+from rlhf.settings import ALL_LINEAR, ModelSettings, Settings, is_quantized
 
 
 def check_files(model: ModelSettings) -> None:
@@ -53,6 +54,13 @@ def check_model(config: DictConfig, settings: Settings, reward_model: bool, simu
     if lm is None:
         return
     check_architecture(lm, settings.model, _lengths(config, settings, reward_model, simulated))
+    _check_engine(lm, config, settings, simulated)
+    trained = config.stage.name == "reward" or (reward_model and config.stage.name in ("ppo", "evaluate"))
+    if trained and settings.reward.lora.r == 0 and settings.reward.from_ is None and not has_classifier(lm):
+        raise ConfigError(
+            "lora@reward.lora=none: a whole reward model is saved as a sequence classifier, and transformers has none "
+            f"for {type(lm).__name__}; allowed: an adapter such as lora@reward.lora=all_linear, or another model"
+        )
     loras = {"lora": settings.lora, "lora@reward.lora": settings.reward.lora, "lora@sft.lora": settings.sft.lora}
     present = linear_names(lm)
     for key, lora in loras.items():
@@ -60,9 +68,19 @@ def check_model(config: DictConfig, settings: Settings, reward_model: bool, simu
         if absent:
             raise ConfigError(
                 f"{key}.target_modules: between embeddings and last hidden states there is no linear layer named "
-                f"{', '.join(absent)}; "
-                f"allowed: {', '.join(sorted(present))}"
+                f"{', '.join(absent)} that an adapter fits; "
+                f"allowed: {ALL_LINEAR}, or some of {', '.join(sorted(present))}"
             )
+
+
+def _check_engine(lm: PreTrainedModel, config: DictConfig, settings: Settings, simulated: bool) -> None:
+    """The native engine's cache holds keys and values only."""
+    samples = simulated or config.stage.name in ("ppo", "evaluate")
+    if samples and settings.generation.engine == "native" and is_recurrent(lm):
+        raise ConfigError(
+            f"generation.engine=native: {type(lm).__name__} keeps a recurrent state, which this engine's cache of keys "
+            "and values does not hold; allowed: generation.engine=transformers, or a model with attention in all layers"
+        )
 
 
 def _lengths(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> dict[str, int]:

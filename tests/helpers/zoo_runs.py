@@ -25,7 +25,7 @@ from rlhf.stages.sft import SupervisedFineTuning
 from tests.helpers.ppo_stages import no_metrics, ppo_settings
 from tests.helpers.scorer_context import NoSource
 from tests.helpers.training import fit
-from tests.helpers.zoo import save_animal
+from tests.helpers.zoo import ZOO, save_animal
 
 ADAPTERS = LoraSettings(r=4, alpha=16.0, target_modules=ALL_LINEAR)
 WHOLE = LoraSettings(r=0)
@@ -50,10 +50,11 @@ class Trained:
         return self.stage.roles
 
 
-def train_animal(name: str, lora: LoraSettings, folder: Path, reward: LoraSettings | None = None) -> Trained:
-    """Train a model of the zoo with `lora` in all stages, or with another one in the reward model."""
+def train_animal(name: str, lora: LoraSettings, folder: Path) -> Trained:
+    """Train a model of the zoo with `lora` in all stages; with adapters where it has no classifier."""
     # 1. Model, tokenizer and prompts.
-    settings = zoo_settings(save_animal(name, folder / "base"), lora, reward or lora)
+    reward = lora if ZOO[name].classifier else ADAPTERS
+    settings = zoo_settings(save_animal(name, folder / "base"), lora, reward, ZOO[name].engine)
     own = ChatTemplate(str(folder / "base")) if has_template(folder / "base") else None
     tokenizer = load_tokenizer(settings.model, NoSource(own))
     prompts = [own.render(question) if own else question for question in QUESTIONS]
@@ -79,7 +80,7 @@ def has_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").exists()
 
 
-def zoo_settings(base: Path, lora: LoraSettings, reward: LoraSettings) -> Settings:
+def zoo_settings(base: Path, lora: LoraSettings, reward: LoraSettings, engine: str) -> Settings:
     """A step of each stage, with rates at which a step shows."""
     options = {"steps": 1, "rollout_batch_size": 4, "minibatch_size": 2, "epochs": 1, "warmup_steps": 0}
     settings = ppo_settings(lora=lora, microbatch_tokens=200, **options)
@@ -88,7 +89,7 @@ def zoo_settings(base: Path, lora: LoraSettings, reward: LoraSettings) -> Settin
         model=ModelSettings("animal", str(base), max_prompt_tokens=150),
         sft=SFTSettings(lora=lora, **SFT),
         reward=RewardSettings(lora=reward, **SFT),
-        generation=replace(settings.generation, max_new_tokens=12, temperature=1.0),
+        generation=replace(settings.generation, engine=engine, max_new_tokens=12, temperature=1.0),
     )
 
 

@@ -138,7 +138,7 @@ def test_a_model_not_yet_downloaded_is_accepted_and_a_mistake_is_found_early(tmp
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError) as failure:
         skeleton(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
-    assert_one_sentence(failure.value, "no causal language model can be made from this configuration")
+    assert_one_sentence(failure.value, "the model type t5 has an encoder beside its decoder; allowed: ")
 
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_one_sentence(tmp_path: Path, folders: Any) -> None:

@@ -13,12 +13,15 @@ from rlhf.models.architecture import has_classifier
 from rlhf.models.merging import merged
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokens import stop_ids
-from rlhf.rollout.engine import GenerationRequest
+from rlhf.rollout.engine import Engine, GenerationRequest
+from rlhf.rollout.huggingface import TransformersEngine
 from rlhf.rollout.native import NativeEngine
+from tests.helpers.rollouts import response_rows
 from tests.helpers.zoo import ZOO
 from tests.helpers.zoo_runs import ADAPTERS, WHOLE, Trained, train_animal
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
+NEW = 15
 LENGTHS = [(3, 14), (17, 5), (1, 1), (9, 20)]  # of prompts and responses: most exceed the windows of the zoo
 QUICK = ["llama3", "gemma3", "phi3 with a window", "gpt2", "opt-350m", "falcon with alibi", "gpt_oss"]
 
@@ -37,8 +40,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     name, mode = request.param
     lora = ADAPTERS if mode == "adapters" else WHOLE
-    reward = ADAPTERS if name in ("granite", "cohere", "cohere2") else lora  # transformers has no classifier of these
-    return train_animal(name, lora, tmp_path_factory.mktemp("zoo"), reward)
+    return train_animal(name, lora, tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +84,8 @@ def test_logprobs_are_those_of_the_models_own_forward(
         with roles.scoring("policy"):
             found.append(roles.states("policy", texts, where))
         for states in found:
-            torch.testing.assert_close(
-                roles.token_stats("policy", states, texts.target_ids).logprobs, expected, **CLOSE
-            )
+            logprobs = roles.token_stats("policy", states, texts.target_ids).logprobs
+            torch.testing.assert_close(logprobs, expected, **CLOSE)
 
 
 def test_gradients_are_those_of_the_models_own_forward(
@@ -123,25 +124,36 @@ def test_saved_models_have_the_same_logits_in_plain_transformers(
     assert (logits["policy"] - logits["reference"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_decoding_is_that_of_generate(trained: Trained, plain: PreTrainedModel, texts: Sequences, fixed: bool) -> None:
+def test_decoding_is_that_of_generate(trained: Trained, plain: PreTrainedModel, texts: Sequences) -> None:
     """Greedily, with prompts of different lengths; and sampled log-probs are the model's own."""
     stops, roles = stop_ids(trained.tokenizer, plain), trained.roles
     prompts = [ids[0, :length].tolist() for ids, length in zip(alone(texts), [3, 17, 1, 9], strict=True)]
-    engine = NativeEngine(stops, fixed=fixed)
-    greedy = engine.generate(roles, "policy", GenerationRequest(prompts, 15, 0.0, torch.Generator()))
-    for prompt, ids, length in zip(prompts, greedy.ids, greedy.lengths.tolist(), strict=True):
-        own = plain.generate(
-            input_ids=torch.tensor([prompt]), max_new_tokens=15, do_sample=False, eos_token_id=list(stops)
-        )
-        assert ids[:length].tolist() == own[0, len(prompt) :].tolist()
-    sampled = engine.generate(roles, "policy", GenerationRequest(prompts, 15, 1.0, torch.Generator().manual_seed(0)))
-    assert sampled.logprobs is not None
-    responses = [ids[:n].tolist() for ids, n in zip(sampled.ids, sampled.lengths.tolist(), strict=True)]
-    logprobs = torch.cat([row[:n] for row, n in zip(sampled.logprobs, sampled.lengths.tolist(), strict=True)])
-    with torch.no_grad():
-        expected = own_logprobs(plain, Sequences.from_lists(prompts, responses))
-    torch.testing.assert_close(logprobs, expected, **CLOSE)
+    own = [generated(plain, prompt, stops) for prompt in prompts]
+    for engine in engines(trained, stops):
+        greedy = engine.generate(roles, "policy", GenerationRequest(prompts, NEW, 0.0, torch.Generator()))
+        assert response_rows(greedy) == own
+        stream = torch.Generator().manual_seed(0)
+        sampled = engine.generate(roles, "policy", GenerationRequest(prompts, NEW, 1.0, stream))
+        if sampled.logprobs is None:
+            continue
+        rows = zip(sampled.logprobs, sampled.lengths.tolist(), strict=True)
+        with torch.no_grad():
+            expected = own_logprobs(plain, Sequences.from_lists(prompts, response_rows(sampled)))
+        torch.testing.assert_close(torch.cat([row[:length] for row, length in rows]), expected, **CLOSE)
+
+
+def engines(trained: Trained, stops: tuple[int, ...]) -> list[Engine]:
+    """The engines that sample from this model: the native one also at fixed shapes, as for CUDA graphs."""
+    if trained.stage.config.generation.engine == "native":
+        return [NativeEngine(stops), NativeEngine(stops, fixed=True)]
+    return [TransformersEngine(stops, trained.tokenizer.pad_token_id)]
+
+
+def generated(model: PreTrainedModel, prompt: list[int], stops: tuple[int, ...]) -> list[int]:
+    """transformers' greedy answer to a prompt alone."""
+    ids = torch.tensor([prompt])
+    found = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, eos_token_id=list(stops))
+    return found[0, len(prompt) :].tolist()
 
 
 def test_a_saved_reward_model_has_the_same_scores_in_plain_transformers(trained: Trained, texts: Sequences) -> None:
@@ -159,4 +171,5 @@ def test_a_saved_reward_model_has_the_same_scores_in_plain_transformers(trained:
 
 def test_ppo_starts_from_the_policy_that_sampled(trained: Trained) -> None:
     assert trained.metrics["ppo/first_ratio"] == pytest.approx(1, abs=1e-4)
-    assert trained.metrics["ppo/sampling_gap"] < 1e-4
+    if trained.stage.config.generation.engine == "native":  # the other engine captures no log-probs
+        assert trained.metrics["ppo/sampling_gap"] < 1e-4
