@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from rlhf.files import write_json
 from tests.helpers.hub_cache import on_the_hub
 from tests.helpers.zoo import save_animal
 
@@ -39,14 +36,6 @@ PUBLISHED = {
     "olmo2_1b": (shape("olmo2", 2048, 8192, 16, 16, 16, 100352, False), 1485, "olmo2"),
     "pythia_1b": (shape("gpt_neox", 2048, 8192, 16, 8, 8, 50304, False), 1012, "gpt_neox"),
 }  # fmt: skip
-
-
-def publish_shape(option: str, name: str, home: Path, folder: Path) -> None:
-    """Put the configuration of a model, without weights, into a home of the Hub's cache under its published name."""
-    folder.mkdir(parents=True)
-    facts = dict(PUBLISHED[option][0])
-    write_json(folder / "config.json", AutoConfig.for_model(facts.pop("model_type"), **facts).to_dict())
-    on_the_hub(home / "hub", name, {COMMIT: folder})
 
 
 def publish_relative(option: str, name: str, home: Path, folder: Path) -> None:
