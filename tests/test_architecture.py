@@ -17,7 +17,7 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 # there is no circle.
 FLOORS = [
     ["errors", "__init__"],
-    ["settings", "schema", "seeding", "files"],
+    ["settings", "schema", "seeding", "files", "reference"],
     ["distributed", "objectives", "divergence", "restoring_pull", "ppo"],
     ["tracking", "guards"],
     ["data"],
@@ -31,6 +31,7 @@ FLOORS = [
     ["sweep"],
     ["finished"],
     ["cli"],
+    ["notebooks"],
     ["worker", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
