@@ -178,7 +178,7 @@ def _set_eos(model: PreTrainedModel, prompts: Sequence[Sequence[int]], logit: fl
 
 def reward_lora(model: PreTrainedModel) -> LoraConfig:
     """The configuration of a reward adapter on `model`."""
-    return lora_config(LoraSettings(r=8, alpha=64.0, target_modules=ATTENTION[model.config.model_type]))
+    return lora_config(LoraSettings(r=8, alpha=64.0, target_modules=ATTENTION[model.config.model_type]), model)
 
 
 # -- in memory ---------------------------------------------------------------------------------------------------------
@@ -194,7 +194,8 @@ def random_roles(shape: Mapping[str, Any], settings: Settings, device: str) -> R
     switch_off_dropout(base)
     base.config.use_cache = True
     roles = Roles(base.eval(), DTYPES[settings.model.dtype])
-    adapters = {"reward": reward_lora(base), "policy": lora_config(settings.lora), "value": lora_config(settings.lora)}
+    own = lora_config(settings.lora, base)
+    adapters = {"reward": reward_lora(base), "policy": own, "value": own}
     for role, config in adapters.items():
         roles.add_adapter("base", role, config)
         roles.table[role] = Role("base", role)

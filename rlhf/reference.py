@@ -149,7 +149,9 @@ def group_text(group: str) -> str:
     files = option_files()[group]
     lines = [f"{group}: one of", *_columns({file.stem: summary(file) for file in files})]
     chosen = next((file for file in files if file.stem == defaults().get(group)), files[0])
-    listed = [] if "# @package" in chosen.read_text(encoding="utf-8") else keys(chosen)  # such an option sets keys of other groups
+    listed = (
+        [] if "# @package" in chosen.read_text(encoding="utf-8") else keys(chosen)
+    )  # such an option sets keys of other groups
     if listed:
         lines += ["", f"Keys, with the values of {group}={chosen.stem}"]
         lines += _columns({f"{group.split('/')[0]}.{key.name}={key.value}": key.comment for key in listed})

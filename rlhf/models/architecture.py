@@ -5,13 +5,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, ModelError
 from rlhf.settings import ModelSettings
 
 # Names of modules and buffers with a row per position: GPT-2's wpe, OPT's embed_positions, BERT's position_embeddings.
 POSITIONS = re.compile(r"wpe|position_embeddings|embed_positions|positions_embed|pos_emb")
+
+
+def check_decoder(config: PreTrainedConfig, where: str) -> None:
+    """Check that a configuration is that of a decoder. transformers makes a causal language model of others, too.
+
+    `where` is the key that names the model, and its value.
+
+    Raises:
+        ModelError: it is an encoder, which reads texts in both directions, or has one.
+    """
+    parts = "an encoder beside its decoder" if config.is_encoder_decoder else None
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        parts = parts or "an encoder, which reads texts in both directions"
+    if parts:
+        raise ModelError(
+            f"{where}: the model type {config.model_type} has {parts}; allowed: a decoder-only language model, such as "
+            "those in conf/model"
+        )
 
 
 def check_architecture(lm: PreTrainedModel, model: ModelSettings, lengths: Mapping[str, int]) -> None:
@@ -41,6 +64,21 @@ def check_architecture(lm: PreTrainedModel, model: ModelSettings, lengths: Mappi
     for key, length in lengths.items():
         if limit is not None and length > limit:
             raise ConfigError(f"{key}: {where} ({name}) has {limit} positions; allowed: up to {limit}")
+
+
+def is_recurrent(lm: PreTrainedModel) -> bool:
+    """Whether some layers keep a state that changes with every token, instead of keys and values of each."""
+    kinds = getattr(lm.config.get_text_config(), "layer_types", None) or []
+    return lm._is_stateful or any("attention" not in kind or "linear" in kind for kind in kinds)
+
+
+def has_classifier(lm: PreTrainedModel) -> bool:
+    """Whether transformers, or the model's own code, has a sequence classifier of this architecture.
+
+    A whole reward model is saved as one. Granite and Cohere have none.
+    """
+    own = getattr(lm.config, "auto_map", None) or {}
+    return type(lm.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or "AutoModelForSequenceClassification" in own
 
 
 def hidden_size_of(model: PreTrainedModel) -> int:

@@ -11,22 +11,21 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from rlhf.errors import ModelError
 from rlhf.models.export import ADAPTER, adapter_tensors, load_adapter, saved_head
-from rlhf.models.loading import DTYPES, linear_names, load_causal_lm, load_whole, switch_off_dropout
+from rlhf.models.linear_layers import target_names
+from rlhf.models.loading import DTYPES, load_causal_lm, load_whole, switch_off_dropout
 from rlhf.models.roles import Role, Roles
-from rlhf.schema import ALL_LINEAR
 from rlhf.settings import LoraSettings, ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
 
-def lora_config(lora: LoraSettings, model: PreTrainedModel | None = None) -> LoraConfig:
-    """The settings as peft's `LoraConfig`; `all-linear` becomes the names of the linear layers of `model`."""
-    every = lora.target_modules == ALL_LINEAR and model is not None
+def lora_config(lora: LoraSettings, model: PreTrainedModel) -> LoraConfig:
+    """The settings as peft's `LoraConfig` for an adapter on `model`."""
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=sorted(linear_names(model)) if every else list(lora.target_modules),
+        target_modules=sorted(target_names(lora, model)),
         layers_to_transform=lora.layers_to_transform,
         use_rslora=lora.rslora,
         use_dora=lora.dora,

@@ -1,16 +1,13 @@
 """Load tokenizers and causal language models from the Hub, a folder or a GGUF file, or create them from a config."""
 
 import logging
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
@@ -23,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.pytorch_utils import Conv1D
 
 from rlhf.data.records import DataSource
 from rlhf.errors import ModelError, explained
+from rlhf.models.architecture import check_decoder
 from rlhf.models.logits import head_of
 from rlhf.models.tokenizing import keep_template
 from rlhf.models.tokens import give_pad, stops_of
@@ -34,8 +31,6 @@ from rlhf.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BPE_VOCABULARY = 4096  # entries of a tokenizer that is trained here
-_IN_ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # parts of a layer that has an adapter already
-LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, with a transposed weight
 
 
 def load_tokenizer(model: ModelSettings, source: DataSource | None = None) -> PreTrainedTokenizerBase:
@@ -174,20 +169,6 @@ def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTr
     return model
 
 
-def linear_names(lm: PreTrainedModel) -> set[str]:
-    """Last parts of the names of the linear layers that can have an adapter (`q_proj`, …).
-
-    Names that also occur outside of the base model, such as that of the language-model head, are left out. An adapter
-    there would have no effect on hidden states, and could not be merged without changing tied embeddings.
-    """
-    inside, outside = set[str](), set[str]()
-    layers = set(lm.base_model.modules()) - {lm.get_output_embeddings()}
-    for name, module in lm.named_modules():
-        if isinstance(module, (*LINEAR, LoraLayer)) and not _IN_ADAPTER.search(name):
-            (inside if module in layers else outside).add(name.rpartition(".")[2])
-    return inside - outside
-
-
 def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedModel | None:
     """The model on the meta device, without weights; None if its configuration cannot be downloaded now.
 
@@ -202,6 +183,14 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
             config = config_of(model)
         except OSError:  # the Hub cannot be reached, but may be when training starts
             return None
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ModelError(
+                f"{name}: the model comes with code of its own, which would run here; allowed: a model that is part "
+                "of transformers, or, for code that you trust, model.trust_remote_code=true"
+            ) from error
+        check_decoder(config, name)
         if model.name_or_path is None and vocabulary is not None:
             config.vocab_size = vocabulary
         with torch.device("meta"):

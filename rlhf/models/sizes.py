@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.models.blocks import transformer_blocks
-from rlhf.models.loading import LINEAR, skeleton
-from rlhf.schema import ALL_LINEAR
+from rlhf.models.linear_layers import LINEAR, target_names
+from rlhf.models.loading import skeleton
 from rlhf.settings import LoraSettings, ModelSettings
 
 
@@ -72,12 +72,12 @@ class Sizes:
 
     def adapted(self, lora: LoraSettings) -> list[tuple[int, int]]:
         """Input and output features of the layers that a LoRA is put on; of all linear layers for r = 0."""
-        whole, blocks = lora.r == 0 or lora.target_modules == ALL_LINEAR, lora.layers_to_transform
+        whole, blocks = lora.r == 0, lora.layers_to_transform
+        names = set[str]() if whole else target_names(lora, self.model)
         return [
             (inputs, outputs)
             for name, inputs, outputs in self._layers
-            if (whole or name.rpartition(".")[2] in lora.target_modules)
-            and (lora.r == 0 or not blocks or _block(name) in blocks)
+            if whole or (name.rpartition(".")[2] in names and (not blocks or _block(name) in blocks))
         ]
 
     def adapter(self, lora: LoraSettings) -> int:

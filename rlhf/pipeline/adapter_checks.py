@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from rlhf.distributed import processes
 from rlhf.errors import ConfigError
 from rlhf.models.export import REWRITING
-from rlhf.models.loading import linear_names
+from rlhf.models.linear_layers import linear_names, target_names
 from rlhf.schema import ALL_LINEAR
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -66,12 +66,12 @@ def check_layers(settings: Settings, lm: PreTrainedModel) -> None:
     """
     present, blocks = linear_names(lm), lm.config.get_text_config().num_hidden_layers
     for key, lora in _adapters(settings):
-        absent = [] if lora.target_modules == ALL_LINEAR else sorted(set(lora.target_modules) - present)
+        absent = sorted(target_names(lora, lm) - present)
         if absent:
             raise ConfigError(
                 f"{key}.target_modules: between embeddings and last hidden states there is no linear layer named "
-                f"{', '.join(absent)}; "
-                f"allowed: {', '.join(sorted(present))}, or {ALL_LINEAR}"
+                f"{', '.join(absent)} that an adapter fits; "
+                f"allowed: {ALL_LINEAR}, or some of {', '.join(sorted(present))}"
             )
         chosen = lora.layers_to_transform
         if chosen is not None and not (chosen and set(chosen) <= set(range(blocks))):

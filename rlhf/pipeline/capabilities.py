@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.records import DataSource
 from rlhf.data.templates import PromptTemplate
 from rlhf.distributed import processes
 from rlhf.errors import ConfigError, missing_package
-from rlhf.models.architecture import check_architecture
+from rlhf.models.architecture import check_architecture, has_classifier, is_recurrent
 from rlhf.models.loading import load_tokenizer, skeleton
 from rlhf.pipeline.adapter_checks import check_layers
 from rlhf.rollout.vllm import NOT_YOURS, RANKS, TEMPERATURES
@@ -54,6 +55,23 @@ def check_model(config: DictConfig, settings: Settings, reward_model: bool, simu
         return
     check_architecture(lm, settings.model, _lengths(config, settings, reward_model, simulated))
     check_layers(settings, lm)
+    _check_engine(lm, config, settings, simulated)
+    trained = config.stage.name == "reward" or (reward_model and config.stage.name in ("ppo", "evaluate"))
+    if trained and settings.reward.lora.r == 0 and settings.reward.from_ is None and not has_classifier(lm):
+        raise ConfigError(
+            "lora@reward.lora=none: a whole reward model is saved as a sequence classifier, and transformers has none "
+            f"for {type(lm).__name__}; allowed: an adapter such as lora@reward.lora=all_linear, or another model"
+        )
+
+
+def _check_engine(lm: PreTrainedModel, config: DictConfig, settings: Settings, simulated: bool) -> None:
+    """The native engine's cache holds keys and values only."""
+    samples = simulated or config.stage.name in ("ppo", "evaluate")
+    if samples and settings.generation.engine == "native" and is_recurrent(lm):
+        raise ConfigError(
+            f"generation.engine=native: {type(lm).__name__} keeps a recurrent state, which this engine's cache of keys "
+            "and values does not hold; allowed: generation.engine=transformers, or a model with attention in all layers"
+        )
 
 
 def _lengths(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> dict[str, int]:

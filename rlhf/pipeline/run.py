@@ -241,7 +241,7 @@ class Run:
         if self.settings.lora.r:
             save_adapter(roles, "policy", roles.adapter_config("policy"), sft, stage.tokenizer, folder)
         else:
-            save_model(stage.roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), stage.tokenizer, folder)
+            save_model(roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), stage.tokenizer, folder)
 
     def _save_best(self, stage: PPO, best: Best) -> dict[str, Any] | None:
         """Save the policy of the best evaluation as `model_best/` unless it is the last one; describe it."""

@@ -31,7 +31,7 @@ def peak(settings: Settings, folder: Path) -> int:
     """Bytes that a forward and a backward pass allocate at most, in padded batches as on a GPU."""
     base = load_causal_lm(settings.model, word_tokenizer(), folder, settings.quantization)
     roles = Roles(base, getattr(torch, settings.model.dtype))
-    roles.add_adapter("base", "policy", lora_config(settings.lora))
+    roles.add_adapter("base", "policy", lora_config(settings.lora, roles.trunk("reference")))
     roles.table["policy"] = Role("base", "policy")
     roles.train_only("policy")
     if settings.model.gradient_checkpointing:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.errors import ModelError
 from rlhf.models.assembly import _add_value_adapter, lora_config
 from rlhf.models.export import load_adapter, save_adapter, save_model
-from rlhf.models.loading import linear_names
+from rlhf.models.linear_layers import linear_names
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.models.sizes import Sizes
@@ -193,4 +193,4 @@ def test_a_lora_config_is_pefts() -> None:
         use_rslora=True,
         use_dora=True,
     )
-    assert lora_config(lora).to_dict() == expected.to_dict()
+    assert lora_config(lora, tiny_model()).to_dict() == expected.to_dict()

@@ -20,13 +20,15 @@ from rlhf.models.activations import Passes
 from rlhf.models.architecture import check_architecture, max_positions
 from rlhf.models.assembly import lora_config
 from rlhf.models.export import save_adapter, save_model
-from rlhf.models.loading import linear_names, load_causal_lm, skeleton
+from rlhf.models.linear_layers import linear_names
+from rlhf.models.loading import load_causal_lm, skeleton
 from rlhf.models.memory import Work, estimate
 from rlhf.models.roles import Role, Roles
 from rlhf.models.sequences import Sequences
 from rlhf.models.sizes import Sizes
 from rlhf.rollout.engine import GenerationRequest
 from rlhf.rollout.native import NativeEngine
+from rlhf.schema import ALL_LINEAR
 from rlhf.scorers import Context
 from rlhf.scorers.classifier import ClassifierScorer
 from rlhf.settings import LoraSettings, ModelSettings
@@ -171,7 +173,7 @@ def test_an_adapter_on_transposed_layers_is_pefts_everywhere(tmp_path: Path) -> 
     base = load_causal_lm(model_at(tmp_path / "base"), word_tokenizer())
     assert linear_names(base) == set(TARGETS)
     roles = Roles(base)
-    config = lora_config(LoraSettings(r=4, alpha=8.0, target_modules=TARGETS))
+    config = lora_config(LoraSettings(r=4, alpha=8.0, target_modules=ALL_LINEAR), base)
     roles.add_adapter("base", "policy", config)
     roles.table["policy"] = Role("base", "policy")
     randomize_lora_b(roles.adapter_parameters("base", "policy"), 0)

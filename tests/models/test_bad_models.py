@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.errors import DataError, ModelError
 from rlhf.models.export import load_adapter, save_model, saved_head
-from rlhf.models.loading import linear_names, load_causal_lm, load_tokenizer, skeleton
+from rlhf.models.linear_layers import linear_names
+from rlhf.models.loading import load_causal_lm, load_tokenizer, skeleton
 from rlhf.models.tokenizing import encode_pairs, short_enough
 from rlhf.settings import ModelSettings
 from tests.helpers.data_readers import (
@@ -137,7 +138,7 @@ def test_a_model_not_yet_downloaded_is_accepted_and_a_mistake_is_found_early(tmp
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError) as failure:
         skeleton(ModelSettings("x", str(tmp_path), max_prompt_tokens=8))
-    assert_one_sentence(failure.value, "no causal language model can be made from this configuration")
+    assert_one_sentence(failure.value, "the model type t5 has an encoder beside its decoder; allowed: ")
 
 
 def test_an_adapter_of_another_model_or_a_damaged_one_is_one_sentence(tmp_path: Path, folders: Any) -> None:

@@ -42,7 +42,7 @@ def keywords(option: str) -> dict:
 def quantized_roles(model: ModelSettings, tokenizer: PreTrainedTokenizerFast, option: str) -> Roles:
     roles = Roles(load_causal_lm(model, tokenizer, quantization=keywords(option)))
     torch.manual_seed(1)
-    roles.add_adapter("base", "policy", lora_config(LORA))
+    roles.add_adapter("base", "policy", lora_config(LORA, roles.trunk("reference")))
     roles.table["policy"] = Role("base", "policy")
     for parameter in roles.adapter_parameters("base", "policy").values():
         torch.nn.init.normal_(parameter, std=0.02)

@@ -75,7 +75,7 @@ def test_in_bfloat16_the_ratio_is_exact_and_log_probs_are_near() -> None:
     logprobs = {}
     for dtype in (torch.float32, torch.bfloat16):
         roles = Roles(tiny_model().to(dtype), dtype)
-        roles.add_adapter("base", "policy", lora_config(composed_settings().lora))
+        roles.add_adapter("base", "policy", lora_config(composed_settings().lora, roles.trunk("reference")))
         roles.table["policy"] = Role("base", "policy")
         batch = Sequences.from_lists([[5, 6], [7]], [[8, 9, 10], [11, 12]])
         first, again = (compute_logprobs(roles.eval(), "policy", batch, 64, 1.0) for _ in range(2))

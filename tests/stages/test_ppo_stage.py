@@ -138,7 +138,8 @@ def test_exact_penalties_agree_with_brute_force(
 ) -> None:
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 7 * 50)
     stage = make_ppo(ppo_settings(name, "logits", steps=1), folders, tmp_path / "samples")
-    save_adapter(stage.roles, "policy", lora_config(LORA), folders.sft, tokenizer, tmp_path / "policy")
+    config = lora_config(LORA, stage.roles.trunk("policy"))
+    save_adapter(stage.roles, "policy", config, folders.sft, tokenizer, tmp_path / "policy")
     experiences = record_calls(monkeypatch, stage, "make_experience")
     train(stage, tmp_path)
     policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
