@@ -127,7 +127,11 @@ class PPOSettings(OptimizerSettings):
     gamma: float = fraction(1.0)
     lam: float = fraction(0.95)
     clip_range: float = positive(0.2)
-    value_clip_range: float = positive(0.2)
+    clip_range_high: float | None = optional_positive()
+    dual_clip: float | None = checked(lambda x: x is None or x > 1, "a number above 1, or null", None)
+    ratio: str = choice("token", "sequence")
+    loss_aggregation: str = choice("token_mean", "sequence_mean", "constant")
+    value_clip_range: float | None = optional_positive(0.2)
     value_coef: float = at_least_zero(0.1)
     whiten_rewards: bool = True
     whiten_advantages: bool = True
@@ -136,7 +140,7 @@ class PPOSettings(OptimizerSettings):
     score_clip: float | None = optional_positive()
     accumulation: str = choice("exact", "as_published")
     published_rows: int = positive(16)
-    value_model: str = choice("adapter", "trunk_head", "full")
+    value_model: str = choice("adapter", "trunk_head", "full", "none")
     value_bias: bool = False
     target_kl: float | None = optional_positive()
     schedule_steps: int | None = optional_positive()
@@ -169,6 +173,16 @@ class DivergenceSettings:
 
 
 @dataclass
+class AdvantagesSettings:
+    """`conf/advantages`: a function (`rlhf.advantages`) with its keywords, and what it compares an answer with."""
+
+    name: str = "gae"
+    function: str = "rlhf.advantages.gae"
+    baseline: str = choice("value", "group", "greedy", "none")
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class GenerationSettings:
     """`conf/generation`: how rollouts are sampled. Top-k and top-p are absent because they would bias every KL.
 
@@ -178,6 +192,7 @@ class GenerationSettings:
     engine: str = choice("native", "transformers", "vllm")
     max_new_tokens: int = positive()
     temperature: float = positive(1.0)
+    samples_per_prompt: int = positive(1)
     batch_size: Any = number_or_auto(64)
     capture_logprobs: str = choice("auto", "always", "never")
     cuda_graphs: str = choice("auto", "never")
@@ -268,6 +283,7 @@ class Settings:
     reward: RewardSettings = field(default_factory=RewardSettings)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
+    advantages: AdvantagesSettings = field(default_factory=AdvantagesSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     guards: GuardsSettings = field(default_factory=GuardsSettings)

@@ -18,7 +18,7 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 FLOORS = [
     ["errors", "__init__"],
     ["settings", "schema", "seeding", "files"],
-    ["distributed", "objectives", "divergence", "restoring_pull", "ppo"],
+    ["distributed", "objectives", "divergence", "restoring_pull", "ppo", "advantages", "aggregation"],
     ["tracking", "guards"],
     ["data"],
     ["models"],

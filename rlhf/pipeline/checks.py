@@ -17,7 +17,7 @@ from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
-from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
+from rlhf.pipeline.training_checks import check_advantages, check_packing, check_patience, check_ppo
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
@@ -115,6 +115,8 @@ def _check_ppo(settings: Settings) -> None:
     check_ppo(settings)
     check_keeping(settings)
     _check_function("divergence.function", settings.divergence.function)
+    _check_function("advantages.function", settings.advantages.function)
+    check_advantages(settings)
 
 
 def _check_function(key: str, path: str) -> None:

@@ -54,7 +54,8 @@ def settings_of(config: DictConfig) -> Settings:
         chosen: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or ''}: {str(error).partition(chr(10))[0]}") from error
-    return typed(Settings, {field.name: chosen[field.name] for field in fields(Settings)})
+    # the recorded configuration of an earlier version may lack a group, which then has its defaults
+    return typed(Settings, {field.name: chosen[field.name] for field in fields(Settings) if field.name in chosen})
 
 
 def _check_keys(config: DictConfig) -> None:

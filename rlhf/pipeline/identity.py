@@ -32,6 +32,12 @@ IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"
 # Keys that only measure a policy: with other values the same steps are trained. `ppo.keep_best` is none of them: which
 # policy is left as the best one cannot be chosen again once the run has ended.
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
+# Keys that were added later, with the values at which all is as it was before: runs without them are the same runs.
+ADDED: dict[str, Any] = {
+    "advantages": {"name": "gae", "function": "rlhf.advantages.gae", "baseline": "value", "options": {}},
+    "generation.samples_per_prompt": 1, "ppo.clip_range_high": None, "ppo.dual_clip": None, "ppo.ratio": "token",
+    "ppo.loss_aggregation": "token_mean",
+}  # fmt: skip
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
 PATHS = frozenset({"root", "folder", "name_or_path", "tokenizer", "model", "chat_template"})
@@ -126,6 +132,18 @@ def of_training(config: Mapping[str, Any], source: Any) -> dict[str, Any]:
         **kept,
         "ppo": {key: value for key, value in config["ppo"].items() if f"ppo.{key}" not in MEASURING},
         "data": of_data(config["data"], source, [split for split in SPLITS if split != "eval"]),
+    }
+
+
+def without_added(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the keys of `ADDED` whose values change nothing."""
+
+    def kept(prefix: str, node: Mapping[str, Any]) -> dict[str, Any]:
+        named = {key: (f"{prefix}{key}", value) for key, value in node.items()}
+        return {key: value for key, (name, value) in named.items() if name not in ADDED or ADDED[name] != value}
+
+    return {
+        key: kept(f"{key}.", value) if isinstance(value, Mapping) else value for key, value in kept("", config).items()
     }
 
 

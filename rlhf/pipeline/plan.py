@@ -257,7 +257,7 @@ class Plan:
     def _identity_of(self, config: Mapping[str, Any]) -> str:
         trained = config if self.stage == "evaluate" else identity.of_training(config, self.source)
         chosen = {
-            key: value for key, value in trained.items()
+            key: value for key, value in identity.without_added(trained).items()
             if key not in IGNORED_GROUPS and (key, value) != ("policy", None)
         }  # fmt: skip
         for product, taken in self.taken.items():  # the keys of a training that does not happen decide nothing

@@ -88,9 +88,13 @@ class Times:
         values, bare = (self._pass(lora, length, learning, words=False) for learning in (True, False))
         captured = settings.generation.engine == "native" and settings.model.dtype == "float32"
         scoring = (not captured) + (settings.divergence.input != "none")  # policy and reference
-        frozen = scoring * read + (1 + self.work.reward_model) * bare  # value function and reward model
-        update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
+        critic = ppo.value_model != "none"
+        frozen = scoring * read + (critic + self.work.reward_model) * bare  # value function and reward model
+        update = ppo.epochs * (learn + (values if critic and ppo.value_model != "trunk_head" else 0))
         step = self._answers(rows, self.new, lora) + rows * length * (frozen + update)
+        if settings.advantages.baseline == "greedy":
+            prompts = rows // settings.generation.samples_per_prompt
+            step += self._answers(prompts, self.new, lora) + prompts * length * self.work.reward_model * bare
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
         return ppo.steps * step + measured * self.evaluate()
 
