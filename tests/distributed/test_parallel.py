@@ -213,6 +213,7 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
     [
         (["trainer=cpu", "trainer.devices=2"], "trainer=ddp"),
         ([*DEVICES, "ppo.minibatch_size=1"], "each needs a row"),
+        ([*DEVICES, "advantages=rloo", "ppo.minibatch_size=4"], "each needs a row"),
         ([*DEVICES, "trainer.num_nodes=2"], "torchrun"),
         ([*DEVICES, "ppo=as_published", "ppo.rollout_batch_size=64", "ppo.minibatch_size=64"], "as_published"),
     ],
