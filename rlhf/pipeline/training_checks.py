@@ -1,13 +1,7 @@
 """Settings of the training that contradict each other: how long it lasts, when it ends, and what it learns from."""
 
-import inspect
-
-from hydra.utils import get_method
-
 from rlhf.errors import ConfigError
-from rlhf.errors.keys import unknown_key
-from rlhf.pipeline.config import instantiate
-from rlhf.settings import JOINED, AdvantagesSettings, PPOSettings, Settings, SFTSettings
+from rlhf.settings import JOINED, PPOSettings, Settings, SFTSettings
 
 # Keys of `ppo` that only a value function reads, and what they are without one, as a value and as a word.
 WITHOUT_VALUES = {"value_model": ("none", "none"), "value_coef": (0.0, "0"), "value_bias": (False, "false"),
@@ -43,10 +37,8 @@ def check_ppo(settings: Settings) -> None:
 def check_advantages(settings: Settings) -> None:
     """What the advantages are measured against is there, and nothing is configured that they do not use.
 
-    `advantages.function` can be imported.
-
     Raises:
-        ConfigError: two keys contradict each other, or the function has no such keyword.
+        ConfigError: two keys contradict each other.
     """
     ppo, chosen, samples = settings.ppo, settings.advantages, settings.generation.samples_per_prompt
     if chosen.baseline == "value" and ppo.value_model == "none":
@@ -70,16 +62,6 @@ def check_advantages(settings: Settings) -> None:
                 f"ppo.{key}={getattr(ppo, key)} cuts the {samples} answers to a prompt apart; allowed: a multiple of "
                 f"generation.samples_per_prompt={samples}"
             )
-    _check_options(chosen)
-
-
-def _check_options(chosen: AdvantagesSettings) -> None:
-    """The options are keywords of the function, of the right types."""
-    known = list(inspect.signature(get_method(chosen.function)).parameters)[1:]
-    for key in chosen.options:
-        if key not in known:
-            raise ConfigError(unknown_key(f"advantages.options.{key}", known))
-    instantiate({"_target_": chosen.function, "_partial_": True, **chosen.options}, "advantages.options")
 
 
 def _check_length(ppo: PPOSettings) -> None:
