@@ -74,10 +74,8 @@ def try_advantages(settings: AdvantagesSettings) -> None:
     Raises:
         ConfigError: it has no such options, fails, or does not return a finite advantage for each token.
     """
-    function, name = (
-        named_function("advantages.function", settings.function),
-        f"advantages.function={settings.function}",
-    )
+    name = f"advantages.function={settings.function}"
+    function, baseline = named_function("advantages.function", settings.function), settings.baseline
     known = list(inspect.signature(function).parameters)[1:]
     for key in settings.options:
         if key not in known:
@@ -86,13 +84,9 @@ def try_advantages(settings: AdvantagesSettings) -> None:
     estimator = instantiate(chosen, "advantages.options")
     mask = torch.arange(3) < torch.tensor([1, 2, 3, 3, 2, 1])[:, None]
     rewards = torch.where(mask, torch.linspace(-1.0, 2.0, steps=18).view(6, 3), 0.0)
-    values, greedy = (
-        rewards / 2 if settings.baseline == "value" else None,
-        torch.tensor([0.5, -0.5]).repeat_interleave(3),
-    )
-    batch = RewardedBatch(
-        rewards, mask, torch.arange(6) // 3, 1.0, 1.0, values, greedy if settings.baseline == "greedy" else None
-    )
+    values = rewards / 2 if baseline == "value" else None
+    greedy_scores = torch.tensor([0.5, -0.5]).repeat_interleave(3) if baseline == "greedy" else None
+    batch = RewardedBatch(rewards, mask, torch.arange(6) // 3, 1.0, 1.0, values, greedy_scores)
     try:
         found = estimator(batch)
     except Exception as error:

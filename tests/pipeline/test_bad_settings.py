@@ -37,6 +37,8 @@ CONFIGURED: list[tuple[str, str]] = [
     ("divergence.input=words", "divergence.input=words is not allowed; allowed: logprobs, logits or none"),
     ("advantages=foo", "advantages=foo: there is no such option.*rloo"),
     ("advantages.function=os.nope", "advantages.function=os.nope cannot be imported"),
+    ("advantages.function=math.fsum", "advantages.function=math.fsum failed on a batch of shape .*TypeError"),
+    ("advantages.function=builtins.repr", ".*returned str for a batch of .*; allowed: a finite advantage for each"),
     ("advantages.baseline=mean", "advantages.baseline=mean is not allowed; allowed: value, group, greedy or none"),
     ("advantages=grpo advantages.options.divide_by_std=1", "advantages.options.divide_by_std=1 is not allowed; .*true"),
     ("advantages=grpo +advantages.options.divide_by_st=true", "no such key, did you mean divide_by_std"),
