@@ -64,8 +64,8 @@ def test_a_divergence_of_the_page_trains() -> None:
 def test_an_advantage_estimator_of_the_page_trains(parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = record_calls(monkeypatch, parts, "above_the_worst")
     folder = run("advantages=above_the_worst")
-    assert len(batches) == 3
-    for (batch,), advantages in batches:
+    assert len(batches) == 1 + 3  # tried once, then a call a step
+    for (batch,), advantages in batches[1:]:
         returns = torch.where(batch.mask, batch.rewards, 0.0).sum(1)
         groups = returns.view(2, 4)  # two prompts, four answers to each
         expected = 2.0 * (groups - groups.amin(1, keepdim=True)).flatten()

@@ -76,9 +76,11 @@ def try_advantages(settings: AdvantagesSettings) -> None:
     """
     name = f"advantages.function={settings.function}"
     function, baseline = named_function("advantages.function", settings.function), settings.baseline
-    known = list(inspect.signature(function).parameters)[1:]
+    parameters = inspect.signature(function).parameters
+    known = list(parameters)[1:]
+    any_key = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in settings.options:
-        if key not in known:
+        if key not in known and not any_key:
             raise ConfigError(unknown_key(f"advantages.options.{key}", known))
     chosen = {"_target_": settings.function, "_partial_": True, **settings.options}
     estimator = instantiate(chosen, "advantages.options")
