@@ -132,22 +132,33 @@ def policy_losses(
     old_logprobs: Float[Tensor, "*shape"],
     advantages: Float[Tensor, "*shape"],
     clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """The clipped surrogate (Schulman et al. 2017, equation 7), negated: max(−A r, −A clip(r, 1 ± clip_range)).
+    """The clipped surrogate (Schulman et al. 2017, equation 7), negated: max(−A r, −A clip(r, 1 − low, 1 + high)).
 
-    Per token, without padding; the caller takes the mean over a minibatch, whose gradients it accumulates.
+    `clip_range` is low, and high too unless `clip_range_high` is given (clip-higher: Yu et al. 2025). With
+    `dual_clip` = c > 1, the loss of a negative advantage is at most −A c (Ye et al. 2020), however much
+    likelier the token has become. Per token, without padding; the caller takes the mean over a minibatch, whose
+    gradients it accumulates.
     """
     ratio = (logprobs - old_logprobs).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    high = clip_range if clip_range_high is None else clip_range_high
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + high))
+    if dual_clip is None:
+        return losses
+    return torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
 
 
 def value_losses(
     values: Float[Tensor, "*shape"],
     old_values: Float[Tensor, "*shape"],
     returns: Float[Tensor, "*shape"],
-    clip_range: float,
+    clip_range: float | None,
 ) -> Float[Tensor, "*shape"]:
-    """½ max((V − R)², (clip(V, V_old ± clip_range) − R)²) per token, without padding."""
+    """½ max((V − R)², (clip(V, V_old ± clip_range) − R)²) per token, without padding; None: ½ (V − R)²."""
+    if clip_range is None:
+        return (values - returns).square() / 2
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
 
@@ -183,6 +194,11 @@ class ScoreNormalizer:
         """Update the moments with these scores; return the normalised scores."""
         if self.kind != "none":
             self._update_moments(scores.double())
+        return self.normalized(scores)
+
+    def normalized(self, scores: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """The scores by the moments so far, which stay as they are."""
+        if self.kind != "none":
             std = max((self.squares / max(self.count, 1.0)) ** 0.5, 1e-8)
             scores = (scores - (self.mean if self.kind == "standardize" else 0.0)) / std
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)

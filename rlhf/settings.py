@@ -148,7 +148,11 @@ class PPOSettings(OptimizerSettings):
     gamma: float = fraction(1.0)
     lam: float = fraction(0.95)
     clip_range: float = positive(0.2)
-    value_clip_range: float = positive(0.2)
+    clip_range_high: float | None = optional_positive()
+    dual_clip: float | None = checked(lambda x: x is None or x > 1, "a number above 1, or null", None)
+    ratio: str = choice("token", "sequence")
+    loss_aggregation: str = choice("token_mean", "sequence_mean", "constant")
+    value_clip_range: float | None = optional_positive(0.2)
     value_coef: float = at_least_zero(0.1)
     whiten_rewards: bool = True
     whiten_advantages: bool = True
@@ -163,7 +167,7 @@ class PPOSettings(OptimizerSettings):
     ptx_coef: float = at_least_zero(0.0)
     ptx_batch_size: int | None = optional_positive()
     ptx_texts: str | None = None
-    value_model: str = choice("adapter", "trunk_head", "full")
+    value_model: str = choice("adapter", "trunk_head", "full", "none")
     value_bias: bool = False
     target_kl: float | None = optional_positive()
     schedule_steps: int | None = optional_positive()
@@ -215,6 +219,16 @@ class LossTermSettings:
 
 
 @dataclass
+class AdvantagesSettings:
+    """`conf/advantages`: a function (`rlhf.advantages`) with its keywords, and what it compares an answer with."""
+
+    name: str = "gae"
+    function: str = "rlhf.advantages.gae"
+    baseline: str = choice("value", "group", "greedy", "none")
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class GenerationSettings:
     """`conf/generation`: how rollouts are sampled. Top-k and top-p are absent because they would bias every KL.
 
@@ -224,6 +238,7 @@ class GenerationSettings:
     engine: str = choice("native", "transformers", "vllm")
     max_new_tokens: int = positive()
     temperature: float = positive(1.0)
+    samples_per_prompt: int = positive(1)
     batch_size: Any = number_or_auto(64)
     capture_logprobs: str = choice("auto", "always", "never")
     cuda_graphs: str = choice("auto", "never")
@@ -316,6 +331,7 @@ class Settings:
     ppo: PPOSettings = field(default_factory=PPOSettings)
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
     loss_terms: dict[str, LossTermSettings] = field(default_factory=dict)
+    advantages: AdvantagesSettings = field(default_factory=AdvantagesSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     guards: GuardsSettings = field(default_factory=GuardsSettings)

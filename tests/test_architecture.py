@@ -18,7 +18,17 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 FLOORS = [
     ["errors", "__init__"],
     ["settings", "schema", "seeding", "files", "reference"],
-    ["distributed", "objectives", "divergence", "f_divergence", "placement", "restoring_pull", "ppo"],
+    [
+        "distributed",
+        "objectives",
+        "divergence",
+        "f_divergence",
+        "placement",
+        "restoring_pull",
+        "ppo",
+        "advantages",
+        "aggregation",
+    ],
     ["tracking", "guards"],
     ["data"],
     ["models"],

@@ -16,6 +16,7 @@ from rlhf.files import SUMMARY, read_lines
 from rlhf.stages.reference import Weights
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
+from tests.helpers.calls import record_calls
 from tests.helpers.command_line import TINY, run_in_process
 
 pytestmark = pytest.mark.slow
@@ -59,6 +60,20 @@ def test_a_divergence_of_the_page_trains() -> None:
     # near the reference the penalty is δ²/2, which k3 equals to second order
     assert lines[-1]["ppo/penalty"] == pytest.approx(lines[-1]["ppo/k3"], rel=0.2)
     assert lines[-1]["ppo/penalty"] > 0
+
+
+def test_an_advantage_estimator_of_the_page_trains(parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = record_calls(monkeypatch, parts, "above_the_worst")
+    folder = run("advantages=above_the_worst")
+    assert len(batches) == 1 + 3  # tried once, then a call a step
+    for (batch,), advantages in batches[1:]:
+        returns = torch.where(batch.mask, batch.rewards, 0.0).sum(1)
+        groups = returns.view(2, 4)  # two prompts, four answers to each
+        expected = 2.0 * (groups - groups.amin(1, keepdim=True)).flatten()
+        torch.testing.assert_close(advantages, torch.where(batch.mask, expected[:, None], 0.0))
+    summary = read_summary(folder)
+    assert summary is not None
+    assert summary["config"]["ppo"]["value_model"] == "none"
 
 
 def test_an_unknown_option_is_answered_with_ones_own(capfd: pytest.CaptureFixture) -> None:

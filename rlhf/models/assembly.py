@@ -82,9 +82,9 @@ def ppo_roles(
 
     `beside` is a further role, which begins as the policy does and is not trained (`rlhf.stages.reference`).
 
-    The value function starts as the reward model, with a zero head; without a reward model, or with one that
-    `only_judges`, as the SFT model. `sft` and `reward` are folders, and so are `members`, further reward models, which
-    become the roles `reward_1`, `reward_2`, ….
+    The value function, if there is one, starts as the reward model, with a zero head; without a reward model, or with
+    one that `only_judges`, as the SFT model. `sft` and `reward` are folders, and so are `members`, further reward
+    models, which become the roles `reward_1`, `reward_2`, ….
     """
     # 1. The SFT model is the reference. The reward model is an adapter on it, or a trunk of its own.
     base = load_causal_lm(settings.model, tokenizer, sft, quantization)
@@ -100,13 +100,13 @@ def ppo_roles(
         _add_reward(roles, folder, role)
     if beside is not None:
         _add_like_policy(roles, settings, beside)
-    roles.train_only("policy", "value")
+    _train_policy_and_value(roles)
     _log_size(roles)
     return _configured(roles, settings)
 
 
 def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | None) -> None:
-    """Add the roles `policy` and `value`, and train only these.
+    """Add the roles `policy` and `value` (but for `ppo.value_model=none`), and train only these.
 
     `reward` is the adapter of the role `reward`, if there is that role and it is one.
     """
@@ -120,15 +120,22 @@ def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | 
         roles.table["policy"] = Role("base", "policy")
 
     # 2. The value function is a head on the policy, an adapter, or a trunk of its own.
-    if settings.ppo.value_model == "trunk_head":
+    if settings.ppo.value_model == "none":
+        pass
+    elif settings.ppo.value_model == "trunk_head":
         roles.table["value"] = roles.table["policy"]
     elif full or settings.ppo.value_model == "full":
         roles.add_trunk("value", roles.copy_trunk("reward" if "reward" in roles.table else "reference"))
         roles.table["value"] = Role("value", None)
     else:
         _add_value_adapter(roles, settings.lora, reward)
-    roles.add_head("value", zero=True, bias=settings.ppo.value_bias)
-    roles.train_only("policy", "value")
+    if "value" in roles.table:
+        roles.add_head("value", zero=True, bias=settings.ppo.value_bias)
+    _train_policy_and_value(roles)
+
+
+def _train_policy_and_value(roles: Roles) -> None:
+    roles.train_only(*(role for role in ("policy", "value") if role in roles.table))
 
 
 def _add_like_policy(roles: Roles, settings: Settings, role: str) -> None:

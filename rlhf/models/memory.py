@@ -178,9 +178,9 @@ class _Stage:
 
     @property
     def value_lora(self) -> LoraSettings | None:
-        """What the value function trains beside its head (r = 0: a whole model); None on the policy's trunk."""
+        """What the value function trains beside its head (r = 0: a whole model); None if it trains nothing else."""
         settings, kind = self.settings, self.settings.ppo.value_model
-        if kind == "trunk_head":
+        if kind in ("trunk_head", "none"):
             return None
         if settings.lora.r == 0 or kind == "full":
             return LoraSettings(r=0)

@@ -20,8 +20,8 @@ from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.members import check_margins, check_members
 from rlhf.pipeline.taken import taken_of
-from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo, check_reference
-from rlhf.pipeline.users_functions import named_function, try_divergence
+from rlhf.pipeline.training_checks import check_advantages, check_packing, check_patience, check_ppo, check_reference
+from rlhf.pipeline.users_functions import named_function, try_advantages, try_divergence
 from rlhf.placement import Placement
 from rlhf.scorers import scores_texts
 from rlhf.scorers.columns import check_columns
@@ -127,6 +127,8 @@ def _check_ppo(settings: Settings) -> None:
     check_ppo(settings)
     check_keeping(settings)
     try_divergence(settings.divergence)
+    check_advantages(settings)
+    try_advantages(settings.advantages)
 
 
 def _check_loss_terms(settings: Settings) -> None:
@@ -198,7 +200,7 @@ def check_evaluation(
         _check_own(config, key)
     check_patience(settings.ppo, best_metric(config, settings, source))
     if "eval" in source.splits and not settings.evaluation.factscore:
-        rows = [Prompt(**row) for row in source.load("eval")] if reads_words(config) else []
+        rows = as_records(source.load("eval"), "eval") if reads_words(config) else []
         check_judge_reads(config, [text for row in rows for text in (row.prompt, row.reference_output or "")])
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
         raise ConfigError(

@@ -34,7 +34,9 @@ IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"
 MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
 # Values at which a key does nothing: the run is the same as one of a version that did not have the key.
 OFF: Mapping[str, Any] = {
-    "kl.placement": "auto", "kl.importance_weight": False,
+    "advantages": {"name": "gae", "function": "rlhf.advantages.gae", "baseline": "value", "options": {}},
+    "generation.samples_per_prompt": 1, "ppo.clip_range_high": None, "ppo.dual_clip": None, "ppo.ratio": "token",
+    "ppo.loss_aggregation": "token_mean", "kl.placement": "auto", "kl.importance_weight": False,
     "ppo.score_transform": "none", "ppo.reference_answers": 1, "reward.margin_coef": 0, "reward.length_coef": 0,
     "reward.average_of": 1, "data.keep": None, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0,
     "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,

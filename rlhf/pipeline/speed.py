@@ -74,7 +74,8 @@ class Speed:
         """Answering `rows` prompts at a time with `new` tokens each."""
 
         def sample(count: int) -> float:
-            request = GenerationRequest([[1] * prompt] * rows, count, 1.0, torch.Generator(self.device).manual_seed(0))
+            prompts = [[row % self.sizes.vocabulary, *[1] * (prompt - 1)] for row in range(rows)]  # read once each
+            request = GenerationRequest(prompts, count, 1.0, torch.Generator(self.device).manual_seed(0))
             engine = NativeEngine(NO_EOS, self.settings.generation.capture_logprobs != "never")
             return self._extrapolated(lora, lambda roles: engine.generate(roles, "policy", request))
 

@@ -90,12 +90,16 @@ class Times:
         captured = settings.generation.engine == "native" and settings.model.dtype == "float32"
         moving = self.work.moving == MOVING_REFERENCE  # a pass of the penalty's reference, beside the SFT model's
         scoring = (not captured) + (settings.divergence.input != "none") + moving
-        frozen = scoring * read + (1 + self.work.reward_model + self.work.members) * bare  # value, rewards
-        update = ppo.epochs * (learn + (values if ppo.value_model != "trunk_head" else 0))
+        critic = ppo.value_model != "none"
+        frozen = scoring * read + (critic + self.work.reward_model + self.work.members) * bare  # value, rewards
+        update = ppo.epochs * (learn + (values if critic and ppo.value_model != "trunk_head" else 0))
         answers = self._answers(rows, self.new, lora)
         if ppo.score_transform == "par":
             answers *= 1 + ppo.reference_answers
         step = answers + rows * length * (frozen + update) + self._mixed()
+        if settings.advantages.baseline == "greedy":
+            prompts = rows // settings.generation.samples_per_prompt
+            step += self._answers(prompts, self.new, lora) + prompts * length * self.work.reward_model * bare
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
         return ppo.steps * step + measured * self.evaluate()
 

@@ -66,7 +66,7 @@ def train_ppo(
         trainer.validate(stage, evaluation, verbose=False)
     # 3. Train; Lightning asks for an evaluation at every interval, and the stage knows whether one is due.
     if start < ppo.steps and not _ended(plateau):
-        batches = SeededBatches(len(prompts), ppo.rollout_batch_size, settings.seed, ppo.steps, start)
+        batches = SeededBatches(len(prompts), stage.prompts_per_step, settings.seed, ppo.steps, start)
         trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
         if ppo.steps % ppo.eval_interval and not _ended(plateau):
             trainer.validate(stage, evaluation, verbose=False)

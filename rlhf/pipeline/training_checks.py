@@ -8,6 +8,10 @@ from rlhf.pipeline.config import instantiate
 from rlhf.settings import JOINED, PPOSettings, Settings, SFTSettings
 from rlhf.stages.reference import Rule
 
+# Keys of `ppo` that only a value function reads, and what they are without one, as a value and as a word.
+WITHOUT_VALUES = {"value_model": ("none", "none"), "value_coef": (0.0, "0"), "value_bias": (False, "false"),
+                  "value_clip_range": (None, "null"), "lam": (1.0, "1")}  # fmt: skip
+
 
 def check_ppo(settings: Settings) -> None:
     """Batches divide into their parts, and the training is long enough for its schedule.
@@ -26,6 +30,12 @@ def check_ppo(settings: Settings) -> None:
             f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
             "allowed: a divisor of it"
         )
+    for key, plain in (("loss_aggregation", "token_mean"), ("ratio", "token")):
+        if ppo.accumulation == "as_published" and getattr(ppo, key) != plain:
+            raise ConfigError(
+                f"ppo.{key}={getattr(ppo, key)}: ppo.accumulation=as_published reproduces a code that has "
+                f"{plain}; allowed: {plain}, or ppo.accumulation=exact"
+            )
     _check_length(ppo)
 
 
@@ -43,6 +53,41 @@ def check_reference(config: DictConfig, settings: Settings) -> None:
             f"reference._target_={chosen} moves what the penalty is measured from, and divergence=none has none; "
             "allowed: reference=fixed or reset, or a divergence"
         )
+
+
+def check_advantages(settings: Settings) -> None:
+    """What the advantages are measured against is there, and nothing is configured that they do not use.
+
+    Raises:
+        ConfigError: two keys contradict each other.
+    """
+    ppo, chosen, samples = settings.ppo, settings.advantages, settings.generation.samples_per_prompt
+    if chosen.baseline == "value" and ppo.value_model == "none":
+        raise ConfigError(
+            f"ppo.value_model=none: advantages={chosen.name} needs a value function; "
+            "allowed: adapter, trunk_head or full, or advantages such as rloo"
+        )
+    for key, (unused, word) in WITHOUT_VALUES.items() if chosen.baseline != "value" else ():
+        if getattr(ppo, key) != unused:
+            raise ConfigError(
+                f"ppo.{key}={getattr(ppo, key)}: advantages={chosen.name} uses no value function; allowed: {word}"
+            )
+    if chosen.baseline == "group" and samples == 1:
+        raise ConfigError(
+            f"generation.samples_per_prompt=1: advantages={chosen.name} compares answers to a prompt; allowed: 2 or "
+            "more"
+        )
+    if chosen.baseline == "greedy" and ppo.score_transform != "none":
+        raise ConfigError(
+            f"ppo.score_transform={ppo.score_transform}: advantages={chosen.name} subtracts the score of a greedy "
+            "answer, which is not transformed; allowed: none"
+        )
+    for key in ("rollout_batch_size", "minibatch_size"):
+        if getattr(ppo, key) % samples:
+            raise ConfigError(
+                f"ppo.{key}={getattr(ppo, key)} cuts the {samples} answers to a prompt apart; allowed: a multiple of "
+                f"generation.samples_per_prompt={samples}"
+            )
 
 
 def _check_length(ppo: PPOSettings) -> None:

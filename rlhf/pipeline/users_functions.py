@@ -9,15 +9,16 @@ import hydra
 import torch
 from torch import Tensor
 
+from rlhf.advantages import RewardedBatch
 from rlhf.data.records import DataSource
 from rlhf.divergence import configured
 from rlhf.errors import ConfigError, first_line
 from rlhf.errors.keys import unknown_key
 from rlhf.errors.users_code import failure_in_users_code
-from rlhf.pipeline.config import check_numbers
+from rlhf.pipeline.config import check_numbers, instantiate
 from rlhf.scorers import TextContext
 from rlhf.scorers.text import FunctionScorer
-from rlhf.settings import DivergenceSettings
+from rlhf.settings import AdvantagesSettings, DivergenceSettings
 
 TRIED = 2  # demonstrations that a scorer's function is tried on
 
@@ -82,6 +83,40 @@ def _check_parameters(settings: DivergenceSettings, function: Callable[..., Any]
             if name not in allowed:
                 raise ConfigError(unknown_key(f"divergence.{name}", {*allowed, "function", "input", "name"}))
     check_numbers({"_target_": settings.function, **settings.parameters}, "divergence")
+
+
+def try_advantages(settings: AdvantagesSettings) -> None:
+    """Call the estimator of advantages on three answers to each of two prompts, and look at what it returns.
+
+    Raises:
+        ConfigError: it has no such options, fails, or does not return a finite advantage for each token.
+    """
+    name = f"advantages.function={settings.function}"
+    function, baseline = named_function("advantages.function", settings.function), settings.baseline
+    parameters = inspect.signature(function).parameters
+    known = list(parameters)[1:]
+    any_key = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in settings.options:
+        if key not in known and not any_key:
+            raise ConfigError(unknown_key(f"advantages.options.{key}", known))
+    chosen = {"_target_": settings.function, "_partial_": True, **settings.options}
+    estimator = instantiate(chosen, "advantages.options")
+    mask = torch.arange(3) < torch.tensor([1, 2, 3, 3, 2, 1])[:, None]
+    rewards = torch.where(mask, torch.linspace(-1.0, 2.0, steps=18).view(6, 3), 0.0)
+    values = rewards / 2 if baseline == "value" else None
+    greedy_scores = torch.tensor([0.5, -0.5]).repeat_interleave(3) if baseline == "greedy" else None
+    batch = RewardedBatch(rewards, mask, torch.arange(6) // 3, 1.0, 1.0, values, greedy_scores)
+    try:
+        found = estimator(batch)
+    except Exception as error:
+        reason = failure_in_users_code(error) or f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{name} failed on a batch of shape (6, 3): {reason}") from error
+    if not isinstance(found, Tensor) or found.shape != mask.shape or not found.isfinite().all():
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
+        raise ConfigError(
+            f"{name} returned {what} for a batch of shape (6, 3); allowed: a finite advantage for each token, of that "
+            "shape"
+        )
 
 
 def try_scorer(key: str, path: str, source: DataSource) -> None:

@@ -40,6 +40,7 @@ def values_of(config: DictConfig) -> Settings:
         chosen: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or ''}: {str(error).partition(chr(10))[0]}") from error
+    # the recorded configuration of an earlier version may lack a group, which then has its defaults
     own = {field.name: chosen[field.name] for field in fields(Settings) if field.name in chosen}
     if isinstance(own["divergence"], dict):
         own["divergence"] = DivergenceSettings.keys(own["divergence"])

@@ -19,7 +19,8 @@ class DecodingBatch:
 
     def __init__(self, request: GenerationRequest, stops: Sequence[int], pad_right: bool, device: torch.device):
         count, self.limit, self.temperature = len(request.prompts), request.max_new_tokens, request.temperature
-        self.width, self.pad_right = max(map(len, request.prompts)), pad_right
+        self.width, self.pad_right, self.device = max(map(len, request.prompts)), pad_right, device
+        self._first, self._of_row = _distinct(request.prompts)
         prompts = torch.zeros(count, self.width, dtype=torch.long)
         for row, prompt in zip(prompts, request.prompts, strict=True):
             start = 0 if pad_right else self.width - len(prompt)
@@ -40,6 +41,13 @@ class DecodingBatch:
         self.active = torch.arange(count, device=device)
         self.finished = torch.zeros(count, dtype=torch.bool, device=device)
         self._count = LateCount(count) if device.type == "cuda" else None
+
+    def distinct_prompts(self) -> tuple[Int[Tensor, "distinct"], Int[Tensor, "rows"]]:
+        """The first row of each distinct prompt, and for each row which of them is its own.
+
+        All rows, unless prompts occur twice on average: to repeat what was read costs a copy of the cache.
+        """
+        return send(torch.tensor(self._first), self.device), send(torch.tensor(self._of_row), self.device)
 
     def append(self, step: int, token: Tensor, logprob: Tensor, value: Tensor | None) -> None:
         """Store what was sampled for the active rows; rows that sampled an EOS are finished."""
@@ -63,6 +71,14 @@ class DecodingBatch:
     def keep(self, rows: Int[Tensor, "rows"]) -> None:
         """Keep only these of the active rows active."""
         self.active, self.finished = self.active[rows], self.finished[rows]
+
+
+def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    places: dict[tuple[int, ...], int] = {}
+    of_row = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    if 2 * len(places) > len(prompts):
+        return list(range(len(prompts))), list(range(len(prompts)))
+    return [of_row.index(place) for place in range(len(places))], of_row
 
 
 class LateCount:

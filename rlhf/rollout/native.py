@@ -68,12 +68,15 @@ class NativeEngine:
         cache = BufferCache(model.config.get_text_config().num_hidden_layers, capacity)
         place = torch.arange(capacity, device=roles.device)
         lengths = batch.prompt_lengths[:, None]
+        held = place >= batch.width - lengths
+        # All rows are active at this point. A prompt with several answers is read once.
+        first, of_row = batch.distinct_prompts()
+        read = prefill(model, batch.prompts[first], cache, None if batch.pad_right else held[first, : batch.width])
+        hidden = read[of_row, batch.prompt_lengths - 1 if batch.pad_right else -1]
+        if len(first) < len(of_row):
+            cache.keep(of_row)
         if not batch.pad_right:
-            held = place >= batch.width - lengths
-            hidden = prefill(model, batch.prompts, cache, held[:, : batch.width])[:, -1]
             return GrowingStep(model, cache, held), hidden
-        # All rows are active at this point.
-        hidden = prefill(model, batch.prompts, cache)[batch.active, batch.prompt_lengths - 1]
         visible = ((place < lengths) | (place >= batch.width))[:, None, None]
         if self.fixed:
             return FixedStep(model, cache, visible, capture=roles.device.type == "cuda"), hidden

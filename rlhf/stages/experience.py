@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf import ppo
+from rlhf.advantages import Estimator, RewardedBatch
+from rlhf.aggregation import response_weights
 from rlhf.distributed import collectives
 from rlhf.divergence import Divergence, bregman
 from rlhf.evaluation.repetition import repeated_ngrams
@@ -38,22 +40,25 @@ class Experience:
     whitened. `ref_logprobs` is None when there was no reference pass; it is of the SFT model, `moving_logprobs` of the
     penalty's reference where that is another (`rlhf.stages.reference`). `divergence_weight` is that of a penalty in the
     loss; if it is an exact divergence, `ref_hidden` holds the reference's hidden states (by row, [response, hidden]).
+    Without a value function there are no values and returns. `token_weights` is None where all tokens count alike in
+    the loss.
     """
 
     sequences: Sequences
     mask: Bool[Tensor, "batch response"]
     old_logprobs: Float[Tensor, "batch response"]
-    old_values: Float[Tensor, "batch response"]
-    values: Float[Tensor, "batch response"]
+    old_values: Float[Tensor, "batch response"] | None
+    values: Float[Tensor, "batch response"] | None
     rewards: Float[Tensor, "batch response"]
     penalty: Float[Tensor, "batch response"]
     advantages: Float[Tensor, "batch response"]
-    returns: Float[Tensor, "batch response"]
+    returns: Float[Tensor, "batch response"] | None
     ref_logprobs: Float[Tensor, "batch response"] | None
     ref_hidden: list[Tensor] | None = None
     divergence_weight: Tensor | float = 0.0
     sampled_logprobs: Float[Tensor, "batch response"] | None = None
     sampling_gap: Tensor | None = None
+    token_weights: Float[Tensor, "batch response"] | None = None
     moving_logprobs: Float[Tensor, "batch response"] | None = None
 
     @property
@@ -86,6 +91,7 @@ class ExperienceMaker:
     divergence: Divergence
     placement: Placement
     captured_are_old: bool
+    estimator: Estimator
 
     @torch.no_grad()
     def make(
@@ -95,8 +101,12 @@ class ExperienceMaker:
         minibatches: Sequence[Minibatch],
         step: int,
         kl_coef: float,
+        greedy_scores: Float[Tensor, "batch"] | None = None,
     ) -> Experience:
-        """All that the update learns from, in four steps; `kl_coef` is the penalty's coefficient β."""
+        """All that the update learns from, in four steps; `kl_coef` is the penalty's coefficient β.
+
+        `greedy_scores` are those of the greedy answers to the rows' prompts, if the estimator wants them.
+        """
         config, batch, mask = self.config.ppo, rollouts.sequences, rollouts.mask
         all_reduce = collectives.all_reduce_sum
         # 1. Values and old log-probs.
@@ -110,7 +120,11 @@ class ExperienceMaker:
         whitened = (
             ppo.whiten(rewards, mask, keep_mean=True, all_reduce=all_reduce) if config.whiten_rewards else rewards
         )
-        advantages, returns = ppo.gae(whitened, values, mask, config.gamma, config.lam)
+        prompts = torch.arange(len(scores), device=mask.device) // self.config.generation.samples_per_prompt
+        advantages = self.estimator(
+            RewardedBatch(whitened, mask, prompts, config.gamma, config.lam, values, greedy_scores)
+        )
+        returns = None if values is None else torch.where(mask, advantages + values, 0.0)
         # 4. The weight of a penalty in the loss: its coefficient, in the units of the advantages.
         weight = kl_coef * (ppo.whitening_scale(rewards, mask, all_reduce) if config.whiten_rewards else 1.0)
         if config.whiten_advantages:
@@ -118,13 +132,14 @@ class ExperienceMaker:
             advantages = ppo.whiten(advantages, mask, all_reduce=all_reduce)
         return Experience(
             batch, mask, old_logprobs, old_values, values, rewards, penalty, advantages, returns, ref_logprobs,
-            ref_states, weight, sampled, self._sampling_gap(rollouts, old_logprobs, minibatches), moving_logprobs,
+            ref_states, weight, sampled, self._sampling_gap(rollouts, old_logprobs, minibatches),
+            self._token_weights(batch, mask, minibatches), moving_logprobs,
         )  # fmt: skip
 
     def _old(
         self, rollouts: Rollouts, minibatches: Sequence[Minibatch], step: int
-    ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
-        """Values without dropout, old values and old log-probs.
+    ) -> tuple[Tensor | None, Tensor | None, Float[Tensor, "batch response"]]:
+        """Values without dropout, old values (None without a value function) and old log-probs.
 
         With LoRA dropout the update's passes have masks and the sampling had none. What the update compares with its
         own results (ratios, value clip) is computed under its masks; what describes the sampling policy (penalty, KL,
@@ -132,7 +147,7 @@ class ExperienceMaker:
         """
         batch = rollouts.sequences
         values = rollouts.values if self.captured_are_old else None
-        if values is None:
+        if values is None and self.passes.has_value:
             values = compute_values(self.roles, batch, self.config.ppo.microbatch_tokens)
         if self.passes.dropout:
             old_logprobs, old_values = self.passes.replay(batch, minibatches, step)
@@ -185,6 +200,20 @@ class ExperienceMaker:
         budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
         return compute_logprobs(self.roles, "policy", rollouts.sequences, budget, temperature)
 
+    def _token_weights(
+        self, batch: Sequences, mask: Bool[Tensor, "batch response"], minibatches: Sequence[Minibatch]
+    ) -> Float[Tensor, "batch response"] | None:
+        """The weight of each token's loss (`response_weights`); None if it is 1 for all."""
+        kind, longest = self.config.ppo.loss_aggregation, self.config.generation.max_new_tokens
+        if kind == "token_mean":
+            return None
+        weights = torch.zeros(len(batch), device=mask.device)
+        for minibatch in minibatches:
+            rows = torch.cat([part.rows for part in minibatch])
+            lengths, there = send(batch.response_lengths[rows], mask.device), send(rows, mask.device)
+            weights[there] = response_weights(kind, lengths, longest, collectives.all_reduce_sum)
+        return torch.where(mask, weights[:, None], 0.0)
+
     def _sampling_gap(
         self, rollouts: Rollouts, old_logprobs: Tensor, minibatches: Sequence[Minibatch]
     ) -> Tensor | None:
@@ -225,11 +254,14 @@ def rollout_metrics(
         "ppo/reward": mean(scores),
         "ppo/shaped_reward": mean(experience.rewards),
         "ppo/penalty": ppo.masked_mean(experience.penalty, mask, all_reduce),
-        "ppo/explained_variance": ppo.explained_variance(experience.values, experience.returns, mask, all_reduce),
         "ppo/response_tokens": mean(mask),
         "ppo/missing_eos": 1 - mean(rollouts.ended),
         "ppo/repetition": mean(repeated),
     }
+    if experience.values is not None and experience.returns is not None:
+        metrics["ppo/explained_variance"] = ppo.explained_variance(
+            experience.values, experience.returns, mask, all_reduce
+        )
     if whitened_rewards:
         metrics["ppo/whitening_length_term"] = ppo.whitening_length_term(experience.rewards, mask, all_reduce)
     if experience.sampling_gap is not None:

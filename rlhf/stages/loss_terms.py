@@ -62,6 +62,8 @@ def add_terms(
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The weighted sum of the terms over the response tokens of some rows; and each term's own sum, to report.
 
+    Tokens are weighted as in the policy's loss (`ppo.loss_aggregation`).
+
     Raises:
         ValueError: a term is no number per token.
     """
@@ -69,12 +71,13 @@ def add_terms(
     reference = None if experience.ref_logprobs is None else experience.flat("ref_logprobs", rows)
     old, advantages = experience.flat("old_logprobs", rows), experience.flat("advantages", rows)
     tokens = PolicyTokens(stats.logprobs, stats.entropy, old, reference, advantages)
+    weights = 1.0 if experience.token_weights is None else experience.flat("token_weights", rows)
     total, sums = torch.zeros((), device=old.device), {}
     for name, (coef, term) in terms.items():
         values = term(tokens)
         if values.shape != old.shape:
             raise ValueError(f"loss_terms.{name} returned shape {tuple(values.shape)} for {len(old)} tokens")
-        total = total + coef * values.sum()
+        total = total + coef * (values * weights).sum()
         if name != ENTROPY:  # which is reported anyway
             sums[f"loss_{name}"] = values.detach().sum()
     return total, sums

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf import ppo
+from rlhf.aggregation import response_means
 from rlhf.divergence import Divergence
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
@@ -59,7 +60,7 @@ class Losses:
         yield loss, sums
         if exact and self.passes.dropout:
             yield self.exact_penalty(experience, part.rows, sequences), {}
-        if not shared:
+        if self.passes.has_value and not shared:
             value_loss = self.value(experience, part.rows, self.passes.states("value", sequences, part.number, step))
             yield self.config.ppo.value_coef * value_loss, {"value_loss": value_loss}
 
@@ -71,21 +72,25 @@ class Losses:
         states: Float[Tensor, "tokens hidden"],
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """PPO's clipped objective, with a penalty on the sampled tokens if there is one, and sums to report."""
-        clip_range, temperature = self.config.ppo.clip_range, self.config.generation.temperature
+        config, temperature = self.config.ppo, self.config.generation.temperature
+        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         targets, more = sequences.target_ids, bool(self.more)
         stats = self.roles.token_stats("policy", states, targets, temperature, entropy=True, entropy_grad=more)
         old_logprobs, advantages = experience.flat("old_logprobs", rows), experience.flat("advantages", rows)
-        loss = ppo.policy_losses(stats.logprobs, old_logprobs, advantages, clip_range).sum()
+        new, old = stats.logprobs, old_logprobs
+        if config.ratio == "sequence":  # GSPO (Zheng et al. 2025): the geometric mean of the ratios of a response
+            new, old = (response_means(x, sequences.response_lengths) for x in (new, old))
+        losses = ppo.policy_losses(new, old, advantages, config.clip_range, high, config.dual_clip)
+        loss = self.weighted_sum(experience, rows, losses)
         with torch.no_grad():
-            change = stats.logprobs - old_logprobs
-            ratio = change.exp()
+            change, ratio = stats.logprobs - old_logprobs, (new - old).exp()
             sums = {
                 "policy_loss": loss,
                 "entropy": stats.entropy.sum(),  # type: ignore[union-attr]
                 "ratio": ratio.sum(),
                 "log_ratio": change.abs().sum(),
                 "approx_kl": (change.expm1() - change).sum(),  # k3, of the sampling policy from the new one
-                "clip_fraction": ((ratio - 1).abs() > clip_range).sum(),
+                "clip_fraction": ((1 - ratio > config.clip_range) | (ratio - 1 > high)).sum(),
             }
             if self.histogram:
                 sums["ratio_counts"] = _count_ratios(ratio)
@@ -95,6 +100,13 @@ class Losses:
             added, values = add_terms(self.more, stats, experience, rows)
             loss, sums = loss + added, sums | values
         return loss, sums
+
+    def weighted_sum(
+        self, experience: Experience, rows: Int[Tensor, "rows"], losses: Float[Tensor, "tokens"]
+    ) -> Float[Tensor, ""]:
+        """The sum of the losses of these rows' tokens, weighted as `ppo.loss_aggregation` asks."""
+        weights = None if experience.token_weights is None else experience.flat("token_weights", rows)
+        return losses.sum() if weights is None else (losses * weights).sum()
 
     def value(
         self, experience: Experience, rows: Int[Tensor, "rows"], states: Float[Tensor, "tokens hidden"]
@@ -113,7 +125,7 @@ class Losses:
         """
         old_logprobs, reference = experience.flat("old_logprobs", rows), experience.flat("penalty_logprobs", rows)
         losses = self.placement.sampled_losses(self.divergence, logprobs, old_logprobs, reference)
-        return experience.divergence_weight * losses.sum()
+        return experience.divergence_weight * self.weighted_sum(experience, rows, losses)
 
     def exact_penalty(
         self,
@@ -137,7 +149,7 @@ class Losses:
         temperature = self.config.generation.temperature
         role = self.roles.penalty_reference
         exact = exact_divergence(self.roles, states, reference, temperature, self.divergence, role)
-        return experience.divergence_weight * exact.sum()
+        return experience.divergence_weight * self.weighted_sum(experience, rows, exact)
 
 
 def _count_ratios(ratio: Float[Tensor, "tokens"]) -> Float[Tensor, "bins"]:

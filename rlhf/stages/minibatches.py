@@ -22,16 +22,19 @@ Minibatch = list[Microbatch]
 
 
 def split_minibatches(
-    prompts: Sequence[str], size: int, seed: int, step: int
+    prompts: Sequence[str], size: int, seed: int, step: int, samples: int = 1
 ) -> tuple[list[str], list[Int[Tensor, "_"]]]:
-    """The prompts of this process, and which of them belong to each minibatch of `size` prompts.
+    """The prompts of this process, each `samples` times, and which of these rows belong to a minibatch of `size` rows.
 
-    Prompts are assigned at random; each process has as equal a share of every minibatch as their number allows.
+    Prompts are assigned at random; each process has as equal a share of every minibatch as their number allows. All
+    rows of a prompt are of one process and one minibatch.
     """
     order = torch.randperm(len(prompts), generator=generator(seed, "deal", step))
-    shares = [rows[collectives.rank() :: collectives.size()] for rows in order.split(size)]
+    shares = [rows[collectives.rank() :: collectives.size()] for rows in order.split(size // samples)]
     own = torch.cat(shares).sort().values
-    return [prompts[row] for row in own.tolist()], [torch.searchsorted(own, share.contiguous()) for share in shares]
+    places = [torch.searchsorted(own, share.contiguous()) for share in shares]
+    rows_of = [(place[:, None] * samples + torch.arange(samples)).flatten() for place in places]
+    return [prompts[row] for row in own.tolist() for _ in range(samples)], rows_of
 
 
 def number_microbatches(minibatches: Sequence[Sequence[Int[Tensor, "_"]]]) -> list[Minibatch]:

@@ -138,7 +138,12 @@ class UpdatePasses:
     @property
     def shared_trunk(self) -> bool:
         """Whether the value head reads the policy's own hidden states."""
-        return self.roles.table["value"] == self.roles.table["policy"]
+        return self.roles.table.get("value") == self.roles.table["policy"]
+
+    @property
+    def has_value(self) -> bool:
+        """Whether there is a value function."""
+        return "value" in self.roles.table
 
     def states(self, role: str, part: Sequences, number: int, step: int) -> Float[Tensor, "tokens hidden"]:
         """The hidden states of policy or value under the dropout masks of micro-batch `number`; differentiable."""
@@ -153,21 +158,22 @@ class UpdatePasses:
 
     def replay(
         self, batch: Sequences, minibatches: Sequence[Minibatch], step: int
-    ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
-        """Log-probs of the sampled tokens, and values, at the update's shapes and under its dropout masks."""
+    ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"] | None]:
+        """Log-probs of the sampled tokens, and values (if any), at the update's shapes and under its dropout masks."""
         groups = [part.rows for minibatch in minibatches for part in minibatch]
         values: list[Tensor] = []
 
         def passes(number: int, part: Sequences) -> Tensor:
             states = self.states("policy", part, number, step)
-            value_states = states if self.shared_trunk else self.states("value", part, number, step)
-            values.append(self.roles.heads["value"](value_states))
+            if self.has_value:
+                value_states = states if self.shared_trunk else self.states("value", part, number, step)
+                values.append(self.roles.heads["value"](value_states))
             return self.roles.token_stats("policy", states, part.target_ids, self.temperature).logprobs
 
         self.roles.train()
         logprobs = by_rows(batch, groups, passes)
         self.roles.eval()
-        return logprobs, by_rows(batch, groups, lambda number, _: values[number])
+        return logprobs, by_rows(batch, groups, lambda number, _: values[number]) if self.has_value else None
 
 
 def own_stream(purpose: str) -> str:

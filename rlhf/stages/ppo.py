@@ -1,6 +1,7 @@
 """PPO on a shared base, as in Sun, Gupta & Iyyer 2023: rollouts, penalised rewards, clipped updates."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_method
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import ppo
+from rlhf.advantages import Estimator
 from rlhf.distributed import collectives
 from rlhf.divergence import Divergence, configured
 from rlhf.guards import Guards
@@ -51,8 +54,9 @@ def make_ppo(
 ) -> "PPO":
     """The stage that `settings` describe: with its engine (`generation`) and its divergence (`divergence.function`)."""
     engine = make_engine(settings.generation, tokenizer, roles)
-    divergence = configured(settings.divergence)
-    return PPO(settings, roles, tokenizer, engine, scorer, divergence, kl, evaluator, samples, rule)
+    divergence, chosen = configured(settings.divergence), settings.advantages
+    estimator = functools.partial(get_method(chosen.function), **chosen.options)
+    return PPO(settings, roles, tokenizer, engine, scorer, divergence, estimator, kl, evaluator, samples, rule)
 
 
 class PPO(PolicyEvaluation):
@@ -72,6 +76,7 @@ class PPO(PolicyEvaluation):
         engine: Engine,
         scorer: Scorer,
         divergence: Divergence,
+        estimator: Estimator,
         kl: ppo.FixedKL | ppo.AdaptiveKL,
         evaluator: Evaluator,
         samples: Path,
@@ -83,7 +88,7 @@ class PPO(PolicyEvaluation):
         self.config, self.ppo = settings, settings.ppo
         self.roles, self.tokenizer, self.engine = roles, tokenizer, engine
         self.scorer, self.divergence, self.kl, self.evaluator = scorer, divergence, kl, evaluator
-        self.samples, self.reference = samples, Reference(rule or Fixed(), roles)
+        self.samples, self.reference, self.estimator = samples, Reference(rule or Fixed(), roles), estimator
         self.placement = Placement.of(kl, settings.divergence)
         exact = roles.in_float32 and settings.quantization is None
         self.guards = Guards(settings.guards.at_precision(exact), samples.parent)
@@ -108,6 +113,11 @@ class PPO(PolicyEvaluation):
         """Rollout batches finished so far."""
         return self.ppo_step
 
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of a rollout batch, over all processes."""
+        return self.ppo.rollout_batch_size // self.config.generation.samples_per_prompt
+
     # -- a rollout batch -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: list[str], index: int) -> None:
@@ -115,7 +125,8 @@ class PPO(PolicyEvaluation):
         started, step = time.perf_counter(), self.ppo_step + 1
         self.reference.advance(self.ppo_step)
         # 1. Assign the prompts to processes and minibatches.
-        prompts, shares = split_minibatches(batch, self.ppo.minibatch_size, self.config.seed, step)
+        samples = self.config.generation.samples_per_prompt
+        prompts, shares = split_minibatches(batch, self.ppo.minibatch_size, self.config.seed, step, samples)
         # 2. Sample the policy's answers.
         self.roles.eval()
         with self.timed("generate"):
@@ -123,11 +134,13 @@ class PPO(PolicyEvaluation):
             rollouts = rollout(
                 self.engine, self.roles, "policy", self.tokenizer, prompts, self.config.generation, stream
             )
+            greedy = self.greedy_rollouts(prompts[::samples], step)
         minibatches = self.split_microbatches(rollouts.sequences, shares)
         # 3. Score the answers, and make of that a reward and an advantage per token.
         with self.timed("score"):
             scores = self.normalizer(score(self, rollouts, step)) - self.ppo.missing_eos_penalty * ~rollouts.ended
-            experience = self.make_experience(rollouts, scores, minibatches, step)
+            baseline = None if greedy is None else self.greedy_scores(greedy).repeat_interleave(samples)
+            experience = self.make_experience(rollouts, scores, minibatches, step, baseline)
         # 4. Update policy and value function.
         self.roles.train()
         with self.timed("update"):
@@ -138,7 +151,7 @@ class PPO(PolicyEvaluation):
         metrics["ppo/kl_coef"] = self.kl.coef
         if rollouts.logprobs is not None and "ppo/first_log_ratio" in metrics:  # captured ones are the old ones
             metrics.setdefault("ppo/sampling_gap", metrics["ppo/first_log_ratio"])
-        metrics["ppo/rollouts_per_second"] = len(batch) / (time.perf_counter() - started)
+        metrics["ppo/rollouts_per_second"] = len(batch) * samples / (time.perf_counter() - started)
         kl = float(self.reference.distance(metrics) * metrics["ppo/response_tokens"])
         if math.isfinite(kl):
             self.kl.update(kl)
@@ -156,14 +169,32 @@ class PPO(PolicyEvaluation):
                 split.append([rows[group] for group in self.microbatches(batch.rows(rows))])
         return number_microbatches(split)
 
+    def greedy_rollouts(self, prompts: Sequence[str], step: int) -> Rollouts | None:
+        """The greedy answer to each prompt, if the advantages are measured against it."""
+        if self.config.advantages.baseline != "greedy":
+            return None
+        stream = self.stream(own_stream("greedy"), step)
+        return rollout(
+            self.engine, self.roles, "policy", self.tokenizer, prompts, self.config.generation, stream, temperature=0.0
+        )
+
+    def greedy_scores(self, greedy: Rollouts) -> Float[Tensor, "prompts"]:
+        """The scores of greedy answers in the units of those of the rollouts, whose moments they do not change."""
+        return self.normalizer.normalized(self.scorer(greedy)) - self.ppo.missing_eos_penalty * ~greedy.ended
+
     def make_experience(
-        self, rollouts: Rollouts, scores: Float[Tensor, "batch"], minibatches: Sequence[Minibatch], step: int
+        self,
+        rollouts: Rollouts,
+        scores: Float[Tensor, "batch"],
+        minibatches: Sequence[Minibatch],
+        step: int,
+        greedy_scores: Float[Tensor, "batch"] | None = None,
     ) -> Experience:
         """What the update learns from: see `ExperienceMaker`."""
         maker = ExperienceMaker(
-            self.config, self.roles, self.passes, self.divergence, self.placement, self.captured_are_old
+            self.config, self.roles, self.passes, self.divergence, self.placement, self.captured_are_old, self.estimator
         )
-        return maker.make(rollouts, scores, minibatches, step, self.kl.coef)
+        return maker.make(rollouts, scores, minibatches, step, self.kl.coef, greedy_scores)
 
     # -- the update ----------------------------------------------------------------------------------------------------
 

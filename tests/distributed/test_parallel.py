@@ -15,7 +15,7 @@ from rlhf.distributed import collectives, processes, strategies
 from rlhf.errors import Interrupted
 from rlhf.stages.minibatches import split_minibatches
 from tests.helpers.command_line import error_sentence
-from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train
+from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train, with_advantages
 from tests.helpers.process_groups import run_in_two_processes
 from tests.helpers.rollouts import EchoEngine
 from tests.helpers.run_results import assert_identical, collect_run_results
@@ -90,7 +90,9 @@ def test_the_number_of_processes_follows_from_the_trainer(trainer: dict, expecte
 
 
 def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **trainer: Any) -> tuple[Any, Any, Any]:
-    stage = make_ppo(ppo_settings(**options), folders, folder / "samples")
+    chosen = {key: value for key, value in options.items() if key != "advantages"}
+    settings = with_advantages(ppo_settings(**chosen), options.get("advantages", "gae"))
+    stage = make_ppo(settings, folders, folder / "samples")
     stage.engine = EchoEngine()  # type: ignore[assignment]
     with record_gradients() as seen:
         metrics = train(stage, folder, **trainer)
@@ -110,8 +112,13 @@ def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace
 @pytest.mark.long
 @pytest.mark.parametrize(
     "options",
-    [{"rollout_batch_size": 10, "minibatch_size": 5}, {}, {"divergence": "exact_kl", "kind": "logits"}],
-    ids=["uneven", "even", "exact"],
+    [
+        {"rollout_batch_size": 10, "minibatch_size": 5},
+        {},
+        {"divergence": "exact_kl", "kind": "logits"},
+        {"advantages": "grpo", "rollout_batch_size": 24, "minibatch_size": 12},
+    ],
+    ids=["uneven", "even", "exact", "groups"],
 )
 def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleNamespace, tmp_path: Path) -> None:
     """For the same global batch, gradients agree to 1e-5 at every step, and both processes log the same metrics."""
@@ -206,6 +213,7 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
     [
         (["trainer=cpu", "trainer.devices=2"], "trainer=ddp"),
         ([*DEVICES, "ppo.minibatch_size=1"], "each needs a row"),
+        ([*DEVICES, "advantages=rloo", "ppo.minibatch_size=4"], "each needs a row"),
         ([*DEVICES, "trainer.num_nodes=2"], "torchrun"),
         ([*DEVICES, "ppo=as_published", "ppo.rollout_batch_size=64", "ppo.minibatch_size=64"], "as_published"),
     ],

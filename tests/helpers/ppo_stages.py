@@ -1,6 +1,7 @@
 """PPO stages on tiny models, put together as rlhf.pipeline.run does, with settings for a few steps."""
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from rlhf.settings import (
 from rlhf.stages import ppo as ppo_stage
 from rlhf.stages.batches import SeededBatches
 from rlhf.stages.ppo import PPO
+from tests.helpers.composed_config import composed_settings
 from tests.helpers.scorer_context import NoSource
 from tests.helpers.training import fit
 
@@ -49,6 +51,23 @@ def ppo_settings(divergence: str = "kl", kind: str = "logprobs", lora: LoraSetti
         divergence=DivergenceSettings(divergence, f"rlhf.divergence.{divergence}", kind),
         generation=GenerationSettings(max_new_tokens=16, temperature=0.9, batch_size=8),
         evaluation=EvaluationSettings(max_new_tokens=8, prompts=4, kl_prompts=2),
+    )
+
+
+def with_advantages(settings: Settings, option: str) -> Settings:
+    """The settings as `advantages=<option>` changes them."""
+    chosen, plain = composed_settings(f"advantages={option}"), composed_settings()
+    changed = {
+        item.name: getattr(chosen.ppo, item.name)
+        for item in fields(PPOSettings)
+        if getattr(chosen.ppo, item.name) != getattr(plain.ppo, item.name)
+    }
+    samples = chosen.generation.samples_per_prompt
+    return replace(
+        settings,
+        advantages=chosen.advantages,
+        ppo=replace(settings.ppo, **changed),
+        generation=replace(settings.generation, samples_per_prompt=samples),
     )
 
 
@@ -79,7 +98,7 @@ def make_ppo(
 
 
 def train(stage: PPO, folder: Path, start: int = 0, **options: Any) -> list[dict[str, float]]:
-    batches = SeededBatches(len(PROMPTS), stage.ppo.rollout_batch_size, stage.config.seed, stage.ppo.steps, start)
+    batches = SeededBatches(len(PROMPTS), stage.prompts_per_step, stage.config.seed, stage.ppo.steps, start)
     return fit(stage, PROMPTS, batches, folder, **options)
 
 

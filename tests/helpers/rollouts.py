@@ -9,10 +9,17 @@ from rlhf.rollout.engine import Generated, GenerationRequest
 
 
 class EchoEngine:
-    """An engine that derives a response from its prompt alone, so that one process and two get the same rollouts."""
+    """An engine that derives a response from its prompt alone, so that one process and two get the same rollouts.
+
+    The second answer to a prompt in a request is another one, and so on.
+    """
 
     def generate(self, roles: Roles, role: str, request: GenerationRequest) -> Generated:
-        rows = [[3 + (7 * word + place) % 40 for place, word in enumerate(prompt)] + [1] for prompt in request.prompts]
+        before = [request.prompts[:row].count(prompt) for row, prompt in enumerate(request.prompts)]
+        rows = [
+            [3 + (7 * word + place + 11 * number) % 40 for place, word in enumerate(prompt)] + [1]
+            for number, prompt in zip(before, request.prompts, strict=True)
+        ]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.ones(len(rows), request.max_new_tokens, dtype=torch.long)
         for row, words in zip(ids, rows, strict=True):

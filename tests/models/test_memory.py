@@ -24,6 +24,8 @@ def test_weights_and_adapters_agree_with_hand_computation() -> None:
     assert memory.weights == 4 * (linear + rest) + 4 * reward
     assert memory.trained == TRAINED * (policy + reward)  # the value adapter has the reward adapter's rank and targets
     assert estimate_of("ppo.value_model=trunk_head").trained == TRAINED * policy
+    for option in ("rloo", "grpo", "reinforce_plus_plus", "remax"):
+        assert estimate_of(f"advantages={option}").trained == TRAINED * policy  # no value function
     higher = estimate_of("lora=r64").trained  # the value adapter has the policy's rank if that is higher
     assert higher == TRAINED * (8 * policy + 4 * reward)
     assert estimate_of("lora=none").trained == 2 * TRAINED * (linear + rest)

@@ -20,6 +20,7 @@ from rlhf.rollout.native import NativeEngine, sample_tokens
 from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.settings import GenerationSettings
 from rlhf.stages.passes import compute_logprobs, compute_values
+from tests.helpers.calls import record_calls
 from tests.helpers.rollouts import EOS, KINDS, LIMIT, PAD, PROMPTS, generate, response_rows, seeded_generator
 
 
@@ -34,6 +35,25 @@ def forced(model: nn.Module, prompt: Sequence[int], response: Sequence[int], tem
 @pytest.fixture(params=["llama", "neox"])
 def roles(request: pytest.FixtureRequest, make_roles: Callable) -> Roles:
     return make_roles(request.param)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_prompt_with_several_answers_is_read_once(
+    make_roles: Callable, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """The answers are those of an engine that reads it for each of them: here, because other prompts are in the way."""
+    roles, read = make_roles("llama", attn_implementation=attention), record_calls(monkeypatch, native, "prefill")
+    shared = generate(NativeEngine(EOS), roles, PROMPTS)
+    others = [[3 + row, 7, 9] for row in range(len(PROMPTS))]
+    apart = generate(NativeEngine(EOS), roles, [*PROMPTS, *others])
+    assert [len(args[1]) for args, _ in read] == [6, 2 * len(PROMPTS)]
+    assert response_rows(shared) == response_rows(apart)[: len(PROMPTS)]
+    assert len(set(map(tuple, response_rows(shared)))) > 6
+    assert shared.logprobs is not None
+    assert apart.logprobs is not None
+    for row, length in enumerate(shared.lengths.tolist()):  # beyond it is what an ended row went on to sample
+        one, other = (generated.logprobs[row, :length] for generated in (shared, apart))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 # -- the same tokens as Hugging Face ---------------------------------------------------------------------------------
