@@ -5,20 +5,19 @@ signature of that class declares their keys. `quantization` holds keywords of tr
 key means is explained beside it in `conf/`, whose values replace the defaults here; those serve objects made in code.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import omegaconf
 
+from rlhf.policy_settings import METHODS, DPOSettings, OptimizerSettings, PolicySettings
 from rlhf.schema import (
     at_least_zero,
     checked,
     choice,
     fraction,
     number_or_auto,
-    number_or_list,
     optional_positive,
     positive,
     seed,
@@ -55,21 +54,6 @@ class LoraSettings:
     alpha: float = positive(64)
     dropout: float = fraction(0.0)
     target_modules: list[str] = field(default_factory=list)
-
-
-@dataclass
-class OptimizerSettings:
-    """What the three stages share: AdamW, its schedule, and the tokens that go through the model at once."""
-
-    lr: float = positive()
-    warmup_steps: int = at_least_zero(0)
-    schedule: str = choice("linear", "cosine", "constant")
-    weight_decay: float = at_least_zero(0.0)
-    adam_eps: float = positive(1e-8)
-    max_grad_norm: float | None = optional_positive(1.0)
-    microbatch_tokens: int = positive(4096)
-    log_every: int = positive(10)
-    checkpoint_every: int = positive(50)
 
 
 @dataclass
@@ -112,15 +96,13 @@ class RewardSettings(SupervisedSettings):
 
 
 @dataclass
-class PPOSettings(OptimizerSettings):
+class PPOSettings(PolicySettings):
     """`conf/ppo`: proximal policy optimisation. A step is a rollout batch.
 
     `rlhf.pipeline.preflight.settle_budget` replaces `microbatch_tokens=auto` by a number before anything reads it.
     """
 
     microbatch_tokens: Any = number_or_auto(4096)
-    lr_full: float = positive()
-    steps: int = positive()
     rollout_batch_size: int = positive()
     minibatch_size: int = positive()
     epochs: int = positive()
@@ -140,23 +122,7 @@ class PPOSettings(OptimizerSettings):
     value_bias: bool = False
     target_kl: float | None = optional_positive()
     schedule_steps: int | None = optional_positive()
-    eval_every: Any = number_or_list()
-    keep_evaluated: bool = False
-    patience: int | None = optional_positive()
-    min_gain: float = at_least_zero(0.0)
-    keep_best: str | None = "auto"
-    keep_best_mode: str = choice("max", "min")
     reference_every: int = positive(10)
-
-    def evaluates(self, step: int) -> bool:
-        """Whether the policy is measured after a step: before the first, after the last, and as `eval_every` says."""
-        chosen = step in self.eval_every if isinstance(self.eval_every, list) else step % self.eval_every == 0
-        return chosen or step in (0, self.steps)
-
-    @property
-    def eval_interval(self) -> int:
-        """The largest interval such that every evaluation between the first and the last is due at a multiple of it."""
-        return math.gcd(*self.eval_every) if isinstance(self.eval_every, list) else self.eval_every
 
 
 @dataclass
@@ -267,11 +233,17 @@ class Settings:
     sft: SFTSettings = field(default_factory=SFTSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     ppo: PPOSettings = field(default_factory=PPOSettings)
+    dpo: DPOSettings = field(default_factory=DPOSettings)
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     guards: GuardsSettings = field(default_factory=GuardsSettings)
     quantization: dict[str, Any] | None = None
+
+    def method(self, stage: str) -> PolicySettings:
+        """The settings of the method by which a stage trains a policy; those of PPO if it trains none."""
+        found: PolicySettings = getattr(self, stage if stage in METHODS else "ppo")
+        return found
 
 
 def is_quantized(quantization: Mapping[str, Any] | None) -> bool:

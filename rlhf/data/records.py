@@ -169,11 +169,14 @@ class DataSource(Protocol):
         ...
 
 
-def train_and_held_out(source: DataSource, split: Split, validation: Split, size: int) -> tuple[list, list]:
+def train_and_held_out(
+    source: DataSource, split: Split, validation: Split, size: int, key: str | None = None
+) -> tuple[list, list]:
     """The records to train on and the records held out for validation.
 
     If `source` has the split `validation`, its first `size` records are held out and the whole of `split` is used for
-    training. Otherwise `split` is shuffled with a fixed seed and its last `size` records are held out.
+    training. Otherwise `split` is shuffled with a fixed seed and its last `size` records are held out. `key` is what an
+    error calls `size`.
 
     Raises:
         DataError: `split` has at most `size` rows and there is no validation split.
@@ -182,20 +185,20 @@ def train_and_held_out(source: DataSource, split: Split, validation: Split, size
     if validation in source.splits:
         held_out = source.load(validation)
         return as_records(rows, split), as_records(held_out.select(range(min(size, len(held_out)))), validation)
-    check_held_out(len(rows), split, validation, size)
+    check_held_out(len(rows), split, validation, size, key)
     # Shuffled because files are often sorted, by topic say, and then their end does not represent the whole.
     records = as_records(rows.shuffle(seed=0), split)
     return records[:-size], records[-size:]
 
 
-def check_held_out(rows: int, split: Split, validation: Split, size: int) -> None:
+def check_held_out(rows: int, split: Split, validation: Split, size: int, key: str | None = None) -> None:
     """Check that rows are left to train on once `size` of them are held out.
 
     Raises:
         DataError: none are left.
     """
     if rows <= size:
-        key = f"{'sft' if split == 'sft' else 'reward'}.validation_size"
+        key = key or f"{'sft' if split == 'sft' else 'reward'}.validation_size"
         raise DataError(
             f"the split {split} has {rows} rows, too few to hold out {key}={size}; allowed: {key} below {rows}, or a "
             f"split {validation}"

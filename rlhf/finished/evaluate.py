@@ -1,8 +1,9 @@
 """`rlhf stage=evaluate policy=…`: measures any policy by any judge, without a training step.
 
-A finished run of PPO is measured as it measured itself, with its reward, its KL from SFT and all policies that it has
-kept, and the results lie beside it (`rlhf.tracking.evaluations`). Any other policy (`rlhf.finished.policies`) answers
-the evaluation prompts, and its answers are judged. Either way the command's own folder holds the results, too.
+A finished run that trained a policy is measured as it measured itself, with its reward, its KL from SFT and all
+policies that it has kept, and the results lie beside it (`rlhf.tracking.evaluations`). Any other policy
+(`rlhf.finished.policies`) answers the evaluation prompts, and its answers are judged. Either way the command's own
+folder holds the results, too.
 """
 
 import logging
@@ -25,6 +26,7 @@ from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.preflight import settle_budget
 from rlhf.pipeline.run import Run
+from rlhf.policy_settings import METHODS
 from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.summary import read_summary
@@ -50,7 +52,7 @@ HOW = (
 
 @dataclass(frozen=True)
 class RunEvaluation:
-    """The measurement of a finished run of PPO.
+    """The measurement of a finished run that trained a policy.
 
     Attributes:
         run: The run, and which of its policies is meant, if one is chosen.
@@ -162,7 +164,7 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
         return _of_configuration(config, folder)
     path = Path(word).expanduser()
     found = located(path)
-    if found and read_object(found[0] / SUMMARY, stage=str)["stage"] == "ppo":
+    if found and read_object(found[0] / SUMMARY, stage=str)["stage"] in METHODS:
         run = FinishedRun.open(*found)
         return _subject(as_trained(config, run, given), run, None if found[0] == path else _step_of(run))
     return OutsideEvaluation.named(config, folder)
@@ -233,9 +235,12 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
         ConfigError: the command line would change what the run was trained with, or the template that it reads.
     """
     found = OmegaConf.create({**run.config, **{key: config[key] for key in HOW if key in config}})
-    for key in ("model", "lora", "sft", "reward", "ppo", "generation", "divergence", "evaluation"):
-        found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
-    found.stage, found.policy = {"name": "ppo"}, None
+    for key in ("model", "lora", "sft", "reward", *METHODS, "generation", "divergence", "evaluation"):
+        if key in run.config:
+            found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
+        elif key in config:
+            found[key] = config[key]
+    found.stage, found.policy = {"name": run.stage}, None
     template = run.config["data"].get("template")
     for override in given:
         key = override.lstrip("+~").partition("=")[0]

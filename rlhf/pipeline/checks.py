@@ -17,23 +17,24 @@ from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
-from rlhf.pipeline.training_checks import check_packing, check_patience, check_ppo
+from rlhf.pipeline.training_checks import check_dpo, check_packing, check_patience, check_ppo
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
 INSTEAD = (
-    (("max_epochs", "min_epochs"), "sft.epochs, reward.epochs and ppo.steps"),
+    (("max_epochs", "min_epochs"), "sft.epochs, reward.epochs and the steps of the method, such as ppo.steps"),
     (
         ("max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches"),
-        "sft.max_steps, reward.max_steps and ppo.steps",
+        "sft.max_steps, reward.max_steps and the steps of the method, such as ppo.steps",
     ),
     (("fast_dev_run", "barebones"), "debug=quick"),
     (
         ("limit_val_batches", "num_sanity_val_steps"),
         "sft.validation_size, reward.validation_size and evaluation.prompts",
     ),
-    (("val_check_interval", "check_val_every_n_epoch"), "ppo.eval_every"),
+    (("val_check_interval", "check_val_every_n_epoch"), "eval_every of the method, such as ppo.eval_every"),
     (("accumulate_grad_batches",), "sft.microbatch_tokens, reward.microbatch_tokens and ppo.microbatch_tokens"),
     (
         ("gradient_clip_val", "gradient_clip_algorithm"),
@@ -56,7 +57,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     # 1. What each part says by itself.
     if config.resume not in ("auto", "must", "never"):
         raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
-    _check_ppo(settings)
+    _check_method(config, settings)
     for key in ("scorer.function", "evaluation.gold.function"):
         if OmegaConf.select(config, key):
             _check_function(key, OmegaConf.select(config, key))
@@ -74,7 +75,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         )
     if config.policy is not None and config.stage.name != "evaluate":
         raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
-    if config.stage.name in ("ppo", "evaluate"):
+    if config.stage.name in (*METHODS, "evaluate"):
         check_evaluation(config, settings, source, simulated)
     # 3. What this machine and these models can do.
     check_processes(config, settings)
@@ -111,9 +112,9 @@ def check_trainer(config: DictConfig) -> None:
 # -- what each part says by itself -------------------------------------------------------------------------------------
 
 
-def _check_ppo(settings: Settings) -> None:
-    check_ppo(settings)
-    check_keeping(settings)
+def _check_method(config: DictConfig, settings: Settings) -> None:
+    check_dpo(settings) if config.stage.name == "dpo" else check_ppo(settings)
+    check_keeping(settings, config.stage.name)
     _check_function("divergence.function", settings.divergence.function)
 
 
@@ -133,7 +134,7 @@ def _check_quantization(config: DictConfig, settings: Settings) -> None:
         return
     stage = config.stage.name
     for key, lora in (("lora", settings.lora), ("lora@reward.lora", settings.reward.lora)):
-        if lora.r == 0 and stage in ("ppo", key.partition("@")[2].partition(".")[0]):
+        if lora.r == 0 and stage in (METHODS if key == "lora" else ("reward",)):
             raise ConfigError(
                 f"{key}=none trains the base itself, which quantization forbids; choose an adapter such as lora=r8"
             )
@@ -154,6 +155,11 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     if not preferences.simulated:
         if config.stage.name == "preferences":
             raise ConfigError("stage=preferences makes comparisons, which the data set has: use preferences=simulated")
+        if config.stage.name in FROM_COMPARISONS and "preference" not in source.splits:
+            raise ConfigError(
+                f"stage={config.stage.name} learns from comparisons, and the data set has none; allowed: "
+                "preferences=simulated"
+            )
         return False
     _check_needs(config, "preferences.judge", source, simulated=True)
     if needs(config, "preferences.judge", "needs_reward_model"):
@@ -183,7 +189,7 @@ def check_evaluation(
         _check_gold(config, source)
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
-    check_patience(settings.ppo, best_metric(config, settings, source))
+    check_patience(settings, config.stage.name, best_metric(config, settings, source))
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
         raise ConfigError(
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"

@@ -12,6 +12,7 @@ from rlhf.pipeline import fetching
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.speed import Speed
 from rlhf.pipeline.timing import Texts, Times, count_texts
+from rlhf.policy_settings import METHODS
 from rlhf.settings import Settings
 
 BASIS = (
@@ -20,7 +21,7 @@ BASIS = (
 )
 
 
-TIMED = frozenset({"sft", "preferences", "reward", "ppo", "evaluate"})  # not the reading of what others trained
+TIMED = frozenset({"sft", "preferences", "reward", *METHODS, "evaluate"})  # not the reading of what others trained
 Part = tuple[Settings, Sizes, Work]  # what a run does with one of its models
 
 
@@ -80,10 +81,11 @@ def _check_rows(plan: Plan, texts: Mapping[Split, Texts], stages: Collection[str
     validated: tuple[tuple[str, Split, Split, int], ...] = (
         ("sft", "sft", "sft_validation", plan.settings.sft.validation_size),
         ("reward", "preference", "preference_validation", plan.settings.reward.validation_size),
+        ("dpo", "preference", "preference_validation", plan.settings.dpo.validation_size),
     )
     for stage, split, validation, size in validated:
         if stage in stages and split in texts and validation not in texts:
-            check_held_out(texts[split].rows, split, validation, size)
+            check_held_out(texts[split].rows, split, validation, size, f"{stage}.validation_size")
 
 
 def _pairs(plan: Plan, texts: Mapping[Split, Texts]) -> int:

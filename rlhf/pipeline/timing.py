@@ -55,8 +55,9 @@ class Times:
         self.prompt = min(texts["prompts"].prompt, settings.model.max_prompt_tokens) if "prompts" in texts else 0
 
     def stage(self, name: str) -> float:
-        """Seconds of sft, preferences, reward, ppo or evaluate."""
-        stages = {"sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo}
+        """Seconds of sft, preferences, reward, one of the methods, or evaluate."""
+        stages = {"sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
+                  "dpo": self.dpo}  # fmt: skip
         return stages.get(name, self.evaluate)()
 
     def sft(self) -> float:
@@ -93,6 +94,18 @@ class Times:
         step = self._answers(rows, self.new, lora) + rows * length * (frozen + update)
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
         return ppo.steps * step + measured * self.evaluate()
+
+    def dpo(self) -> float:
+        """All steps, in which policy and reference read both texts, and the evaluations between them."""
+        dpo, lora = self.settings.dpo, self.settings.lora
+        split: Split = "preference" if "preference" in self.texts else "sft"  # of simulated ones it is not known
+        length = max(round(min(self.texts[split].length, dpo.max_length)), 2)
+        learn, read = (
+            self.speed.per_token(lora, dpo.microbatch_tokens, length, learning, True) for learning in (True, False)
+        )
+        measured = sum(map(dpo.evaluates, range(dpo.steps + 1)))
+        held_out = 2 * dpo.validation_size * length * 2 * read
+        return dpo.steps * 2 * dpo.batch_size * length * (learn + read) + measured * (self.evaluate() + held_out)
 
     def evaluate(self) -> float:
         """One evaluation: answers, their scores, and the true KL."""

@@ -1,7 +1,8 @@
 """Settings of the training that contradict each other: how long it lasts, when it ends, and what it learns from."""
 
 from rlhf.errors import ConfigError
-from rlhf.settings import JOINED, PPOSettings, Settings, SFTSettings
+from rlhf.policy_settings import METHODS, PolicySettings
+from rlhf.settings import JOINED, Settings, SFTSettings
 
 
 def check_ppo(settings: Settings) -> None:
@@ -21,13 +22,7 @@ def check_ppo(settings: Settings) -> None:
             f"ppo.published_rows={ppo.published_rows} does not divide ppo.minibatch_size={ppo.minibatch_size}; "
             "allowed: a divisor of it"
         )
-    _check_length(ppo)
-
-
-def _check_length(ppo: PPOSettings) -> None:
-    """The warm-up ends before the training, and the schedule not before it."""
-    if ppo.warmup_steps >= ppo.steps:
-        raise ConfigError(f"ppo.warmup_steps={ppo.warmup_steps} must be below ppo.steps={ppo.steps}")
+    _check_warmup("ppo", ppo)
     if ppo.schedule_steps is not None and ppo.schedule_steps < ppo.steps:
         raise ConfigError(
             f"ppo.schedule_steps={ppo.schedule_steps} ends before ppo.steps={ppo.steps}, and the rest would train at "
@@ -35,16 +30,50 @@ def _check_length(ppo: PPOSettings) -> None:
         )
 
 
-def check_patience(ppo: PPOSettings, metric: str | None) -> None:
-    """A plateau is one of the metric that `ppo.keep_best` stands for (`rlhf.pipeline.plateau`).
+def _check_warmup(method: str, settings: PolicySettings) -> None:
+    """The warm-up ends before the training."""
+    if settings.warmup_steps >= settings.steps:
+        raise ConfigError(
+            f"{method}.warmup_steps={settings.warmup_steps} must be below {method}.steps={settings.steps}"
+        )
+
+
+def check_dpo(settings: Settings) -> None:
+    """The loss of DPO is one that was derived for its divergence, and the training outlasts its warm-up.
+
+    Raises:
+        ConfigError: two keys of `dpo` contradict each other.
+    """
+    dpo = settings.dpo
+    _check_warmup("dpo", dpo)
+    if dpo.loss == "ipo" and dpo.divergence != "reverse_kl":
+        raise ConfigError(
+            f"dpo.divergence={dpo.divergence}: the target 1/(2β) of dpo.loss=ipo is one of log-ratios; allowed: "
+            "reverse_kl, or dpo.loss=sigmoid"
+        )
+    if dpo.clip is not None and dpo.loss != "sigmoid":
+        raise ConfigError(
+            f"dpo.clip={dpo.clip} bounds a margin, and dpo.loss={dpo.loss} does so by itself; allowed: null, or "
+            "dpo.loss=sigmoid"
+        )
+    if dpo.unbiased and not dpo.label_smoothing:
+        raise ConfigError(
+            "dpo.unbiased=true corrects for flipped labels, and dpo.label_smoothing=0 says that none are; allowed: "
+            "false, or the share of flipped labels in dpo.label_smoothing"
+        )
+
+
+def check_patience(settings: Settings, stage: str, metric: str | None) -> None:
+    """A plateau is one of the metric that `keep_best` of the method stands for (`rlhf.pipeline.plateau`).
 
     Raises:
         ConfigError: it stands for none.
     """
-    if ppo.patience is not None and metric is None:
+    method, own = stage if stage in METHODS else "ppo", settings.method(stage)
+    if own.patience is not None and metric is None:
         raise ConfigError(
-            f"ppo.patience={ppo.patience} needs a metric to wait for, and ppo.keep_best={ppo.keep_best} is none here; "
-            "allowed: ppo.patience=null, or ppo.keep_best=eval/reward"
+            f"{method}.patience={own.patience} needs a metric to wait for, and {method}.keep_best={own.keep_best} is "
+            f"none here; allowed: {method}.patience=null, or {method}.keep_best=eval/reward"
         )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.policy_settings import METHODS
+
 # Metric → its label, and the factor that it is shown with.
 ROWS = {
     "eval/win_rate": ("win rate against the reference (%)", 100),
@@ -41,14 +43,14 @@ def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
 
 
 def show_results(summary: dict[str, Any], folder: Path) -> None:
-    """Print the metrics of a finished run; for PPO beside those of the SFT model that it started from."""
+    """Print the metrics of a finished run; those of a policy beside those of the SFT model that it started from."""
     console = Console()
     metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
     table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
     table.add_column("")
-    if summary["stage"] == "ppo" or before:
+    if summary["stage"] in METHODS or before:
         table.add_column("SFT", justify="right")
-        table.add_column("PPO", justify="right")
+        table.add_column(summary["stage"].upper() if summary["stage"] in METHODS else "PPO", justify="right")
         for key, (label, scale) in ROWS.items():
             if key in metrics:
                 table.add_row(label, *(f"{row[key] * scale:.2f}" if key in row else "" for row in (before, metrics)))
@@ -57,5 +59,6 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
         for key, value in metrics.items():
             table.add_row(key, f"{value:.4f}")
     console.print(table)
+    method = summary["stage"] if summary["stage"] in METHODS else "ppo"
     if plateau := summary.get("plateau"):
-        console.print(f"ended at step {plateau['step']} of {summary['config']['ppo']['steps']}: {plateau['reason']}")
+        console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")

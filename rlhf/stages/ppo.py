@@ -11,6 +11,7 @@ import torch
 from hydra.utils import get_method
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import ppo
@@ -24,6 +25,7 @@ from rlhf.rollout.factory import make_engine, use_captured_logprobs
 from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.seeding import generator
 from rlhf.settings import Settings
+from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
 from rlhf.stages.experience import Experience, ExperienceMaker, rollout_metrics
 from rlhf.stages.losses import LARGEST_RATIO, Losses
@@ -97,6 +99,15 @@ class PPO(PolicyEvaluation):
     def steps_done(self) -> int:
         """Rollout batches finished so far."""
         return self.ppo_step
+
+    @steps_done.setter
+    def steps_done(self, step: int) -> None:
+        self.ppo_step = step
+
+    def loader(self, rows: Sequence[str], start: int) -> DataLoader:
+        """The prompts of each rollout batch, the same in all processes."""
+        batches = SeededBatches(len(rows), self.ppo.rollout_batch_size, self.config.seed, self.ppo.steps, start)
+        return loader(rows, list, batches)
 
     # -- a rollout batch -----------------------------------------------------------------------------------------------
 

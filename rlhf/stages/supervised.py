@@ -10,7 +10,7 @@ from rlhf.distributed import collectives
 from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.settings import SupervisedSettings
+from rlhf.policy_settings import OptimizerSettings
 from rlhf.stages.base import Stage
 
 
@@ -26,7 +26,7 @@ class SupervisedStage(Stage):
 
     def __init__(
         self,
-        settings: SupervisedSettings,
+        settings: OptimizerSettings,
         roles: Roles,
         tokenizer: PreTrainedTokenizerBase,
         total_steps: int,

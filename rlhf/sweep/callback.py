@@ -14,6 +14,7 @@ from rich.console import Console
 
 from rlhf.errors import FAILURE, MISTAKE, ConfigError
 from rlhf.files import write_json
+from rlhf.policy_settings import METHODS
 from rlhf.sweep import slurm
 from rlhf.sweep.plan import PLAN, is_search, on_slurm, parallel_jobs, plan_of_dry_run, planned_runs, trainer_configs
 from rlhf.sweep.states import RunState, expected_seconds, progress_line, states, states_of_plan
@@ -73,7 +74,7 @@ class SweepCallback(Callback):
             return
         runs = states(folder)
         Console().print(view(folder, runs))
-        if any(run.state == "done" for run in runs) and config.stage.name in ("ppo", "evaluate"):
+        if any(run.state == "done" for run in runs) and config.stage.name in (*METHODS, "evaluate"):
             _report(folder, config)
         if any(run.state == "failed" for run in runs):
             raise SystemExit(FAILURE)

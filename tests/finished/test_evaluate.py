@@ -46,7 +46,7 @@ def trains_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         raise AssertionError("it trains")
 
     request.getfixturevalue("outputs")
-    for name in ("train_ppo", "build_sft", "build_reward"):
+    for name in ("train_policy", "build_sft", "build_reward"):
         monkeypatch.setattr(run, name, fail)
 
 

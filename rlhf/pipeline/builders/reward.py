@@ -23,7 +23,8 @@ from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
-from rlhf.stages.reward import RewardModeling, accuracy_by_kind, grouped, longer_accuracy
+from rlhf.stages.pairs import grouped
+from rlhf.stages.reward import RewardModeling, accuracy_by_kind, longer_accuracy
 from rlhf.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,70 @@
+"""The settings of what trains a policy, one schema per method: what all share, and the methods beside PPO.
+
+Those of PPO are in `rlhf.settings`, with everything else.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.schema import at_least_zero, checked, choice, number_or_list, optional_positive, positive
+
+METHODS = ("ppo", "dpo")  # stages that train a policy; each has a config group of its name
+FROM_COMPARISONS = ("dpo",)  # those that learn from comparisons: a scorer only measures what they have learnt
+
+
+@dataclass
+class OptimizerSettings:
+    """What all stages share: AdamW, its schedule, and the tokens that go through the model at once."""
+
+    lr: float = positive()
+    warmup_steps: int = at_least_zero(0)
+    schedule: str = choice("linear", "cosine", "constant")
+    weight_decay: float = at_least_zero(0.0)
+    adam_eps: float = positive(1e-8)
+    max_grad_norm: float | None = optional_positive(1.0)
+    microbatch_tokens: int = positive(4096)
+    log_every: int = positive(10)
+    checkpoint_every: int = positive(50)
+
+
+@dataclass
+class PolicySettings(OptimizerSettings):
+    """What all methods share: how long the policy is trained, when it is measured, and which policies are kept."""
+
+    lr_full: float = positive()
+    steps: int = positive()
+    eval_every: Any = number_or_list()
+    keep_evaluated: bool = False
+    patience: int | None = optional_positive()
+    min_gain: float = at_least_zero(0.0)
+    keep_best: str | None = "auto"
+    keep_best_mode: str = choice("max", "min")
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the policy is measured after a step: before the first, after the last, and as `eval_every` says."""
+        chosen = step in self.eval_every if isinstance(self.eval_every, list) else step % self.eval_every == 0
+        return chosen or step in (0, self.steps)
+
+    @property
+    def eval_interval(self) -> int:
+        """The largest interval such that every evaluation between the first and the last is due at a multiple of it."""
+        return math.gcd(*self.eval_every) if isinstance(self.eval_every, list) else self.eval_every
+
+
+@dataclass
+class DPOSettings(PolicySettings):
+    """`conf/dpo`: direct preference optimisation. A step is an optimiser step on a batch of comparisons."""
+
+    batch_size: int = positive()
+    max_length: int = positive()
+    validation_size: int = positive(500)
+    loss: str = choice("sigmoid", "ipo", "hinge")
+    divergence: str = choice("reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "chi_squared_kl")
+    beta: float = positive(0.1)
+    alpha: float = checked(lambda x: 0 < x < 1, "a number between 0 and 1", 0.5)
+    clip: float | None = optional_positive()
+    label_smoothing: float = checked(lambda x: 0 <= x < 0.5, "a number from 0 to below 0.5", 0.0)
+    unbiased: bool = False
+    mean_logprobs: bool = False
+    sft_coef: float = at_least_zero(0.0)
