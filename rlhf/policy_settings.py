@@ -9,7 +9,12 @@ from typing import Any
 
 from rlhf.schema import at_least_zero, checked, choice, number_or_list, optional_positive, positive
 
-METHODS = ("ppo", "dpo")  # stages that train a policy; each has a config group of its name
+METHODS = (
+    "ppo",
+    "dpo",
+    "best_of_n",
+    "expert_iteration",
+)  # stages that train a policy; each has a config group of its name
 FROM_COMPARISONS = ("dpo",)  # those that learn from comparisons: a scorer only measures what they have learnt
 
 
@@ -68,3 +73,31 @@ class DPOSettings(PolicySettings):
     unbiased: bool = False
     mean_logprobs: bool = False
     sft_coef: float = at_least_zero(0.0)
+
+
+@dataclass
+class BestOfNSettings(PolicySettings):
+    """`conf/best_of_n`: best-of-n distillation. A step is an optimiser step on a batch of best answers."""
+
+    rounds = 1
+    n: int = positive()
+    batch_size: int = positive()
+    epochs: int = positive(1)
+    missing_eos_penalty: float = at_least_zero(0.0)
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps between two samplings; `rlhf.pipeline.training_checks` refuses a remainder."""
+        return self.steps // self.rounds
+
+    @property
+    def prompts_per_round(self) -> int:
+        """Prompts that are answered n times each, in every round."""
+        return self.steps_per_round * self.batch_size // self.epochs
+
+
+@dataclass
+class ExpertIterationSettings(BestOfNSettings):
+    """`conf/expert_iteration`: the same in several rounds, each from the policy of the last one."""
+
+    rounds: int = positive()  # type: ignore[assignment]

@@ -11,7 +11,14 @@ from typing import Any
 
 import omegaconf
 
-from rlhf.policy_settings import METHODS, DPOSettings, OptimizerSettings, PolicySettings
+from rlhf.policy_settings import (
+    METHODS,
+    BestOfNSettings,
+    DPOSettings,
+    ExpertIterationSettings,
+    OptimizerSettings,
+    PolicySettings,
+)
 from rlhf.schema import (
     at_least_zero,
     checked,
@@ -234,6 +241,8 @@ class Settings:
     reward: RewardSettings = field(default_factory=RewardSettings)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     dpo: DPOSettings = field(default_factory=DPOSettings)
+    best_of_n: BestOfNSettings = field(default_factory=BestOfNSettings)
+    expert_iteration: ExpertIterationSettings = field(default_factory=ExpertIterationSettings)
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)

@@ -61,6 +61,7 @@ class SpikeDetector(Detector):
             "sft": ("loss", "grad_norm"),
             "reward": ("loss", "grad_norm"),
             "dpo": ("loss", "grad_norm"),
+            "best_of_n": ("loss", "grad_norm"),
         }.items()
         for name in names
     )

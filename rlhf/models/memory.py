@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -46,10 +47,10 @@ class Memory:
 class Work:
     """What a run will do, as far as its memory depends on it.
 
-    `stages` are those whose memory counts, of sft, preferences, reward, ppo, dpo and evaluate, and of taken and merged
-    for a checkpoint that takes the place of training. `reward_model` says whether scorer or judge is one, as a role;
-    `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is sharded
-    over `shares` processes. `on_gpu` says where the run trains.
+    `stages` are those whose memory counts, of sft, preferences, reward, the methods and evaluate, and of taken and
+    merged for a checkpoint that takes the place of training. `reward_model` says whether scorer or judge is one, as a
+    role; `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is
+    sharded over `shares` processes. `on_gpu` says where the run trains.
     """
 
     stages: tuple[str, ...] = ("ppo",)
@@ -84,7 +85,9 @@ class _Stage:
     def memory(self, stage: str) -> Memory:
         stages = {
             "sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
-            "dpo": self.dpo, "evaluate": self.evaluate, "taken": self.taken, "merged": self.merging,
+            "dpo": self.dpo, "best_of_n": partial(self.best_of, "best_of_n"),
+            "expert_iteration": partial(self.best_of, "expert_iteration"), "evaluate": self.evaluate,
+            "taken": self.taken, "merged": self.merging,
         }  # fmt: skip
         weights, trained, phases = stages[stage]()
         program, gaps = (CONTEXT, GAPS) if self.work.on_gpu else (PROGRAM, 1.0)
@@ -131,6 +134,17 @@ class _Stage:
         tokens = max(dpo.microbatch_tokens, 2 * dpo.max_length)
         updating = self.passes.kept(tokens, lora) + self.passes.logits(tokens)
         return self.roles, self.trained(lora), {**self.measuring(dpo.microbatch_tokens), "updating": updating}
+
+    def best_of(self, stage: str) -> tuple[int, int, dict[str, int]]:
+        """n answers to each prompt of a round, and passes over the best of them."""
+        own, settings = getattr(self.settings, stage), self.settings
+        tokens = max(own.microbatch_tokens, longest_text(settings))
+        phases = {
+            "generating": self.answering(own.prompts_per_round * own.n, settings.generation.max_new_tokens),
+            **self.measuring(own.microbatch_tokens),
+            "updating": self.passes.kept(tokens, settings.lora) + self.passes.logits(tokens),
+        }
+        return self.roles, self.trained(settings.lora), phases
 
     def evaluate(self) -> tuple[int, int, dict[str, int]]:
         parameters = (self.trained(self.settings.lora) + self.value_trained) * FLOAT32 // TRAINED

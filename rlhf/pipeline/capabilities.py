@@ -108,13 +108,13 @@ def check_processes(config: DictConfig, settings: Settings) -> None:
         )
     if trainer.get("accelerator") != "cpu" and 0 < torch.cuda.device_count() < here:
         raise ConfigError(f"trainer.devices={here}, but there are {torch.cuda.device_count()} GPUs here")
-    smallest = min(
-        settings.sft.batch_size, settings.reward.batch_size, settings.ppo.minibatch_size, settings.dpo.batch_size
-    )
+    policy = [settings.dpo.batch_size, settings.best_of_n.batch_size, settings.expert_iteration.batch_size]
+    smallest = min(settings.sft.batch_size, settings.reward.batch_size, settings.ppo.minibatch_size, *policy)
     if wanted > smallest:
         raise ConfigError(
             f"{wanted} processes, but a batch of {smallest} rows (sft.batch_size, reward.batch_size, "
-            "ppo.minibatch_size, dpo.batch_size): each needs a row; allowed: fewer processes or larger batches"
+            "ppo.minibatch_size, or batch_size of another method): each needs a row; allowed: fewer processes or "
+            "larger batches"
         )
     if wanted > 1 and settings.ppo.accumulation == "as_published":
         raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")

@@ -17,7 +17,7 @@ from rlhf.pipeline.evaluating import best_metric
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
-from rlhf.pipeline.training_checks import check_dpo, check_packing, check_patience, check_ppo
+from rlhf.pipeline.training_checks import check_best_of_n, check_dpo, check_packing, check_patience, check_ppo
 from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
@@ -113,8 +113,14 @@ def check_trainer(config: DictConfig) -> None:
 
 
 def _check_method(config: DictConfig, settings: Settings) -> None:
-    check_dpo(settings) if config.stage.name == "dpo" else check_ppo(settings)
-    check_keeping(settings, config.stage.name)
+    stage = config.stage.name
+    if stage == "dpo":
+        check_dpo(settings)
+    elif stage in ("best_of_n", "expert_iteration"):
+        check_best_of_n(settings, stage)
+    else:
+        check_ppo(settings)
+    check_keeping(settings, stage)
     _check_function("divergence.function", settings.divergence.function)
 
 

@@ -14,13 +14,14 @@ from rlhf.models.tokenizing import encode, short_enough
 from rlhf.pipeline.config import instantiate
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.rendered import show_rendered
+from rlhf.stages.best_of_n import BestOfN, ExpertIteration
 from rlhf.stages.cutting import count_short, distinct
 from rlhf.stages.dpo import DPO
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation, Scorer
 from rlhf.stages.ppo import make_ppo
 
 Rows = tuple[list[Any], dict[str, Any]]  # what is trained on, and what the summary says about it
-BESIDE_PPO = {"dpo": DPO}
+BESIDE_PPO = {"dpo": DPO, "best_of_n": BestOfN, "expert_iteration": ExpertIteration}
 
 
 def load_roles(plan: Plan, tokenizer: PreTrainedTokenizerBase, sft: Path, reward: Path | None) -> Roles:

@@ -1,7 +1,7 @@
 """Settings of the training that contradict each other: how long it lasts, when it ends, and what it learns from."""
 
 from rlhf.errors import ConfigError
-from rlhf.policy_settings import METHODS, PolicySettings
+from rlhf.policy_settings import METHODS, BestOfNSettings, PolicySettings
 from rlhf.settings import JOINED, Settings, SFTSettings
 
 
@@ -61,6 +61,27 @@ def check_dpo(settings: Settings) -> None:
             "dpo.unbiased=true corrects for flipped labels, and dpo.label_smoothing=0 says that none are; allowed: "
             "false, or the share of flipped labels in dpo.label_smoothing"
         )
+
+
+def check_best_of_n(settings: Settings, method: str) -> None:
+    """The steps divide into rounds, and a round's batches into its epochs; the training outlasts its warm-up.
+
+    Raises:
+        ConfigError: two keys of the method contradict each other.
+    """
+    own: BestOfNSettings = getattr(settings, method)
+    _check_warmup(method, own)
+    if own.steps % own.rounds:
+        raise ConfigError(
+            f"{method}.rounds={own.rounds} does not divide {method}.steps={own.steps}; allowed: a divisor of it"
+        )
+    if own.steps_per_round * own.batch_size % own.epochs:
+        raise ConfigError(
+            f"{method}.epochs={own.epochs} does not divide the {own.steps_per_round * own.batch_size} answers that a "
+            f"round learns from ({method}.steps / rounds x batch_size); allowed: a divisor of it"
+        )
+    if own.n == 1:
+        raise ConfigError(f"{method}.n=1 leaves nothing to choose from; allowed: 2 or more")
 
 
 def check_patience(settings: Settings, stage: str, metric: str | None) -> None:

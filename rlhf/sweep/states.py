@@ -133,10 +133,10 @@ def _run_seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None
     config = folder / ".hydra" / "config.yaml"
     if not config.exists():
         return None
-    found = OmegaConf.load(config)
+    found: Any = OmegaConf.load(config)
     stage = OmegaConf.select(found, "stage.name")
     method = stage if stage in METHODS else "ppo"
-    trained = "ppo/reward" if method == "ppo" else f"{method}/loss"
+    trained = {"ppo": "ppo/reward", "dpo": "dpo/loss"}.get(method, "best_of_n/loss")
     marks = [(line["step"], line["time"]) for line in lines if trained in line and "time" in line][-20:]
     paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a and t > s]  # clocks can be set back
     return statistics.median(paces) * max(0, found[method].steps - marks[-1][0]) if paces else None

@@ -22,6 +22,8 @@ TRAINED_BY = {  # stage → the config groups that determined its model
     "ppo": ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", "ppo", "divergence", "kl",
             "scorer", "generation", "evaluation"),
     "dpo": ("seed", "model", "data", "quantization", "sft", "preferences", "lora", "dpo", "generation", "evaluation"),
+    **{method: ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", method, "scorer",
+                "generation", "evaluation") for method in ("best_of_n", "expert_iteration")},
 }  # fmt: skip
 TASKS = {"sft": "text-generation", "reward": "text-classification", **dict.fromkeys(METHODS, "text-generation")}
 SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
