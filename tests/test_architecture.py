@@ -17,8 +17,8 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 # there is no circle.
 FLOORS = [
     ["errors", "__init__"],
-    ["settings", "schema", "seeding", "files"],
-    ["distributed", "objectives", "divergence", "restoring_pull", "ppo"],
+    ["settings", "policy_settings", "schema", "seeding", "files"],
+    ["distributed", "objectives", "divergence", "restoring_pull", "ppo", "preference_losses"],
     ["tracking", "guards"],
     ["data"],
     ["models"],
