@@ -37,13 +37,13 @@ from rlhf.errors import (
 )
 from rlhf.errors.explaining import exit_with_sentence, explain, one_sentence_errors
 from rlhf.errors.machine import machine_failure
-from rlhf.files import FAILED, tidy, write_json
+from rlhf.files import FAILED, PLAN, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
 from rlhf.report.terminal import show_plan, show_results
-from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
-from rlhf.sweep.states import progress_line, states
+from rlhf.sweep.plan import distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
+from rlhf.sweep.states import names, progress_line, states
 from rlhf.tracking import evaluations
 
 if TYPE_CHECKING:
@@ -142,9 +142,12 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
 def _shown(summary: dict[str, Any], folder: Path, sweeping: bool, objectives: Mapping[str, str]) -> Result:
     """Show the results, or in a sweep how far it is; returns what a sweeper optimises."""
     if sweeping:
-        intended = folder.parent / PLAN
-        line = progress_line(states(folder.parent), planned_parallelism(intended)) if intended.exists() else "done"
-        log.info("%s: %s", folder.name, line)
+        intended, name, line = folder.parent / PLAN, folder.name, "done"
+        if intended.exists():
+            runs = states(folder.parent)
+            name = names(runs).get(folder, name)
+            line = progress_line(runs, planned_parallelism(intended))
+        log.info("%s: %s", name, line)
     else:
         show_results(summary, folder)
     return result(summary["metrics"], objectives)

@@ -8,7 +8,7 @@ from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, missing_package
 
 COMPRESSED = (".gz", ".zst")
 READ_ERRORS = (OSError, EOFError, zlib.error)
@@ -29,7 +29,7 @@ def check_decompressor(path: Path) -> None:
         DataError: `path` ends in `.zst` and the package `zstandard` is missing.
     """
     if path.suffix.lower() == ".zst" and importlib.util.find_spec("zstandard") is None:
-        raise DataError(f"{path} needs the package zstandard: pip install 'rlhf[zstd]', or decompress the file.")
+        raise DataError(f"{missing_package(str(path), 'zstandard', 'zstd')}; or decompress the file")
 
 
 def open_decompressed(path: Path) -> BufferedIOBase:

@@ -105,3 +105,11 @@ def explained(failure: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(f"{failure} ({type(error).__name__}: {first_line(error)})") from error
+
+
+def missing_package(what: str, package: str, extra: str) -> str:
+    """The sentence for a missing package of an optional extra, which is installed from the checkout.
+
+    The name `rlhf` on PyPI belongs to another project, so no message may tell anybody to install that.
+    """
+    return f"{what} needs the package {package}: pip install -e '.[{extra}]' in the checkout"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf import root
-from rlhf.errors import FAILURE, KEYBOARD, MISTAKE, STOPPED, GuardStop, UserError
+from rlhf.errors import FAILURE, KEYBOARD, MISTAKE, STOPPED, GuardStop, UserError, missing_package
 from rlhf.errors.keys import unknown_key
 from rlhf.errors.machine import machine_failure
 
@@ -71,9 +71,9 @@ def _explain_composition(message: str, cause: str) -> str:
     """For an error of Hydra or OmegaConf while the configuration is composed, recognised by its `message`."""
     # 1. plugins of the optional extras
     if "hydra/launcher/submitit_slurm" in message:
-        return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlhf[slurm]'"
+        return missing_package("hydra/launcher=slurm", "hydra-submitit-launcher", "slurm")
     if "hydra/sweeper/optuna" in message:
-        return "hydra/sweeper=search needs the package hydra-optuna-sweeper: pip install 'rlhf[optuna]'"
+        return missing_package("hydra/sweeper=search", "hydra-optuna-sweeper", "optuna")
     # 2. an option that the group does not have
     missing = re.search(r"Could not find '([^']+)/([^']+)'", message)
     if missing:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, missing_package
 from rlhf.schema import at_least_zero, positive
 
 
@@ -116,7 +116,7 @@ def check_package(package: str, key: str) -> None:
         ConfigError: It is not. The message gives the command that installs it.
     """
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{key} needs the package {package}: pip install 'rlhf[judge]'")
+        raise ConfigError(missing_package(key, package, "judge"))
 
 
 def _is_address(url: str) -> bool:

@@ -18,6 +18,7 @@ from rlhf.errors.machine import writing
 log = logging.getLogger(__name__)
 # In a run's folder:
 SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"
+PLAN = "plan.json"  # in a sweep's folder: its runs, and `jobs`, how many run at once
 OUTCOMES, SAMPLES = "outcomes.jsonl", "samples.jsonl"  # results per instruction, and some of the answers
 LINE_FILES = (METRICS, OUTCOMES, SAMPLES)  # JSON lines, to which a run appends
 BUDGET = "budget.json"  # the number that ppo.microbatch_tokens=auto was settled to, and for which run

@@ -12,7 +12,7 @@ from rlhf.data.chat_template import ChatTemplate
 from rlhf.data.records import DataSource
 from rlhf.data.templates import PromptTemplate
 from rlhf.distributed import processes
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, missing_package
 from rlhf.models.architecture import check_architecture
 from rlhf.models.loading import linear_names, load_tokenizer, skeleton
 from rlhf.policy_settings import FROM_COMPARISONS, METHODS
@@ -37,7 +37,7 @@ def check_files(model: ModelSettings) -> None:
         if model.gguf_file and not (folder / model.gguf_file).is_file():
             raise ConfigError(f"model.gguf_file={model.gguf_file}: there is no such file in {name}")
     if model.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ConfigError("model.gguf_file needs the package gguf: pip install 'rlhf[gguf]'")
+        raise ConfigError(missing_package("model.gguf_file", "gguf", "gguf"))
 
 
 def check_model(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> None:
@@ -184,7 +184,7 @@ def check_vllm(config: DictConfig, settings: Settings) -> None:
                 f"{key}.temperature={temperature}: generation.engine=vllm takes {low} to {high}; allowed: that, {other}"
             )
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'")
+        raise ConfigError(missing_package("generation.engine=vllm", "vllm", "vllm"))
     if not torch.cuda.is_available():
         raise ConfigError(
             "generation.engine=vllm, but torch sees no GPU here; allowed: generation.engine=native or transformers"

@@ -6,13 +6,15 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from rlhf.distributed import collectives
-from rlhf.files import EVALUATIONS, METRICS
+from rlhf.files import EVALUATIONS, METRICS, PLAN
 from rlhf.pipeline import cache
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.plan import Plan
 from rlhf.tracking.dashboards import Dashboard, wandb_logger
 from rlhf.tracking.metrics_file import JsonLines
+from rlhf.tracking.overrides import in_all
+from rlhf.tracking.reading import try_plan
 from rlhf.tracking.seeds import without_seeds
 
 
@@ -52,8 +54,7 @@ class Loggers:
         if self.offline:  # W&B could not be reached for an earlier stage: do not wait for it again
             chosen["mode"] = "offline"
         dashboard = instantiate(plan.config.logger, "logger", **chosen)
-        row = ", ".join(without_seeds(plan.overrides))
-        dashboard.log_hyperparams({**plan.plain, "row": row or "PPO"})  # what the replicates of a table's row share
+        dashboard.log_hyperparams({**plan.plain, "row": _row(plan) or "PPO"})
         for path in needed:
             dashboard.log_input_model(path.name, path)
         return dashboard
@@ -64,3 +65,12 @@ class Loggers:
             self.dashboard.log_output_model(name, folder)
             self.dashboard.close()
             self.dashboard = None
+
+
+def _row(plan: Plan) -> str:
+    """The row of the sweep's table that the run belongs to: by the overrides that its rows do not all share."""
+    own = without_seeds(plan.overrides)
+    planned, _ = try_plan(plan.folder.parent / PLAN)
+    rows = dict.fromkeys(without_seeds(run["overrides"]) for run in planned)
+    common = in_all(rows) if own in rows else []
+    return ", ".join(item for item in own if item not in common)

@@ -12,6 +12,7 @@ from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
 from rlhf.report.tables import Table
 from rlhf.report.text import duration
+from rlhf.tracking.overrides import distinguishing, in_all
 from rlhf.tracking.seeds import SEED_KEYS
 
 PROMPTS = 6  # of which the samples are shown side by side
@@ -45,6 +46,7 @@ def render(
         figures: {name, title, note} of every figure, as `make_figures` returns them.
         folder: the folder that holds the figures' SVG files.
     """
+    common = in_all(run.overrides for run in sweep.runs)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(
         title=sweep.layout.get("title") or sweep.finished[0].config.get("name") or "Report",
@@ -54,7 +56,8 @@ def render(
         tables=tables,
         figures=[{**figure, "image": _embedded(folder / f"{figure['name']}.svg")} for figure in figures],
         samples=samples(sweep),
-        runs=[_run_entry(run, sweep.finished[0]) for run in sweep.runs],
+        runs=[_run_entry(run, sweep.finished[0], common) for run in sweep.runs],
+        common=" ".join(common),
         reference=sweep.finished[0].name,
     )
 
@@ -107,14 +110,14 @@ def _value_text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _run_entry(run: RecordedRun, reference: RecordedRun) -> dict[str, Any]:
-    """A line of the page's table of runs."""
+def _run_entry(run: RecordedRun, reference: RecordedRun, common: Sequence[str]) -> dict[str, Any]:
+    """A line of the page's table of runs; `common` are the overrides that all of them have."""
     finished = run.state == "finished"
     return {
         "name": run.name,
         "state": run.state,
         "reason": run.reason,
-        "overrides": " ".join(run.overrides),
+        "overrides": distinguishing(run.overrides, common),
         "time": duration(float(run.summary.get("wall_seconds") or 0)) if finished else "",
         "same_as": run.summary.get("same_as"),
         "config": config_difference(run.config, reference.config) if finished else [],

@@ -5,17 +5,18 @@ overrides as well as in their resolved configuration.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import NoRunsError
-from rlhf.files import EARLIER, FAILED, METRICS, SUMMARY
+from rlhf.files import EARLIER, FAILED, METRICS, PLAN, SUMMARY
 from rlhf.report.config_differences import split_by_config
 from rlhf.report.evaluation_shown import with_evaluation
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.rows import PPO_SEEDS, REPLICATES, Row, depth_of
+from rlhf.tracking.overrides import in_all
 from rlhf.tracking.reading import renamed_overrides, try_object, try_plan, try_summary
 from rlhf.tracking.seeds import Seeds
 
@@ -97,8 +98,8 @@ def load(folders: Sequence[Path], evaluation: str | None = None) -> Sweep:
         kept[key] = [run for _, run in sorted(by_seeds.items())]
     # 4. A row of each, and the row of the models that they start from.
     counted = [run for alike in kept.values() for run in alike]
-    labels, depth = layout.get("labels") or {}, depth_of(counted)
-    trained = [Row(label(key, labels), tuple(alike), depth=depth) for key, alike in kept.items()]
+    labels, depth, common = layout.get("labels") or {}, depth_of(counted), in_all(kept)
+    trained = [Row(label(key, labels, common), tuple(alike), depth=depth) for key, alike in kept.items()]
     rows = (_sft_row(counted, depth), *trained)
     return Sweep(tuple(runs), rows, tuple(doubled), layout, tuple(unlike), depth)
 
@@ -109,23 +110,25 @@ def _sft_row(runs: Sequence[RecordedRun], depth: int) -> Row:
     return Row(SFT, tuple(run for _, run in sorted(starts.items())), step=0, depth=depth)
 
 
-def label(key: Sequence[str], labels: Mapping[str, str]) -> str:
+def label(key: Sequence[str], labels: Mapping[str, str], common: Collection[str] = ()) -> str:
     """A row's label. The layout's `labels` may replace the whole key, an override, or the value of an override.
 
     Args:
         key: the overrides that the runs of the row share.
         labels: what to replace → by what.
+        common: the overrides that all rows share, which distinguish none.
     """
-    whole = ", ".join(key) or PLAIN
-    if whole in labels:
-        return str(labels[whole])
-    parts = [labels.get(item, labels.get(item.partition("=")[2], item)) for item in key]
+    own = [item for item in key if item not in common]
+    for whole in (", ".join(key) or PLAIN, ", ".join(own) or PLAIN):
+        if whole in labels:
+            return str(labels[whole])
+    parts = [labels.get(item, labels.get(item.partition("=")[2], item)) for item in own]
     return ", ".join(map(str, parts)) or PLAIN
 
 
 def _load_folder(folder: Path, evaluation: str | None) -> list[RecordedRun]:
     """The runs of a sweep in the order of its plan, with those not begun; or the single run that the folder is."""
-    plan, fault = try_plan(folder / "plan.json")
+    plan, fault = try_plan(folder / PLAN)
     if fault:
         log.warning("%s: %s", folder, fault)
     planned = {entry["folder"]: tuple(entry["overrides"]) for entry in plan}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.errors import FAILURE, MISTAKE, NoRunsError, first_line
+from rlhf.errors import FAILURE, MISTAKE, NoRunsError, first_line, missing_package
 
 CONNECT_SECONDS = 20  # to wait for W&B's server
 
@@ -51,7 +51,7 @@ def _boards(folders: Sequence[Path], dry_run: bool) -> int:
     try:
         from rlhf.report.boards import Boards
     except ModuleNotFoundError:
-        print("rlhf-sync: --boards needs the package wandb-workspaces: pip install 'rlhf[dashboards]'", file=sys.stderr)
+        print(f"rlhf-sync: {missing_package('--boards', 'wandb-workspaces', 'dashboards')}", file=sys.stderr)
         return MISTAKE
     import wandb
 

@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from rlhf.errors import FAILURE, MISTAKE, ConfigError
-from rlhf.files import write_json
+from rlhf.files import PLAN, write_json
 from rlhf.policy_settings import METHODS
 from rlhf.sweep import slurm
-from rlhf.sweep.plan import PLAN, is_search, on_slurm, parallel_jobs, plan_of_dry_run, planned_runs, trainer_configs
+from rlhf.sweep.plan import is_search, on_slurm, parallel_jobs, plan_of_dry_run, planned_runs, trainer_configs
 from rlhf.sweep.states import RunState, expected_seconds, progress_line, states, states_of_plan
 from rlhf.sweep.status import view
 

@@ -12,13 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from rlhf.errors import ConfigError
-from rlhf.files import read_object
+from rlhf.files import PLAN, read_object
 from rlhf.objectives import objectives_of, result
 from rlhf.sweep.resolvers import folder_name
 from rlhf.tracking.evaluations import shown_summary
-
-PLAN = "plan.json"  # in the sweep's folder: the runs, and `jobs`, how many run at once
-
 
 # -- jobs and their folders ------------------------------------------------------------------------------------------
 

@@ -21,11 +21,11 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rlhf.errors import ConfigError
-from rlhf.files import write_json
+from rlhf.files import PLAN, write_json
 from rlhf.objectives import objectives_of
 from rlhf.pipeline.cache import locked
 from rlhf.report.metric_info import EVAL_METRICS
-from rlhf.sweep.plan import PLAN, distinctive_overrides, on_slurm, parallel_jobs, run_folder
+from rlhf.sweep.plan import distinctive_overrides, on_slurm, parallel_jobs, run_folder
 from rlhf.tracking.seeds import SEED_KEYS
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf.files import FAILED, METRICS, SUMMARY, read_object
+from rlhf.files import FAILED, METRICS, PLAN, SUMMARY, read_object
 from rlhf.policy_settings import METHODS
 from rlhf.sweep import slurm
-from rlhf.sweep.plan import PLAN
+from rlhf.tracking.overrides import distinguishing, in_all
 from rlhf.tracking.reading import stepped_lines, try_object, try_summary
 
 SILENT_SECONDS = 600  # a run whose metrics file has not changed for this long is taken to have stopped
@@ -123,6 +123,12 @@ def _state_of_job(
     if queued.state == "PENDING":
         return replace(run, reason=f"in the queue: {queued.reason}")
     return replace(run, state="running", node=queued.node, left=_run_seconds_left(run.folder, lines))
+
+
+def names(runs: list[RunState]) -> dict[Path, str]:
+    """Folder → what distinguishes the run from the others: on a terminal a shorter name than its folder's."""
+    common = in_all(run.overrides for run in runs if run.overrides)
+    return {run.folder: distinguishing(run.overrides, common) or run.folder.name for run in runs}
 
 
 # -- time ------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from rlhf.errors import MISTAKE
 from rlhf.errors.explaining import one_sentence_errors
-from rlhf.sweep.plan import PLAN, planned_parallelism
-from rlhf.sweep.states import RunState, progress_line, states, sweep_queue
+from rlhf.files import PLAN
+from rlhf.sweep.plan import planned_parallelism
+from rlhf.sweep.states import RunState, names, progress_line, states, sweep_queue
 from rlhf.tracking.reading import printable, try_plan
 
 REFRESH_SECONDS = 5  # of --watch
@@ -55,11 +56,13 @@ def _show(folder: Path, watch: bool) -> None:
 def view(folder: Path, runs: list[RunState]) -> Group:
     """A progress bar, a line of counts, and a row for each run that is under way, has failed or waits in a queue."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    called = names(runs)
     for run in runs:
         if run.state in ("running", "begun", "failed") or run.reason:
             left = f"{timedelta(seconds=round(run.left))} left" if run.left is not None else ""
             colour = "red" if run.state == "failed" else "cyan"
-            table.add_row(Text(run.state, colour), run.folder.name, f"step {run.step}", run.node, left, run.reason)
+            reason = f"{run.reason} ({run.folder.name})" if run.state == "failed" else run.reason
+            table.add_row(Text(run.state, colour), called[run.folder], f"step {run.step}", run.node, left, reason)
     done = sum(run.state == "done" for run in runs)
     return Group(
         Text(str(folder), style="bold"),

@@ -203,7 +203,10 @@ def test_the_page_needs_gradio(
     with pytest.raises(SystemExit) as leaving:
         cli.main([str(runs.ppo), "--web"])
     assert leaving.value.code == 2
-    assert capsys.readouterr().err == "rlhf-chat: --web needs the package gradio: pip install 'rlhf[web]'\n"
+    assert (
+        capsys.readouterr().err
+        == "rlhf-chat: --web needs the package gradio: pip install -e '.[web]' in the checkout\n"
+    )
 
 
 def test_the_page_streams_a_column_for_each_run(runs: SimpleNamespace) -> None:

@@ -216,4 +216,4 @@ def test_without_the_extra_one_sentence_says_what_to_install(
     with pytest.raises(SystemExit) as left:
         sync.sync()
     assert left.value.code == 2
-    assert "pip install 'rlhf[dashboards]'" in capsys.readouterr().err
+    assert "pip install -e '.[dashboards]' in the checkout" in capsys.readouterr().err

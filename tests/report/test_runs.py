@@ -48,6 +48,22 @@ def test_labels_are_taken_from_the_layout() -> None:
     assert label(["divergence=none", "lora.r=4"], names) == "no penalty, lora.r=4"
     assert label(["variant=kl", "lora.r=8"], names) == "both"
     assert label([], names) == "PPO"
+    assert label(["debug=quick", "variant=kl"], names, ["debug=quick"]) == "KL"
+    assert label(["debug=quick", "lora.r=8", "variant=kl"], {"lora.r=8, variant=kl": "both"}, ["debug=quick"]) == "both"
+    assert label(["debug=quick"], names, ["debug=quick"]) == "PPO"
+
+
+def test_rows_are_called_by_what_varies(tmp_path: Path) -> None:
+    """Overrides that all runs have stand once above the table of runs, and in no label."""
+    for variant in ("lora_kl", "lora_none"):
+        for seed in (1, 2):
+            overrides = ["ppo.steps=50", f"variant={variant}", "debug=quick", f"seed={seed}"]
+            write_run(tmp_path / "sweep" / f"{variant}-{seed}", variant, seed, overrides=overrides)
+    found = load([tmp_path / "sweep"])
+    assert [row.label for row in found.trained] == ["variant=lora_kl", "variant=lora_none"]
+    page = make_report([tmp_path / "sweep"]).read_text()
+    assert "All runs: <code>ppo.steps=50 debug=quick</code>" in page
+    assert page.count("debug=quick") == 1
 
 
 def test_repeated_steps_and_torn_lines_are_handled(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_missing_package_or_gpu_is_one_sentence(
 ) -> None:
     real = importlib.util.find_spec
     for found, expected in (
-        (None, "rlhf: generation.engine=vllm needs the package vllm: pip install 'rlhf[vllm]'\n"),
+        (None, "rlhf: generation.engine=vllm needs the package vllm: pip install -e '.[vllm]' in the checkout\n"),
         (real("torch"), "rlhf: generation.engine=vllm, but torch sees no GPU here; allowed: generation.engine=native"),
     ):
 

@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 
 from rlhf import root
 from rlhf.errors import ConfigError
-from rlhf.files import FAILED, SUMMARY, read_json, write_json
+from rlhf.files import FAILED, PLAN, SUMMARY, read_json, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline.config import settings_of
 from rlhf.report.cli import make_report
 from rlhf.report.pareto_front import front_table, non_dominated
 from rlhf.report.runs import load
-from rlhf.sweep.plan import PLAN, objective_values
+from rlhf.sweep.plan import objective_values
 from rlhf.sweep.states import states
 from tests.helpers.command_line import TINY
 from tests.helpers.composed_config import composed, composed_settings
@@ -102,7 +102,8 @@ def test_without_the_extra_one_sentence_says_what_to_install() -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=root())
     assert done.returncode == 2, done.stderr
     assert (
-        done.stderr == "rlhf: hydra/sweeper=search needs the package hydra-optuna-sweeper: pip install 'rlhf[optuna]'\n"
+        done.stderr == "rlhf: hydra/sweeper=search needs the package hydra-optuna-sweeper: "
+        "pip install -e '.[optuna]' in the checkout\n"
     )
 
 

@@ -230,7 +230,8 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path) -> 
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "rlhf: hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install 'rlhf[slurm]'\n"
+        "rlhf: hydra/launcher=slurm needs the package hydra-submitit-launcher: "
+        "pip install -e '.[slurm]' in the checkout\n"
     )
     assert not (tmp_path / "outputs").exists()
 

@@ -11,8 +11,8 @@ from random import Random
 
 import pytest
 
-from rlhf.files import FAILED, SUMMARY, read_json, write_json
-from rlhf.sweep.plan import PLAN, parallel_jobs
+from rlhf.files import FAILED, PLAN, SUMMARY, read_json, write_json
+from rlhf.sweep.plan import parallel_jobs
 from rlhf.sweep.states import progress_line, seconds_left, states
 from tests.helpers.command_line import TINY
 from tests.helpers.subprocess_runs import QUICK, run_in_subprocess

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.errors import RunError
+from rlhf.errors import RunError, missing_package
 from rlhf.errors.explaining import one_sentence_errors
 from rlhf.finished.run import FinishedRun
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--score", action=argparse.BooleanOptionalAction, default=True, help="score answers (default: yes)"
     )
-    parser.add_argument("--web", action="store_true", help="a page in the browser (pip install 'rlhf[web]')")
+    parser.add_argument("--web", action="store_true", help="a page in the browser (needs the extra web)")
     options = parser.parse_args(arguments)
     with one_sentence_errors(parser.prog):
         runs = [FinishedRun.open(folder) for folder in options.runs]
@@ -145,7 +145,7 @@ def _check_gradio() -> None:
     from importlib.util import find_spec
 
     if find_spec("gradio") is None:
-        raise RunError("--web needs the package gradio: pip install 'rlhf[web]'")
+        raise RunError(missing_package("--web", "gradio", "web"))
 
 
 def _temperature(text: str) -> float:
