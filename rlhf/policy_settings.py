@@ -100,4 +100,4 @@ class BestOfNSettings(PolicySettings):
 class ExpertIterationSettings(BestOfNSettings):
     """`conf/expert_iteration`: the same in several rounds, each from the policy of the last one."""
 
-    rounds: int = positive()  # type: ignore[assignment]
+    rounds: int = positive()

@@ -1,6 +1,6 @@
 """Estimate the memory of every stage of a run from its configuration, without creating weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -83,7 +83,7 @@ class _Stage:
         return Passes(self.settings, self.sizes, self.work.on_gpu)
 
     def memory(self, stage: str) -> Memory:
-        stages = {
+        stages: dict[str, Callable[[], tuple[int, int, dict[str, int]]]] = {
             "sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
             "dpo": self.dpo, "best_of_n": partial(self.best_of, "best_of_n"),
             "expert_iteration": partial(self.best_of, "expert_iteration"), "evaluate": self.evaluate,

@@ -85,7 +85,7 @@ class BestOfN(SupervisedPolicy):
         batches = SeededBatches(len(answers), self.batch_size, seed, self.total_steps, start, share)
         return loader(answers, list, batches)
 
-    def training_step(self, batch: list[int], index: int) -> None:
+    def training_step(self, batch: Sequence[int], index: int) -> None:
         """One optimiser step, the first of a round after the sampling of its answers."""
         number, within = divmod(self.steps_done, self.own.steps_per_round)
         answers = self.answers(number)

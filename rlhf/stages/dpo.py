@@ -111,7 +111,7 @@ class DPO(SupervisedPolicy):
         return {key: value / count for key, value in sums.items() if key != "loss"}
 
     @torch.no_grad()
-    def measured_beside(self) -> dict[str, Tensor]:
+    def measured_beside(self) -> dict[str, float]:
         """Loss, accuracy and margin on the held-out comparisons; nothing where only the policy is measured."""
         if not self.held_out:
             return {}
@@ -124,6 +124,6 @@ class DPO(SupervisedPolicy):
                     if key in sums:
                         sums[key] += value
         return {
-            f"dpo/validation_{key}": collectives.all_reduce_sum(value) / len(self.held_out)
+            f"dpo/validation_{key}": float(collectives.all_reduce_sum(value)) / len(self.held_out)
             for key, value in sums.items()
         }

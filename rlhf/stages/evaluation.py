@@ -131,7 +131,7 @@ class PolicyEvaluation(Stage):
         for dashboard in self.dashboards if shown else []:
             dashboard.log_samples(shown, self.steps_done)
 
-    def measured_beside(self) -> dict[str, Tensor]:
+    def measured_beside(self) -> dict[str, float]:
         """Metrics of the stage's own, measured with every evaluation."""
         return {}
 

@@ -54,7 +54,7 @@ class SupervisedStage(Stage):
         """Metrics of a step besides its loss, from the other sums."""
         return {}
 
-    def training_step(self, batch: Sequences, index: int) -> None:
+    def training_step(self, batch: Any, index: int) -> None:
         """One optimiser step on a batch."""
         self.roles.train()
         lr = self.current_lr

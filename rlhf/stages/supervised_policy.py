@@ -40,7 +40,7 @@ class SupervisedPolicy(PolicyEvaluation, SupervisedStage):
         samples: Path,
     ):
         settings = dataclasses.replace(own, lr=own.lr if config.lora.r else own.lr_full)
-        super().__init__(settings, roles, tokenizer, own.steps)  # type: ignore[call-arg]
+        super().__init__(settings, roles, tokenizer, own.steps)
         self.config, self.settings = config, settings
         self.engine = make_engine(config.generation, tokenizer, roles)
         self.scorer, self.evaluator, self.samples = scorer, evaluator, samples
@@ -61,7 +61,7 @@ class SupervisedPolicy(PolicyEvaluation, SupervisedStage):
         return loader(rows, self.collate, batches)
 
     def training_step(self, batch: Any, index: int) -> None:
-        """One optimiser step on a batch."""
+        """One optimiser step on a batch, under dropout masks of its own."""
         seed = mixed_seed(self.config.seed, own_stream(f"{self.prefix} dropout"), self.steps_done + 1)
         with replayed_dropout(seed, self.dropout, self.roles.device):
             super().training_step(batch, index)
