@@ -43,7 +43,7 @@ REFUSED = [
         ["stage=dpo", "dpo.divergence=total_variation"],
         "dpo.divergence=total_variation is not allowed",
     ),
-    (["stage=dpo", "dpo.warmup_steps=40"], "dpo.warmup_steps=40 must be below dpo.steps=40"),
+    (["stage=dpo", "dpo.warmup_steps=125"], "dpo.warmup_steps=125 must be below dpo.steps=125"),
     (["stage=dpo", "lora=none", "quantization=nf4"], "lora=none trains the base itself"),
     (
         ["stage=dpo", "lora=none", "model.dtype=bfloat16", "dpo.keep_evaluated=true"],
@@ -66,7 +66,7 @@ def test_what_does_not_compose_is_refused_in_a_sentence(overrides: list[str], sa
 
 
 def test_the_keys_of_a_method_that_is_not_chosen_are_not_checked_against_each_other() -> None:
-    compose_and_check("stage=ppo", "dpo.warmup_steps=40", "expert_iteration.rounds=7")
+    compose_and_check("stage=ppo", "dpo.warmup_steps=125", "expert_iteration.rounds=7")
     compose_and_check("stage=dpo", "ppo.warmup_steps=40", "ppo.minibatch_size=7")
 
 
