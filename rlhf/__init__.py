@@ -2,7 +2,11 @@
 
 import logging
 import os
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["PACKAGE", "__version__", "compose", "load_policy", "results", "root", "run"]
 
 __version__ = "0.1.0"
 PACKAGE = Path(__file__).parent
@@ -19,3 +23,15 @@ os.environ["RLHF_ROOT"] = str(root())
 
 # peft imports bitsandbytes, which tells of each kernel that it could not download, even if nothing is quantized.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+if TYPE_CHECKING:
+    from rlhf.notebooks import compose, load_policy, results, run
+
+IN_NOTEBOOKS = ("compose", "load_policy", "results", "run")
+
+
+def __getattr__(name: str) -> Any:
+    """`rlhf.compose` and the like (`rlhf.notebooks`), imported when first used: commands must start at once."""
+    if name not in IN_NOTEBOOKS:
+        raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+    return getattr(import_module("rlhf.notebooks"), name)

@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf import root
+from rlhf.distributed.cores import threads
 from rlhf.distributed.rank import is_first_process
 from rlhf.errors import (
     FAILURE,
@@ -37,7 +38,8 @@ from rlhf.errors import (
 )
 from rlhf.errors.explaining import exit_with_sentence, explain, one_sentence_errors
 from rlhf.errors.machine import machine_failure
-from rlhf.files import FAILED, PLAN, tidy, write_json
+from rlhf.errors.users_code import failure_in_users_code
+from rlhf.files import FAILED, PLAN, SUMMARY, tidy, write_json
 from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
@@ -45,6 +47,7 @@ from rlhf.report.terminal import show_plan, show_results
 from rlhf.sweep.plan import distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
 from rlhf.sweep.states import names, progress_line, states
 from rlhf.tracking import evaluations
+from rlhf.tracking.run_folder import HYDRA, begin, hold_log, open_log, remove_empty
 
 if TYPE_CHECKING:
     from rlhf.pipeline.plan import Plan
@@ -64,11 +67,17 @@ def app(config: DictConfig) -> Result:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     if not config.dry_run:
         (folder / FAILED).unlink(missing_ok=True)
-    return attempt(config, folder, sweeping)
+    try:
+        return attempt(config, folder, sweeping)
+    finally:
+        if (folder / HYDRA).exists() and not config.dry_run:  # it has begun, now or earlier
+            open_log(folder)
+        remove_empty(folder)
 
 
 def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
     """Do a job. A failure becomes one sentence and an exit code, or in a sweep a note in the run's folder."""
+    hold_log()
     try:
         return job(config, folder, sweeping)
     except Interrupted as stopped:
@@ -83,10 +92,12 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
             raise SystemExit(error.code if error.code > 0 else FAILURE) from None
         if not is_first_process() and explain(error):  # all processes fail alike, and the first one reports it
             raise SystemExit(STOPPED if isinstance(error, GuardStop) else MISTAKE) from None
-        if (sweeping or isinstance(error, GuardStop)) and not config.dry_run:
+        theirs = (folder / HYDRA).exists() and failure_in_users_code(error)  # who needs the traceback
+        if (sweeping or isinstance(error, GuardStop) or theirs) and not config.dry_run:
             # the reason stays with the run, and a sweep goes on to its next run
             reason = explain(error) or machine_failure(error) or f"{type(error).__name__}: {error}".partition("\n")[0]
             write_json(folder / FAILED, {"error": reason, "traceback": traceback.format_exc()})
+            open_log(folder)
         if sweeping and not config.dry_run:
             log.error("FAILED %s: %s", folder.name, reason)
             return None
@@ -95,8 +106,8 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         raise
 
 
-def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
-    """Check one composed configuration, do its run, and show the results."""
+def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> Result:
+    """Check one composed configuration, do its run, with `bars` that show its progress, and show the results."""
     # imported here so that completion, --help and composition errors do not wait for torch
     from rlhf.distributed import processes
     from rlhf.pipeline import cache
@@ -107,9 +118,8 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
 
     quieten()
     launcher, workers = HydraConfig.get().launcher, processes.local_world_size(config.trainer)
-    if sweeping:
-        _share_cores(parallel_jobs(launcher), workers)
-    elif on_slurm(launcher):
+    _share_cores(parallel_jobs(launcher) if sweeping else 1, workers)
+    if not sweeping and on_slurm(launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
     given, excluded = HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
     overrides = distinctive_overrides(given, excluded)
@@ -132,7 +142,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         summary = _launch(plan, workers)
     else:
         with processes.process_group(), cache.locked(folder / ".lock", f"another process works in {folder}"):
-            summary = _run_or_reuse(plan, config.resume, parallel_jobs(launcher), progress=not sweeping)
+            summary = _run_or_reuse(plan, config.resume, parallel_jobs(launcher), progress=bars and not sweeping)
     # 3. Show the results, once.
     if not is_first_process() or processes.LAUNCHER_PID in os.environ:  # the process that started this one shows them
         return None
@@ -181,6 +191,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     from rlhf.distributed import collectives
     from rlhf.pipeline import cache, measuring
     from rlhf.pipeline.preflight import check_memory, keep_budget, settle_budget
+    from rlhf.pipeline.rows import read_rows
     from rlhf.pipeline.run import Run
 
     folder = plan.folder
@@ -189,10 +200,14 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     if found is None:
         settle_budget(plan, fresh=resume == "never", jobs=jobs)
         check_memory(plan)
+        collectives.on_rank_zero(lambda: read_rows(plan))
     # 2. The folder may hold a run of another configuration.
     noted = collectives.on_rank_zero(lambda: plan.noted)
+    complete = (folder / SUMMARY).exists() and earlier.identity_of(folder) in (plan.identity, noted)
     collectives.on_rank_zero(lambda: _make_room(plan, resume, noted))
     # 3. Reuse what is finished, or run.
+    collectives.on_rank_zero(lambda: complete or begin(folder, plan.config))
+    open_log(folder)
     if found is None:
         collectives.on_rank_zero(lambda: measuring.begin(plan))
         collectives.on_rank_zero(lambda: keep_budget(plan))
@@ -252,10 +267,9 @@ def _share_cores(jobs: int, processes: int) -> None:
     """
     import torch
 
-    if processes == 1 and "OMP_NUM_THREADS" in os.environ:  # joblib sets it to a worker's share
-        return
-    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1))
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // (jobs * processes))))
+    share = threads(jobs, processes)
+    if share is not None:
+        torch.set_num_threads(min(torch.get_num_threads(), share))
 
 
 def main() -> None:

@@ -9,12 +9,8 @@ from typing import Any
 
 from rlhf.schema import at_least_zero, checked, choice, number_or_list, optional_positive, positive
 
-METHODS = (
-    "ppo",
-    "dpo",
-    "best_of_n",
-    "expert_iteration",
-)  # stages that train a policy; each has a config group of its name
+# Stages that train a policy; each has a config group of its name.
+METHODS = ("ppo", "dpo", "best_of_n", "expert_iteration")
 FROM_COMPARISONS = ("dpo",)  # those that learn from comparisons: a scorer only measures what they have learnt
 
 

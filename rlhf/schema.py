@@ -7,6 +7,7 @@ underscore behind it in its schema: `from_`.
 
 import keyword
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ from rlhf.errors import ConfigError
 from rlhf.errors.keys import unknown_key
 
 T = TypeVar("T")
+# How OmegaConf says that a value has the wrong type, and what it calls the types that we check.
+NOT_CONVERTED = re.compile(r"Value '(.*)' of type '.*' could not be converted to (Integer|Float|Boolean)$")
+KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 
 
 def checked(check: Callable[[Any], bool], allowed: str, default: Any = omegaconf.MISSING) -> Any:
@@ -93,6 +97,10 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
             raise ConfigError(
                 unknown_key(f"{prefix}{key}", (str(name).removesuffix("_") for name in parent or ()))
             ) from error
+        converted = NOT_CONVERTED.match(message)
+        if converted:
+            message = f"{prefix}{key}={converted[1]} is not allowed; allowed: {KINDS[converted[2]]}"
+            raise ConfigError(message) from error
         raise ConfigError(f"{prefix}{key}: {message}") from error
     check_values(settings, prefix)
     return settings

@@ -217,6 +217,7 @@ class GuardsSettings:
     large_kl: LimitGuard = field(default_factory=LimitGuard)
     repetition: LimitGuard = field(default_factory=LimitGuard)
     length_cap: LimitGuard = field(default_factory=LimitGuard)
+    mute: LimitGuard = field(default_factory=LimitGuard)
     overoptimization: LimitGuard = field(default_factory=LimitGuard)
     linear_range: LimitGuard = field(default_factory=LimitGuard)
     entropy_collapse: LimitGuard = field(default_factory=LimitGuard)

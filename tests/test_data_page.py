@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from rlhf import root
 from rlhf.data.column_maps import FIELDS, FORMATS
@@ -120,3 +121,17 @@ def test_the_page_names_all_fields_and_formats() -> None:
         assert all(f"`{name}`" in columns for name in names)
     listed = [line.split("|")[1].partition(",")[0].strip() for line in columns.splitlines() if line.startswith("| ")]
     assert listed[-len(FORMATS) :] == [" + ".join(needed) for needed, _ in FORMATS.values()]
+
+
+def test_the_page_lists_every_key_of_the_hub_with_its_default() -> None:
+    """Defaults and keys of conf/data/hub.yaml; splits share a line."""
+    listed: dict[str, str] = {}
+    for names, default in re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \| (.+?) \|", PAGE.partition("## All keys")[2], re.MULTILINE
+    ):
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", names), default)
+    config = OmegaConf.load(root() / "conf" / "data" / "hub.yaml")
+    keys = {str(key) for key in config} - {"defaults", "_target_"}
+    assert set(listed) == keys | {"template"}
+    for key in keys:
+        assert OmegaConf.create({"x": config[key]}).x == OmegaConf.create(f"x: {listed[key].strip('`')}").x, key

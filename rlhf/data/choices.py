@@ -43,7 +43,7 @@ class Choosing:
         """
         ties = parse_choice(ties, Ties, "ties")
         if not 0 <= min_margin < math.inf:
-            raise DataError(f"min_margin={min_margin!r} is not allowed; allowed: a number from 0.")
+            raise DataError(f"data.min_margin={min_margin!r} is not allowed; allowed: a number from 0.")
         return cls(_parse_choices(choices), ties, min_margin, seed)
 
     def by_preference(self, row: Row, answers: Sequence[str]) -> list[Pair]:
@@ -141,7 +141,7 @@ def _parse_choices(choices: Any) -> dict[str, int | None] | None:
     ]
     if not {"first", "second"} <= set(given) <= set(places) or len(dict(known)) < len(known):
         raise DataError(
-            f"choices={choices!r} is not allowed; allowed: a mapping from first, second and optionally tie to the "
+            f"data.choices={choices!r} is not allowed; allowed: a mapping from first, second and optionally tie to the "
             "values, all different, that mean this in the field preference."
         )
     return dict(known)

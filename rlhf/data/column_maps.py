@@ -155,7 +155,7 @@ class MappedSource:
             known = "; ".join(" + ".join(FORMATS[format][0]) for format in self.formats)
             raise DataError(
                 f"{self.name} has the columns {', '.join(found)}, which make none of the known formats; allowed: "
-                f"{known} (columns={{FIELD: COLUMN, …}} says which column is which field)."
+                f"{known} (data.columns={{FIELD: COLUMN, …}} says which column is which field)."
             )
         # The format that uses most of the mapped fields: they say what the rows are meant for.
         format = max(fitting, key=lambda format: len(mapped.intersection(chain(*FORMATS[format]))))
@@ -169,7 +169,7 @@ class MappedSource:
             for column in name if isinstance(name, tuple) else filter(None, [name]):
                 if column not in found and column.partition(".")[0] not in found:
                     raise DataError(
-                        f"columns.{field}={column}: {self.name} has no such column; allowed: {', '.join(found)}."
+                        f"data.columns.{field}={column}: {self.name} has no such column; allowed: {', '.join(found)}."
                     )
                 taken.add(column)
         names: Names = {field: name for field, name in self.columns.items() if name is not None}
@@ -192,8 +192,8 @@ def parse_columns(columns: Any) -> Names:
         several = isinstance(name, list | tuple) and bool(name) and all(isinstance(column, str) for column in name)
         if field not in FIELDS or not (several or name is None or (isinstance(name, str) and name)):
             raise DataError(
-                f"columns={columns!r} is not allowed; allowed: a mapping to the names of columns (or lists of them, or "
-                f"null) from some of {', '.join(FIELDS)}."
+                f"data.columns={columns!r} is not allowed; allowed: a mapping to the names of columns (or lists of "
+                f"them, or null) from some of {', '.join(FIELDS)}."
             )
         parsed[field] = tuple(name) if isinstance(name, list | tuple) else name
     return parsed

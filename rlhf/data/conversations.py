@@ -43,8 +43,8 @@ class Markers:
         valid = set(texts) == {"user", "assistant"} and all(isinstance(text, str) for text in texts.values())
         if not valid or not all(text.strip() for text in texts.values()) or texts["user"] == texts["assistant"]:
             raise DataError(
-                f"turn_markers={markers!r} is not allowed; allowed: null, or a mapping with two different texts user "
-                "and assistant."
+                f"data.turn_markers={markers!r} is not allowed; allowed: null, or a mapping with two different texts "
+                "user and assistant."
             )
         return cls(**texts)
 

@@ -99,7 +99,7 @@ class Hub(SplitSources):
         choosing = Choosing.parse(choices, ties, min_margin, seed)
         tools = parse_choice(tool_turns, ToolTurns, "tool_turns")
         self._reader = Reader(choosing, tools, Markers.parse(turn_markers), verbatim)
-        self._pairing = Pairing(parse_positive(max_pairs_per_prompt, "max_pairs_per_prompt"), seed)
+        self._pairing = Pairing(parse_positive(max_pairs_per_prompt, "data.max_pairs_per_prompt"), seed)
         self._all_turns = parse_choice(assistant_turns, AssistantTurns, "assistant_turns") == "all"
 
     @property
@@ -162,11 +162,13 @@ def _parse_held_out(held_out: Any, given: Mapping[Split, Any], seed: int) -> dic
     for split, share in shares.items():
         if split not in HELD_OUT or type(share) not in (int, float) or not 0 < share < 1:
             raise DataError(
-                f"held_out={held_out!r} is not allowed; allowed: a share between 0 and 1, or a mapping to shares from "
-                f"some of {', '.join(HELD_OUT)}."
+                f"data.held_out={held_out!r} is not allowed; allowed: a share between 0 and 1, or a mapping to shares "
+                f"from some of {', '.join(HELD_OUT)}."
             )
         if split not in given or HELD_OUT[split] in given:
             problem = "has no source" if split not in given else f"needs no rows: data.{HELD_OUT[split]} has a source"
-            raise DataError(f"held_out.{split}={share}: data.{split} {problem}; allowed: a split with a source, and "
-                            f"{HELD_OUT[split]}=null.")  # fmt: skip
+            raise DataError(
+                f"data.held_out.{split}={share}: data.{split} {problem}; allowed: a split with a source, and "
+                f"data.{HELD_OUT[split]}=null."
+            )
     return {split: Shares(((HELD_OUT[split], share),), seed) for split, share in shares.items()}

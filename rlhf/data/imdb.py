@@ -130,7 +130,9 @@ class Imdb:
 def _parse_prompt_words(words: Any) -> tuple[int, int]:
     bounds = tuple(words) if isinstance(words, list | tuple) else ()
     if len(bounds) != 2 or any(type(bound) is not int for bound in bounds) or not 1 <= bounds[0] <= bounds[1]:
-        raise DataError(f"prompt_words={words!r} is not allowed; allowed: [fewest, most] with 1 <= fewest <= most.")
+        raise DataError(
+            f"data.prompt_words={words!r} is not allowed; allowed: [fewest, most] with 1 <= fewest <= most."
+        )
     return bounds
 
 

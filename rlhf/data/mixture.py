@@ -190,8 +190,10 @@ def _with_same_columns(parts: list[Dataset], split: Split) -> list[Dataset]:
 
 def _parse_parts(parts: Any) -> dict[str, DataSource]:
     if not isinstance(parts, Mapping) or not parts or not all(isinstance(part, DataSource) for part in parts.values()):
-        raise DataError("data.parts is not a mapping from names to data sets; allowed: for example parts.NAME._target_ "
-                        "and the other keys of an option of `data`.")  # fmt: skip
+        raise DataError(
+            "data.parts is not a mapping from names to data sets; allowed: for example data.parts.NAME._target_ and "
+            "the other keys of an option of `data`."
+        )
     return {str(name): part for name, part in parts.items()}
 
 
@@ -207,6 +209,7 @@ def _parse_weights(weights: Any, parts: Mapping[str, DataSource]) -> dict[str, f
     valid = all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in given.values())
     if set(given) != set(parts) or not valid or not any(given.values()):
         raise DataError(
-            f"weights={weights!r} is not allowed; allowed: null, or a number from 0 for each of {', '.join(parts)}."
+            f"data.weights={weights!r} is not allowed; allowed: null, or a number from 0 for each of "
+            f"{', '.join(parts)}."
         )
     return {name: float(given[name]) for name in parts}

@@ -69,7 +69,7 @@ def parse_choice(value: Any, kind: Any, key: str) -> Any:
     words = get_args(kind)
     if value not in words:
         allowed = (" or " if len(words) == 2 else ", ").join(words)
-        raise DataError(f"{key}={value!r} is not allowed; allowed: {allowed}.")
+        raise DataError(f"data.{key}={value!r} is not allowed; allowed: {allowed}.")
     return value
 
 
@@ -94,8 +94,8 @@ def parse_template(template: Any) -> PromptTemplate:
         return ChatTemplate(**{**template, "options": dict(template.get("options", {}))})
     if keys != {"with_input", "without_input"} or not all(isinstance(text, str) for text in template.values()):
         raise DataError(
-            f"template={template!r} is not allowed; allowed: a mapping with the strings with_input and without_input, "
-            f"or with the keys of conf/data/template/chat.yaml ({', '.join(known)})."
+            f"data.template={template!r} is not allowed; allowed: data/template=…, a mapping with the strings "
+            f"with_input and without_input, or with the keys of conf/data/template/chat.yaml ({', '.join(known)})."
         )
     return Template(**template)
 
@@ -123,8 +123,8 @@ def parse_max_rows(max_rows: Any) -> Mapping[Split, int]:
     limits = max_rows if isinstance(max_rows, Mapping) else {} if max_rows is None else dict.fromkeys(SPLITS, max_rows)
     if not set(limits) <= set(SPLITS) or not all(type(limit) is int and limit > 0 for limit in limits.values()):
         raise DataError(
-            f"max_rows={max_rows!r} is not allowed; allowed: a positive integer, or a mapping to positive integers "
-            f"from some of {', '.join(SPLITS)}."
+            f"data.max_rows={max_rows!r} is not allowed; allowed: a positive integer, or a mapping to positive "
+            f"integers from some of {', '.join(SPLITS)}."
         )
     return limits
 

@@ -20,6 +20,7 @@ from rlhf.data.reports import RowReport, reasons_and_counts
 from rlhf.errors import DataError, RowError
 
 log = logging.getLogger(__name__)
+_said: set[tuple[str, ...]] = set()  # lines about skipped rows, each with the sources and their fingerprints
 
 OnBadRow = Literal["skip", "fail"]
 ToRecord = Callable[[Any], Any]
@@ -83,13 +84,16 @@ def read_records(
     if on_bad_row == "fail" and report.skipped:
         (file, reason), numbers = next(iter(report.skipped.items()))
         raise DataError(
-            f"{split}: {file}, row {numbers[0]:,}: {reason} (`on_bad_row: skip` skips and counts such rows)."
+            f"{split}: {file}, row {numbers[0]:,}: {reason} (data.on_bad_row=skip skips and counts such rows)."
         )
     if not kept:
         reasons = reasons_and_counts(report.counts)
         raise DataError(f"{split}: no row of {', '.join(report.read)} can be used ({reasons}).")
     for line in report.lines():
-        log.warning("%s: %s", split, line)
+        # the runs of a sweep share their rows, and so does a split that is read twice
+        said = (split, line, *fingerprints, *(str(getattr(source, "path", "")) for source in sources))
+        log.log(logging.DEBUG if said in _said else logging.WARNING, "%s: %s", split, line)
+        _said.add(said)
     return rows.select(kept).select_columns(list(job.columns)), report
 
 

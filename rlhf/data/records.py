@@ -169,9 +169,10 @@ class DataSource(Protocol):
         ...
 
 
-def train_and_held_out(
-    source: DataSource, split: Split, validation: Split, size: int, key: str | None = None
-) -> tuple[list, list]:
+MOST_HELD_OUT = 0.2  # of the rows of a split without validation
+
+
+def train_and_held_out(source: DataSource, split: Split, validation: Split, size: int) -> tuple[list, list]:
     """The records to train on and the records held out for validation.
 
     If `source` has the split `validation`, its first `size` records are held out and the whole of `split` is used for
@@ -184,25 +185,25 @@ def train_and_held_out(
     rows = source.load(split)
     if validation in source.splits:
         held_out = source.load(validation)
-        return as_records(rows, split), as_records(held_out.select(range(min(size, len(held_out)))), validation)
-    check_held_out(len(rows), split, validation, size, key)
+        return as_records(rows, split), first_records(held_out, validation, size)
+    size = held_out_rows(len(rows), split, validation, size)
     # Shuffled because files are often sorted, by topic say, and then their end does not represent the whole.
     records = as_records(rows.shuffle(seed=0), split)
     return records[:-size], records[-size:]
 
 
-def check_held_out(rows: int, split: Split, validation: Split, size: int, key: str | None = None) -> None:
-    """Check that rows are left to train on once `size` of them are held out.
+def held_out_rows(rows: int, split: Split, validation: Split, size: int) -> int:
+    """How many rows of a split are held out if `size` shall be: not more than a fifth of a small one.
 
     Raises:
-        DataError: none are left.
+        DataError: none would be left to train on.
     """
-    if rows <= size:
-        key = key or f"{'sft' if split == 'sft' else 'reward'}.validation_size"
+    if rows < 2:
         raise DataError(
-            f"the split {split} has {rows} rows, too few to hold out {key}={size}; allowed: {key} below {rows}, or a "
+            f"the split {split} has {rows} row, which cannot be held out and trained on; allowed: more rows, or a "
             f"split {validation}"
         )
+    return min(size, max(1, int(MOST_HELD_OUT * rows)))
 
 
 def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
@@ -216,3 +217,8 @@ def as_records(rows: Dataset, split: Split) -> list:
     kinds = {"chosen_ended": SampledComparison, "margin": ScoredComparison}
     record = next((kind for column, kind in kinds.items() if column in rows.column_names), RECORDS[split])
     return [record(**row) for row in rows]
+
+
+def first_records(rows: Dataset, split: Split, count: int) -> list:
+    """The first `count` rows as records, or all where there are fewer."""
+    return as_records(rows.select(range(min(count, len(rows)))), split)

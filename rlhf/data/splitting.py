@@ -39,8 +39,8 @@ class Shares:
         # The tolerance of 1e-9 is for the rounding error of the sum.
         if not given or not set(given) <= set(allowed) or not valid or not 0 < sum(given.values()) < 1 + 1e-9:
             raise DataError(
-                f"shares={shares!r} is not allowed; allowed: a mapping from some of {', '.join(allowed)} to shares "
-                "that add up to 1 at most."
+                f"data.shares={shares!r} is not allowed; allowed: a mapping from some of {', '.join(allowed)} to "
+                "shares that add up to 1 at most."
             )
         # In the order of `allowed`, so that a change of the last share moves no key of the earlier splits.
         return cls(tuple((split, given[split]) for split in allowed if given.get(split)), seed)

@@ -93,7 +93,7 @@ class StackExchange:
             DataError: a malformed template, source, `shares`, `max_pairs_per_question`, `on_bad_row` or `max_rows`.
         """
         self.template = parse_template(template)
-        limit = parse_positive(max_pairs_per_question, "max_pairs_per_question")
+        limit = parse_positive(max_pairs_per_question, "data.max_pairs_per_question")
         by_split = _is_by_split(sources)
         self._sources = {
             split: tuple(_parse_source(spec, Path(root).expanduser()) for spec in as_list(specs))
@@ -148,7 +148,7 @@ class StackExchange:
         # 2. Log what was skipped and what was kept.
         for line in report.lines():
             if self._fail_on_bad_row:
-                raise DataError(f"{line}; `on_bad_row: skip` skips and counts such rows.")
+                raise DataError(f"{line}; data.on_bad_row=skip skips and counts such rows.")
             log.warning("%s", line)
         for name, t in report.tallies.items():
             log.info("%s: %d rows: %d questions, %d answers, %d pairs; %d are neither question nor answer",

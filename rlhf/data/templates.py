@@ -99,7 +99,7 @@ def _check_placeholders(name: str, template: str, expected: set[str]) -> None:
     try:
         parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise DataError(f"template.{name} is not a Python format string: {error}.") from None
+        raise DataError(f"data.template.{name} is not a Python format string: {error}.") from None
     # Conversions (`!r`) and format specs (`:>10`) would silently change the text, so only bare names are accepted.
     found = {
         f"{{{field}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}}}"
@@ -108,6 +108,6 @@ def _check_placeholders(name: str, template: str, expected: set[str]) -> None:
     wanted = {f"{{{field}}}" for field in expected}
     if found != wanted:
         raise DataError(
-            f"template.{name} must use exactly {' and '.join(sorted(wanted, reverse=True))}; "
+            f"data.template.{name} must use exactly {' and '.join(sorted(wanted, reverse=True))}; "
             f"it has {', '.join(sorted(found)) or 'no placeholder'}."
         )

@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from rlhf.distributed import lockstep
+from rlhf.distributed.cores import available_cores
 from rlhf.distributed.rank import processes_per_node
 from rlhf.distributed.strategies import Sharded
 
@@ -104,7 +105,7 @@ def launch(processes: int, config: Path) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # 2. the processes, each with its share of the cores
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    threads = str(max(1, available_cores() // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, LAUNCHER_PID: str(os.getpid())}
     environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = [

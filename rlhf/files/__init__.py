@@ -17,6 +17,7 @@ from rlhf.errors.machine import writing
 
 log = logging.getLogger(__name__)
 # In a run's folder:
+NOTE = "identity.json"  # a run's identity and configuration, written when it begins
 SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"
 PLAN = "plan.json"  # in a sweep's folder: its runs, and `jobs`, how many run at once
 OUTCOMES, SAMPLES = "outcomes.jsonl", "samples.jsonl"  # results per instruction, and some of the answers

@@ -16,23 +16,25 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf.data.records import as_records
 from rlhf.errors import ConfigError, RunError
 from rlhf.files import BEST_MODEL, EARLIER, MODEL, OUTCOME, SUMMARY, read_object, write_json
-from rlhf.finished.outside_evaluation import OutsideEvaluation
+from rlhf.finished.outside_evaluation import FINISHED, OutsideEvaluation
 from rlhf.finished.run import FinishedRun, located
+from rlhf.finished.vocabulary import check_knows
 from rlhf.pipeline import cache, earlier, identity, measuring
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.preflight import settle_budget
 from rlhf.pipeline.run import Run
-from rlhf.policy_settings import METHODS
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
+from rlhf.tracking.run_folder import begin
 from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
-FINISHED = "finished"  # stands for the finished run of the command's own configuration
 # What the command line may change of a run's configuration, because it only measures; and what only names and watches.
 MEASURES = ("judge", "evaluation", "scorer", "data")
 HOW = (
@@ -48,6 +50,10 @@ HOW = (
     "policy",
     "stage",
 )
+
+
+class NotTrainedError(ConfigError):
+    """The run that is to be measured has not been trained yet."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,12 @@ def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: 
     Raises:
         UserError: the policy cannot be opened, or cannot be measured so.
     """
-    subject = open_subject(config, folder, given)
+    try:
+        subject = open_subject(config, folder, given)
+    except NotTrainedError as error:
+        if not config.dry_run:
+            raise
+        return _described(None, folder, str(error))
     if config.dry_run:
         return _described(subject, folder)
     if subject.plan.folder.resolve() == folder.resolve() and isinstance(subject, RunEvaluation):
@@ -125,6 +136,8 @@ def evaluate(config: DictConfig, folder: Path, given: Sequence[str], overrides: 
         return evaluations.shown_summary(folder) or {}
     described = f"the results of {earlier.describe(folder, subject.plan.plain)}"
     earlier.settle(folder, subject.identity, subject.plan.outputs, config.resume == "never", described)
+    if (read_summary(folder) or {}).get("identity") != subject.identity:
+        begin(folder, config)
     earlier.note(folder, subject.identity, subject.plan.plain, overrides, evaluation=subject.plan.evaluation)
     results = _results(subject)
     if subject.place != folder:
@@ -177,7 +190,7 @@ def _of_configuration(config: DictConfig, folder: Path) -> RunEvaluation:
     plan = Plan(trained, settings_of(trained), data_source(trained), folder)
     found = plan.finished()
     if found is None:
-        raise ConfigError(
+        raise NotTrainedError(
             f"policy={FINISHED}: {plan.outputs} holds no finished run of this configuration; allowed: the "
             "configuration of one, the folder of a run, or stage=ppo, which trains it"
         )
@@ -195,7 +208,15 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     # what it took is in the cache, whether or not it still lies where it came from
     sft = replace(settings.sft, from_=None, difference_to=None)
     settings = replace(settings, sft=sft, reward=replace(settings.reward, from_=None, difference_to=None))
-    check(config, settings, source)
+    checked = config.copy()
+    if run.summary.get("reward_model"):
+        checked.reward["from"] = run.summary["reward_model"]  # so that the data need no comparisons to train one on
+    if run.stage in FROM_COMPARISONS:
+        checked.stage = {"name": "evaluate"}  # nor to train the policy on
+    check(checked, settings, source)
+    if not settings.evaluation.factscore:
+        prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
+        check_knows(f"policy={run.folder}", run.tokenizer(), [row.prompt for row in prompts])
     plan = Plan(config, settings, source, run.folder)
     plan.beside, plan.reward_reads = None, run.reward_reads
     plan.identity, plan.preferences_folder = str(run.summary.get("identity")), None
@@ -263,10 +284,13 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
     return found
 
 
-def _described(subject: RunEvaluation | OutsideEvaluation, folder: Path) -> dict[str, Any]:
-    """What would be measured, in the form of `rlhf.pipeline.preflight.describe`."""
-    todo = list(subject.todo())
+def _described(
+    subject: RunEvaluation | OutsideEvaluation | None, folder: Path, waits_for: str | None = None
+) -> dict[str, Any]:
+    """What would be measured, in the form of `rlhf.pipeline.preflight.describe`; or what has to be there before."""
+    todo = list(subject.todo()) if subject else []
     return {
-        "folder": str(folder), "stage": "evaluate", "cached": {}, "done": not todo, "measures": todo, "same_as": None,
-        "moves_aside": None, "step": 0, "memory": None, "results": str(subject.place),
+        "folder": str(folder), "stage": "evaluate", "cached": {}, "done": not todo and not waits_for, "measures": todo,
+        "same_as": None, "moves_aside": None, "step": 0, "memory": None, "waits_for": waits_for,
+        "results": str(subject.place) if subject else None,
     }  # fmt: skip

@@ -11,6 +11,7 @@ from rlhf.errors import ConfigError, RowError, RunError
 from rlhf.evaluation.judges import RewardModelJudge
 from rlhf.finished.chat.models import ModelCache
 from rlhf.finished.run import FinishedRun
+from rlhf.finished.vocabulary import check_knows
 from rlhf.models.tokenizing import keep_template
 from rlhf.scorers import Context
 
@@ -78,6 +79,15 @@ class FinishedRewardModelJudge(RewardModelJudge):
             ConfigError: one of them is missing or damaged.
         """
         _reward_model(keys["folder"])
+
+    @classmethod
+    def check_reads(cls, keys: Mapping[str, Any], texts: Sequence[str]) -> None:
+        """Check that the reward model knows the words of texts such as it will read.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        check_knows(f"judge.folder={keys['folder']}", _reward_model(keys["folder"]).tokenizer(), texts)
 
 
 def _reward_model(folder: str) -> FinishedRun:

@@ -35,8 +35,8 @@ class OutsideModel:
         """The model or adapter in a folder or on the Hub (`OWNER/NAME[@REVISION]`); no weights are fetched yet.
 
         Raises:
-            ConfigError: there is none, or the base of an adapter cannot be found.
-            RunError: the model generates no text.
+            ConfigError: there is none, its files are not whole, or the base of an adapter cannot be found.
+            RunError: the model generates no text, or has no chat template to read.
         """
         from rlhf.models.released import find  # imports torch
 
@@ -45,11 +45,24 @@ class OutsideModel:
             kind = "a classifier or reward model"
             raise RunError(f"{name} is {kind}, which generates no text; allowed: a causal language model")
         _ = checkpoint.config  # raises now if there is no model
+        checkpoint.check_weights()
+        checkpoint.check_tokenizer()
+        if chat and checkpoint.tokenizer is not None and not checkpoint.tokenizer.chat_template:
+            raise RunError(f"{label}: the model has no chat template; allowed: the same without `{CHAT}`")
         return cls(label, checkpoint, chat)
 
     def identity(self, known: Path | None = None) -> dict[str, Any]:
         """The content of the folders, or the commits of the repositories."""
         return {"model": self.checkpoint.identity(known), "chat": self.chat}
+
+    def fetch(self) -> None:
+        """Download the weights, if they are on the Hub and not in its local cache.
+
+        Raises:
+            ConfigError: they cannot be fetched.
+        """
+        for part in (self.checkpoint, self.checkpoint.whole):
+            part.complete()
 
     def answers(self, prompts: Sequence[Prompt], settings: Settings, source: DataSource) -> list[str]:
         """Sample one answer per prompt, on weights of `settings.model.dtype` and `settings.quantization`.

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from rlhf.data.records import Prompt
+from rlhf.data.records import Prompt, as_records
 from rlhf.errors import ConfigError
 from rlhf.evaluation.evaluator import standard_error
 from rlhf.files import METRICS, OUTCOMES, SAMPLES, write_lines
 from rlhf.finished.outputs import OutputsFile, ReferenceOutputs
-from rlhf.finished.policies import Policy, open_policy
+from rlhf.finished.policies import ALLOWED, Policy, open_policy, tokenizer_of
+from rlhf.finished.vocabulary import check_knows
 from rlhf.models.tokenizing import Response
 from rlhf.pipeline import identity
 from rlhf.pipeline.checks import check_evaluation
@@ -29,6 +30,7 @@ from rlhf.settings import Settings
 from rlhf.tracking.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
+FINISHED = "finished"  # the word for the finished run of the command's own configuration
 BATCH = 64  # prompts answered at a time where generation.batch_size=auto
 
 
@@ -47,7 +49,7 @@ class OutsideEvaluation:
             UserError: there is no such policy, or it cannot be measured so.
         """
         settings, source = settings_of(config), data_source(config)
-        policy = open_policy(str(config.policy))
+        policy = open_policy(str(config.policy), f"{FINISHED} (the run of this configuration), {ALLOWED}")
         scorer = target_class(config.scorer, "scorer")
         scores = scores_texts(scorer)
         if "eval" not in source.splits and not settings.evaluation.factscore:
@@ -67,6 +69,9 @@ class OutsideEvaluation:
                 f"evaluation.best_of: scorer={scorer.__name__} reads no texts, and policy={config.policy} is no run; "
                 "allowed: a scorer of texts, such as gold, hub_reward_model, sentiment or function"
             )
+        if not settings.evaluation.factscore:
+            prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
+            check_knows(f"policy={config.policy}", tokenizer_of(policy), [row.prompt for row in prompts])
         if settings.generation.batch_size == "auto":
             settings = replace(settings, generation=replace(settings.generation, batch_size=BATCH))
         plan = Plan(config, settings, source, folder)

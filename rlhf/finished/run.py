@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RunError
-from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, KEPT, MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, KEPT, MODEL, NOTE, SUMMARY, read_object
 from rlhf.files.checksums import damage
 from rlhf.policy_settings import METHODS
 from rlhf.schema import typed
@@ -47,6 +47,7 @@ class FinishedRun:
         if not folder.is_dir():
             raise RunError(f"{folder}: there is no such folder; allowed: a run, such as outputs/rlhf/default")
         if not (folder / SUMMARY).exists():
+            check_ended(folder)
             raise RunError(f"{folder} holds no {SUMMARY}: it is not the folder of a finished run")
         summary = read_object(folder / SUMMARY, stage=str, config=dict, metrics=dict)
         run = cls(folder, {**summary, "config": renamed_config(summary["config"])}, chosen)
@@ -189,6 +190,16 @@ def located(path: Path) -> tuple[Path, str] | None:
     if path.parent.name == KEPT:
         places.append((path.parent.parent, f"{KEPT}/{path.name}"))
     return next((place for place in places if (place[0] / SUMMARY).exists()), None)
+
+
+def check_ended(folder: Path) -> None:
+    """Check that a folder is not that of a run which is under way or was stopped.
+
+    Raises:
+        RunError: it is one.
+    """
+    if (folder / NOTE).exists() and not (folder / SUMMARY).exists():
+        raise RunError(f"{folder} is a run that has not ended; allowed: a finished one (its own command continues it)")
 
 
 def _check(model: Path) -> None:

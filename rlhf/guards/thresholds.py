@@ -112,6 +112,14 @@ THRESHOLD_RULES = {
         "usual cause: a reward that grows with length; try ppo.missing_eos_penalty, or a larger"
         " generation.max_new_tokens",
     ),
+    "mute": ThresholdRule(
+        "eval/response_tokens",
+        lambda seen: seen.now <= seen.limit,
+        "the answers to the evaluation prompts had {now:.1f} tokens on average (limit: {limit:g})",
+        "usual cause: an SFT model that has learnt to end at once, from demonstrations whose responses are empty or cut"
+        " off, or from too few steps; try more sft.epochs, read rendered.txt beside the SFT model and samples.jsonl,"
+        " or set guards.mute.action=off if answers shall be so short",
+    ),
     "entropy_collapse": ThresholdRule(
         "ppo/entropy",
         lambda seen: seen.now < seen.limit * seen.start,

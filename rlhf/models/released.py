@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf.errors import ConfigError, DamagedError, first_line
-from rlhf.files import ADAPTER_CONFIG, MODEL, SUMMARY, read_object
+from rlhf.files import ADAPTER_CONFIG, MODEL, NOTE, SUMMARY, read_object
 from rlhf.files.digests import content_digest
 
 _HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]  # all but the weights
+_TOKENIZER = "tokenizer_config.json"
 _BASE = "base_model_name_or_path"  # peft's name of the model below an adapter
 _ALPACA_FARM = "reward_model"  # model_type of AlpacaFarm's reward models
 
@@ -64,7 +66,10 @@ class Checkpoint:
         moved = [place / "cache" / recorded.parent.name / MODEL for place in self.folder.resolve().parents]
         beside = (self.folder.parent / name, self.folder / name)  # as it was published
         there = next((place for place in (recorded, *moved, *beside) if place.is_dir()), None)
-        found = find(self.key, str(there) if there else f"{name}@{revision}" if revision else name)
+        try:
+            found = find(self.key, str(there) if there else f"{name}@{revision}" if revision else name)
+        except ConfigError as error:
+            raise ConfigError(f"{self}: the base of this adapter cannot be found: {error}") from None
         if (found.folder / ADAPTER_CONFIG).exists():
             raise ConfigError(f"{self}: its base {name} is an adapter itself; allowed: an adapter on a whole model")
         return replace(found, name=self.name)
@@ -166,6 +171,30 @@ class Checkpoint:
                 return folder
         raise ConfigError(f"{self}: there are no weights; allowed: a repository with *.safetensors or *.bin")
 
+    def check_weights(self) -> None:
+        """Check that local weights, an adapter's base included, are there and whole, by the heads of their files.
+
+        In the Hub's local cache an interrupted download leaves no file under its name.
+
+        Raises:
+            ConfigError: a file is missing or cut short.
+        """
+        for part in dict.fromkeys((self, self.whole)):
+            if part.hub is None:
+                _check_weights(self, part.folder)
+
+    def check_tokenizer(self) -> None:
+        """Check that there is a tokenizer, as far as that can be told without running code of its own.
+
+        Raises:
+            ConfigError: there is none, or it cannot be read.
+        """
+        folders = (self.folder, self.whole.folder)
+        tokenizers = [folder / _TOKENIZER for folder in folders if (folder / _TOKENIZER).is_file()]
+        own_code = any('"auto_map"' in path.read_text(encoding="utf-8") for path in tokenizers)
+        if self.tokenizer is None and not own_code:  # which runs only with model.trust_remote_code
+            raise ConfigError(f"{self}: no tokenizer can be read there; allowed: a model with its tokenizer")
+
     def _read(self, name: str) -> dict[str, Any]:
         if not (self.folder / name).is_file():
             raise ConfigError(f"{self} has no {name}; allowed: the folder or Hub id of a model, or of a finished run")
@@ -184,6 +213,8 @@ def find(key: str, name: str) -> Checkpoint:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / SUMMARY).exists():
+            if (path / NOTE).exists():
+                raise ConfigError(f"{key}={name} is a run that has not ended; allowed: a finished one")
             return Checkpoint(key, name, path.resolve())
         try:
             stage = read_object(path / SUMMARY, stage=str)["stage"]
@@ -199,6 +230,28 @@ def find(key: str, name: str) -> Checkpoint:
         raise ConfigError(f"{key}={name}: there is no such folder; allowed: a folder, or HUB_ID[@REVISION]")
     folder = _snapshot(key, name, hub[1], hub[2], _SMALL)
     return Checkpoint(key, name, folder, hub=(hub[1], folder.name))
+
+
+def _check_weights(model: Checkpoint, folder: Path) -> None:
+    """Check that all files with weights that a folder speaks of are there, and none is cut short."""
+    named: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        named |= set(model._read(index.name).get("weight_map", {}).values())
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    absent = sorted(named - {path.name for path in files})
+    if absent or not files:
+        what = f"{absent[0]} is missing" if absent else "there are no weights"
+        raise ConfigError(f"{model}: {what} in {folder}; allowed: a whole model, with all its *.safetensors or *.bin")
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{model}: {path} is damaged, perhaps by an interrupted download ({first_line(error)}); allowed: a "
+                "whole model"
+            ) from None
 
 
 def _snapshot(key: str, name: str, repository: str, revision: str | None, patterns: list[str]) -> Path:

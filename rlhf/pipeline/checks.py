@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -13,11 +12,12 @@ from rlhf.evaluation.difficulty import load_difficulties
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.capabilities import check_files, check_model, check_processes, check_template, check_vllm
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, nodes, target_class
-from rlhf.pipeline.evaluating import best_metric
+from rlhf.pipeline.evaluating import best_metric, check_judge_reads, reads_words
 from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.taken import taken_of
 from rlhf.pipeline.training_checks import check_best_of_n, check_dpo, check_packing, check_patience, check_ppo
+from rlhf.pipeline.users_functions import named_function, try_divergence
 from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.scorers import scores_texts
 from rlhf.settings import LoraSettings, Settings, is_quantized
@@ -60,7 +60,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     _check_method(config, settings)
     for key in ("scorer.function", "evaluation.gold.function"):
         if OmegaConf.select(config, key):
-            _check_function(key, OmegaConf.select(config, key))
+            named_function(key, OmegaConf.select(config, key))
     check_trainer(config)
     check_files(settings.model)
     check_packing(settings.sft)
@@ -121,14 +121,7 @@ def _check_method(config: DictConfig, settings: Settings) -> None:
     else:
         check_ppo(settings)
     check_keeping(settings, stage)
-    _check_function("divergence.function", settings.divergence.function)
-
-
-def _check_function(key: str, path: str) -> None:
-    try:
-        hydra.utils.get_method(path)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}={path} cannot be imported; allowed: a function as package.module.name") from error
+    try_divergence(settings.divergence)
 
 
 # -- what parts need of each other -------------------------------------------------------------------------------------
@@ -196,6 +189,9 @@ def check_evaluation(
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
     check_patience(settings, config.stage.name, best_metric(config, settings, source))
+    if "eval" in source.splits and not settings.evaluation.factscore:
+        rows = [Prompt(**row) for row in source.load("eval")] if reads_words(config) else []
+        check_judge_reads(config, [text for row in rows for text in (row.prompt, row.reference_output or "")])
     if settings.evaluation.best_of > 1 and settings.evaluation.temperature == 0:
         raise ConfigError(
             "evaluation.best_of above 1 needs evaluation.temperature above 0: greedy answers are all alike"
@@ -228,11 +224,11 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
         )
     if needs(config, key, "needs_utility") and not hasattr(source, "utility"):
         raise ConfigError(
-            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; choose another {key}"
+            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; allowed: another {key}"
         )
     if needs(config, key, "needs_labels") and not hasattr(source, "labelled"):
         raise ConfigError(
-            f"{key}={choice} learns from labelled reviews, which only data=imdb has; choose another {key}"
+            f"{key}={choice} learns from labelled reviews, which only data=imdb has; allowed: another {key}"
         )
     trained = needs(config, key, "needs_reward_model") and not config.reward.get("from")
     if trained and not simulated and "preference" not in source.splits:

@@ -4,27 +4,23 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from rlhf import root
 from rlhf.data.records import DataSource
-from rlhf.errors import ConfigError, DataError
-from rlhf.errors.keys import unknown_key
+from rlhf.errors import ConfigError, DataError, first_line
+from rlhf.errors.users_code import failure_in_users_code
 from rlhf.pipeline.precision import automatic_dtype, trains_on_gpu
+from rlhf.pipeline.values import check_groups, values_of
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings, Settings
 
 log = logging.getLogger(__name__)
 
-# Groups whose options name a class by `_target_`.
-CLASSES = ("data", "scorer", "judge", "preferences", "kl", "trainer", "logger")
 # A type that a signature may ask for → the types accepted for it, and its name in an error message.
 NUMBERS: dict[Any, tuple[Any, str]] = {
     int: (int, "a whole number"),
@@ -43,49 +39,9 @@ def settings_of(config: DictConfig) -> Settings:
     Raises:
         ConfigError: a key does not exist or has no value, or a value has the wrong type or is not allowed.
     """
-    _check_keys(config)
-    _check_replicate(config)
-    _check_classes(config)
+    check_groups(config)
     _settle_dtype(config)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value, and there is no default for it")
-    try:
-        chosen: Any = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or ''}: {str(error).partition(chr(10))[0]}") from error
-    return typed(Settings, {field.name: chosen[field.name] for field in fields(Settings)})
-
-
-def _check_keys(config: DictConfig) -> None:
-    """Refuse a top-level key that nothing reads: it is a typo, or a name of an older version."""
-    own = {str(key) for key in OmegaConf.load(root() / "conf" / "config.yaml")} - {"defaults"}
-    allowed = own | {field.name for field in fields(Settings)} | set(CLASSES) | {"stage"}
-    for key in config:
-        if str(key) not in allowed:
-            raise ConfigError(unknown_key(str(key), allowed - {"hydra"}))
-
-
-def _check_replicate(config: DictConfig) -> None:
-    """Check the number that all seeds are derived from, so that an error names it and not the first of them."""
-    replicate = config.get("replicate", 0)
-    if type(replicate) is not int or not 0 <= replicate < 2**31:
-        raise ConfigError(f"replicate={replicate} is not allowed; allowed: a whole number from 0 to {2**31 - 1}")
-
-
-def _check_classes(config: DictConfig) -> None:
-    """Every group that names a class must do so; `judge=null`, for example, would leave it without one."""
-    for group, key in (("stage", "name"), *((group, "_target_") for group in CLASSES)):
-        chosen = config.get(group)
-        options = sorted(path.stem for path in (root() / "conf" / group).glob("*.yaml"))
-        if not isinstance(chosen, DictConfig) or OmegaConf.is_missing(chosen, key) or not chosen.get(key):
-            raise ConfigError(f"{group}={chosen} has no {key}; allowed: {', '.join(options)}")
-        if group == "stage" and chosen.name not in options:
-            raise ConfigError(f"stage.name={chosen.name} is not allowed; allowed: {', '.join(options)}")
-    own = OmegaConf.select(config, "reward.model", throw_on_missing=False)
-    if own is not None and not isinstance(own, DictConfig):
-        options = sorted(path.stem for path in (root() / "conf" / "model").glob("*.yaml"))
-        raise ConfigError(f"reward.model={own} names no option; allowed: model@reward.model={', '.join(options)}")
+    return values_of(config)
 
 
 def _settle_dtype(config: DictConfig) -> None:
@@ -111,7 +67,8 @@ def instantiate(config: Any, key: str, *args: Any, **kwargs: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, DataError | ConfigError):  # it says already what is wrong
             raise error.__cause__ from None
-        raise ConfigError(f"{key}: {error.__cause__ or error}".replace("\n", " ")) from error
+        theirs = error.__cause__ and failure_in_users_code(error.__cause__)
+        raise ConfigError(f"{key}: {theirs or error.__cause__ or error}".replace("\n", " ")) from error
 
 
 def _check_numbers(config: Any, key: str) -> None:
@@ -155,8 +112,10 @@ def target_class(node: DictConfig, key: str) -> Any:
     try:
         return hydra.utils.get_object(node._target_)
     except (HydraException, ValueError, ImportError, AttributeError) as error:
+        cause = error.__cause__ or error
+        theirs = failure_in_users_code(cause) or f"{type(cause).__name__}: {first_line(cause)}"
         raise ConfigError(
-            f"{key}._target_={node._target_} cannot be imported; allowed: a class as package.module.Name"
+            f"{key}._target_={node._target_} cannot be imported ({theirs}); allowed: a class as package.module.Name"
         ) from error
 
 

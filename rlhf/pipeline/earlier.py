@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import DamagedError
-from rlhf.files import EARLIER, METRICS, SUMMARY, read_json, read_lines, write_json
+from rlhf.files import EARLIER, METRICS, NOTE, SUMMARY, read_json, read_lines, write_json
 from rlhf.tracking.reading import renamed_config
 
 log = logging.getLogger(__name__)
-NOTE = "identity.json"  # a run's identity and configuration, written when it begins
 STAYS = (
     EARLIER,
     "job.json",

@@ -1,15 +1,16 @@
 """Memory and time of every stage that a run would do, in words (`dry_run=true`)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.data.records import Split, check_held_out
-from rlhf.errors import DataError, ModelError
+from rlhf.data.records import Split
+from rlhf.errors import ConfigError, DataError, ModelError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.memory import Work, stage_memory
 from rlhf.models.sizes import Sizes
 from rlhf.pipeline import fetching
 from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.rows import rows_of
 from rlhf.pipeline.speed import Speed
 from rlhf.pipeline.timing import Texts, Times, count_texts
 from rlhf.policy_settings import METHODS
@@ -49,8 +50,11 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         return {"stages": described, "time": f"unknown: {error}"}
     try:
         texts = count_texts(plan.source, tokenizer)
-        _check_rows(plan, texts, stages.keys())
-    except DataError as error:
+        counts = {split: found.rows for split, found in texts.items()}
+        for stage in stages.keys() & {"sft", "reward"}:
+            rows = rows_of(plan.settings, plan.source, counts, stage)
+            described[stage] |= {"rows": str(rows)} if rows else {}
+    except (ConfigError, DataError) as error:
         return {"stages": described, "time": f"none, as the run would end early: {error}"}
     speeds = {name: Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
               for name, ((settings, sizes, work), stage) in stages.items() if stage in TIMED}  # fmt: skip
@@ -70,22 +74,6 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
             described[name]["time"] += f"; {in_words(most)} if every answer has {longest} tokens"
     device = "GPU" if parts[0][2].on_gpu else "CPU"
     return {"stages": described, "time": f"about {in_words(total)} on this {device}, {BASIS}"}
-
-
-def _check_rows(plan: Plan, texts: Mapping[Split, Texts], stages: Collection[str]) -> None:
-    """Check that the stages have rows to train on.
-
-    Raises:
-        DataError: all are held out.
-    """
-    validated: tuple[tuple[str, Split, Split, int], ...] = (
-        ("sft", "sft", "sft_validation", plan.settings.sft.validation_size),
-        ("reward", "preference", "preference_validation", plan.settings.reward.validation_size),
-        ("dpo", "preference", "preference_validation", plan.settings.dpo.validation_size),
-    )
-    for stage, split, validation, size in validated:
-        if stage in stages and split in texts and validation not in texts:
-            check_held_out(texts[split].rows, split, validation, size, f"{stage}.validation_size")
 
 
 def _pairs(plan: Plan, texts: Mapping[Split, Texts]) -> int:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from rlhf.data.records import DataSource, Prompt, as_records
+from rlhf.data.templates import PromptTemplate, Template
 from rlhf.errors import ConfigError
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import load_difficulties
@@ -27,7 +28,7 @@ def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[R
     # 1. The evaluation set: the data set's own, or for FActScore a prompt about each entity.
     node = plan.config.evaluation.get("factscore")
     factscore: FactScore | None = instantiate(node, "evaluation.factscore", context.cache) if node else None
-    held_out = factscore.prompts(template_of(plan.plain)) if factscore else as_records(plan.source.load("eval"), "eval")
+    held_out = factscore.prompts(_template(plan)) if factscore else as_records(plan.source.load("eval"), "eval")
     # 2. What judges the answers.
     known = None
     if settings.difficulty:
@@ -47,6 +48,34 @@ def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[R
     evaluator = ResponseEvaluator(plan.source, judge, export, factscore, known, gold)
     prompts = held_out[: settings.prompts]
     return evaluator, DataLoader(prompts, batch_size=plan.settings.generation.batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+
+def _template(plan: Plan) -> PromptTemplate | None:
+    """The template of the data; of data without one, such as the farm, what its prompts have around the instruction."""
+    template = template_of(plan.plain)
+    if template is not None or "eval" not in plan.source.splits:
+        return template
+    row = Prompt(**plan.source.load("eval")[0])
+    before, found, after = row.prompt.partition(row.instruction or row.prompt)
+    if not found or not before + after:
+        return None
+    start, end = (text.replace("{", "{{").replace("}", "}}") for text in (before, after))
+    return Template(f"{start}{{instruction}}\n\n{{input}}{end}", f"{start}{{instruction}}{end}")
+
+
+def reads_words(config: DictConfig) -> bool:
+    """Whether the judge has a vocabulary of its own, which may lack the words of the data."""
+    return hasattr(target_class(config.judge, "judge"), "check_reads")
+
+
+def check_judge_reads(config: DictConfig, texts: Sequence[str]) -> None:
+    """Check that the judge knows the words of texts such as it will read, if it has a vocabulary.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if reads_words(config):
+        target_class(config.judge, "judge").check_reads(OmegaConf.to_container(config.judge, resolve=True), texts)
 
 
 def ping(config: DictConfig) -> None:

@@ -124,6 +124,7 @@ def take_over(plan: Plan, found: Path) -> None:
     if plan.stage in METHODS:
         more["evaluation"] = own_evaluation(plan, made)
     cache.take_over(found, plan.folder, plan.plain, plan.overrides, **more)
+    evaluations.rename_run(plan.folder, made.get("identity"), plan.identity)
 
 
 def own_evaluation(plan: Plan, summary: Mapping[str, Any]) -> str:
@@ -144,8 +145,11 @@ def unmeasured(plan: Plan, run: Path) -> dict[int, Path | None]:
 def missing_in(folder: Path, wanted: Mapping[int, Path | None]) -> dict[int, Path | None]:
     """Which of the policies `wanted` (as of `policies`) have to be measured so that `folder` has the results of all.
 
-    If all are measured, but a kill came before the summary was written, the last one is measured again.
+    If all are measured, but a kill came before the summary was written, the last one is measured again. Results of
+    another run do not count.
     """
+    if evaluations.foreign(folder):
+        return dict(wanted)
     missing = {step: model for step, model in wanted.items() if not evaluated_at(folder, step)}
     return missing if missing or (folder / SUMMARY).exists() else {max(wanted): wanted[max(wanted)]}
 
@@ -187,6 +191,8 @@ def tokenizer_of(plan: Plan) -> PreTrainedTokenizerBase:
 def evaluation_results(plan: Plan, folder: Path) -> dict[str, Any]:
     """What an evaluation in `folder` has found: `metrics` of the last policy, `sft_metrics`, and those of the best.
 
+    `identity` is that of the run which was measured.
+
     The best is the one that the training chose by its own evaluation, so that these figures of it do not flatter.
     """
     run = read_summary(plan.folder) or {}
@@ -195,11 +201,15 @@ def evaluation_results(plan: Plan, folder: Path) -> dict[str, Any]:
         measured = evaluated_at(folder, best["step"])
         best |= {"metrics": measured, "chosen_by": own_evaluation(plan, run)}
     found = {"metrics": evaluated_at(folder, last_step(run)), "sft_metrics": evaluated_at(folder, 0)}
-    return {**found, "best": best or None}
+    return {**found, "best": best or None, "identity": run.get("identity")}
 
 
 def make_ready(folder: Path) -> None:
-    """Drop the lines of evaluations that were interrupted before their metrics were written; create the folder."""
+    """Drop the lines of evaluations that were interrupted before their metrics were written; create the folder.
+
+    An evaluation of another run moves out of it.
+    """
+    evaluations.make_room(folder)
     folder.mkdir(parents=True, exist_ok=True)
     complete = {line["step"] for line in read_lines(folder / METRICS, "step") if "time/evaluate" in line}
     for name in LINE_FILES:
@@ -220,6 +230,7 @@ def set_aside(run: Path, digest: str) -> None:
 def copy_aside(run: Path, digest: str) -> None:
     """Copy the evaluations that a training made to `evaluations/<digest>/`, which gets those of more steps."""
     target = evaluations.place(run, digest)
+    evaluations.make_room(target)
     _add_lines(run, target)
     for name in (ALPACA_EVAL, ALPACA_EVAL_REFERENCE):
         if (run / name).exists() and not (target / name).exists():

@@ -69,8 +69,8 @@ def _comparisons(plan: Plan, stage: DPO) -> Rows:
     """The comparisons that the reward model would learn from, without pairs that are equal once they are cut."""
     dpo, tokenizer = stage.dpo, stage.tokenizer
     source: Any = SavedPreferences(plan.preferences_folder) if plan.preferences_folder else plan.source
-    key, limit = "dpo.validation_size", f"dpo.max_length={dpo.max_length}"
-    train, held_out = train_and_held_out(source, "preference", "preference_validation", dpo.validation_size, key)
+    limit = f"dpo.max_length={dpo.max_length}"
+    train, held_out = train_and_held_out(source, "preference", "preference_validation", dpo.validation_size)
     train, pairs, equal = distinct(train, stage.encode(train), "preference", limit)
     _, stage.held_out, _ = distinct(held_out, stage.encode(held_out), "preference, held out", limit)
     (prompt, chosen), (_, rejected) = pairs[0]

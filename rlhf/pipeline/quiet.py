@@ -14,9 +14,15 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers", ".*LeafSpec", ".*have no `val_dataloader`", ".*in eval mode at the start",
         ".*exists and is not empty", ".*`srun` command is available", ".*sync_dist=True",
-        "Already found a `peft_config`", ".*weights_only", "fan_in_fan_out is set to",
+        "Already found a `peft_config`", ".*weights_only", ".*unreliable results if further training is done",
+        "fan_in_fan_out is set to",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("bm25s").addFilter(_is_grave)  # which logs every index at DEBUG, a level that it sets itself
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own error message replaces it
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _is_grave(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING

@@ -114,7 +114,6 @@ class Run:
             started,
             **results,
             stage="evaluate",
-            identity=plan.identity,
             evaluation=plan.evaluation,
             overrides=plan.overrides,
         )

@@ -110,6 +110,9 @@ def taken_of(settings: Settings, source: DataSource) -> dict[str, Taken]:
             continue
         assert tokenizer is not None
         _check_task(taken)
+        for checkpoint in (taken.checkpoint, taken.difference_to):
+            if checkpoint is not None:
+                checkpoint.check_weights()
         if product == "sft":
             _check_sft(taken.checkpoint, settings.model, tokenizer)
         found[product] = taken if product == "sft" else _reward(taken, settings.model, tokenizer)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rlhf.data.records import SPLITS, DataSource, Split
+from rlhf.data.records import SPLITS, DataSource, Split, held_out_rows
 from rlhf.models.memory import Work
 from rlhf.models.tokenizing import encode, encode_texts
 from rlhf.pipeline.builders import steps_of
@@ -67,7 +67,7 @@ class Times:
         """Demonstrations, epoch after epoch."""
         sft, texts = self.settings.sft, self.texts["sft"]
         length = min(texts.length, sft.max_length)
-        rows = texts.rows - (0 if "sft_validation" in self.texts else sft.validation_size)
+        rows = self._training_rows("sft", "sft_validation", sft.validation_size)
         if sft.packing == JOINED:
             rows, length = int(rows * texts.length / sft.max_length), sft.max_length
         return self._supervised(sft, rows, length, words=True)
@@ -77,7 +77,7 @@ class Times:
         reward = self.settings.reward
         split: Split = "preference" if "preference" in self.texts else "sft"  # of simulated ones it is not known
         texts = self.texts[split]
-        rows = self.pairs or texts.rows - (0 if "preference_validation" in self.texts else reward.validation_size)
+        rows = self.pairs or self._training_rows(split, "preference_validation", reward.validation_size)
         return 2 * self._supervised(reward, rows, min(texts.length, reward.max_length), words=reward.lm_coef > 0)
 
     def preferences(self) -> float:
@@ -131,6 +131,11 @@ class Times:
         read, bare = (self._pass(lora, length, False, words=words) for words in (True, False))
         scores = count * evaluation.best_of * bare * self.work.reward_model
         return answers + length * (scores + 2 * evaluation.kl_prompts * read)
+
+    def _training_rows(self, split: Split, validation: Split, size: int) -> int:
+        """The rows of a split that are not held out."""
+        rows = self.texts[split].rows
+        return rows if validation in self.texts else rows - held_out_rows(rows, split, validation, size)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

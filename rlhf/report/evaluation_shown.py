@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf.files import EVALUATIONS, SUMMARY
 from rlhf.report.recorded_run import RecordedRun
-from rlhf.tracking.evaluations import merged, place, shown_digest
+from rlhf.tracking.evaluations import foreign, merged, place, shown_digest
 from rlhf.tracking.reading import try_summary
 
 TRAINING = "training"  # stands for the evaluation made during the training
@@ -31,13 +31,28 @@ def with_evaluation(
         return summary, None, ""
     measured = place(folder, str(digest))
     found, fault = try_summary(measured / SUMMARY)
-    if found:
+    fault = fault or foreign(measured)
+    if found and not fault:
         return merged(summary, found), measured, ""
-    return (summary, None, fault or f"it has no evaluation {digest}") if chosen or fault else (summary, None, "")
+    if chosen:
+        return summary, None, fault or f"it has no evaluation {digest}"
+    return summary, None, "" if found else fault
 
 
 def evaluation_shown(runs: Sequence[RecordedRun]) -> list[str]:
-    """The sentence that says which evaluation a report of these runs shows; none if there is no other."""
+    """The sentences that say which evaluation a report of these runs shows, and which are ignored; none without any."""
+    ignored = [f"{why}, and is ignored." for run in runs if (why := _foreign_one(run))]
+    return [*_shown(runs), *ignored]
+
+
+def _foreign_one(run: RecordedRun) -> str:
+    """Why the evaluation that a command asked for last is not shown, if it is that of another run."""
+    digest = shown_digest(run.folder)
+    return foreign(place(run.folder, digest)) if digest else ""
+
+
+def _shown(runs: Sequence[RecordedRun]) -> list[str]:
+    """The sentence that says which evaluation is shown; none if there is no other."""
     if not any((run.folder / EVALUATIONS).is_dir() or run.summary.get("stage") == "evaluate" for run in runs):
         return []
     shown: dict[str, list[RecordedRun]] = {}

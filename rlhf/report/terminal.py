@@ -33,13 +33,16 @@ def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
     state = "done   " if description["done"] else f"step {step:<3}" if step else "missing"
     if description.get("measures"):
         state = "measure"
+    if description.get("waits_for"):
+        state = "waits  "
     same = f"  (= {description['same_as']})" if description["same_as"] else ""
     memory = (
         f"  {description['memory'].partition(' (')[0]}" if description["memory"] and not description["done"] else ""
     )
     print(f"{state}  {' '.join(overrides)}{memory}{same}")
-    if description["moves_aside"]:
-        print(f"         {description['moves_aside']}")
+    for more in ("moves_aside", "waits_for"):
+        if description.get(more):
+            print(f"         {description[more]}")
 
 
 def show_results(summary: dict[str, Any], folder: Path) -> None:
@@ -48,12 +51,15 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
     table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
     table.add_column("")
-    if summary["stage"] in METHODS or before:
-        table.add_column("SFT", justify="right")
-        table.add_column(summary["stage"].upper() if summary["stage"] in METHODS else "PPO", justify="right")
+    if summary["stage"] in (*METHODS, "evaluate"):
+        columns = {"SFT": before, summary["stage"].upper() if summary["stage"] in METHODS else "PPO": metrics}
+        if summary["stage"] == "evaluate" and (outside := _outside(summary)):
+            columns = {outside: metrics}
+        for name in columns:
+            table.add_column(name, justify="right")
         for key, (label, scale) in ROWS.items():
             if key in metrics:
-                table.add_row(label, *(f"{row[key] * scale:.2f}" if key in row else "" for row in (before, metrics)))
+                table.add_row(label, *(f"{row[key] * scale:.2f}" if key in row else "" for row in columns.values()))
     else:
         table.add_column(summary["stage"], justify="right")
         for key, value in metrics.items():
@@ -62,3 +68,8 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     method = summary["stage"] if summary["stage"] in METHODS else "ppo"
     if plateau := summary.get("plateau"):
         console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")
+
+
+def _outside(summary: dict[str, Any]) -> str | None:
+    """What was measured if it is no run of PPO: a policy from elsewhere, or the SFT model (policy=null)."""
+    return summary.get("policy") or (None if summary["config"].get("policy") else "SFT")

@@ -9,7 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.data.special_tokens import unmarked
+from rlhf.errors import ConfigError
 from rlhf.scorers import Context, TextScorer
+
+MOST_SHOWN = 60  # characters of what a function returned, in a message
 
 
 class GoldScorer(TextScorer):
@@ -33,16 +36,27 @@ class FunctionScorer(TextScorer):
 
     def __init__(self, context: Context, function: str):
         self.function: Callable[[Sequence[str], Sequence[str]], Sequence[float]] = hydra.utils.get_method(function)
+        self.path = function
 
     def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "batch"]:
         """The score of each response.
 
         Raises:
-            ValueError: the function did not return exactly one score per response.
+            ConfigError: the function did not return exactly one score per response.
         """
-        scores = torch.as_tensor(
-            self.function([unmarked(prompt) for prompt in prompts], responses), dtype=torch.float32
-        )
+        returned = self.function([unmarked(prompt) for prompt in prompts], responses)
+        try:
+            scores = torch.as_tensor(returned, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):  # None, words, lists of different lengths
+            scores = torch.empty(())
         if scores.shape != (len(responses),):
-            raise ValueError(f"scorer.function returned shape {tuple(scores.shape)} for {len(responses)} responses")
+            raise ConfigError(
+                f"scorer.function={self.path} returned {_shortened(returned)} for {len(responses)} responses; allowed: "
+                "a list of as many numbers"
+            )
         return scores
+
+
+def _shortened(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"

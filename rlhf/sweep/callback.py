@@ -1,41 +1,71 @@
 """Hydra's callback at the start and the end of a sweep. It runs on the command line, so torch is not imported here."""
 
 import logging
+import shutil
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
-from rlhf.errors import FAILURE, MISTAKE, ConfigError
+from rlhf.errors import FAILURE, MISTAKE, ConfigError, UserError
+from rlhf.errors.explaining import exit_with_sentence
 from rlhf.files import PLAN, write_json
+from rlhf.pipeline.values import check_groups, values_of
 from rlhf.policy_settings import METHODS
 from rlhf.sweep import slurm
-from rlhf.sweep.plan import is_search, on_slurm, parallel_jobs, plan_of_dry_run, planned_runs, trainer_configs
+from rlhf.sweep.plan import (
+    configs_of_all_values,
+    is_search,
+    on_slurm,
+    parallel_jobs,
+    plan_of_dry_run,
+    planned_runs,
+    trainer_configs,
+    without_hydra,
+)
 from rlhf.sweep.states import RunState, expected_seconds, progress_line, states, states_of_plan
 from rlhf.sweep.status import view
+from rlhf.tracking.run_folder import note_present
 
 log = logging.getLogger(__name__)
 UNKNOWN_DURATION = "; how long they take is known when one of this model and data has finished"
 
 
 class SweepCallback(Callback):
-    """Writes the plan when a sweep starts; prints how it went and makes the report when it ends."""
+    """Checks values before a job starts.
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check that SLURM can run the jobs, if it shall, and write `plan.json` into the sweep's folder.
+    Writes the plan when a sweep starts; prints how it went and makes the report when it ends.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check values before Hydra makes a folder for the run.
 
         Raises:
-            SystemExit: there is no SLURM, or its options do not fit the trainer.
+            SystemExit: one of them is not allowed.
+        """
+        note_present(Path(config.hydra.run.dir))
+        _check([without_hydra(config)])
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check all values, and that SLURM can run the jobs, if it shall; write `plan.json` into the sweep's folder.
+
+        Raises:
+            SystemExit: a value is not allowed, there is no SLURM, or its options do not fit the trainer.
         """
         folder, launcher = Path(config.hydra.sweep.dir), config.hydra.launcher
-        self.described: dict[str, Mapping[str, Any]] = {}
+        self.folder, self.described = folder, dict[str, Mapping[str, Any]]()
+        note_present(folder)
+        _check([without_hydra(config)] if is_search(config) else configs_of_all_values(config))
         if config.dry_run:
+            with read_write(config.hydra):  # where Hydra writes multirun.yaml
+                config.hydra.sweep.dir = self.scratch = tempfile.mkdtemp()
             return
         if on_slurm(launcher):
             try:
@@ -63,8 +93,9 @@ class SweepCallback(Callback):
         Raises:
             SystemExit: a run has failed. The others are done by then.
         """
-        folder = Path(config.hydra.sweep.dir)
+        folder = self.folder
         if config.dry_run:
+            shutil.rmtree(self.scratch, ignore_errors=True)
             runs = [self._described_state(run) for run in states_of_plan(folder, plan_of_dry_run(config, folder), None)]
             seconds = expected_seconds(folder, config)
             line = progress_line(runs, parallel_jobs(config.hydra.launcher), seconds)
@@ -85,6 +116,19 @@ class SweepCallback(Callback):
         if found is None or (run.state == "done") == found["done"]:
             return run
         return replace(run, state="done" if found["done"] else "waiting", seconds=None)
+
+
+def _check(configs: Iterable[DictConfig]) -> None:
+    """Check groups, keys and values without torch; exit with one sentence at the first that is not allowed."""
+    from rlhf.pipeline.hub import check_hub  # the first time, this takes as long as all the rest
+
+    try:
+        for config in configs:
+            check_groups(config)
+            values_of(config)
+            check_hub(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    except UserError as error:  # Hydra turns other exceptions of a callback into warnings
+        exit_with_sentence("rlhf", error)
 
 
 def _report(folder: Path, config: DictConfig) -> None:

@@ -1,7 +1,6 @@
 """The plan of a sweep: its jobs, their folders, and how many of them run at once."""
 
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,9 @@ from hydra import compose
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 
+from rlhf.distributed.cores import available_cores
 from rlhf.errors import ConfigError
 from rlhf.files import PLAN, read_object
 from rlhf.objectives import objectives_of, result
@@ -83,6 +83,23 @@ def trainer_configs(config: DictConfig) -> list[DictConfig]:
     return [compose(config.hydra.job.config_name, job).trainer for job in jobs.values()]
 
 
+def configs_of_all_values(config: DictConfig) -> Iterator[DictConfig]:
+    """Configurations of as few jobs as it takes to have every value of every axis in one of them."""
+    seen: set[str] = set()
+    for job in _expand_axes(config):
+        if not seen.issuperset(job):
+            seen.update(job)
+            yield compose(config.hydra.job.config_name, job)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """The configuration of the job in one that Hydra's callbacks get."""
+    copy = config.copy()
+    with flag_override(copy, ["struct", "readonly"], [False, False]):
+        del copy["hydra"]
+    return copy
+
+
 def objective_values(run: Path, config: DictConfig) -> float | list[float] | None:
     """The values of `objectives` in the summary of a run's folder, for a sweeper; None without a summary."""
     summary = shown_summary(run)
@@ -105,7 +122,7 @@ def on_slurm(launcher: DictConfig) -> bool:
 def parallel_jobs(launcher: DictConfig) -> int:
     """How many jobs a launcher runs at once on this machine; as in joblib, `n_jobs: -1` means one per core."""
     jobs = int(launcher.get("n_jobs") or 1)
-    return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
+    return jobs if jobs > 0 else max(1, available_cores() + 1 + jobs)
 
 
 def planned_parallelism(plan: Path) -> int:

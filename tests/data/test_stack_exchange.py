@@ -120,7 +120,7 @@ def test_bad_rows_are_counted_by_reason_and_the_rest_is_accounted_for(tmp_path):
     assert "Posts.xml: 2 of 14 rows skipped: its question is missing or cannot be used (rows 4, 11)" in report.lines()
     tally = report.tallies["Posts.xml"]
     assert tally.rows == tally.questions + tally.answers + tally.other + sum(report.counts.values()) == 14
-    with pytest.raises(DataError, match=r"^Posts\.xml: \d of 14 rows skipped: .*`on_bad_row: skip`"):
+    with pytest.raises(DataError, match=r"^Posts\.xml: \d of 14 rows skipped: .*data.on_bad_row=skip"):
         stack_exchange(tmp_path, "sft", on_bad_row="fail").load("sft")
 
 

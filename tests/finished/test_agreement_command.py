@@ -60,6 +60,21 @@ def test_the_farms_annotator_agrees_with_gold_as_often_as_its_noise_allows(measu
     assert found_in(said)["judge - annotations"]["pairs"] == 400
 
 
+def test_a_dry_run_says_what_would_be_judged(measure: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["preference", *FARM, "data.comparisons=20", "--pairs", 5]
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement, "_make", lambda *_: pytest.fail("it judges"))
+        code, said, log = measure(*words, "--dry-run")
+    assert code == 0, log
+    judge, place = said.splitlines()
+    assert judge == "GoldJudge would judge 5 pairs"
+    folder = Path(place.removeprefix("would write "))
+    assert not folder.exists()
+    assert measure(*words)[1].splitlines()[-1] == str(folder)
+    assert measure(*words, "--dry-run")[1].splitlines() == [f"{folder} has been made already"]
+    assert measure("preference", *FARM, "judge=none", "--dry-run")[0] == 2
+
+
 def test_simulated_preferences_agree_with_their_judge_but_for_the_flips(measure: Callable, tmp_path: Path) -> None:
     """The labels of gold's own verdicts: exactly the flipped ones disagree."""
     farm = Farm(demonstrations=10, prompts=10, eval_prompts=8, comparisons=400)

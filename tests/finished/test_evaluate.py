@@ -11,13 +11,26 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf import root
+from rlhf.data.farm import Farm
 from rlhf.data.records import as_records
 from rlhf.errors import ConfigError
-from rlhf.files import ALPACA_EVAL, EVALUATIONS, KEPT, METRICS, MODEL, SUMMARY, locks, read_json, read_lines, write_json
+from rlhf.files import (
+    ALPACA_EVAL,
+    EVALUATIONS,
+    KEPT,
+    METRICS,
+    MODEL,
+    NOTE,
+    SUMMARY,
+    locks,
+    read_json,
+    read_lines,
+    write_json,
+)
 from rlhf.finished.evaluate import as_trained
 from rlhf.finished.policies import open_policy
 from rlhf.finished.run import FinishedRun
-from rlhf.pipeline import identity, run
+from rlhf.pipeline import run
 from rlhf.pipeline.config import data_source, settings_of
 from rlhf.report.cli import main as report
 from rlhf.tracking.metrics_file import evaluated_at
@@ -146,7 +159,9 @@ def test_a_run_is_measured_when_no_other_process_works_in_its_folder(
         assert "no longer holds the run" in error_sentence(capsys.readouterr().err)
 
 
-def test_models_adapters_and_outputs_from_elsewhere(outputs: Path, tmp_path: Path) -> None:
+def test_models_adapters_and_outputs_from_elsewhere(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same policies, without their runs, have the same win rates and gold utilities."""
     folder = outputs / "study/run"
     [sft] = outputs.glob("cache/sft-*/model")
@@ -158,7 +173,12 @@ def test_models_adapters_and_outputs_from_elsewhere(outputs: Path, tmp_path: Pat
         own = results(evaluated_at(folder, step))
         assert {key: own[key] for key in found} == found
         assert {"eval/win_rate", "eval/gold_utility", "eval/factual_precision"} <= found.keys()
+    capsys.readouterr()
     draws = measured(outputs, "outside", "reference", *DATA)["metrics"]
+    said = capsys.readouterr().out
+    assert re.search(r"┃\s+┃ reference ┃", said)
+    assert re.search(r"│ win rate against the reference \(%\) │\s+50\.00 │", said)
+    assert "eval/" not in said
     assert draws["eval/win_rate"] == 0.5
     assert draws["eval/gold_utility"] > own["eval/gold_utility"]
 
@@ -173,6 +193,30 @@ def test_the_best_of_several_answers_of_a_model(outputs: Path) -> None:
     means = [measured(outputs, "best", sft, *decoding, f"evaluation.best_of={count}")["metrics"]["eval/reward"]
              for count in (1, 8)]  # fmt: skip
     assert means[1] > means[0]
+
+
+def test_data_of_a_run_need_no_comparisons(outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its reward model already."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"instruction": row["prompt"].strip(), "output": row["reference_output"]}
+        for row in Farm(people=12, eval_prompts=3).load("eval")
+    ]
+    Path("eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = ["data.eval=eval.jsonl", "data.verbatim=true"]
+    found = measured(outputs, "alone", outputs / "study/run", "data=hub", *template, "judge=reward_model")
+    assert found["metrics"]["eval/reward"] != found["sft_metrics"]["eval/reward"]
+
+
+def test_a_preview_says_which_runs_have_to_be_trained_first(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["stage=evaluate", "policy=finished", *ARGUMENTS, f"output_dir={outputs}", "name=preview", "dry_run=true"]
+    assert run_in_process("-m", *words, "seed=0,7") == 0
+    said = capsys.readouterr().out.splitlines()
+    [ready, waits, why, *_] = [line for line in said if line.startswith(("done", "measure", "waits", " "))]
+    assert (ready.split()[0], waits.split()[0]) == ("done", "waits")
+    assert "seed=7" in waits
+    assert "holds no finished run of this configuration; allowed: " in why
+    assert not (outputs / "preview").exists()
 
 
 def test_a_study_measures_the_finished_runs_of_its_configuration(
@@ -200,17 +244,28 @@ BAD = [
     ("study/run@sft", ["evaluation.best_of=4", "evaluation.temperature=1"], "scorer=RewardModelScorer reads no texts"),
     ("study/run/alpaca_eval.json", [*DATA, "evaluation.prompts=5"], "has no output for 1 of the 5"),
     ("study/nothing.json", DATA, "nothing.json"),
+    ("study/nothing", DATA, r"no such file or folder; allowed: finished \(the run of this .*RUN or RUN/model, RUN/mod"),
+    ("study/run", ["data=hub", "data.eval=strange.jsonl", "judge=reward_model"], "are no words of its vocabulary"),
 ]
 
 
 @pytest.mark.parametrize(("policy", "overrides", "said"), BAD)
 def test_what_cannot_be_measured_is_refused_in_one_sentence(
-    outputs: Path, policy: str, overrides: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    outputs: Path,
+    policy: str,
+    overrides: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("strange.jsonl").write_text('{"prompt": "Which rivers cross Europe today?", "reference": "Several do so."}\n')
     measured(outputs, "bad", outputs / policy, *overrides, code=2)
     sentence = error_sentence(capsys.readouterr().err)
     assert re.search(said, sentence), sentence
     assert not (outputs / "bad/run" / SUMMARY).exists()
+    assert not (outputs / "bad/run" / NOTE).exists()
 
 
 # -- docs/evaluation.md ------------------------------------------------------------------------------------------------
@@ -239,16 +294,3 @@ def is_outside(policy: str) -> bool:
 
 def test_the_page_has_commands_of_both_kinds() -> None:
     assert {"stage=evaluate" in words for words in COMMANDS} == {True, False}
-
-
-def test_table_2_measures_the_runs_of_table_1() -> None:
-    """Their configurations differ in nothing that is trained, so that `policy=finished` finds them."""
-    first, second = (composed(f"experiments=table{number}", "variant=lora_kl", "replicate=2") for number in (1, 2))
-    assert (second.stage.name, second.policy) == ("evaluate", "finished")
-    source = data_source(first)
-    trained = [identity.of_training({**OmegaConf.to_container(config, resolve=True), **same}, source)  # type: ignore[dict-item]
-               for config in (first, second) for same in ({"stage": "", "name": "", "report": ""},)]  # fmt: skip
-    assert trained[0] == trained[1]
-    axes = [composed(f"experiments=table{number}", with_hydra=True).hydra.sweeper.params for number in (1, 2)]
-    assert axes[0].replicate == axes[1].replicate
-    assert set(axes[1].variant.split(",")) <= set(axes[0].variant.split(","))

@@ -225,7 +225,7 @@ def test_a_wrong_word_is_refused_in_a_sentence(runs: SimpleNamespace, tmp_path: 
     config = json.loads((tmp_path / "lost/adapter_config.json").read_text())
     (tmp_path / "lost/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
     wrong = {
-        "./nowhere": "there is no such file or folder; allowed: a finished run (RUN, RUN/model_best, RUN/kept/step-0",
+        "./nowhere": "there is no such file or folder; allowed: a finished run (RUN or RUN/model, RUN/model_best, RUN",
         "us/nowhere": "policy=us/nowhere: there is no such folder, and the Hub does not give it",
         "us/nowhere@v2": "policy=us/nowhere@v2: there is no such folder, and the Hub does not give it",
         "word": "there is no such file or folder",

@@ -48,6 +48,7 @@ STREAMS: list[tuple[str, int, float | None, list[Line], list[int]]] = [
     ("repetition", 2, 0.2, stream("ppo/repetition", 0.1, 0.1, 0.3, 0.29, 0.4), [5]),
     ("length_cap", 2, 0.3, stream("ppo/missing_eos", 0.0, 0.2, 0.4, 0.39, 0.5), [5]),
     ("length_cap", 2, 0.3, stream("ppo/missing_eos", 1.0, 1.0, 1.0, 1.0), []),  # no response ever ends
+    ("mute", 1, 2.0, stream("eval/response_tokens", 1.0, 12.0, 2.0, 2.1), [1, 3]),
     ("entropy_collapse", 2, 0.3, stream("ppo/entropy", 1.0, 1.0, 0.31, 0.3, 0.28), [5]),
     ("entropy_rise", 2, 1.5, stream("ppo/entropy", 1.0, 1.0, 1.5, 1.5, 1.51), [5]),
     ("explained_variance", 3, 0.0, stream("ppo/explained_variance", -1, -1, 0.1, -1, -1, -1e-3, -1, 0.0), [6, 7]),

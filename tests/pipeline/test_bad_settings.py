@@ -13,7 +13,7 @@ from tests.helpers.data_readers import (
 
 # overrides of the default configuration, and the error message
 CONFIGURED: list[tuple[str, str]] = [
-    ("judge=null", "a config group was given no option but NoneType; allowed: group=option"),
+    ("judge=null", "judge=null: judge is a config group; allowed: finished_reward_model, gold, "),
     ("~judge", "judge=None has no _target_; allowed: finished_reward_model, gold, "),
     ("~scorer", "scorer=None has no _target_; allowed: bag_of_characters, bag_of_words, function"),
     ("stage.name=dpo", "stage.name=dpo is not allowed; allowed: evaluate, ppo, preferences, reward, sft"),

@@ -148,7 +148,7 @@ def test_a_dry_run_says_what_the_run_would_refuse(command: Callable, tmp_path: P
     assert code == 0, error
     said = OmegaConf.create(out).time
     assert said.startswith("none, as the run would end early: ")
-    assert "sft.validation_size=200; allowed: sft.validation_size below 60, or a split sft_validation" in said
+    assert "sft.warmup_steps=20 is longer than the training: 48 rows make 1 step " in said
     code, _, error = command(*data, "data.sft=bad.jsonl")
     assert code == 2
     assert "bad.jsonl, row 301" in error

@@ -13,7 +13,7 @@ AGREEMENT, PAGE, VERDICTS = "agreement.json", "agreement.md", "verdicts.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`rlhf-agreement ANNOTATIONS [judge=…] [KEY=VALUE…] [--pairs N] [--out FOLDER]`."""
+    """`rlhf-agreement ANNOTATIONS [judge=…] [KEY=VALUE…] [--pairs N] [--out FOLDER] [--dry-run]`."""
     parser = argparse.ArgumentParser(
         prog="rlhf-agreement",
         description="Have a judge compare pairs that are annotated already: accuracy and Cohen's kappa.",
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="+", metavar="ANNOTATIONS | KEY=VALUE")
     parser.add_argument("--pairs", type=int, help="judge only the first so many (default: all)")
     parser.add_argument("--out", type=Path, help="a new folder (default: agreements/<digest> among the outputs)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
     options = parser.parse_intermixed_args(arguments)  # options may stand among the words
     with leaving(parser.prog):
         # imported here so that a wrong option does not wait for torch
@@ -33,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise RunError(f"{len(named)} files of annotations are named; allowed: one")
         if options.pairs is not None and options.pairs < 1:
             raise RunError(f"--pairs {options.pairs} is not allowed; allowed: a whole number above 0")
-        print(measure(named[0], compose(overrides, None), options.pairs, options.out))
+        print(measure(named[0], compose(overrides, None), options.pairs, options.out, options.dry_run))
 
 
-def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
+def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bool = False) -> str:
     """Judge annotated pairs, unless that has been done already; return the table and the folder.
 
     Args:
@@ -44,6 +45,7 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
         config: the composed configuration.
         limit: how many pairs, from the first one on; None for all.
         out: where to write; None for `<output_dir>/agreements/<digest>`.
+        dry: judge and write nothing, and return what would be done.
 
     Raises:
         UserError: annotations, configuration or judge cannot be used.
@@ -53,9 +55,10 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
     from rlhf.finished.compare.annotations import read_annotations
     from rlhf.finished.compare.configuration import check_judge
     from rlhf.finished.compare.duels import hash_of
-    from rlhf.finished.compare.results import is_made
+    from rlhf.finished.compare.results import is_made, make_once
     from rlhf.pipeline import identity
     from rlhf.pipeline.config import data_source, settings_of
+    from rlhf.pipeline.evaluating import check_judge_reads
     from rlhf.pipeline.numerics import settle_numerics
     from rlhf.pipeline.quiet import quieten
 
@@ -69,19 +72,26 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None) -> str:
     pairs = [pair for pair in read_annotations(word, source)[:limit] if pair.first != pair.prompt.reference_output]
     if not pairs:
         raise DataError(f"{word} has no pair of two different answers")
+    if all(pair.outcome is None for pair in pairs):
+        raise ConfigError(f"{word} has no verdict on any pair; allowed: annotated pairs")
+    check_judge_reads(config, [text for pair in pairs for text in (pair.prompt.prompt, pair.first)])
     texts = hash_of([[row.prompt.prompt, row.first, row.prompt.reference_output, row.outcome] for row in pairs])
     name = identity.digest({"judge": identity.decisive(keys), "pairs": texts}, known=cached / "digests")
     folder = out or cached.parent / "agreements" / name
-    if not is_made(folder, AGREEMENT, name):
-        _make(folder, config, pairs, {"annotations": word, "identity": name, "judge": keys})
+    made = is_made(folder, AGREEMENT, name)
+    if dry:
+        judge, new = str(keys["_target_"]).rpartition(".")[2], f"would write {folder}"
+        return f"{judge} would judge {len(pairs)} pairs\n{new}" if not made else f"{folder} has been made already"
+    if not made:
+        about = {"annotations": word, "identity": name, "judge": keys}
+        make_once(folder, AGREEMENT, name, cached, lambda work: _make(work, config, pairs, about))
     return f"{(folder / PAGE).read_text(encoding='utf-8')}\n{folder}"
 
 
-def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
-    """Judge the pairs and write the results."""
+def _make(work: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
+    """Judge the pairs and write the results into a folder."""
     from rlhf.files import write_json, write_lines
     from rlhf.finished.compare.duels import ConfiguredJudge
-    from rlhf.finished.export.cli import atomic_folder
     from rlhf.pipeline.config import data_source
     from rlhf.report.agreement import agreement
 
@@ -92,22 +102,18 @@ def _make(folder: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, A
         "judge": list(judge(prompts, first)),
         "longer answer": [_longer(pair.first, pair.prompt.reference_output) for pair in pairs],
     }
-    if all(verdict is None for verdict in verdicts["annotations"]):
-        raise ConfigError(f"{about['annotations']} has no verdict on any pair; allowed: annotated pairs")
     compared = [("judge", "annotations"), ("longer answer", "annotations"), ("judge", "longer answer")]
     instructions = [row.instruction or row.prompt for row in prompts]
     found = {(a, b): agreement(verdicts[a], verdicts[b], instructions) for a, b in compared}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder) as work:
-        (work / PAGE).write_text(table(found, len(set(instructions))), encoding="utf-8")
-        rows = zip(prompts, first, *verdicts.values(), strict=True)
-        write_lines(work / VERDICTS, (
-            {"instruction": row.instruction or row.prompt, "first": text, "second": row.reference_output,
-             **dict(zip(verdicts, given, strict=True))}
-            for row, text, *given in rows
-        ))  # fmt: skip
-        numbers = [{"between": pair, **vars(one)} for pair, one in found.items()]
-        write_json(work / AGREEMENT, {**about, "agreement": numbers, "usage": judge.usage})
+    (work / PAGE).write_text(table(found, len(set(instructions))), encoding="utf-8")
+    rows = zip(prompts, first, *verdicts.values(), strict=True)
+    write_lines(work / VERDICTS, (
+        {"instruction": row.instruction or row.prompt, "first": text, "second": row.reference_output,
+         **dict(zip(verdicts, given, strict=True))}
+        for row, text, *given in rows
+    ))  # fmt: skip
+    numbers = [{"between": pair, **vars(one)} for pair, one in found.items()]
+    write_json(work / AGREEMENT, {**about, "agreement": numbers, "usage": judge.usage})
 
 
 def table(found: Mapping[tuple[str, str], Any], instructions: int) -> str:

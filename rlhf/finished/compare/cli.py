@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.errors import INTERRUPTED, Interrupted, RunError
+from rlhf.errors import INTERRUPTED, KEYBOARD, Interrupted, RunError
 from rlhf.errors.explaining import one_sentence_errors
-from rlhf.finished.policies import ALLOWED, Policy, RunPolicy, open_policy
+from rlhf.finished.policies import ALLOWED, Policy, RunPolicy, open_policy, place_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,8 +45,11 @@ def leaving(command: str) -> Iterator[None]:
         try:
             yield
         except Interrupted as stopped:
-            print(f"{command}: {stopped}; the same command continues", file=sys.stderr)
+            print(f"{command}: {stopped}", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            print(f"{command}: interrupted; the same command continues", file=sys.stderr)
+            raise SystemExit(KEYBOARD) from None
 
 
 def open_players(words: Sequence[str]) -> dict[str, Policy]:
@@ -62,6 +65,11 @@ def open_players(words: Sequence[str]) -> dict[str, Policy]:
     if twice:
         raise RunError(f"{twice} is named twice; allowed: each player once")
     players = [open_policy(word) for word in words]
+    places: dict[Path, str] = {}
+    for word, player in zip(words, players, strict=True):
+        place = place_of(player)
+        if place is not None and (first := places.setdefault(place, word)) != word:
+            raise RunError(f"{first} and {word} are the same policy; allowed: each player once")
     labels = [player.label for player in players]
     named = [label if labels.count(label) == 1 else word for label, word in zip(labels, words, strict=True)]
     return dict(zip(named, players, strict=True))

@@ -15,10 +15,13 @@ from rlhf.errors import ConfigError
 from rlhf.finished.compare import results
 from rlhf.finished.compare.configuration import check_judge
 from rlhf.finished.compare.duels import ConfiguredJudge, answers_of, hash_of, is_known, judge_all
-from rlhf.finished.export.cli import atomic_folder
-from rlhf.finished.policies import Policy
+from rlhf.finished.compare.results import make_once
+from rlhf.finished.outside import OutsideModel
+from rlhf.finished.policies import Policy, tokenizer_of
+from rlhf.finished.vocabulary import check_knows
 from rlhf.pipeline import identity
 from rlhf.pipeline.config import data_source, settings_of
+from rlhf.pipeline.evaluating import check_judge_reads
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.quiet import quieten
 from rlhf.tracking.code import git_commit
@@ -56,6 +59,10 @@ class Comparison:
                 f"evaluation.best_of={evaluation.best_of} needs the scorer of a run in training; allowed: 1"
             )
         self.prompts: list[Prompt] = as_records(self.source.load("eval"), "eval")[: evaluation.prompts]
+        texts = [row.prompt for row in self.prompts]
+        for label, player in players.items():
+            check_knows(label, tokenizer_of(player), texts)
+        check_judge_reads(config, [*texts, *(row.reference_output or "" for row in self.prompts)])
         self.known = {label: is_known(player, self.prompts, self.settings, self.source, self.cache)
                       for label, player in players.items()}  # fmt: skip
         self.folder = out or self.outputs / "comparisons" / self.identity
@@ -102,13 +109,17 @@ class Comparison:
         if self.finished:
             log.info("%s has been made already", self.folder)
         else:
-            self._make()
+            make_once(self.folder, results.COMPARISON, self.identity, self.cache, self._make)
         return f"{(self.folder / results.PAGE).read_text(encoding='utf-8')}\n{self.folder}"
 
-    def _make(self) -> None:
+    def _make(self, folder: Path) -> None:
+        """Compare, and write all results into a folder, which is named when they are complete."""
         started = time.monotonic()
         settle_numerics(self.config.trainer.get("deterministic"))
         # 1. All answers first, one model in memory after the other; the judge may be a model too.
+        for label, player in self.players.items():
+            if isinstance(player, OutsideModel) and not self.known[label]:
+                player.fetch()
         answers = [
             answers_of(player, self.prompts, self.settings, self.source, self.cache) for player in self.players.values()
         ]
@@ -127,7 +138,5 @@ class Comparison:
             "git_commit": git_commit(),
             "wall_seconds": round(time.monotonic() - started, 2),
         }
-        # 3. The results, whole or not at all.
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(self.folder) as work:
-            results.write(work, found, labels, self.prompts, answers, duels)
+        # 3. The results.
+        results.write(folder, found, labels, self.prompts, answers, duels)

@@ -74,7 +74,11 @@ def check_judge(config: DictConfig, source: DataSource) -> dict[str, Any]:
             "judge.folder=FOLDER, a reward model in outputs/cache"
         )
     if needs(config, "judge", "needs_utility") and not hasattr(source, "utility"):
-        raise ConfigError("judge=gold needs a data set with a gold utility, which only data=farm has; choose another")
+        raise ConfigError(
+            "judge=gold compares by a true utility, which only data=farm has; allowed: "
+            "llm_pool, finished_reward_model or a judge of your own (without a judge on the command line it is that of "
+            "the first run)"
+        )
     keys: dict[str, Any] = OmegaConf.to_container(config.judge, resolve=True)  # type: ignore[assignment]
     for node in nodes(config.judge):
         own = getattr(target_class(node, "judge"), "check", None) if "_target_" in node else None

@@ -1,7 +1,8 @@
 """The tables and files of a comparison."""
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,10 +14,13 @@ from rlhf.errors import RunError
 from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.files import read_object, write_json, write_lines
 from rlhf.finished.compare.duels import Duel
-from rlhf.report.ranking import Outcomes, Rank, WinRate, misfits, rank_players, unanimous, win_rate
+from rlhf.finished.export.cli import atomic_folder
+from rlhf.pipeline.cache import locked
+from rlhf.report.ranking import RESAMPLES, Outcomes, Rank, WinRate, misfits, rank_players, unanimous, win_rate
 from rlhf.report.tables import NOTHING, Cell, Number, Table, WithInterval
 from rlhf.report.text import quoted
 
+log = logging.getLogger(__name__)
 COMPARISON, ANSWERS, VERDICTS = "comparison.json", "answers.jsonl", "verdicts.jsonl"
 PAGE = "comparison.md"
 
@@ -30,6 +34,7 @@ def results(
     order = sorted(range(len(labels)), key=lambda i: -ranks[i].strength)
     return {
         "instructions": len(prompts),
+        "resamples": RESAMPLES,
         "players": [
             {"label": labels[i], **vars(ranks[i]), "characters": fmean(len(text) for text in answers[i])} for i in order
         ],
@@ -68,8 +73,8 @@ def ranking_table(found: Mapping[str, Any]) -> Table:
 def _caption(found: Mapping[str, Any]) -> str:
     text = (
         f"Bradley-Terry strengths on Elo's scale (400 points: odds of 10 to 1), 0 on average, ties counting as half a "
-        f"win; intervals by {found['instructions']} resampled instructions, so that they do not cover another training "
-        "run. “first”: how often a resample puts the player first."
+        f"win; intervals from {found['resamples']:,} resamples of the {found['instructions']} instructions, so that "
+        "they do not cover another training run. “first”: how often a resample puts the player first."
     )
     if found["unanimous"]:
         text += f" The strength of {quoted(found['unanimous'])}, who won or lost every comparison, is only a bound."
@@ -156,6 +161,29 @@ def is_made(folder: Path, name: str, identity: str) -> bool:
     if (folder / name).exists() and read_object(folder / name).get("identity") == identity:
         return True
     raise RunError(f"{folder} exists already and holds something else; allowed: a new folder")
+
+
+def make_once(folder: Path, name: str, identity: str, cached: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` write results into a folder, whole or not at all, unless another process makes them just now.
+
+    That the folder can be made is found out first.
+
+    Args:
+        folder: where the results go.
+        name: of the file with their numbers, as of `is_made`.
+        identity: what decides them.
+        cached: the cache of the outputs, where the processes wait for each other.
+        make: writes all files into the folder that it gets.
+
+    Raises:
+        RunError: the folder cannot be made, or holds something else by now.
+    """
+    with locked(cached / f"{name.partition('.')[0]}-{identity}.lock", f"another process makes {folder}"):
+        if is_made(folder, name, identity):
+            log.info("%s has been made by another process", folder)
+            return
+        with atomic_folder(folder) as work:
+            make(work)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -1,6 +1,7 @@
 """The `rlhf-export` command: writes a run's model as a folder for others, and uploads it to the Hub."""
 
 import argparse
+import glob
 import os
 import shutil
 import sys
@@ -153,15 +154,40 @@ def _push(options: argparse.Namespace) -> str:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, renamed to `path` once its files are on disk; removed on failure."""
-    work = path.resolve().with_name(f".{path.resolve().name}.unfinished")
-    shutil.rmtree(work, ignore_errors=True)  # left by an export that was killed
-    work.mkdir(parents=True)
+    """A temporary folder beside `path`, renamed to `path` once its files are on disk; removed on failure.
+
+    Raises:
+        RunError: no folder can be made there, or another process made it meanwhile.
+    """
+    path = path.resolve()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not _is_running(int(process)):  # it was killed
+            shutil.rmtree(left, ignore_errors=True)
+    work = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(
+            f"{path}: no folder can be made there ({error.strerror}); allowed: a place to write to"
+        ) from None
     try:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
                 sync(file)
+        if path.exists():
+            raise RunError(f"{path} was made by another process meanwhile; allowed: a new folder")
         os.replace(work, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -9,7 +9,7 @@ import lightning
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf.data.records import Comparison, as_records, skipped_rows, train_and_held_out
+from rlhf.data.records import Comparison, first_records, skipped_rows, train_and_held_out
 from rlhf.data.saved_preferences import SavedPreferences
 from rlhf.distributed import collectives
 from rlhf.files import MODEL
@@ -63,7 +63,7 @@ def build_reward(site: Site, folder: Path, sft: Path, preferences: Path | None =
     stage.total_steps = steps_of(settings, len(groups))
     # 3. The training, and what it leaves.
     metrics = train_supervised(site.make_trainer, stage, settings, groups, measured, folder)
-    demonstrations = as_records(site.source.load("sft").select(range(settings.baseline_rows)), "sft")
+    demonstrations = first_records(site.source.load("sft"), "sft", settings.baseline_rows)
     metrics |= {"reward/baseline": stage.baseline(demonstrations), "reward/longer_accuracy": longer_accuracy(held_out)}
     log.info("right on %.1f %% of %d held-out comparisons; always preferring the longer answer is right on %.1f %%",
              100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.data.records import as_records, train_and_held_out
+from rlhf.data.records import first_records, train_and_held_out
 from rlhf.distributed import collectives
 from rlhf.errors import ModelError
 from rlhf.files import MODEL
@@ -160,14 +160,14 @@ def _measured(
         context = Context(source, tokenizer, roles, microbatch_tokens=settings.microbatch_tokens)
         scorer = SeparateRewardModel(context, roles, tokenizer, settings.max_length)
     # 2. What it says of demonstrations and comparisons.
-    rows = as_records(source.load("sft").select(range(settings.baseline_rows)), "sft")
+    rows = first_records(source.load("sft"), "sft", settings.baseline_rows)
     if taken.reads == CLASSIFIER:
         baseline = float(scorer.rate([row.prompt for row in rows], [row.response for row in rows]).mean())
     else:
         baseline = RewardModeling(settings, context.roles, tokenizer, 1).baseline(rows)
     metrics = {"reward/baseline": baseline}
     if "preference_validation" in source.splits or (
-        "preference" in source.splits and len(source.load("preference")) > settings.validation_size
+        "preference" in source.splits and len(source.load("preference")) > 1
     ):
         _, pairs = train_and_held_out(source, "preference", "preference_validation", settings.validation_size)
         sides = [scorer.rate([pair.prompt for pair in pairs], [getattr(pair, side) for pair in pairs])

@@ -1,0 +1,100 @@
+"""The rows that a run will read, looked at before anything is trained, and how many steps they make."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+
+from rlhf.data.records import DataSource, Split, held_out_rows, skipped_rows
+from rlhf.errors import ConfigError
+from rlhf.pipeline import cache
+from rlhf.pipeline.builders import steps_of
+from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.users_functions import try_scorer
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
+from rlhf.settings import JOINED, Settings, SupervisedSettings
+
+log = logging.getLogger(__name__)
+STAGES: tuple[tuple[str, Split, Split], ...] = (
+    ("sft", "sft", "sft_validation"),
+    ("reward", "preference", "preference_validation"),
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows of a split a supervised stage trains on and holds out, how many were skipped, and its steps.
+
+    `steps` is None if texts are joined, since their number is not known before.
+    """
+
+    train: int
+    held_out: int
+    skipped: int
+    batch_size: int
+    steps: int | None
+
+    def __str__(self) -> str:
+        steps = "" if self.steps is None else f" ({self.steps} steps of {self.batch_size})"
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return f"{self.train} rows to train on{steps}, {self.held_out} held out{skipped}"
+
+
+def rows_of(settings: Settings, source: DataSource, counts: Mapping[Split, int], stage: str) -> Rows | None:
+    """The rows of a stage, from the number of rows of each split; None if it reads none of them.
+
+    Raises:
+        DataError: none are left to train on.
+        ConfigError: the warm-up would last longer than the training.
+    """
+    _, split, validation = next(names for names in STAGES if names[0] == stage)
+    if split not in counts:
+        return None
+    own: SupervisedSettings = getattr(settings, stage)
+    if validation in source.splits:
+        train, held_out = counts[split], min(own.validation_size, counts.get(validation, own.validation_size))
+    else:
+        held_out = held_out_rows(counts[split], split, validation, own.validation_size)
+        train = counts[split] - held_out
+    steps = None if getattr(own, "packing", False) == JOINED else steps_of(own, train)
+    if steps is not None and own.warmup_steps > steps:
+        batches = f"{stage}.epochs={own.epochs:g}, {stage}.batch_size={own.batch_size}"
+        raise ConfigError(
+            f"{stage}.warmup_steps={own.warmup_steps} is longer than the training: {train} rows make {steps} "
+            f"step{'s' * (steps != 1)} ({batches}); allowed: at most {steps}, more epochs, or smaller batches"
+        )
+    return Rows(train, held_out, sum(skipped_rows(source, split).values()), own.batch_size, steps)
+
+
+def read_rows(plan: Plan) -> None:
+    """Read every split that the run will need, and say how many rows there are for the models that are missing.
+
+    Raises:
+        DataError: a split cannot be read, or has too few rows.
+        ConfigError: a stage would be over before its warm-up.
+    """
+    trained = {product for product, folder in plan.needed().items() if not cache.known(folder)} - set(plan.taken)
+    counts = {split: len(plan.source.load(split)) for split in _needed(plan, trained)}
+    for key in ("scorer.function", "evaluation.gold.function"):
+        function = OmegaConf.select(plan.config, key)
+        if function and plan.stage in (*METHODS, "evaluate"):
+            try_scorer(key, function, plan.source)
+    for stage, name in (("sft", "SFT"), ("reward", "reward model")):
+        rows = rows_of(plan.settings, plan.source, counts, stage) if stage in trained else None
+        if rows:
+            log.info("%s: %s", name, rows)
+
+
+def _needed(plan: Plan, trained: Collection[str]) -> list[Split]:
+    """The splits that training these models and then the stage itself will read, of those that the data set has."""
+    wanted: list[Split] = []
+    if trained & {"sft", "reward_sft", "reward"}:
+        wanted += ["sft", "sft_validation"]
+    if ("reward" in trained or plan.stage in FROM_COMPARISONS) and not plan.preferences_folder:
+        wanted += ["preference", "preference_validation"]
+    if plan.stage in METHODS and plan.stage not in FROM_COMPARISONS:
+        wanted += ["prompts"]
+    if plan.stage in (*METHODS, "evaluate"):
+        wanted += ["eval"]
+    return [split for split in wanted if split in plan.source.splits]

@@ -1,0 +1,79 @@
+"""All rows that a run will read are looked at before anything is trained."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.data.records import held_out_rows
+from rlhf.errors import ConfigError, DataError
+from rlhf.pipeline.rows import rows_of
+from tests.helpers.command_line import TINY, error_sentence
+from tests.helpers.composed_config import composed_data, composed_settings
+
+OWN = [
+    "data=hub", "data.sft=sft.jsonl", "data.preference=preference.jsonl", "data.prompts=prompts.jsonl", "judge=none",
+    *(word for word in TINY if not word.startswith("data.")),
+]  # fmt: skip
+
+
+def write(folder: Path, **splits: list[dict[str, Any]]) -> None:
+    found = {
+        "sft": [{"instruction": f"Add {i}.", "output": f"It is {i}."} for i in range(40)],
+        "preference": [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(40)],
+        "prompts": [{"prompt": f"Which {i}?"} for i in range(40)],
+        **splits,
+    }
+    for split, rows in found.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(5000, 200), (1000, 200), (500, 100), (9, 1), (2, 1)])
+def test_at_most_a_fifth_of_a_small_split_is_held_out(rows: int, held_out: int) -> None:
+    assert held_out_rows(rows, "sft", "sft_validation", 200) == held_out
+
+
+def test_a_single_row_is_too_few() -> None:
+    with pytest.raises(DataError, match=r"^the split sft has 1 row, .* allowed: more rows"):
+        held_out_rows(1, "sft", "sft_validation", 200)
+
+
+def test_rows_and_steps_by_hand(tmp_path: Path) -> None:
+    write(tmp_path, sft=[{"instruction": f"Add {i}.", "output": "x"} for i in range(499)] + [{"instruction": "y"}])
+    source = composed_data("hub", f"data.root={tmp_path}", "data.sft=sft.jsonl")
+    counts = {"sft": len(source.load("sft"))}
+    settings = composed_settings("sft.epochs=2", "sft.batch_size=100", "sft.warmup_steps=8")
+    rows = rows_of(settings, source, counts, "sft")  # type: ignore[arg-type]
+    assert str(rows) == "400 rows to train on (8 steps of 100), 99 held out, 1 skipped"
+    long = composed_settings("sft.epochs=2", "sft.batch_size=100", "sft.warmup_steps=9")
+    with pytest.raises(ConfigError, match=r"^sft\.warmup_steps=9 is longer than the training: 400 rows make 8 steps"):
+        rows_of(long, source, counts, "sft")  # type: ignore[arg-type]
+
+
+def test_no_model_is_trained_if_a_later_stage_cannot_read_its_rows(command: Callable, tmp_path: Path) -> None:
+    write(tmp_path, preference=[{"prompt": "1?", "better": "yes", "worse": "no"}] * 40)
+    code, out, err = command(*OWN)
+    assert code == 2, out + err
+    assert "preference.jsonl has the columns prompt, better, worse" in error_sentence(err)
+    assert not list(Path("outputs").glob("cache/*sft*"))
+
+
+def test_no_model_is_trained_if_a_warmup_is_longer_than_its_stage(command: Callable, tmp_path: Path) -> None:
+    write(tmp_path)
+    code, out, err = command(*OWN, "reward.warmup_steps=9")
+    assert code == 2, out + err
+    assert "reward.warmup_steps=9 is longer than the training: 32 rows make 1 step" in error_sentence(err)
+    assert not list(Path("outputs").glob("cache/*sft*"))
+
+
+@pytest.mark.slow
+def test_a_dry_run_and_a_run_say_what_becomes_of_the_rows(command: Callable, tmp_path: Path) -> None:
+    write(tmp_path)
+    code, out, err = command(*OWN, "sft.epochs=2", "dry_run=true", "stage=sft")
+    assert code == 0, err
+    assert "rows: 32 rows to train on (7 steps of 10), 8 held out" in out
+    code, out, err = command(*OWN, "sft.epochs=2", "stage=sft")
+    assert code == 0, err
+    assert "SFT: 32 rows to train on (7 steps of 10), 8 held out" in out
