@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import root
+from rlhf import reference, root
 from rlhf.distributed.cores import threads
 from rlhf.distributed.rank import is_first_process
 from rlhf.errors import (
@@ -282,4 +282,8 @@ def main() -> None:
         launching = ("hydra/launcher=", "hydra.launcher.", "cluster=")
         sys.argv = [word for word in sys.argv if not word.startswith(launching)] + ["hydra/launcher=basic"]
     with one_sentence_errors("rlhf"):
+        told = reference.asked(sys.argv[1:])
+        if told is not None:
+            print(told)
+            return
         app()

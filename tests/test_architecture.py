@@ -17,7 +17,7 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 # there is no circle.
 FLOORS = [
     ["errors", "__init__"],
-    ["settings", "policy_settings", "schema", "seeding", "files"],
+    ["settings", "policy_settings", "schema", "seeding", "files", "reference"],
     ["distributed", "objectives", "divergence", "restoring_pull", "ppo", "preference_losses"],
     ["tracking", "guards"],
     ["data"],
