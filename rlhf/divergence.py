@@ -17,7 +17,7 @@ from hydra.utils import get_method
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.settings import DivergenceSettings
+from rlhf.policy_settings import DivergenceSettings
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 # e^10 = 22,026. Beyond it, one token would outweigh all other rewards of a rollout batch; e^88 overflows float32.

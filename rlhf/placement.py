@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.divergence import Divergence
 from rlhf.errors import ConfigError
-from rlhf.settings import DivergenceSettings
+from rlhf.policy_settings import DivergenceSettings
 
 PLACEMENTS = ("auto", "reward", "loss", "both")
 

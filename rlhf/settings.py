@@ -13,6 +13,17 @@ from typing import Any
 
 import omegaconf
 
+from rlhf.policy_settings import (
+    METHODS,
+    AdvantagesSettings,
+    BestOfNSettings,
+    DivergenceSettings,
+    DPOSettings,
+    ExpertIterationSettings,
+    LossTermSettings,
+    OptimizerSettings,
+    PolicySettings,
+)
 from rlhf.schema import (
     ALL_LINEAR,
     at_least_zero,
@@ -20,7 +31,6 @@ from rlhf.schema import (
     choice,
     fraction,
     number_or_auto,
-    number_or_list,
     optional_positive,
     positive,
     seed,
@@ -76,21 +86,6 @@ class LoraSettings:
 
 
 @dataclass
-class OptimizerSettings:
-    """What the three stages share: AdamW, its schedule, and the tokens that go through the model at once."""
-
-    lr: float = positive()
-    warmup_steps: int = at_least_zero(0)
-    schedule: str = choice("linear", "cosine", "constant")
-    weight_decay: float = at_least_zero(0.0)
-    adam_eps: float = positive(1e-8)
-    max_grad_norm: float | None = optional_positive(1.0)
-    microbatch_tokens: int = positive(4096)
-    log_every: int = positive(10)
-    checkpoint_every: int = positive(50)
-
-
-@dataclass
 class SupervisedSettings(OptimizerSettings):
     """What the two supervised stages share: how much data they see, and in batches of how many rows.
 
@@ -133,15 +128,13 @@ class RewardSettings(SupervisedSettings):
 
 
 @dataclass
-class PPOSettings(OptimizerSettings):
+class PPOSettings(PolicySettings):
     """`conf/ppo`: proximal policy optimisation. A step is a rollout batch.
 
     `rlhf.pipeline.preflight.settle_budget` replaces `microbatch_tokens=auto` by a number before anything reads it.
     """
 
     microbatch_tokens: Any = number_or_auto(4096)
-    lr_full: float = positive()
-    steps: int = positive()
     rollout_batch_size: int = positive()
     minibatch_size: int = positive()
     epochs: int = positive()
@@ -171,61 +164,7 @@ class PPOSettings(OptimizerSettings):
     value_bias: bool = False
     target_kl: float | None = optional_positive()
     schedule_steps: int | None = optional_positive()
-    eval_every: Any = number_or_list()
-    keep_evaluated: bool = False
-    patience: int | None = optional_positive()
-    min_gain: float = at_least_zero(0.0)
-    keep_best: str | None = "auto"
-    keep_best_mode: str = choice("max", "min")
     reference_every: int = positive(10)
-
-    def evaluates(self, step: int) -> bool:
-        """Whether the policy is measured after a step: before the first, after the last, and as `eval_every` says."""
-        chosen = step in self.eval_every if isinstance(self.eval_every, list) else step % self.eval_every == 0
-        return chosen or step in (0, self.steps)
-
-    @property
-    def eval_interval(self) -> int:
-        """The largest interval such that every evaluation between the first and the last is due at a multiple of it."""
-        return math.gcd(*self.eval_every) if isinstance(self.eval_every, list) else self.eval_every
-
-
-@dataclass
-class DivergenceSettings:
-    """`conf/divergence`: a function, and its input: log-probs of the sampled token, whole logits, or nothing.
-
-    All other keys, such as `alpha`, are `parameters`: keyword arguments of the function.
-    """
-
-    name: str = omegaconf.MISSING
-    function: str = omegaconf.MISSING
-    input: str = choice("logprobs", "logits", "none")
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def keys(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of a YAML, those of the function moved to `parameters`."""
-        own = ("name", "function", "input")
-        parameters = {key: value for key, value in chosen.items() if key not in own}
-        return {key: value for key, value in chosen.items() if key in own} | {"parameters": parameters}
-
-
-@dataclass
-class LossTermSettings:
-    """`conf/loss_terms`: a further term of the policy's loss, a function of `rlhf.stages.loss_terms.PolicyTokens`."""
-
-    function: str = omegaconf.MISSING
-    coef: float = 1.0
-
-
-@dataclass
-class AdvantagesSettings:
-    """`conf/advantages`: a function (`rlhf.advantages`) with its keywords, and what it compares an answer with."""
-
-    name: str = "gae"
-    function: str = "rlhf.advantages.gae"
-    baseline: str = choice("value", "group", "greedy", "none")
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -329,6 +268,9 @@ class Settings:
     sft: SFTSettings = field(default_factory=SFTSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     ppo: PPOSettings = field(default_factory=PPOSettings)
+    dpo: DPOSettings = field(default_factory=DPOSettings)
+    best_of_n: BestOfNSettings = field(default_factory=BestOfNSettings)
+    expert_iteration: ExpertIterationSettings = field(default_factory=ExpertIterationSettings)
     divergence: DivergenceSettings = field(default_factory=DivergenceSettings)
     loss_terms: dict[str, LossTermSettings] = field(default_factory=dict)
     advantages: AdvantagesSettings = field(default_factory=AdvantagesSettings)
@@ -336,6 +278,11 @@ class Settings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     guards: GuardsSettings = field(default_factory=GuardsSettings)
     quantization: dict[str, Any] | None = None
+
+    def method(self, stage: str) -> PolicySettings:
+        """The settings of the method by which a stage trains a policy; those of PPO if it trains none."""
+        found: PolicySettings = getattr(self, stage if stage in METHODS else "ppo")
+        return found
 
 
 def is_quantized(quantization: Mapping[str, Any] | None) -> bool:

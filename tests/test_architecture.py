@@ -17,7 +17,7 @@ PACKAGE = Path(__import__("rlhf").__file__).parent
 # there is no circle.
 FLOORS = [
     ["errors", "__init__"],
-    ["settings", "schema", "seeding", "files", "reference"],
+    ["settings", "policy_settings", "schema", "seeding", "files", "reference"],
     [
         "distributed",
         "objectives",
@@ -28,6 +28,7 @@ FLOORS = [
         "ppo",
         "advantages",
         "aggregation",
+        "preference_losses",
     ],
     ["tracking", "guards"],
     ["data"],

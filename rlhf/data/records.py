@@ -179,7 +179,8 @@ def train_and_held_out(source: DataSource, split: Split, validation: Split, size
     """The records to train on and the records held out for validation.
 
     If `source` has the split `validation`, its first `size` records are held out and the whole of `split` is used for
-    training. Otherwise `split` is shuffled with a fixed seed and its last `size` records are held out.
+    training. Otherwise `split` is shuffled with a fixed seed and its last `size` records are held out. `key` is what an
+    error calls `size`.
 
     Raises:
         DataError: `split` has at most `size` rows and there is no validation split.

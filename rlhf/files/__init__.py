@@ -29,6 +29,7 @@ CHECKSUMS = "checksums.json"  # of the models and simulated comparisons, when th
 RENDERED = "rendered.txt"  # the first row as the model reads it
 ADAPTER_CONFIG = "adapter_config.json"  # in a model's folder: peft's, which names the model below the adapter
 OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # all results except summary and models
+ANSWERS = "answers"  # a folder with the answers that a policy has learnt from (stage=best_of_n, expert_iteration)
 KEPT = "kept"  # a folder with the policies of evaluated steps (ppo.keep_evaluated)
 EVALUATIONS = "evaluations"  # a folder with evaluations that were made after the training, each in a folder of its own
 EARLIER = "earlier"  # a folder with runs of other configurations that had the same name

@@ -1,8 +1,9 @@
 """`rlhf stage=evaluate policy=…`: measures any policy by any judge, without a training step.
 
-A finished run of PPO is measured as it measured itself, with its reward, its KL from SFT and all policies that it has
-kept, and the results lie beside it (`rlhf.tracking.evaluations`). Any other policy (`rlhf.finished.policies`) answers
-the evaluation prompts, and its answers are judged. Either way the command's own folder holds the results, too.
+A finished run that trained a policy is measured as it measured itself, with its reward, its KL from SFT and all
+policies that it has kept, and the results lie beside it (`rlhf.tracking.evaluations`). Any other policy
+(`rlhf.finished.policies`) answers the evaluation prompts, and its answers are judged. Either way the command's own
+folder holds the results, too.
 """
 
 import logging
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf.data.records import as_records
 from rlhf.errors import ConfigError, RunError
 from rlhf.files import BEST_MODEL, EARLIER, MODEL, OUTCOME, SUMMARY, read_object, write_json
+from rlhf.finished.as_trained import as_trained
 from rlhf.finished.outside_evaluation import FINISHED, OutsideEvaluation
 from rlhf.finished.run import FinishedRun, located
 from rlhf.finished.vocabulary import check_knows
@@ -28,27 +30,13 @@ from rlhf.pipeline.members import product_of
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.preflight import settle_budget
 from rlhf.pipeline.run import Run
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.run_folder import begin
 from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
-# What the command line may change of a run's configuration, because it only measures; and what only names and watches.
-MEASURES = ("judge", "evaluation", "scorer", "data")
-HOW = (
-    "name",
-    "output_dir",
-    "resume",
-    "dry_run",
-    "logger",
-    "trainer",
-    "report",
-    "guards",
-    "objectives",
-    "policy",
-    "stage",
-)
 
 
 class NotTrainedError(ConfigError):
@@ -57,7 +45,7 @@ class NotTrainedError(ConfigError):
 
 @dataclass(frozen=True)
 class RunEvaluation:
-    """The measurement of a finished run of PPO.
+    """The measurement of a finished run that trained a policy.
 
     Attributes:
         run: The run, and which of its policies is meant, if one is chosen.
@@ -176,7 +164,7 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
         return _of_configuration(config, folder)
     path = Path(word).expanduser()
     found = located(path)
-    if found and read_object(found[0] / SUMMARY, stage=str)["stage"] == "ppo":
+    if found and read_object(found[0] / SUMMARY, stage=str)["stage"] in METHODS:
         run = FinishedRun.open(*found)
         return _subject(as_trained(config, run, given), run, None if found[0] == path else _step_of(run))
     return OutsideEvaluation.named(config, folder)
@@ -210,6 +198,8 @@ def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEva
     checked = config.copy()
     if run.summary.get("reward_model"):
         checked.reward["from"] = run.summary["reward_model"]  # so that the data need no comparisons to train one on
+    if run.stage in FROM_COMPARISONS:
+        checked.stage = {"name": "evaluate"}  # nor to train the policy on
     check(checked, settings, source)
     if not settings.evaluation.factscore:
         prompts = as_records(source.load("eval"), "eval")[: settings.evaluation.prompts]
@@ -242,51 +232,6 @@ def _step_of(run: FinishedRun) -> int:
     if run.chosen == BEST_MODEL:
         return int(run.summary["best"]["step"])
     return int(run.chosen.rpartition("step-")[2])
-
-
-def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> DictConfig:
-    """The configuration of a run, except for what the command line says about measuring.
-
-    Keys that are newer than the run have their defaults, which is why no option that changes several groups at once
-    (`experiments`, `debug`) is taken. Other data are put into the template of the run's own.
-
-    Raises:
-        ConfigError: the command line would change what the run was trained with, or the template that it reads.
-    """
-    template = run.config["data"].get("template")
-    changed = [key for override in given if (key := _measuring_key(override, config.policy, bool(template)))]
-    newer = {"reference": config.reference}  # a group that runs of earlier versions do not have
-    found = OmegaConf.create({**newer, **run.config, **{key: config[key] for key in HOW if key in config}})
-    for key in ("model", "lora", "sft", "reward", "ppo", "generation", "evaluation"):
-        found[key] = OmegaConf.merge(config[key], run.config[key]) if key in config else run.config[key]
-    found.stage, found.policy = {"name": "ppo"}, None
-    for key in changed:
-        for name in ("evaluation", "judge") if key == "evaluation" else (key,):
-            OmegaConf.update(found, name, OmegaConf.select(config, name), merge=False, force_add=True)
-    if template and "template" in found.data:
-        OmegaConf.update(found, "data.template", template, merge=False)
-    return found
-
-
-def _measuring_key(override: str, policy: str, templated: bool) -> str | None:
-    """The key that an override changes, if it only measures; None if it only says how.
-
-    Raises:
-        ConfigError: it would change what the run was trained with, or its template.
-    """
-    key = override.lstrip("+~").partition("=")[0]
-    key = (key.partition("@")[2] or key).replace("/", ".")
-    group = key.partition(".")[0]
-    if templated and key.startswith("data.template"):
-        raise ConfigError(f"{override}: policy={policy} reads prompts in the template of its training")
-    if group in MEASURES:
-        return key
-    if group not in (*HOW, "hydra", "sweeps", "cluster"):
-        raise ConfigError(
-            f"{override}: policy={policy} is measured as it was trained; allowed: {', '.join(MEASURES)}, and "
-            f"policy={FINISHED} for the run of the command's own configuration"
-        )
-    return None
 
 
 def _described(

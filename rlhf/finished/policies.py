@@ -61,7 +61,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class RunPolicy:
-    """The policy of a finished run of stage=ppo or stage=sft.
+    """The policy of a finished run of stage=sft, or of a stage that trains a policy.
 
     Prompts are put into the template that it was trained with, if that is not the one of the data.
     """

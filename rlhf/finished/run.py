@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.errors import RunError
 from rlhf.files import ADAPTER_CONFIG, BEST_MODEL, KEPT, MODEL, NOTE, SUMMARY, read_object
 from rlhf.files.checksums import damage
+from rlhf.policy_settings import METHODS
 from rlhf.schema import typed
 from rlhf.settings import ModelSettings
 from rlhf.tracking.reading import renamed_config
@@ -53,7 +54,7 @@ class FinishedRun:
         if chosen != MODEL and not run.model.is_dir():
             raise RunError(f"{folder} has no {chosen}; allowed: {folder}, its last policy, or another that it has kept")
         if not run.model.is_dir():
-            raise RunError(f"{folder} has no model; allowed: a run of stage=sft, stage=reward or stage=ppo")
+            raise RunError(f"{folder} has no model; allowed: a run of stage=sft, reward or {', '.join(METHODS)}")
         _check(run.model)
         return run
 

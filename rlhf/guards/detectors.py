@@ -60,6 +60,8 @@ class SpikeDetector(Detector):
             "ppo": ("value_loss", "grad_norm"),
             "sft": ("loss", "grad_norm"),
             "reward": ("loss", "grad_norm"),
+            "dpo": ("loss", "grad_norm"),
+            "best_of_n": ("loss", "grad_norm"),
         }.items()
         for name in names
     )

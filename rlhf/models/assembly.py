@@ -105,26 +105,51 @@ def ppo_roles(
     return _configured(roles, settings)
 
 
+def policy_roles(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    sft: Path,
+    reward: Path | None,
+    quantization: dict | None,
+    members: Sequence[Path] = (),
+) -> Roles:
+    """As `ppo_roles`, without the role `value`: for methods without a value function."""
+    base = load_causal_lm(settings.model, tokenizer, sft, quantization)
+    roles = Roles(base, DTYPES[settings.model.dtype])
+    _add_policy(roles, settings.lora)
+    if reward is not None:
+        _add_reward(roles, reward)
+    for number, folder in enumerate(members, 1):
+        _add_reward(roles, folder, f"reward_{number}")
+    roles.train_only("policy")
+    _log_size(roles)
+    return _configured(roles, settings)
+
+
+def _add_policy(roles: Roles, lora: LoraSettings) -> None:
+    """Add the role `policy`: an adapter on the base, or a trainable copy of it."""
+    if lora.r == 0:
+        roles.add_trunk("policy", roles.copy_trunk("reference"))
+        roles.table["policy"] = Role("policy", None)
+    else:
+        roles.add_adapter("base", "policy", lora_config(lora, roles.trunk("reference")))
+        roles.table["policy"] = Role("base", "policy")
+
+
 def add_policy_and_value(roles: Roles, settings: Settings, reward: LoraConfig | None) -> None:
     """Add the roles `policy` and `value` (but for `ppo.value_model=none`), and train only these.
 
     `reward` is the adapter of the role `reward`, if there is that role and it is one.
     """
-    # 1. The policy is an adapter on the base, or a trainable copy of it.
-    full = settings.lora.r == 0
-    if full:
-        roles.add_trunk("policy", roles.copy_trunk("reference"))
-        roles.table["policy"] = Role("policy", None)
-    else:
-        roles.add_adapter("base", "policy", lora_config(settings.lora, roles.trunk("reference")))
-        roles.table["policy"] = Role("base", "policy")
+    # 1. The policy.
+    _add_policy(roles, settings.lora)
 
     # 2. The value function is a head on the policy, an adapter, or a trunk of its own.
     if settings.ppo.value_model == "none":
         pass
     elif settings.ppo.value_model == "trunk_head":
         roles.table["value"] = roles.table["policy"]
-    elif full or settings.ppo.value_model == "full":
+    elif settings.lora.r == 0 or settings.ppo.value_model == "full":
         roles.add_trunk("value", roles.copy_trunk("reward" if "reward" in roles.table else "reference"))
         roles.table["value"] = Role("value", None)
     else:

@@ -1,7 +1,8 @@
 """Estimate the memory of every stage of a run from its configuration, without creating weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -46,11 +47,11 @@ class Memory:
 class Work:
     """What a run will do, as far as its memory depends on it.
 
-    `stages` are those whose memory counts, of sft, preferences, reward, ppo and evaluate, and of taken and merged for
-    a checkpoint that takes the place of training. `reward_model` says whether PPO's scorer or judge is one, as a role;
-    `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is sharded
-    over `shares` processes. `on_gpu` says where the run trains. `moving` is the role that a moving reference has its
-    weights in, if any (`rlhf.stages.reference`). `members` further reward models score beside that one.
+    `stages` are those whose memory counts, of sft, preferences, reward, the methods and evaluate, and of taken and
+    merged for a checkpoint that takes the place of training. `reward_model` says whether scorer or judge is one, as a
+    role; `beside` are the bytes of one that is no role. Simulated preferences are of `answer_tokens`. The base is
+    sharded over `shares` processes. `on_gpu` says where the run trains. `moving` is the role that a moving reference
+    has its weights in, if any (`rlhf.stages.reference`). `members` further reward models score beside that one.
     """
 
     stages: tuple[str, ...] = ("ppo",)
@@ -85,9 +86,11 @@ class _Stage:
         return Passes(self.settings, self.sizes, self.work.on_gpu)
 
     def memory(self, stage: str) -> Memory:
-        stages = {
+        stages: dict[str, Callable[[], tuple[int, int, dict[str, int]]]] = {
             "sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
-            "evaluate": self.evaluate, "taken": self.taken, "merged": self.merging,
+            "dpo": self.dpo, "best_of_n": partial(self.best_of, "best_of_n"),
+            "expert_iteration": partial(self.best_of, "expert_iteration"), "evaluate": self.evaluate,
+            "taken": self.taken, "merged": self.merging,
         }  # fmt: skip
         weights, trained, phases = stages[stage]()
         program, gaps = (CONTEXT, GAPS) if self.work.on_gpu else (PROGRAM, 1.0)
@@ -127,6 +130,24 @@ class _Stage:
             "updating": self.updating(),
         }
         return self.roles, self.trained(settings.lora) + self.value_trained, phases
+
+    def dpo(self) -> tuple[int, int, dict[str, int]]:
+        """Both texts of a pair at a time; the reference reads them without gradients before the policy does."""
+        dpo, lora = self.settings.dpo, self.settings.lora
+        tokens = max(dpo.microbatch_tokens, 2 * dpo.max_length)
+        updating = self.passes.kept(tokens, lora) + self.passes.logits(tokens)
+        return self.roles, self.trained(lora), {**self.measuring(dpo.microbatch_tokens), "updating": updating}
+
+    def best_of(self, stage: str) -> tuple[int, int, dict[str, int]]:
+        """n answers to each prompt of a round, and passes over the best of them."""
+        own, settings = getattr(self.settings, stage), self.settings
+        tokens = max(own.microbatch_tokens, longest_text(settings))
+        phases = {
+            "generating": self.answering(own.prompts_per_round * own.n, settings.generation.max_new_tokens),
+            **self.measuring(own.microbatch_tokens),
+            "updating": self.passes.kept(tokens, settings.lora) + self.passes.logits(tokens),
+        }
+        return self.roles, self.trained(settings.lora), phases
 
     def evaluate(self) -> tuple[int, int, dict[str, int]]:
         parameters = (self.trained(self.settings.lora) + self.value_trained) * FLOAT32 // TRAINED
@@ -207,10 +228,14 @@ class _Stage:
         rows = min(self.settings.generation.batch_size, prompts)
         return self.merged + self.passes.decoding(rows, self.settings.model.max_prompt_tokens, new)
 
-    def measuring(self) -> dict[str, int]:
-        """Passes without gradients, and the answers of an evaluation: `best_of` to a prompt, in the same batches."""
+    def measuring(self, budget: int | None = None) -> dict[str, int]:
+        """Passes without gradients, and the answers of an evaluation: `best_of` to a prompt, in the same batches.
+
+        The passes are those of PPO, or of another method whose passes have `budget` tokens.
+        """
         evaluation, models = self.settings.evaluation, 2  # the true KL takes the logits of policy and reference
-        tokens = frozen_tokens(self.tokens, self.work.on_gpu)
+        largest = self.tokens if budget is None else max(budget, longest_text(self.settings))
+        tokens = frozen_tokens(largest, self.work.on_gpu)
         scoring = self.passes.frozen(tokens) + self.passes.logits(tokens, models) + self.states
         merged = self.merged if self.passes.size == FLOAT32 else 0  # `Roles.scoring`
         answers = max(evaluation.prompts * evaluation.best_of, evaluation.kl_prompts * evaluation.diversity_samples)

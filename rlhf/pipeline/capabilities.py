@@ -17,6 +17,7 @@ from rlhf.errors import ConfigError, missing_package
 from rlhf.models.architecture import check_architecture, has_classifier, is_recurrent
 from rlhf.models.loading import load_tokenizer, skeleton
 from rlhf.pipeline.adapter_checks import check_layers
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.rollout.vllm import NOT_YOURS, RANKS, TEMPERATURES
 from rlhf.settings import ModelSettings, Settings, is_quantized
 
@@ -77,13 +78,15 @@ def _check_engine(lm: PreTrainedModel, config: DictConfig, settings: Settings, s
 def _lengths(config: DictConfig, settings: Settings, reward_model: bool, simulated: bool) -> dict[str, int]:
     """The longest sequence of each stage that will run, in tokens, by the settings that decide it."""
     stage, prompt = config.stage.name, settings.model.max_prompt_tokens
-    reward = stage == "reward" or (stage in ("ppo", "evaluate") and reward_model)
+    reward = stage == "reward" or (stage in (*METHODS, "evaluate") and reward_model)
     answers = {}
-    if simulated and (reward or stage == "preferences"):
+    if simulated and (reward or stage in ("preferences", *FROM_COMPARISONS)):
         answers["preferences"] = config.preferences.max_new_tokens
-    if stage in ("ppo", "evaluate"):
+    if stage in (*METHODS, "evaluate"):
         answers |= {key: getattr(settings, key).max_new_tokens for key in ("generation", "evaluation")}
     lengths = {f"sft.max_length={settings.sft.max_length}": settings.sft.max_length}
+    if stage == "dpo":
+        lengths[f"dpo.max_length={settings.dpo.max_length}"] = settings.dpo.max_length
     if reward:
         lengths[f"reward.max_length={settings.reward.max_length}"] = settings.reward.max_length
     for key, new in answers.items():
@@ -116,12 +119,13 @@ def check_processes(config: DictConfig, settings: Settings) -> None:
     if trainer.get("accelerator") != "cpu" and 0 < torch.cuda.device_count() < here:
         raise ConfigError(f"trainer.devices={here}, but there are {torch.cuda.device_count()} GPUs here")
     prompts = settings.ppo.minibatch_size // settings.generation.samples_per_prompt  # whose answers stay together
-    smallest = min(settings.sft.batch_size, settings.reward.batch_size, prompts)
+    policy = [settings.dpo.batch_size, settings.best_of_n.batch_size, settings.expert_iteration.batch_size]
+    smallest = min(settings.sft.batch_size, settings.reward.batch_size, prompts, *policy)
     if wanted > smallest:
         raise ConfigError(
             f"{wanted} processes, but a batch of {smallest} rows (sft.batch_size, reward.batch_size, "
-            "ppo.minibatch_size / generation.samples_per_prompt): each needs a row; allowed: fewer processes or larger "
-            "batches"
+            "ppo.minibatch_size / generation.samples_per_prompt, or batch_size of another method): each needs a row; "
+            "allowed: fewer processes or larger batches"
         )
     if wanted > 1 and settings.ppo.accumulation == "as_published":
         raise ConfigError("ppo.accumulation=as_published reproduces what one process did; allowed: trainer.devices=1")

@@ -20,26 +20,35 @@ from rlhf.pipeline.identity import IGNORED_TRAINER_KEYS, LIGHTNING
 from rlhf.pipeline.kept_policies import check_keeping
 from rlhf.pipeline.members import check_margins, check_members
 from rlhf.pipeline.taken import taken_of
-from rlhf.pipeline.training_checks import check_advantages, check_packing, check_patience, check_ppo, check_reference
+from rlhf.pipeline.training_checks import (
+    check_advantages,
+    check_best_of_n,
+    check_dpo,
+    check_packing,
+    check_patience,
+    check_ppo,
+    check_reference,
+)
 from rlhf.pipeline.users_functions import named_function, try_advantages, try_divergence
 from rlhf.placement import Placement
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.scorers import scores_texts
 from rlhf.scorers.columns import check_columns
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
 INSTEAD = (
-    (("max_epochs", "min_epochs"), "sft.epochs, reward.epochs and ppo.steps"),
+    (("max_epochs", "min_epochs"), "sft.epochs, reward.epochs and the steps of the method, such as ppo.steps"),
     (
         ("max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches"),
-        "sft.max_steps, reward.max_steps and ppo.steps",
+        "sft.max_steps, reward.max_steps and the steps of the method, such as ppo.steps",
     ),
     (("fast_dev_run", "barebones"), "debug=quick"),
     (
         ("limit_val_batches", "num_sanity_val_steps"),
         "sft.validation_size, reward.validation_size and evaluation.prompts",
     ),
-    (("val_check_interval", "check_val_every_n_epoch"), "ppo.eval_every"),
+    (("val_check_interval", "check_val_every_n_epoch"), "eval_every of the method, such as ppo.eval_every"),
     (("accumulate_grad_batches",), "sft.microbatch_tokens, reward.microbatch_tokens and ppo.microbatch_tokens"),
     (
         ("gradient_clip_val", "gradient_clip_algorithm"),
@@ -62,7 +71,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
     # 1. What each part says by itself.
     if config.resume not in ("auto", "must", "never"):
         raise ConfigError(f"resume={config.resume} is not allowed; allowed: auto, must or never")
-    _check_ppo(settings)
+    _check_method(config, settings)
     for key in ("scorer.function", "evaluation.gold.function"):
         if OmegaConf.select(config, key):
             named_function(key, OmegaConf.select(config, key))
@@ -84,7 +93,7 @@ def check(config: DictConfig, settings: Settings, source: DataSource) -> None:
         )
     if config.policy is not None and config.stage.name != "evaluate":
         raise ConfigError(f"policy={config.policy} is what stage=evaluate measures; allowed: null with other stages")
-    if config.stage.name in ("ppo", "evaluate"):
+    if config.stage.name in (*METHODS, "evaluate"):
         check_evaluation(config, settings, source, simulated)
         check_extras(config, settings, source)
         _check_loss_terms(settings)
@@ -123,12 +132,18 @@ def check_trainer(config: DictConfig) -> None:
 # -- what each part says by itself -------------------------------------------------------------------------------------
 
 
-def _check_ppo(settings: Settings) -> None:
-    check_ppo(settings)
-    check_keeping(settings)
+def _check_method(config: DictConfig, settings: Settings) -> None:
+    stage = config.stage.name
+    if stage == "dpo":
+        check_dpo(settings)
+    elif stage in ("best_of_n", "expert_iteration"):
+        check_best_of_n(settings, stage)
+    else:
+        check_ppo(settings)
+        check_advantages(settings)
+        try_advantages(settings.advantages)
+    check_keeping(settings, stage)
     try_divergence(settings.divergence)
-    check_advantages(settings)
-    try_advantages(settings.advantages)
 
 
 def _check_loss_terms(settings: Settings) -> None:
@@ -145,7 +160,7 @@ def _check_quantization(config: DictConfig, settings: Settings) -> None:
         return
     stage = config.stage.name
     for key, lora in (("lora", settings.lora), ("lora@reward.lora", settings.reward.lora)):
-        if lora.r == 0 and stage in ("ppo", key.partition("@")[2].partition(".")[0]):
+        if lora.r == 0 and stage in (METHODS if key == "lora" else ("reward",)):
             raise ConfigError(
                 f"{key}=none trains the base itself, which quantization forbids; choose an adapter such as lora=r8"
             )
@@ -166,6 +181,11 @@ def _check_preferences(config: DictConfig, source: DataSource) -> bool:
     if not preferences.simulated:
         if config.stage.name == "preferences":
             raise ConfigError("stage=preferences makes comparisons, which the data set has: use preferences=simulated")
+        if config.stage.name in FROM_COMPARISONS and "preference" not in source.splits:
+            raise ConfigError(
+                f"stage={config.stage.name} learns from comparisons, and the data set has none; allowed: "
+                "preferences=simulated"
+            )
         return False
     _check_needs(config, "preferences.judge", source, simulated=True)
     if needs(config, "preferences.judge", "needs_reward_model"):
@@ -198,7 +218,7 @@ def check_evaluation(
         _check_gold(config, source)
     for key in (*keys, "evaluation.factscore", "evaluation.gold"):
         _check_own(config, key)
-    check_patience(settings.ppo, best_metric(config, settings, source))
+    check_patience(settings, config.stage.name, best_metric(config, settings, source))
     if "eval" in source.splits and not settings.evaluation.factscore:
         rows = as_records(source.load("eval"), "eval") if reads_words(config) else []
         check_judge_reads(config, [text for row in rows for text in (row.prompt, row.reference_output or "")])

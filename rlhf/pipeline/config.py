@@ -131,7 +131,7 @@ def needs(config: DictConfig, key: str, what: str) -> bool:
 
 def needs_reward_model(config: DictConfig) -> bool:
     """Whether the scorer or the judge uses the reward model."""
-    return any(needs(config, key, "needs_reward_model") for key in ("scorer", "judge"))
+    return any(needs(config, key, "needs_reward_model") for key in ("scorer", "judge") if key in config)
 
 
 def nodes(node: Any) -> Iterator[DictConfig]:

@@ -13,6 +13,7 @@ from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.rows import rows_of
 from rlhf.pipeline.speed import Speed
 from rlhf.pipeline.timing import Texts, Times, count_texts
+from rlhf.policy_settings import METHODS
 from rlhf.settings import Settings
 
 BASIS = (
@@ -21,7 +22,7 @@ BASIS = (
 )
 
 
-TIMED = frozenset({"sft", "preferences", "reward", "ppo", "evaluate"})  # not the reading of what others trained
+TIMED = frozenset({"sft", "preferences", "reward", *METHODS, "evaluate"})  # not the reading of what others trained
 Part = tuple[Settings, Sizes, Work]  # what a run does with one of its models
 
 

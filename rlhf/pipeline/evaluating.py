@@ -17,6 +17,7 @@ from rlhf.evaluation.prompts import instruction_or_prompt
 from rlhf.pipeline.builders.preferences import template_of
 from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.plan import Plan
+from rlhf.policy_settings import METHODS
 from rlhf.scorers import Context
 from rlhf.settings import Settings
 
@@ -91,17 +92,18 @@ def ping(config: DictConfig) -> None:
 
 
 def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
-    """The metric by which `ppo.keep_best` chooses a checkpoint; None if only the latest ones are to be kept.
+    """The metric by which `keep_best` of the method chooses a checkpoint; None if only the latest ones are to be kept.
 
     Raises:
         ConfigError: the evaluations of this configuration do not log that metric.
     """
-    chosen = settings.ppo.keep_best
+    chosen = settings.method(config.stage.name).keep_best
     judged = getattr(target_class(config.judge, "judge"), "compares", True)
     factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
     allowed = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.evaluation.gold))
     if chosen == "auto":
         return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
     if chosen is not None and chosen not in allowed:
-        raise ConfigError(f"ppo.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
+        method = config.stage.name if config.stage.name in METHODS else "ppo"
+        raise ConfigError(f"{method}.keep_best={chosen} is not allowed; allowed: auto, null, {', '.join(allowed)}")
     return chosen

@@ -1,4 +1,4 @@
-"""What a PPO stage gets besides its models: texts that are mixed into its updates, and texts that measure its costs."""
+"""What a stage gets besides its models: texts that measure its costs, and those that PPO mixes into its updates."""
 
 import functools
 import logging
@@ -16,16 +16,17 @@ from rlhf.pipeline.plan import Plan
 from rlhf.rollout.sample import rollout
 from rlhf.settings import Settings
 from rlhf.stages.costs import Costs
+from rlhf.stages.evaluation import PolicyEvaluation
 from rlhf.stages.ppo import PPO
 from rlhf.stages.pretraining import PretrainingMix
 
 log = logging.getLogger(__name__)
 
 
-def with_extras(stage: PPO, plan: Plan, prompts: Sequence[Prompt]) -> PPO:
+def with_extras(stage: PolicyEvaluation, plan: Plan, prompts: Sequence[Prompt]) -> PolicyEvaluation:
     """Add to a stage what its settings ask for besides; returns the stage. `prompts` are those of the evaluation."""
     stage.costs = costs(stage, plan, prompts)
-    if plan.stage == "ppo" and plan.settings.ppo.ptx_coef:
+    if isinstance(stage, PPO) and plan.stage == "ppo" and plan.settings.ppo.ptx_coef:
         stage.mix = pretraining_mix(stage, plan)
     return stage
 
@@ -65,7 +66,7 @@ def check_extras(config: DictConfig, settings: Settings, source: DataSource) -> 
         )
 
 
-def costs(stage: PPO, plan: Plan, prompts: Sequence[Prompt]) -> Costs:
+def costs(stage: PolicyEvaluation, plan: Plan, prompts: Sequence[Prompt]) -> Costs:
     """What measures a policy on texts that do not depend on it."""
     settings, tokenizer, source = plan.settings.evaluation, stage.tokenizer, plan.source
     rows = {"demonstration": held_out_demonstrations(plan, settings.demonstrations)}
@@ -99,7 +100,7 @@ def held_out_demonstrations(plan: Plan, count: int) -> list[Demonstration]:
     return as_records(rows.select(range(min(count, len(rows)))), "sft") if rows else []
 
 
-def reference_answers(stage: PPO, prompts: Sequence[str]) -> Callable[[], Sequences | None]:
+def reference_answers(stage: PolicyEvaluation, prompts: Sequence[str]) -> Callable[[], Sequences | None]:
     """Answers of the reference to these prompts, which are sampled once: this process's share, None if it has none."""
     size, settings = stage.config.generation.batch_size, stage.config.generation
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.models.memory import Work, estimate, longest_text, stage_memory
 from rlhf.models.sizes import Sizes
+from rlhf.policy_settings import METHODS
 from rlhf.settings import LoraSettings, Settings
 
 AUTOMATIC = 0.8  # share of the free memory that an automatic number may use: the estimate is right within a fifth
@@ -31,7 +32,7 @@ def with_numbers(settings: Settings, sizes: Sizes, work: Work, free: int) -> Set
         return all(needed.peak_of(*phases) <= AUTOMATIC * free for needed in memory)
 
     if batch_size == "auto":
-        phases, stages = ("generating", "evaluating"), ("preferences", "ppo", "evaluate")
+        phases, stages = ("generating", "evaluating"), ("preferences", *METHODS, "evaluate")
         batch_size = _largest(_batch_sizes(settings), lambda rows: fits(rows, 1, stages, phases))
     if budget == "auto":
         budget = _largest(
@@ -87,7 +88,7 @@ def advice(settings: Settings, sizes: Sizes, work: Work, free: int) -> str:
 
 
 def _fewer_answers(settings: Settings, sizes: Sizes, work: Work) -> Change | None:
-    if not {"preferences", "ppo", "evaluate"} & set(work.stages):
+    if not {"preferences", *METHODS, "evaluate"} & set(work.stages):
         return None
     return "generation.batch_size=auto", _with(settings, "generation", "batch_size", "auto")
 
@@ -99,8 +100,8 @@ def _smaller_updates(settings: Settings, sizes: Sizes, work: Work) -> Change | N
 
 
 def _smaller_passes(stage: str, settings: Settings, sizes: Sizes, work: Work) -> Change | None:
-    """The smallest passes of a supervised stage: one text, or one pair of texts."""
-    own = settings.sft if stage == "sft" else settings.reward
+    """The smallest passes of a stage that learns from texts: one text, or one pair of them."""
+    own = getattr(settings, stage)
     longest = own.max_length * (1 if stage == "sft" else 2)
     if stage not in work.stages or longest >= own.microbatch_tokens:
         return None
@@ -122,14 +123,15 @@ def _adapters(settings: Settings, sizes: Sizes, work: Work) -> Change | None:
         words, settings = ["lora@sft.lora=r8"], _with(settings, "sft", "lora", small)
     if settings.reward.lora.r == 0 and "reward" in work.stages:
         words, settings = [*words, "lora@reward.lora=r8"], _with(settings, "reward", "lora", small)
-    if settings.lora.r == 0 and "ppo" in work.stages:
+    if settings.lora.r == 0 and set(METHODS) & set(work.stages):
         words, settings = [*words, "lora=r8"], replace(settings, lora=small)
     return (" ".join(words), settings) if words else None
 
 
 def _nf4(settings: Settings, sizes: Sizes, work: Work) -> Change | None:
     """Quantisation, where it is allowed: for adapters, in one process that does not shard, and not for vLLM."""
-    whole = [settings.lora.r == 0 and "ppo" in work.stages, settings.ppo.value_model == "full" and "ppo" in work.stages,
+    whole = [settings.lora.r == 0 and bool({*METHODS} & {*work.stages}),
+             settings.ppo.value_model == "full" and "ppo" in work.stages,
              settings.reward.lora.r == 0 and "reward" in work.stages,
              settings.sft.lora.r == 0 and work.stages == ("sft",)]  # fmt: skip
     options: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
@@ -141,6 +143,7 @@ def _nf4(settings: Settings, sizes: Sizes, work: Work) -> Change | None:
 
 CHANGES: tuple[Callable[[Settings, Sizes, Work], Change | None], ...] = (
     _fewer_answers, _smaller_updates, partial(_smaller_passes, "sft"), partial(_smaller_passes, "reward"),
+    partial(_smaller_passes, "dpo"),
     _checkpointing, _adapters, _nf4,
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from rlhf import PACKAGE
 from rlhf.data.records import SPLITS, Split
 from rlhf.evaluation.client_settings import endpoint_identity
 from rlhf.files.digests import content_digest
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 
 LIGHTNING = ("lightning.Trainer", "lightning.pytorch.Trainer", "pytorch_lightning.Trainer")
 # Keys of Lightning's trainer that change how a result is reached, but not the result.
@@ -29,9 +30,11 @@ IGNORED_TRAINER_KEYS = frozenset({
 # Labels, intervals of saving and logging, and CUDA graphs, which only make decoding faster: on a GPU the metrics were
 # equal with and without them, and elsewhere the key has no effect.
 IGNORED_KEYS = frozenset({"name", "checkpoint_every", "log_every", "cuda_graphs"})
-# Keys that only measure a policy: with other values the same steps are trained. `ppo.keep_best` is none of them: which
+# Keys that only measure a policy: with other values the same steps are trained. `keep_best` is none of them: which
 # policy is left as the best one cannot be chosen again once the run has ended.
-MEASURING = frozenset({"judge", "evaluation", "policy", "ppo.eval_every", "ppo.keep_evaluated"})
+MEASURING = frozenset({"judge", "evaluation", "policy"}) | {
+    f"{method}.{key}" for method in METHODS for key in ("eval_every", "keep_evaluated")
+}
 # Values at which a key does nothing: the run is the same as one of a version that did not have the key.
 OFF: Mapping[str, Any] = {
     "advantages": {"name": "gae", "function": "rlhf.advantages.gae", "baseline": "value", "options": {}},
@@ -126,17 +129,26 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
     }
 
 
-def of_training(config: Mapping[str, Any], source: Any) -> dict[str, Any]:
+def idle(stage: str) -> set[str]:
+    """The config groups that decide nothing in a stage: those of other methods, and what only PPO reads."""
+    method = stage if stage in METHODS else "ppo"
+    return {*METHODS, *(() if method == "ppo" else ("kl", "divergence"))} - {method}
+
+
+def of_training(config: Mapping[str, Any], source: Any, stage: str = "ppo") -> dict[str, Any]:
     """The keys that decide what is trained: all but `MEASURING`, and of `data` those of more than the split `eval`.
 
-    With `ppo.patience` the evaluations decide when the training ends, so that all keys count.
+    Where the policy learns from comparisons, scorer and reward model only measure it, too. With `patience` the
+    evaluations decide when the training ends, so that all keys count.
     """
-    if config["ppo"].get("patience"):
+    method = stage if stage in METHODS else "ppo"
+    if config[method].get("patience"):
         return dict(config)
-    kept = {key: value for key, value in config.items() if key not in MEASURING}
+    only_measuring = MEASURING | {"scorer", "reward"} if method in FROM_COMPARISONS else MEASURING
+    kept = {key: value for key, value in config.items() if key not in only_measuring}
     return {
         **kept,
-        "ppo": {key: value for key, value in config["ppo"].items() if f"ppo.{key}" not in MEASURING},
+        method: {key: value for key, value in config[method].items() if f"{method}.{key}" not in MEASURING},
         "data": of_data(config["data"], source, [split for split in SPLITS if split != "eval"]),
     }
 
@@ -154,8 +166,10 @@ def measured_as(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
     """`config` with the keys `MEASURING` of another configuration, by which the results beside it were measured."""
     found = {key: value for key, value in config.items() if key not in MEASURING}
     found |= {key: value for key, value in other.items() if key in MEASURING}
-    ppo = {key: value for key, value in other.get("ppo", {}).items() if f"ppo.{key}" in MEASURING}
-    return found if "ppo" not in config else {**found, "ppo": {**config["ppo"], **ppo}}
+    for method in (name for name in METHODS if name in config):
+        own = {key: value for key, value in other.get(method, {}).items() if f"{method}.{key}" in MEASURING}
+        found[method] = {**config[method], **own}
+    return found
 
 
 def of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:

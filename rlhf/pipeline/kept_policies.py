@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from rlhf.distributed import collectives
 from rlhf.errors import ConfigError
 from rlhf.files import KEPT
+from rlhf.policy_settings import METHODS
 from rlhf.settings import Settings
-from rlhf.stages.ppo import PPO
+from rlhf.stages.evaluation import PolicyEvaluation
 
 
 class KeptPolicies(Callback):
@@ -22,17 +23,17 @@ class KeptPolicies(Callback):
     writes the policy of a stage into a folder.
     """
 
-    def __init__(self, folder: Path, save: Callable[[PPO, Path], None]):
+    def __init__(self, folder: Path, save: Callable[[PolicyEvaluation, Path], None]):
         self.folder, self.save = folder / KEPT, save
 
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Save the present policy; that of an interrupted process is replaced, as its step is trained again."""
-        assert isinstance(module, PPO)
-        if module.ppo_step and module.ppo.evaluates(module.ppo_step):  # Lightning asks at regular intervals
+        assert isinstance(module, PolicyEvaluation)
+        if module.steps_done and module.settings.evaluates(module.steps_done):  # Lightning asks at regular intervals
             collectives.on_rank_zero(lambda: self._keep(module))
 
-    def _keep(self, stage: PPO) -> None:
-        target = self.folder / f"step-{stage.ppo_step:06d}"
+    def _keep(self, stage: PolicyEvaluation) -> None:
+        target = self.folder / f"step-{stage.steps_done:06d}"
         aside = self.folder / f".{target.name}"
         shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
         self.save(stage, aside)
@@ -40,15 +41,16 @@ class KeptPolicies(Callback):
         os.replace(aside, target)
 
 
-def check_keeping(settings: Settings) -> None:
-    """Check `ppo.keep_evaluated`.
+def check_keeping(settings: Settings, stage: str) -> None:
+    """Check `keep_evaluated` of the method by which a stage trains.
 
     Raises:
         ConfigError: it would keep whole models in another dtype than they are trained in.
     """
-    if settings.ppo.keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
+    method = stage if stage in METHODS else "ppo"
+    if settings.method(stage).keep_evaluated and settings.lora.r == 0 and settings.model.dtype != "float32":
         raise ConfigError(
-            "ppo.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
+            f"{method}.keep_evaluated=true with lora=none would round the weights in the middle of the training, to "
             f"model.dtype={settings.model.dtype}; allowed: false, model.dtype=float32, or an adapter such as lora=r8"
         )
 

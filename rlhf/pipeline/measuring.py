@@ -33,6 +33,7 @@ from rlhf.pipeline import cache, earlier
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.kept_policies import kept_policies
 from rlhf.pipeline.plan import Plan
+from rlhf.policy_settings import METHODS
 from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.reading import renamed_config
@@ -47,10 +48,10 @@ def begin(plan: Plan) -> None:
     If an unfinished run was measured otherwise so far, those evaluations move aside: the training goes on, and two
     judges never mix in one file.
     """
-    if plan.stage == "ppo":
+    if plan.stage in METHODS:
         _reopen(plan)
     before = earlier.read_note(plan.folder)
-    if plan.stage == "ppo" and {"judge", "evaluation", "data", "scorer"} <= (before.get("config") or {}).keys():
+    if plan.stage in METHODS and {"judge", "evaluation", "data", "scorer"} <= (before.get("config") or {}).keys():
         measured = before.get("evaluation") or plan.evaluation_of(renamed_config(before["config"]))
         if measured != plan.evaluation:
             set_aside(plan.folder, measured)
@@ -76,25 +77,26 @@ def _reopen(plan: Plan) -> None:
 
 
 def last_step(summary: Mapping[str, Any]) -> int:
-    """The step after which a finished run of PPO ended: all of `ppo.steps`, or fewer at a plateau."""
-    plateau = summary.get("plateau") or {}
-    return int(plateau.get("step", summary["config"]["ppo"]["steps"]))
+    """The step after which the training of a policy ended: all `steps` of its method, or fewer at a plateau."""
+    plateau, stage = summary.get("plateau") or {}, summary.get("stage")
+    method = stage if stage in METHODS else "ppo"
+    return int(plateau.get("step", summary["config"][method]["steps"]))
 
 
 def warn_of_what_was_not_kept(plan: Plan, run: Path) -> None:
     """Warn where the configuration asks a finished run for policies that it has not kept."""
-    ppo = plan.settings.ppo
-    asked = {step for step in range(1, ppo.steps) if ppo.evaluates(step)} if ppo.keep_evaluated else set()
+    own = plan.settings.method(plan.stage)
+    asked = {step for step in range(1, own.steps) if own.evaluates(step)} if own.keep_evaluated else set()
     missing = sorted(asked - kept_policies(run).keys())
     if missing:
         log.warning(
-            "ppo.keep_evaluated=true: %s is finished, without its policy of step %s; resume=never trains it again",
-            run, ", ".join(map(str, missing)),
+            "%s.keep_evaluated=true: %s is finished, without its policy of step %s; resume=never trains it again",
+            plan.stage, run, ", ".join(map(str, missing)),
         )  # fmt: skip
 
 
 def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Path | None]:
-    """The policies that a finished run of PPO has left: step → the folder of its weights, None for the SFT model.
+    """The policies that a finished run has left: step → the folder of its weights, None for the SFT model.
 
     `steps` is `last` for the last one alone.
     """
@@ -119,7 +121,7 @@ def take_over(plan: Plan, found: Path) -> None:
     made = read_summary(found)
     assert made is not None
     more = {"identity": plan.identity}
-    if plan.stage == "ppo":
+    if plan.stage in METHODS:
         more["evaluation"] = own_evaluation(plan, made)
     cache.take_over(found, plan.folder, plan.plain, plan.overrides, **more)
     evaluations.rename_run(plan.folder, made.get("identity"), plan.identity)
@@ -133,7 +135,7 @@ def own_evaluation(plan: Plan, summary: Mapping[str, Any]) -> str:
 def unmeasured(plan: Plan, run: Path) -> dict[int, Path | None]:
     """The policies of a finished run that the evaluation of `plan` has not measured yet, as of `policies`."""
     summary = read_summary(run)
-    if plan.stage != "ppo" or summary is None or own_evaluation(plan, summary) == plan.evaluation:
+    if plan.stage not in METHODS or summary is None or own_evaluation(plan, summary) == plan.evaluation:
         return {}
     folder = evaluations.place(run, plan.evaluation)
     found = policies(run, summary, plan.settings.evaluation.steps)

@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rlhf.data.records import SPLITS, DataSource, Split
@@ -14,6 +13,7 @@ from rlhf.files import EARLIER
 from rlhf.pipeline import cache, earlier, identity
 from rlhf.pipeline.config import instantiate, needs, needs_reward_model, settings_of
 from rlhf.pipeline.taken import IDS, TEXT, Taken, taken_of
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.settings import Settings, is_quantized
 from rlhf.tracking.summary import read_summary
 
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def stage(self) -> str:
-        """`sft`, `preferences`, `reward`, `ppo` or `evaluate`."""
+        """`sft`, `preferences`, `reward`, one of `METHODS`, or `evaluate`."""
         return str(self.config.stage.name)
 
     @property
@@ -73,8 +73,8 @@ class Plan:
 
     @property
     def learns_from_reward_model(self) -> bool:
-        """Whether the scorer uses the reward model, so that the value function starts from it."""
-        return needs(self.config, "scorer", "needs_reward_model")
+        """Whether the policy learns from the reward model, so that PPO's value function starts from it."""
+        return self.stage not in FROM_COMPARISONS and needs(self.config, "scorer", "needs_reward_model")
 
     @cached_property
     def taken(self) -> dict[str, Taken]:
@@ -132,9 +132,9 @@ class Plan:
             return self.made_from
         folders = {"sft": self.sft_folder}
         beside = {"reward_sft": self.beside.sft_folder} if self.beside else {}
-        reward = self.stage == "reward" or (self.stage in ("ppo", "evaluate") and self.needs_reward_model)
+        reward = self.stage == "reward" or (self.stage in (*METHODS, "evaluate") and self.needs_reward_model)
         trained = reward and "reward" not in self.taken
-        if self.preferences_folder and (trained or self.stage == "preferences"):
+        if self.preferences_folder and (trained or self.stage in ("preferences", *FROM_COMPARISONS)):
             folders["preferences"] = self.preferences_folder
         if reward:
             folders |= {**beside, "reward": self.reward_folder}
@@ -197,14 +197,15 @@ class Plan:
         """The digest `evaluation` of another resolved configuration of this run.
 
         The scorer counts only if it is another one than that of the training, which is part of the run, and a reward
-        model that judges only if it is no part of the run.
+        model that judges or scores only if it is no part of the run.
         """
         measured = identity.decisive(identity.of_evaluation(config, self.source))
         trained = config["scorer"] if self.trained_scorer is None else self.trained_scorer
-        if identity.decisive(config["scorer"]) != identity.decisive(trained):
+        unscored = self.stage in FROM_COMPARISONS
+        if unscored or identity.decisive(config["scorer"]) != identity.decisive(trained):
             measured["scorer"] = identity.decisive(config["scorer"])
-        judge = hydra.utils.get_object(config["judge"]["_target_"])
-        if getattr(judge, "needs_reward_model", False) and not self.learns_from_reward_model:
+        watching = OmegaConf.create({key: config[key] for key in ("judge", "scorer") if key == "judge" or unscored})
+        if needs_reward_model(watching) and not self.learns_from_reward_model:
             measured["reward_model"] = self.reward_folder.name
         return identity.digest(measured, known=self._digests)
 
@@ -255,13 +256,11 @@ class Plan:
         return noted == self._digest_of(former) and self._identity_of(config) == self.identity
 
     def _identity_of(self, config: Mapping[str, Any]) -> str:
-        trained = config if self.stage == "evaluate" else identity.of_training(config, self.source)
-        chosen = {
-            key: value for key, value in trained.items()
-            if key not in IGNORED_GROUPS and (key, value) != ("policy", None)
-        }  # fmt: skip
+        trained = config if self.stage == "evaluate" else identity.of_training(config, self.source, self.stage)
+        ignored = {*IGNORED_GROUPS, *identity.idle(self.stage), *(("policy",) if trained.get("policy") is None else ())}
+        chosen = {key: value for key, value in trained.items() if key not in ignored}
         for product, taken in self.taken.items():  # the keys of a training that does not happen decide nothing
-            if config[product].get("from") == self.plain[product]["from"]:
+            if product in chosen and config[product].get("from") == self.plain[product]["from"]:
                 chosen[product] = taken.settings() if self.in_place(product) else taken.identity(self._digests)
         return self._digest_of(chosen)
 
@@ -277,15 +276,16 @@ class Plan:
     def _starting_points(self) -> list[str]:
         """The names of the models and comparisons that decide the run; a reward model that only judges does not."""
         needed = self.needed()
-        if self.stage == "ppo" and not self.learns_from_reward_model:
-            needed = {"sft": needed["sft"]}
+        if self.stage in METHODS and not self.learns_from_reward_model:
+            learnt = ("sft", "preferences") if self.stage in FROM_COMPARISONS else ("sft",)
+            needed = {product: needed[product] for product in learnt if product in needed}
         return [needed[product].name for product in ORDER if product in needed]
 
     @property
     def present(self) -> str:
         """A description of the run that is in the folder now, for when it has to move aside."""
         measuring = () if self.stage == "evaluate" else identity.MEASURING
-        return earlier.describe(self.folder, self.plain, (*IGNORED_GROUPS, *measuring))
+        return earlier.describe(self.folder, self.plain, (*IGNORED_GROUPS, *measuring, *identity.idle(self.stage)))
 
     @property
     def _also_decisive(self) -> dict[str, Any]:

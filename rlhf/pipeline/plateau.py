@@ -1,4 +1,4 @@
-"""End a PPO run early, once evaluations no longer improve (`ppo.patience`)."""
+"""End the training of a policy early, once evaluations no longer improve (`patience`)."""
 
 import logging
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from rlhf.distributed import collectives
 from rlhf.pipeline.checkpoints import Best
-from rlhf.settings import PPOSettings
+from rlhf.policy_settings import PolicySettings
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ class Plateau:
     min_gain: float
 
     @classmethod
-    def of(cls, ppo: PPOSettings, best: Best | None) -> "Plateau | None":
+    def of(cls, settings: PolicySettings, best: Best | None) -> "Plateau | None":
         """The rule that the settings describe; None if there is none."""
-        return cls(best, ppo.patience, ppo.min_gain) if ppo.patience and best else None
+        return cls(best, settings.patience, settings.min_gain) if settings.patience and best else None
 
     def step(self) -> int | None:
         """The step at which the rule ends the run; None if it has not so far."""

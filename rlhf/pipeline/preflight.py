@@ -25,6 +25,7 @@ from rlhf.pipeline.measuring import unmeasured
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.precision import trains_on_gpu
 from rlhf.pipeline.taken import CLASSIFIER, IDS
+from rlhf.policy_settings import METHODS
 from rlhf.settings import LoraSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def describe(plan: Plan, timed: bool = True) -> dict[str, Any]:
         "moves_aside": _moves_aside(plan),
         "step": StepCheckpoints.reached(place / "checkpoints"),
         "memory": f"{needed}; {_free(plan) / 2**30:.1f} GiB are free here" if needed else None,
-        "microbatch_tokens": plan.settings.ppo.microbatch_tokens if unmade else None,
+        "microbatch_tokens": plan.settings.method(plan.stage).microbatch_tokens if unmade else None,
         "batch_size": plan.settings.generation.batch_size if unmade else None,
         "fetches": {**fetching.checkpoints(plan.plain), "data": fetching.data_sets(plan.plain["data"])}
         if unmade
@@ -134,7 +135,7 @@ def keep_budget(plan: Plan) -> None:
 def work_of(plan: Plan, unmade: bool) -> Work:
     """What the run does, its products included; with `unmade`, only those that are not in the cache yet."""
     products = _stages(plan, unmade, beside=False)
-    own = [plan.stage] if plan.stage in ("ppo", "evaluate") else []
+    own = [plan.stage] if plan.stage in (*METHODS, "evaluate") else []
     fallback = "taken" if plan.stage in plan.taken else plan.stage
     return Work(
         stages=(*products, *own) or (fallback,),

@@ -12,6 +12,7 @@ from rlhf.pipeline import cache
 from rlhf.pipeline.builders import steps_of
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.users_functions import try_scorer
+from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.settings import JOINED, Settings
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def read_rows(plan: Plan) -> None:
     counts = {split: len(plan.source.load(split)) for split in _needed(plan, trained)}
     for key in ("scorer.function", "evaluation.gold.function"):
         function = OmegaConf.select(plan.config, key)
-        if function and plan.stage in ("ppo", "evaluate"):
+        if function and plan.stage in (*METHODS, "evaluate"):
             try_scorer(key, function, plan.source)
     for stage, name in (("sft", "SFT"), ("reward", "reward model")):
         rows = rows_of(plan.settings, plan.source, counts, stage) if stage in trained else None
@@ -90,10 +91,10 @@ def _needed(plan: Plan, trained: Set[str]) -> list[Split]:
     wanted: list[Split] = []
     if trained & {"sft", "reward_sft", "reward"}:
         wanted += ["sft", "sft_validation"]
-    if "reward" in trained and not plan.preferences_folder:
+    if ("reward" in trained or plan.stage in FROM_COMPARISONS) and not plan.preferences_folder:
         wanted += ["preference", "preference_validation"]
-    if plan.stage == "ppo":
+    if plan.stage in METHODS and plan.stage not in FROM_COMPARISONS:
         wanted += ["prompts"]
-    if plan.stage in ("ppo", "evaluate"):
+    if plan.stage in (*METHODS, "evaluate"):
         wanted += ["eval"]
     return [split for split in wanted if split in plan.source.splits]

@@ -20,12 +20,11 @@ from rlhf.distributed.strategies import SingleDevice
 from rlhf.evaluation.preferences import Simulated
 from rlhf.files import BEST_MODEL, MODEL, SAMPLES, copy_folder
 from rlhf.guards import Guards
-from rlhf.models.assembly import load_policy, ppo_roles
+from rlhf.models.assembly import load_policy
 from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
-from rlhf.models.tokenizing import encode, short_enough
 from rlhf.pipeline import cache, members
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.builders import Site
@@ -41,16 +40,17 @@ from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
 from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, tokenizer_of
+from rlhf.pipeline.methods import load_roles, make_stage, training_rows
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.plateau import Plateau
-from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.reward_scorer import reward_scorer
 from rlhf.pipeline.taken import IDS
-from rlhf.pipeline.train_ppo import train_ppo
+from rlhf.pipeline.train_policy import train_policy
+from rlhf.policy_settings import METHODS
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
-from rlhf.stages.ppo import PPO, make_ppo
+from rlhf.stages.evaluation import PolicyEvaluation
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.summary import read_summary, run_id, write_summary
 
@@ -72,7 +72,7 @@ class Run:
         """Build what is missing, then do the stage itself; returns the summary."""
         plan = self.plan
         # 1. Find out early what would fail late: an endpoint that does not answer.
-        if plan.stage in ("ppo", "evaluate"):
+        if plan.stage in (*METHODS, "evaluate"):
             collectives.on_rank_zero(lambda: ping(self.config))
         # 2. Build the models and comparisons that are missing.
         self._build()
@@ -81,7 +81,7 @@ class Run:
             collectives.on_rank_zero(lambda: copy_folder(last, plan.folder))
             return read_summary(plan.folder) or {}
         # 3. Train or evaluate the policy.
-        summary = self._train_or_evaluate(train=plan.stage == "ppo")
+        summary = self._train_or_evaluate(train=plan.stage in METHODS)
         collectives.on_rank_zero(lambda: cache.register_run(plan.outputs, plan.identity, plan.folder))
         self.loggers.hand_over(run_id(summary), plan.folder)
         return summary
@@ -104,7 +104,7 @@ class Run:
         for step, model in sorted(todo.items()):
             if model is not None:
                 load_policy(stage.roles, self.settings, stage.tokenizer, model)
-            stage.ppo_step = step
+            stage.steps_done = step
             trainer.validate(stage, evaluation, verbose=False)
         self.loggers.hand_over(f"evaluate-{plan.identity}-{plan.evaluation}", folder)
         results = collectives.on_rank_zero(lambda: evaluation_results(plan, folder))
@@ -156,19 +156,20 @@ class Run:
     # -- the policy ----------------------------------------------------------------------------------------------------
 
     def _train_or_evaluate(self, train: bool) -> dict[str, Any]:
-        """Train the policy (stage=ppo) or just evaluate the SFT model (stage=evaluate)."""
+        """Train the policy or just evaluate the SFT model (stage=evaluate)."""
         started, settings, plan = time.monotonic(), self.settings, self.plan
+        method = settings.method(plan.stage)
         lightning.seed_everything(settings.seed, verbose=False)
         # 1. The models, and all that scores and judges what they say.
         stage, evaluation = self._load(plan.folder)
         # 2. The training, or the evaluation alone.
-        best: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if train:
             keep = self._best
-            before = self._train(stage, evaluation, keep)
-            best = {"best": collectives.on_rank_zero(lambda: self._save_best(stage, keep)) if keep else None}
-            plateau = Plateau.of(settings.ppo, keep)
-            best |= {"plateau": collectives.on_rank_zero(plateau.describe)} if plateau else {}
+            before, more = self._train(stage, evaluation, keep)
+            more |= {"best": collectives.on_rank_zero(lambda: self._save_best(stage, keep)) if keep else None}
+            plateau = Plateau.of(method, keep)
+            more |= {"plateau": collectives.on_rank_zero(plateau.describe)} if plateau else {}
         else:
             self._evaluation_trainer(plan.folder).validate(stage, evaluation, verbose=False)
             before = dict(stage.last_evaluation)
@@ -183,49 +184,47 @@ class Run:
             sft_model=plan.sft_folder.name,
             **members.noted(plan),
             guards=stage.guards.summary(),
-            microbatch_tokens=settings.ppo.microbatch_tokens,
+            microbatch_tokens=method.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
             overrides=plan.overrides,
             identity=plan.identity,
             evaluation=plan.evaluation,
-            **best,
+            **more,
         )
 
-    def _load(self, folder: Path, exports: bool = True) -> tuple[PPO, DataLoader]:
-        """The PPO stage, whose policy is the SFT model, and the prompts that it is evaluated on.
+    def _load(self, folder: Path, exports: bool = True) -> tuple[PolicyEvaluation, DataLoader]:
+        """The stage, whose policy is the SFT model, and the prompts that it is evaluated on.
 
         What evaluations say is written to `folder`, and their answers in AlpacaEval's format, too, if it `exports`.
         """
-        plan, settings, cached = self.plan, self.settings, self.plan.outputs / "cache"
+        plan, cached = self.plan, self.plan.outputs / "cache"
         # 1. The models.
         tokenizer, base = tokenizer_of(plan), plan.sft_folder / MODEL
         reward = plan.reward_folder if plan.needs_reward_model else None
         role = reward / MODEL if reward and plan.reward_reads == IDS else None
-        only_judges, others = not plan.learns_from_reward_model, members.scoring(plan)
-        rule = instantiate(self.config.reference, "reference")
-        roles = ppo_roles(settings, tokenizer, base, role, plan.quantization, only_judges, rule.role, others)
+        others = members.scoring(plan)
+        roles = load_roles(plan, tokenizer, base, role, others)
         self._place_models(roles)
         # 2. All that scores and judges what they say.
         baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
-        context = Context(self.source, tokenizer, roles, baseline, settings.ppo.microbatch_tokens, cached)
+        budget = self.settings.method(plan.stage).microbatch_tokens
+        context = Context(self.source, tokenizer, roles, baseline, budget, cached)
         context.reward, context.members = reward_scorer(context, plan) if reward else None, members.baselines(others)
-        scorer, kl = instantiate(self.config.scorer, "scorer", context), instantiate(self.config.kl, "kl")
+        scorer = instantiate(self.config.scorer, "scorer", context)
         evaluator, prompts = make_evaluator(plan, context, folder if exports else None)
-        stage = make_ppo(settings, roles, tokenizer, scorer, kl, evaluator, folder / SAMPLES, rule)
+        stage = make_stage(plan, roles, tokenizer, scorer, evaluator, folder / SAMPLES)
         return with_extras(stage, plan, prompts.dataset), prompts  # type: ignore[arg-type]
 
-    def _train(self, stage: PPO, evaluation: DataLoader, best: Best | None) -> dict[str, float]:
-        """Train and save the policy; returns the evaluation of the SFT model."""
-        prompts = list(self.source.load("prompts")["prompt"])
-        kept = short_enough(stage.tokenizer, prompts, self.settings.model.max_prompt_tokens)
-        prompts = [prompts[i] for i in kept]
+    def _train(
+        self, stage: PolicyEvaluation, evaluation: DataLoader, best: Best | None
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Train and save the policy; returns the evaluation of the SFT model, and what the summary says of the rows."""
         folder, resume = self.plan.folder, self.config.resume
-        keeping = [KeptPolicies(folder, self._save_policy)] if self.settings.ppo.keep_evaluated else []
-        first = {"prompt": encode(stage.tokenizer, prompts[:1])[0]}
-        collectives.on_rank_zero(lambda: show_rendered(folder, "ppo", stage.tokenizer, first))
-        before = train_ppo(self._make_trainer, stage, prompts, evaluation, folder, resume, best, keeping)
+        rows, counts = training_rows(self.plan, stage)
+        keeping = [KeptPolicies(folder, self._save_policy)] if stage.settings.keep_evaluated else []
+        before = train_policy(self._make_trainer, stage, rows, evaluation, folder, resume, best, keeping)
         collectives.on_rank_zero(lambda: self._save_policy(stage, folder / MODEL))
-        return before
+        return before, counts
 
     def _evaluation_trainer(self, folder: Path) -> lightning.Trainer:
         """A trainer that only validates, and that a signal stops between two batches."""
@@ -234,16 +233,17 @@ class Run:
     @property
     def _best(self) -> Best | None:
         metric = best_metric(self.config, self.settings, self.source)
-        return Best(self.plan.folder, metric, self.settings.ppo.keep_best_mode) if metric else None
+        mode = self.settings.method(self.plan.stage).keep_best_mode
+        return Best(self.plan.folder, metric, mode) if metric else None
 
-    def _save_policy(self, stage: PPO, folder: Path) -> None:
+    def _save_policy(self, stage: PolicyEvaluation, folder: Path) -> None:
         roles, sft = stage.roles, self.plan.sft_folder / MODEL
         if self.settings.lora.r:
             save_adapter(roles, "policy", roles.adapter_config("policy"), sft, stage.tokenizer, folder)
         else:
             save_model(roles.trunk("policy").to(DTYPES[self.settings.model.dtype]), stage.tokenizer, folder)
 
-    def _save_best(self, stage: PPO, best: Best) -> dict[str, Any] | None:
+    def _save_best(self, stage: PolicyEvaluation, best: Best) -> dict[str, Any] | None:
         """Save the policy of the best evaluation as `model_best/` unless it is the last one; describe it."""
         step = best.step()
         if step is None:
@@ -252,7 +252,7 @@ class Run:
         metrics = evaluated_at(self.plan.folder, step)
         value = metrics[best.metric]
         described = {"step": step, "among": best.steps, "metric": best.metric, "value": value, "metrics": metrics}
-        if step == stage.ppo_step:
+        if step == stage.steps_done:
             return {**described, "model": MODEL}
         found = StepCheckpoints(self.plan.folder / "checkpoints", 1, best=best).sound_best()
         if found is None:

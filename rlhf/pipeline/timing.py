@@ -11,6 +11,7 @@ from rlhf.models.roles import MOVING_REFERENCE
 from rlhf.models.tokenizing import encode, encode_texts
 from rlhf.pipeline.builders import steps_of
 from rlhf.pipeline.speed import Speed
+from rlhf.policy_settings import BestOfNSettings
 from rlhf.settings import JOINED, LoraSettings, RewardSettings, Settings, SFTSettings
 
 SAMPLE = 200  # rows of a split whose tokens are counted
@@ -56,8 +57,11 @@ class Times:
         self.prompt = min(texts["prompts"].prompt, settings.model.max_prompt_tokens) if "prompts" in texts else 0
 
     def stage(self, name: str) -> float:
-        """Seconds of sft, preferences, reward, ppo or evaluate."""
-        stages = {"sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo}
+        """Seconds of sft, preferences, reward, one of the methods, or evaluate."""
+        stages = {"sft": self.sft, "preferences": self.preferences, "reward": self.reward, "ppo": self.ppo,
+                  "dpo": self.dpo}  # fmt: skip
+        if name in ("best_of_n", "expert_iteration"):
+            return self.best_of(getattr(self.settings, name))
         return stages.get(name, self.evaluate)()
 
     def sft(self) -> float:
@@ -102,6 +106,29 @@ class Times:
             step += self._answers(prompts, self.new, lora) + prompts * length * self.work.reward_model * bare
         measured = sum(ppo.evaluates(number) for number in range(ppo.steps + 1))
         return ppo.steps * step + measured * self.evaluate()
+
+    def dpo(self) -> float:
+        """All steps, in which policy and reference read both texts, and the evaluations between them."""
+        dpo, lora = self.settings.dpo, self.settings.lora
+        split: Split = "preference" if "preference" in self.texts else "sft"  # of simulated ones it is not known
+        length = max(round(min(self.texts[split].length, dpo.max_length)), 2)
+        learn, read = (
+            self.speed.per_token(lora, dpo.microbatch_tokens, length, learning, True) for learning in (True, False)
+        )
+        measured = sum(map(dpo.evaluates, range(dpo.steps + 1)))
+        held_out = 2 * dpo.validation_size * length * 2 * read
+        return dpo.steps * 2 * dpo.batch_size * length * (learn + read) + measured * (self.evaluate() + held_out)
+
+    def best_of(self, own: BestOfNSettings) -> float:
+        """The answers of all rounds, scored, the best of them learnt, and the evaluations between."""
+        lora, length = self.settings.lora, max(round(self.prompt + self.new), 2)
+        answers = own.rounds * own.prompts_per_round * own.n
+        learn, bare = (
+            self.speed.per_token(lora, own.microbatch_tokens, length, learning, learning) for learning in (True, False)
+        )
+        sampling = self._answers(answers, self.new, lora) + answers * length * bare * self.work.reward_model
+        measured = sum(map(own.evaluates, range(own.steps + 1)))
+        return sampling + own.steps * own.batch_size * length * learn + measured * self.evaluate()
 
     def evaluate(self) -> float:
         """One evaluation: answers, their scores, and the true KL."""

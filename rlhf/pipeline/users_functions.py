@@ -16,9 +16,9 @@ from rlhf.errors import ConfigError, first_line
 from rlhf.errors.keys import unknown_key
 from rlhf.errors.users_code import failure_in_users_code
 from rlhf.pipeline.config import check_numbers, instantiate
+from rlhf.policy_settings import AdvantagesSettings, DivergenceSettings
 from rlhf.scorers import TextContext
 from rlhf.scorers.text import FunctionScorer
-from rlhf.settings import AdvantagesSettings, DivergenceSettings
 
 TRIED = 2  # demonstrations that a scorer's function is tried on
 

@@ -9,8 +9,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf import root
 from rlhf.errors import ConfigError
 from rlhf.errors.keys import keys_below, unknown_key
+from rlhf.policy_settings import DivergenceSettings
 from rlhf.schema import typed
-from rlhf.settings import DivergenceSettings, Settings
+from rlhf.settings import Settings
 
 # Groups whose options name a class by `_target_`.
 CLASSES = ("data", "scorer", "judge", "preferences", "kl", "reference", "trainer", "logger")

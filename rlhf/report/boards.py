@@ -188,9 +188,10 @@ def _over_runs() -> dict[str, Any]:
 
 
 def _filters(sweep: Sweep, group: str) -> expr.And:
-    """Select the sweep's PPO runs in W&B: by group, or by id if some were taken over from other sweeps' groups."""
+    """Select the sweep's own runs in W&B: by group and stage, or by id if some were taken over from other groups."""
     if any(run.summary.get("same_as") for run in sweep.finished):
         ids = [f"{run.summary['stage']}-{run.summary['identity']}" for run in sweep.finished]
         return expr.And(expr.Metric("ID").isin(ids))
-    stage = sweep.finished[0].summary["stage"]
-    return expr.And(expr.Metric("Group") == group, expr.Metric("JobType") == stage)
+    stages = sorted({run.summary["stage"] for run in sweep.finished})
+    job_type = expr.Metric("JobType")
+    return expr.And(expr.Metric("Group") == group, job_type == stages[0] if len(stages) == 1 else job_type.isin(stages))

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.policy_settings import METHODS
+
 # Metric → its label, and the factor that it is shown with.
 ROWS = {
     "eval/win_rate": ("win rate against the reference (%)", 100),
@@ -44,13 +46,13 @@ def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
 
 
 def show_results(summary: dict[str, Any], folder: Path) -> None:
-    """Print the metrics of a finished run; for PPO beside those of the SFT model that it started from."""
+    """Print the metrics of a finished run; those of a policy beside those of the SFT model that it started from."""
     console = Console()
     metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
     table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
     table.add_column("")
-    if summary["stage"] in ("ppo", "evaluate"):
-        columns = {"SFT": before, "PPO": metrics}
+    if summary["stage"] in (*METHODS, "evaluate"):
+        columns = {"SFT": before, summary["stage"].upper() if summary["stage"] in METHODS else "PPO": metrics}
         if summary["stage"] == "evaluate" and (outside := _outside(summary)):
             columns = {outside: metrics}
         for name in columns:
@@ -63,8 +65,9 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
         for key, value in metrics.items():
             table.add_row(key, f"{value:.4f}")
     console.print(table)
+    method = summary["stage"] if summary["stage"] in METHODS else "ppo"
     if plateau := summary.get("plateau"):
-        console.print(f"ended at step {plateau['step']} of {summary['config']['ppo']['steps']}: {plateau['reason']}")
+        console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")
 
 
 def _outside(summary: dict[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from rlhf.errors import ConfigError
 from rlhf.guards import Guards
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.settings import OptimizerSettings
+from rlhf.policy_settings import OptimizerSettings
 
 
 @runtime_checkable
@@ -197,8 +197,12 @@ class Stage(lightning.LightningModule):
 
     @property
     def steps_done(self) -> int:
-        """Steps finished so far: optimiser steps in a supervised stage, rollout batches in PPO."""
+        """Steps finished so far: optimiser steps, or rollout batches in PPO; set when a run is resumed."""
         return max(self.trainer.global_step, self.resumed_at)  # a trainer that only validates counts no steps
+
+    @steps_done.setter
+    def steps_done(self, step: int) -> None:
+        self.resumed_at = step
 
     def advance_schedule(self) -> None:
         """Advance the learning rate by one step."""

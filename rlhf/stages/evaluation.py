@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Prompt
@@ -18,6 +19,7 @@ from rlhf.distributed import collectives
 from rlhf.evaluation.diversity import diversity
 from rlhf.files import OUTCOMES, read_lines
 from rlhf.models.roles import Roles
+from rlhf.policy_settings import PolicySettings
 from rlhf.rollout.engine import Engine
 from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.scorers import totals
@@ -26,6 +28,7 @@ from rlhf.settings import Settings
 from rlhf.stages.base import Stage
 from rlhf.stages.costs import Costs, kl_and_entropy
 
+Scorer = Callable[[Rollouts], Tensor]
 Evaluator = Callable[[Sequence[Prompt], Sequence[str]], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
@@ -51,13 +54,13 @@ class PolicyEvaluation(Stage):
     """A stage with a policy that can be measured. `evaluator` returns metrics and a record per response."""
 
     config: Settings
+    settings: PolicySettings
     roles: Roles
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     scorer: Callable[[Rollouts], Tensor]
     evaluator: Evaluator
     samples: Path
-    ppo_step: int
     last_evaluation: dict[str, float]
     costs: Costs | None = None
 
@@ -68,10 +71,10 @@ class PolicyEvaluation(Stage):
     def on_validation_epoch_start(self) -> None:
         """Begin a measurement of the present policy, if one is due.
 
-        While it trains, Lightning asks at regular intervals, and `ppo.eval_every` may be a list of steps.
+        While it trains, Lightning asks at regular intervals, and `eval_every` may be a list of steps.
         """
         training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        self._due = not training or self.config.ppo.evaluates(self.ppo_step)
+        self._due = not training or self.settings.evaluates(self.steps_done)
         self.roles.eval()
         self._started = time.perf_counter()
         self._measured: list[_Measured] = []
@@ -101,8 +104,8 @@ class PolicyEvaluation(Stage):
                 self.engine, self.roles, "policy", self.tokenizer, texts[:left], self.config.generation,
                 self.stream("true KL", index),
             )  # fmt: skip
-            budget, temperature = self.config.ppo.microbatch_tokens, self.config.generation.temperature
-            kl, entropy = kl_and_entropy(self.roles, sampled.sequences, budget, temperature)
+            temperature = self.config.generation.temperature
+            kl, entropy = kl_and_entropy(self.roles, sampled.sequences, self.settings.microbatch_tokens, temperature)
             several = self._several(texts[:left], index)
         responses = [answers.responses[row] for row in best.tolist()]
         lengths = answers.mask.sum(1)[best]
@@ -146,25 +149,34 @@ class PolicyEvaluation(Stage):
             "eval/response_tokens": float(lengths.float().mean()),
             "eval/true_kl": float(torch.cat([part.kl for part in parts]).mean()),
             "eval/entropy": float(torch.cat([part.entropy for part in parts]).mean()),
+            **self.measured_beside(),
             "time/evaluate": time.perf_counter() - self._started,
         }
         # the metrics are written last of the three files: their line marks the evaluation as complete
-        self.last_evaluation = self.emit(metrics, self.ppo_step, bar=["eval/win_rate", "eval/true_kl"])
+        self.last_evaluation = self.emit(metrics, self.steps_done, bar=["eval/win_rate", "eval/true_kl"])
         for dashboard in self.dashboards if shown else []:
-            dashboard.log_samples(shown, self.ppo_step)
+            dashboard.log_samples(shown, self.steps_done)
+
+    def measured_beside(self) -> dict[str, float]:
+        """Metrics of the stage's own, measured with every evaluation."""
+        return {}
+
+    def loader(self, rows: Sequence[Any], start: int) -> DataLoader:
+        """The training data in batches, from step `start` on."""
+        raise NotImplementedError
 
     def _write(self, records: list[dict[str, Any]], shown: list[dict[str, Any]]) -> dict[str, float]:
         """Append samples and outcomes to their files; return how far the outcomes are below the best earlier ones."""
         with self.samples.open("a", encoding="utf-8") as file:
             for record in shown:
-                file.write(json.dumps({"step": self.ppo_step, **record}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"step": self.steps_done, **record}, ensure_ascii=False) + "\n")
         numbers = {key: [row[key] for row in records] for key, x in records[0].items() if not isinstance(x, str)}
         path = self.samples.with_name(OUTCOMES)
         earlier = read_lines(path) if path.exists() else []
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.ppo_step, **numbers}) + "\n")
+            file.write(json.dumps({"step": self.steps_done, **numbers}) + "\n")
         # the last evaluation of a step counts; later steps are left of an interrupted process and will be made again
-        before = {line["step"]: line for line in earlier if line["step"] < self.ppo_step}
+        before = {line["step"]: line for line in earlier if line["step"] < self.steps_done}
         return falls([before[step] for step in sorted(before)], numbers)
 
 

@@ -12,6 +12,7 @@ import torch
 from hydra.utils import get_method
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import ppo
@@ -28,6 +29,7 @@ from rlhf.rollout.factory import make_engine, use_captured_logprobs
 from rlhf.rollout.sample import Rollouts, rollout
 from rlhf.seeding import generator
 from rlhf.settings import Settings
+from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.evaluation import Evaluator, PolicyEvaluation
 from rlhf.stages.experience import Experience, ExperienceMaker, rollout_metrics
 from rlhf.stages.loss_terms import terms_of
@@ -113,10 +115,15 @@ class PPO(PolicyEvaluation):
         """Rollout batches finished so far."""
         return self.ppo_step
 
-    @property
-    def prompts_per_step(self) -> int:
-        """Prompts of a rollout batch, over all processes."""
-        return self.ppo.rollout_batch_size // self.config.generation.samples_per_prompt
+    @steps_done.setter
+    def steps_done(self, step: int) -> None:
+        self.ppo_step = step
+
+    def loader(self, rows: Sequence[str], start: int) -> DataLoader:
+        """The prompts of each rollout batch, the same in all processes."""
+        prompts = self.ppo.rollout_batch_size // self.config.generation.samples_per_prompt
+        batches = SeededBatches(len(rows), prompts, self.config.seed, self.ppo.steps, start)
+        return loader(rows, list, batches)
 
     # -- a rollout batch -----------------------------------------------------------------------------------------------
 

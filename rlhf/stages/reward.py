@@ -1,6 +1,5 @@
 """Reward modelling: a scalar head on the supervised model, trained on pairwise preferences."""
 
-import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,11 +17,9 @@ from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, concatenate, select, send, unflatten
 from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import RewardSettings
-from rlhf.stages.cutting import Encoded
+from rlhf.stages.pairs import Pair, distinct_texts, encode_comparisons, side_by_side, whole_pairs
 from rlhf.stages.reward_offsets import Key, margins_of, offsets
 from rlhf.stages.supervised import SupervisedStage
-
-Pair = tuple[Encoded, Encoded]  # chosen and rejected
 
 
 def longer_accuracy(rows: Sequence[Comparison]) -> float:
@@ -42,25 +39,6 @@ def accuracy_by_kind(
         length = longer_accuracy([rows[place] for place in places])
         table[kind] = {"pairs": count, "accuracy": statistics.fmean(right), "longer_accuracy": length}
     return table
-
-
-def grouped(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Consecutive pairs with the same prompt as one group."""
-    return [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[0][0])]
-
-
-def distinct_texts(batch: Sequences) -> tuple[Int[Tensor, "texts"], Int[Tensor, "batch"]]:
-    """The first row of each different text of a batch, and which of these texts each row is."""
-    lengths = torch.stack([batch.prompt_lengths, batch.lengths], 1)
-    texts, which = torch.cat([lengths, batch.ids], 1).unique(dim=0, return_inverse=True)
-    first = torch.full((len(texts),), len(which)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
-    order = first.argsort()  # in the order of the batch
-    return first[order], order.argsort()[which]
-
-
-def _prompts(batch: Sequences) -> list[list[int]]:
-    """The prompt ids of each row."""
-    return [ids[:end] for ids, end in zip(batch.ids.tolist(), batch.prompt_lengths.tolist(), strict=True)]
 
 
 def mean(values: Float[Tensor, "*rows tokens"], mask: Bool[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows"]:
@@ -86,7 +64,7 @@ class RewardModeling(SupervisedStage):
 
     def __init__(self, settings: RewardSettings, roles: Roles, tokenizer: PreTrainedTokenizerBase, total_steps: int):
         super().__init__(settings, roles, tokenizer, total_steps)
-        self.reward = settings
+        self.reward, self.lr_ratio = settings, settings.lora.lr_ratio
         self._margins: list[tuple[int, Tensor]] = []
         self.held_out_margins: list[float] = []
         self.length_coef = 0.0 if settings.length_coef == "auto" else float(settings.length_coef)
@@ -94,36 +72,18 @@ class RewardModeling(SupervisedStage):
 
     def encode(self, rows: Sequence[Comparison]) -> list[Pair]:
         """(chosen, rejected) of each comparison, both as (prompt ids, response ids)."""
-        sides = [
-            [(row.prompt, getattr(row, side), getattr(row, f"{side}_ended", None)) for row in rows]
-            for side in ("chosen", "rejected")
-        ]
-        texts = list(dict.fromkeys(itertools.chain(*sides)))  # each text once, however many comparisons it is in
-        prompts, responses, ended = map(list, zip(*texts, strict=True))
-        encoded = encode_pairs(self.tokenizer, prompts, responses, self.reward.max_length, ended)
-        ids = dict(zip(texts, encoded, strict=True))
-        pairs = [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
+        pairs = encode_comparisons(self.tokenizer, rows, self.reward.max_length)
         if self.reward.margin_coef:
             self.data_margins |= margins_of(rows, pairs)
         return pairs
 
     def collate(self, rows: Sequence[Pair | list[Pair]]) -> Sequences:
         """A batch of comparisons or groups of them: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
-        pairs = [pair for row in rows for pair in (row if isinstance(row, list) else [row])]
-        texts = [text for pair in pairs for text in pair]
-        return Sequences.from_lists([prompt for prompt, _ in texts], [response for _, response in texts])
+        return side_by_side([pair for row in rows for pair in (row if isinstance(row, list) else [row])])
 
     def microbatches(self, batch: Sequences) -> list[Tensor]:
         """Groups of whole pairs; with `group_prompts`, those of a prompt stay together, as they share texts."""
-        which = distinct_texts(batch)[1]
-        prompts = _prompts(batch)[::2] if self.reward.group_prompts else list(range(len(batch) // 2))
-        groups = [list(group) for _, group in itertools.groupby(range(len(batch) // 2), key=lambda pair: prompts[pair])]
-        sizes = []
-        for group in groups:
-            rows = slice(2 * group[0], 2 * group[-1] + 2)
-            sizes.append(len(which[rows].unique()) * int(batch.lengths[rows].max()))
-        parts = self.roles.groups(sizes, self.settings.microbatch_tokens)
-        return [torch.tensor([2 * i + side for g in part for i in groups[g] for side in (0, 1)]) for part in parts]
+        return whole_pairs(batch, self.roles, self.settings.microbatch_tokens, self.reward.group_prompts)
 
     def count(self, batch: Sequences) -> int:
         """The number of pairs."""

@@ -32,7 +32,7 @@ class SupervisedFineTuning(SupervisedStage):
 
     def __init__(self, settings: SFTSettings, roles: Roles, tokenizer: PreTrainedTokenizerBase, total_steps: int):
         super().__init__(settings, roles, tokenizer, total_steps)
-        self.sft = settings
+        self.sft, self.lr_ratio = settings, settings.lora.lr_ratio
         self.turns = AssistantTurns(tokenizer) if settings.loss_on == "assistant" else None
         self._held_out: list[tuple[Tensor, int]] = []
 

@@ -10,7 +10,7 @@ from rlhf.distributed import collectives
 from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
-from rlhf.settings import SupervisedSettings
+from rlhf.policy_settings import OptimizerSettings
 from rlhf.stages.base import Stage
 
 
@@ -26,13 +26,13 @@ class SupervisedStage(Stage):
 
     def __init__(
         self,
-        settings: SupervisedSettings,
+        settings: OptimizerSettings,
         roles: Roles,
         tokenizer: PreTrainedTokenizerBase,
         total_steps: int,
     ):
         super().__init__(settings, total_steps)
-        self.roles, self.tokenizer, self.lr_ratio = roles, tokenizer, settings.lora.lr_ratio
+        self.roles, self.tokenizer = roles, tokenizer
 
     def encode(self, rows: Sequence[Any]) -> list[Any]:
         """Token ids of each row."""
@@ -54,7 +54,7 @@ class SupervisedStage(Stage):
         """Metrics of a step besides its loss, from the other sums."""
         return {}
 
-    def training_step(self, batch: Sequences, index: int) -> None:
+    def training_step(self, batch: Any, index: int) -> None:
         """One optimiser step on a batch."""
         self.roles.train()
         lr = self.current_lr

@@ -18,6 +18,7 @@ from rlhf.errors import FAILURE, MISTAKE, ConfigError, UserError
 from rlhf.errors.explaining import exit_with_sentence
 from rlhf.files import PLAN, write_json
 from rlhf.pipeline.values import check_groups, values_of
+from rlhf.policy_settings import METHODS
 from rlhf.sweep import slurm
 from rlhf.sweep.plan import (
     configs_of_all_values,
@@ -104,7 +105,7 @@ class SweepCallback(Callback):
             return
         runs = states(folder)
         Console().print(view(folder, runs))
-        if any(run.state == "done" for run in runs) and config.stage.name in ("ppo", "evaluate"):
+        if any(run.state == "done" for run in runs) and config.stage.name in (*METHODS, "evaluate"):
             _report(folder, config)
         if any(run.state == "failed" for run in runs):
             raise SystemExit(FAILURE)

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.files import FAILED, METRICS, PLAN, SUMMARY, read_object
+from rlhf.policy_settings import METHODS
 from rlhf.sweep import slurm
 from rlhf.tracking.overrides import distinguishing, in_all
 from rlhf.tracking.reading import stepped_lines, try_object, try_summary
@@ -136,12 +137,15 @@ def names(runs: list[RunState]) -> dict[Path, str]:
 def _run_seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None:
     """Seconds to the last step of a run at the median pace of its latest 20 steps; None before its second step."""
     config = folder / ".hydra" / "config.yaml"
-    marks = [(line["step"], line["time"]) for line in lines if "ppo/reward" in line and "time" in line][-20:]
-    if len(marks) < 2 or not config.exists():
+    if not config.exists():
         return None
+    found: Any = OmegaConf.load(config)
+    stage = OmegaConf.select(found, "stage.name")
+    method = stage if stage in METHODS else "ppo"
+    trained = {"ppo": "ppo/reward", "dpo": "dpo/loss"}.get(method, "best_of_n/loss")
+    marks = [(line["step"], line["time"]) for line in lines if trained in line and "time" in line][-20:]
     paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a and t > s]  # clocks can be set back
-    steps = OmegaConf.load(config).ppo.steps
-    return statistics.median(paces) * max(0, steps - marks[-1][0]) if paces else None
+    return statistics.median(paces) * max(0, found[method].steps - marks[-1][0]) if paces else None
 
 
 def seconds_left(runs: list[RunState], jobs: int, seconds_per_run: float | None = None) -> float | None:
@@ -156,20 +160,21 @@ def seconds_left(runs: list[RunState], jobs: int, seconds_per_run: float | None 
 
 
 def expected_seconds(folder: Path, config: DictConfig) -> float | None:
-    """Expected wall seconds of a PPO run of `config`, from earlier runs; None if there are none.
+    """Expected wall seconds of a run of `config`, from earlier runs; None if there are none.
 
-    Uses the mean seconds per step of all finished runs with the same model and data class below the parent of the
-    sweep's `folder`.
+    Uses the mean seconds per step of all finished runs of the same method with the same model and data class below the
+    parent of the sweep's `folder`.
     """
+    method = config.stage.name if config.stage.name in METHODS else "ppo"
     found = []
     for path in folder.parent.glob(f"*/*/{SUMMARY}"):
         summary, _ = try_summary(path)
         past = OmegaConf.create(summary.get("config") or {})
-        trained = summary.get("stage") == "ppo" and not summary.get("same_as")
-        name, data, steps = (OmegaConf.select(past, key) for key in ("model.name", "data._target_", "ppo.steps"))
+        trained = summary.get("stage") == method and not summary.get("same_as")
+        name, data, steps = (OmegaConf.select(past, key) for key in ("model.name", "data._target_", f"{method}.steps"))
         if trained and (name, data) == (config.model.name, config.data._target_) and steps:
             found.append(summary["wall_seconds"] / steps)
-    return sum(found) / len(found) * config.ppo.steps if found else None
+    return sum(found) / len(found) * config[method].steps if found else None
 
 
 def progress_line(runs: list[RunState], jobs: int, seconds_per_run: float | None = None) -> str:

@@ -22,7 +22,17 @@ from rlhf.files import MODEL, SUMMARY, read_json
 
 log = logging.getLogger(__name__)
 STEP = "step"  # the x axis: the stage's own step, as in metrics.jsonl
-GROUPS = ("sft", "reward", "ppo", "eval", "time", "guard", "judge")  # of metrics, by the part before the slash
+GROUPS = (
+    "sft",
+    "reward",
+    "ppo",
+    "dpo",
+    "best_of_n",
+    "eval",
+    "time",
+    "guard",
+    "judge",
+)  # of metrics, by the part before the slash
 WANDB_SECONDS = 20  # to wait for a connection
 WANDB_FINISH_SECONDS = 60  # to wait at the end of a run until everything is uploaded
 WANDB_UNSENT_SECONDS = 60  # W&B writes to its files every 15 seconds; the rest is a margin

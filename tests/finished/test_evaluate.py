@@ -27,7 +27,7 @@ from rlhf.files import (
     read_lines,
     write_json,
 )
-from rlhf.finished.evaluate import as_trained
+from rlhf.finished.as_trained import as_trained
 from rlhf.finished.policies import open_policy
 from rlhf.finished.run import FinishedRun
 from rlhf.pipeline import run
@@ -59,7 +59,7 @@ def trains_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         raise AssertionError("it trains")
 
     request.getfixturevalue("outputs")
-    for name in ("train_ppo", "build_sft", "build_reward"):
+    for name in ("train_policy", "build_sft", "build_reward"):
         monkeypatch.setattr(run, name, fail)
 
 

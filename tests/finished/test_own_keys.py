@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rlhf.finished.evaluate import as_trained
+from rlhf.finished.as_trained import as_trained
 from rlhf.finished.run import FinishedRun
 from tests.helpers.composed_config import composed
 from tests.helpers.finished_runs import finished_outputs

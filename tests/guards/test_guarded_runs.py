@@ -12,7 +12,7 @@ from rlhf.data.records import Prompt
 from rlhf.errors import GuardStop
 from rlhf.files import read_json
 from rlhf.pipeline.checkpoints import StepCheckpoints
-from rlhf.pipeline.train_ppo import train_ppo
+from rlhf.pipeline.train_policy import train_policy
 from rlhf.report.checks import warnings
 from rlhf.report.runs import load
 from rlhf.settings import GuardsSettings, LimitGuard, Settings
@@ -29,7 +29,7 @@ from tests.helpers.training import changed_weights, copy_weights, quiet_trainer
 def whole_run(
     settings: Settings, folders: SimpleNamespace, folder: Path, score: Callable = count_low_words
 ) -> tuple[PPO, Path]:
-    """Call `train_ppo` from the start, or from the last checkpoint in `folder`."""
+    """Call `train_policy` from the start, or from the last checkpoint in `folder`."""
     stage = make_ppo(settings, folders, folder / "samples.jsonl")
     stage.scorer.function = score  # type: ignore[attr-defined]
     stage.evaluator = lambda prompts, responses: ({"eval/win_rate": 0.5}, [{"win": 0.5} for _ in responses])
@@ -37,7 +37,7 @@ def whole_run(
     folder.mkdir(exist_ok=True)
     rows = [Prompt(prompt, "w5") for prompt in PROMPTS[:4]]
     evaluation: DataLoader = DataLoader(rows, batch_size=4, collate_fn=list)  # type: ignore[arg-type]
-    train_ppo(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto")
+    train_policy(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto")
     return stage, folder
 
 

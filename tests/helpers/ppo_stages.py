@@ -10,17 +10,10 @@ import torch
 
 from rlhf import ppo
 from rlhf.models.assembly import ppo_roles
+from rlhf.policy_settings import DivergenceSettings
 from rlhf.scorers import Context
 from rlhf.scorers.text import FunctionScorer
-from rlhf.settings import (
-    DivergenceSettings,
-    EvaluationSettings,
-    GenerationSettings,
-    LoraSettings,
-    ModelSettings,
-    PPOSettings,
-    Settings,
-)
+from rlhf.settings import EvaluationSettings, GenerationSettings, LoraSettings, ModelSettings, PPOSettings, Settings
 from rlhf.stages import ppo as ppo_stage
 from rlhf.stages.batches import SeededBatches
 from rlhf.stages.ppo import PPO

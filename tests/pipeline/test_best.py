@@ -25,7 +25,7 @@ from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.files import read_json
 from rlhf.files.digests import sha256
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
-from rlhf.pipeline.train_ppo import train_ppo
+from rlhf.pipeline.train_policy import train_policy
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import evaluated_at
 from tests.helpers.command_line import TINY
@@ -80,7 +80,7 @@ def run(
     moment: tuple[int, str] | None = None,
     act: Callable[[], None] = lose_power,
 ) -> PPO:
-    """Call `train_ppo` on `folder` and `act` at a moment; the policy at each evaluation is put into `seen`."""
+    """Call `train_policy` on `folder` and `act` at a moment; the policy at each evaluation is put into `seen`."""
     options = {"steps": 9, "eval_every": 2, "checkpoint_every": 5, "epochs": 1, "rollout_batch_size": 6}
     stage = make_ppo(ppo_settings(**options), folders, folder / "samples.jsonl")
 
@@ -99,7 +99,7 @@ def run(
 
     folder.mkdir(exist_ok=True)
     evaluation: DataLoader = DataLoader([Prompt(p, "w5") for p in PROMPTS[:4]], batch_size=4, collate_fn=list)  # type: ignore[arg-type]
-    train_ppo(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto", Best(folder, "eval/win_rate", "max"))
+    train_policy(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto", Best(folder, "eval/win_rate", "max"))
     return stage
 
 

@@ -240,6 +240,7 @@ def test_the_code_that_decides_a_model_is_what_makes_it() -> None:
         "guards",
         "stages",
         "pipeline",
+        "policy_settings.py",
         "schema.py",
         "seeding.py",
         "settings.py",

@@ -39,7 +39,7 @@ def trained_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("it trains")
 
-    monkeypatch.setattr(run, "train_ppo", fail)
+    monkeypatch.setattr(run, "train_policy", fail)
 
 
 def command(folder: Path, name: str, *overrides: str) -> int:

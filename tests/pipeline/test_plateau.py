@@ -17,7 +17,7 @@ from rlhf.files import read_json
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.measuring import last_step
 from rlhf.pipeline.plateau import Plateau
-from rlhf.pipeline.train_ppo import train_ppo
+from rlhf.pipeline.train_policy import train_policy
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import read_metrics
 from tests.helpers.command_line import TINY
@@ -61,7 +61,7 @@ class PowerCutError(Exception):
 def run(
     folders: SimpleNamespace, folder: Path, seen: dict[int, dict[str, Tensor]], fail_at: tuple[int, str] = (0, "")
 ) -> PPO:
-    """Call `train_ppo` on `folder`; the policy at each evaluation is put into `seen`."""
+    """Call `train_policy` on `folder`; the policy at each evaluation is put into `seen`."""
     options = {"steps": 8, "eval_every": [2, 3, 5, 6, 8], "patience": 2, "checkpoint_every": 4, "epochs": 1,
                "rollout_batch_size": 6}  # fmt: skip
     stage = make_ppo(ppo_settings(**options), folders, folder / "samples.jsonl")
@@ -80,7 +80,7 @@ def run(
     stage.evaluator, stage.scorer.function = judge, score  # type: ignore[attr-defined]
     folder.mkdir(exist_ok=True)
     evaluation: DataLoader = DataLoader([Prompt(p, "w5") for p in PROMPTS[:4]], batch_size=4, collate_fn=list)  # type: ignore[arg-type]
-    train_ppo(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto", Best(folder, "eval/win_rate", "max"))
+    train_policy(quiet_trainer, stage, PROMPTS, evaluation, folder, "auto", Best(folder, "eval/win_rate", "max"))
     return stage
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import ConfigError
-from rlhf.finished.evaluate import as_trained
+from rlhf.finished.as_trained import as_trained
 from rlhf.finished.run import FinishedRun
 from rlhf.models.memory import stage_memory
 from rlhf.pipeline.preflight import work_of

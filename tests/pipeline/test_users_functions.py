@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.errors import ConfigError
 from rlhf.pipeline.users_functions import named_function, try_divergence
-from rlhf.settings import DivergenceSettings
+from rlhf.policy_settings import DivergenceSettings
 from tests.helpers.command_line import TINY, error_sentence
 
 OWN = """import torch

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ import wandb_workspaces.workspaces as ws  # noqa: E402
 from wandb_workspaces.reports.v2.internal import ReportViewspec  # noqa: E402
 from wandb_workspaces.workspaces.internal import View  # noqa: E402
 
-from rlhf.report.boards import REPORT, WORKSPACE, Boards  # noqa: E402
+from rlhf.report.boards import REPORT, WORKSPACE, Boards, _filters  # noqa: E402
 
 pytestmark = pytest.mark.slow
 DOCUMENTED = set(re.findall(r"^\| `([a-z]+/\w+)` \|", (root() / "docs" / "metrics.md").read_text(), re.MULTILINE))
@@ -90,6 +91,13 @@ def test_every_panel_draws_what_the_runs_logged(folder: Path) -> None:
         for run in runs:
             assert drawn <= run.keys
             assert all("last" in run.summary[metric] for metric in drawn)
+
+
+def test_a_sweep_over_methods_shows_the_runs_of_all() -> None:
+    runs = [SimpleNamespace(summary={"stage": stage, "identity": "0"}) for stage in ("ppo", "dpo", "ppo")]
+    chosen = repr(_filters(SimpleNamespace(finished=runs), "study"))  # type: ignore[arg-type]
+    assert "dpo" in chosen
+    assert "ppo" in chosen
 
 
 def test_the_filters_and_rows_are_those_of_the_runs(folder: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.heads import token_stats
 from rlhf.models.sequences import Sequences
-from rlhf.settings import LoraSettings, LossTermSettings
+from rlhf.policy_settings import LossTermSettings
+from rlhf.settings import LoraSettings
 from rlhf.stages.loss_terms import PolicyTokens
 from rlhf.stages.pretraining import PretrainingMix
 from tests.helpers.composed_config import compose_and_check

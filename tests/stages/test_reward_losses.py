@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.data.records import Comparison
 from rlhf.stages.batches import SeededBatches
-from rlhf.stages.reward import accuracy_by_kind, grouped
+from rlhf.stages.pairs import grouped
+from rlhf.stages.reward import accuracy_by_kind
 from tests.helpers.calls import record_calls
 from tests.helpers.supervised_stages import reward_stage, words
 from tests.helpers.training import fit, quiet_trainer, record_gradients

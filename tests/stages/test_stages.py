@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.data.records import Comparison
 from rlhf.models.roles import Roles
 from rlhf.models.tokenizing import encode_pairs
+from rlhf.policy_settings import OptimizerSettings
 from rlhf.seeding import mixed_seed
-from rlhf.settings import OptimizerSettings
 from rlhf.stages.base import Stage
 from rlhf.stages.batches import SeededBatches
 from rlhf.stages.losses import Losses

@@ -32,14 +32,16 @@ class ModelCache:
         self._rewards: dict[Path, LoadedRole] = {}
 
     def policy(self, run: FinishedRun) -> LoadedRole:
-        """The language model of a run of stage=sft or stage=ppo.
+        """The language model of a run of stage=sft, or of a stage that trains a policy.
 
         Raises:
             RunError: the run is of stage=reward.
             ModelError: the model cannot be loaded.
         """
         if run.stage == "reward":
-            raise RunError(f"{run.folder} is a reward model, which generates no text; allowed: stage=sft or stage=ppo")
+            raise RunError(
+                f"{run.folder} is a reward model, which generates no text; allowed: stage=sft or stage=ppo and its like"
+            )
         return self._load_role(run)
 
     def reward(self, run: FinishedRun) -> LoadedRole:

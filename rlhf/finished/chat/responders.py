@@ -159,7 +159,7 @@ def open_responders(runs: Sequence[FinishedRun], scored: bool, seed: int) -> lis
     """A responder for each run; models that they share are loaded once.
 
     Args:
-        runs: runs of stage=sft or stage=ppo.
+        runs: runs of stage=sft, or of stages that train a policy.
         scored: also load reward models, to score the answers.
         seed: of the random generators.
 

@@ -13,6 +13,7 @@ from rlhf.data.options import as_list
 from rlhf.data.sources import Source
 from rlhf.errors import DataError
 from rlhf.finished.run import FinishedRun
+from rlhf.policy_settings import METHODS
 from rlhf.report.metric_info import metric_info
 
 TRAINED_BY = {  # stage → the config groups that determined its model
@@ -20,8 +21,11 @@ TRAINED_BY = {  # stage → the config groups that determined its model
     "reward": ("model", "data", "quantization", "sft", "preferences", "reward"),
     "ppo": ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", "ppo", "divergence", "kl",
             "scorer", "generation", "evaluation"),
+    "dpo": ("seed", "model", "data", "quantization", "sft", "preferences", "lora", "dpo", "generation", "evaluation"),
+    **{method: ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", method, "scorer",
+                "generation", "evaluation") for method in ("best_of_n", "expert_iteration")},
 }  # fmt: skip
-TASKS = {"sft": "text-generation", "reward": "text-classification", "ppo": "text-generation"}
+TASKS = {"sft": "text-generation", "reward": "text-classification", **dict.fromkeys(METHODS, "text-generation")}
 SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
          "sft/validation_loss", "sft/perplexity"}  # fmt: skip
 TEMPLATE = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
@@ -88,7 +92,7 @@ def results(run: FinishedRun) -> Iterator[tuple[str, str, float, float | None]]:
 
 def tags(run: FinishedRun, adapter: bool) -> list[str]:
     """Tags for the search of the Hub: stage, lora, adapter, reward-model."""
-    lora = run.config["lora"] if run.stage == "ppo" else run.config[run.stage]["lora"]
+    lora = run.config["lora"] if run.stage in METHODS else run.config[run.stage]["lora"]
     found = ["rlhf", run.stage, *(["lora"] if lora["r"] else []), *(["adapter"] if adapter else [])]
     return [*found, "reward-model"] if run.stage == "reward" else found
 

@@ -27,7 +27,8 @@ from rlhf.pipeline.builders import Site, steps_of
 from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
-from rlhf.stages.reward import Pair, RewardModeling, accuracy_by_kind, grouped, held_out_metrics, longer_accuracy
+from rlhf.stages.pairs import Pair, grouped
+from rlhf.stages.reward import RewardModeling, accuracy_by_kind, held_out_metrics, longer_accuracy
 from rlhf.stages.reward_offsets import fit_length_coef
 from rlhf.tracking.summary import read_summary, write_summary
 

@@ -1,8 +1,9 @@
-"""Train PPO from wherever it was left to its end, with the evaluations that are due."""
+"""Train a policy from wherever it was left to its end, with the evaluations that are due."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -16,17 +17,16 @@ from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.plateau import Plateau, StopAtPlateau
 from rlhf.pipeline.train_supervised import keep_metrics, send_again
-from rlhf.stages.batches import SeededBatches, loader
-from rlhf.stages.ppo import PPO
+from rlhf.stages.evaluation import PolicyEvaluation
 from rlhf.tracking.metrics_file import evaluated_at
 
 log = logging.getLogger(__name__)
 
 
-def train_ppo(
+def train_policy(
     make_trainer: MakeTrainer,
-    stage: PPO,
-    prompts: list[str],
+    stage: PolicyEvaluation,
+    rows: Sequence[Any],
     evaluation: DataLoader,
     folder: Path,
     resume: str,
@@ -35,17 +35,17 @@ def train_ppo(
 ) -> dict[str, float]:
     """Train from the SFT model, or from the last checkpoint in `folder`, to the end.
 
-    `keeping` are callbacks that keep more than the checkpoints.
+    `rows` are what the stage's `loader` takes, and `keeping` callbacks that keep more than the checkpoints.
 
     Returns the evaluation of step 0, that of the SFT model.
 
     Raises:
         ConfigError: `resume` is `must`, and there is no checkpoint.
     """
-    settings, ppo = stage.config, stage.ppo
+    settings = stage.settings
     # 1. Where the training was left.
-    checkpoints = StepCheckpoints(folder / "checkpoints", ppo.checkpoint_every, best=best, evaluates=ppo.evaluates)
-    plateau = Plateau.of(ppo, best)
+    checkpoints = StepCheckpoints(folder / "checkpoints", settings.checkpoint_every, 2, best, settings.evaluates)
+    plateau = Plateau.of(settings, best)
     last = collectives.on_rank_zero(checkpoints.latest)
     if last is None and resume == "must":
         raise ConfigError(f"resume=must, but {checkpoints.folder} holds no checkpoint; allowed: resume=auto")
@@ -54,7 +54,7 @@ def train_ppo(
         folder,
         callbacks=[checkpoints, *keeping, Interruption(checkpoints), *([StopAtPlateau(plateau)] if plateau else [])],
         max_epochs=1,
-        val_check_interval=ppo.eval_interval,
+        val_check_interval=settings.eval_interval,
         check_val_every_n_epoch=None,
     )
     # 2. What is still to be measured, before the weights of the checkpoint are loaded.
@@ -65,10 +65,9 @@ def train_ppo(
     if _catch_up(trainer, stage, folder, last, start):
         trainer.validate(stage, evaluation, verbose=False)
     # 3. Train; Lightning asks for an evaluation at every interval, and the stage knows whether one is due.
-    if start < ppo.steps and not _ended(plateau):
-        batches = SeededBatches(len(prompts), stage.prompts_per_step, settings.seed, ppo.steps, start)
-        trainer.fit(stage, loader(prompts, list, batches), evaluation, ckpt_path=last, weights_only=True)
-        if ppo.steps % ppo.eval_interval and not _ended(plateau):
+    if start < settings.steps and not _ended(plateau):
+        trainer.fit(stage, stage.loader(rows, start), evaluation, ckpt_path=last, weights_only=True)
+        if settings.steps % settings.eval_interval and not _ended(plateau):
             trainer.validate(stage, evaluation, verbose=False)
     # 4. Only now is it known which checkpoint is the best.
     collectives.on_rank_zero(checkpoints.prune)
@@ -80,12 +79,12 @@ def _ended(plateau: Plateau | None) -> bool:
     return plateau is not None and collectives.on_rank_zero(plateau.step) is not None
 
 
-def _catch_up(trainer: lightning.Trainer, stage: PPO, folder: Path, last: Path | None, start: int) -> bool:
+def _catch_up(trainer: lightning.Trainer, stage: PolicyEvaluation, folder: Path, last: Path | None, start: int) -> bool:
     """Bring stage, loggers and guards to where the run was left; returns whether an evaluation is due there."""
-    ppo = stage.ppo
-    stage.ppo_step = start
+    settings = stage.settings
+    stage.steps_done = start
     evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
-    due = not evaluated and ppo.evaluates(start)
+    due = not evaluated and settings.evaluates(start)
     # without a checkpoint, even step 0 is measured again
     kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
     if last is None:
@@ -95,6 +94,6 @@ def _catch_up(trainer: lightning.Trainer, stage: PPO, folder: Path, last: Path |
     send_again(trainer, kept)
     stage.guards.replay(kept)
     stage.guards.check()
-    if due or start == ppo.steps or evaluated:  # otherwise Lightning loads the weights when it trains
+    if due or start == settings.steps or evaluated:  # otherwise Lightning loads the weights when it trains
         stage.load_trained(last)
     return due
