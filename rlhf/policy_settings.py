@@ -1,4 +1,4 @@
-"""The settings of what trains a policy, one schema per method: what all share, the methods beside PPO, and parts of PPO.
+"""The settings of what trains a policy: what all methods share, the methods beside PPO, and parts of PPO.
 
 Those of PPO are in `rlhf.settings`, with everything else.
 """

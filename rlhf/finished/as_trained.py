@@ -1,4 +1,4 @@
-"""The configuration by which a finished run is measured: its own, but for what the command line says about measuring."""
+"""The configuration by which a finished run is measured: its own, but for what the command line measures by."""
 
 from collections.abc import Sequence
 
