@@ -99,11 +99,9 @@ class Hub(SplitSources):
         self._keep = _parse_keep(keep)
         if self._keep:
             self.record_classes = {**self.record_classes, **dict.fromkeys(KEEPING, KeptPrompt)}
-        super().__init__(
-            {split: _parse_sources(spec, root, columns, split) for split, spec in given.items()},
-            template=template, on_bad_row=on_bad_row, deduplicate=deduplicate,
-            exclude_eval_instructions=exclude_eval_instructions, max_rows=max_rows,
-        )  # fmt: skip
+        sources = {split: _parse_sources(spec, root, columns, split) for split, spec in given.items()}
+        super().__init__(sources, template=template, on_bad_row=on_bad_row, deduplicate=deduplicate,
+                         exclude_eval_instructions=exclude_eval_instructions, max_rows=max_rows)  # fmt: skip
         # 2. How rows are read.
         choosing = Choosing.parse(choices, ties, min_margin, seed)
         tools = parse_choice(tool_turns, ToolTurns, "tool_turns")

@@ -43,7 +43,13 @@ OFF: Mapping[str, Any] = {
     "ppo.score_transform": "none", "ppo.reference_answers": 1, "reward.margin_coef": 0, "reward.length_coef": 0,
     "reward.average_of": 1, "data.keep": None, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0,
     "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
-    "evaluation.diversity_samples": 0,
+    "evaluation.diversity_samples": 0, "reference": {"_target_": "rlhf.stages.reference.Fixed"},
+    **{
+        f"{adapter}.{key}": value
+        for adapter in ("lora", "sft.lora", "reward.lora")
+        for key, value in {"layers_to_transform": None, "rslora": False, "dora": False, "lr_ratio": 1.0,
+                           "init": "default", "modules_to_save": None}.items()
+    },
 }  # fmt: skip
 EXTENT = frozenset({"samples", "steps"})  # of `evaluation`: how much is measured and shown, not what a number means
 # A single word under one of these keys may name a folder; anywhere else it is a choice such as `engine=native`.
@@ -132,7 +138,8 @@ def of_data(data: Mapping[str, Any], source: Any, splits: Collection[Split]) -> 
 def idle(stage: str) -> set[str]:
     """The config groups that decide nothing in a stage: those of other methods, and what only PPO reads."""
     method = stage if stage in METHODS else "ppo"
-    return {*METHODS, *(() if method == "ppo" else ("kl", "divergence"))} - {method}
+    of_ppo = ("kl", "divergence", "reference", "advantages", "loss_terms")
+    return {*METHODS, *(() if method == "ppo" else of_ppo)} - {method}
 
 
 def of_training(config: Mapping[str, Any], source: Any, stage: str = "ppo") -> dict[str, Any]:
