@@ -27,6 +27,7 @@ from rlhf.placement import Placement
 from rlhf.rollout.engine import Engine
 from rlhf.rollout.factory import make_engine, use_captured_logprobs
 from rlhf.rollout.sample import Rollouts, rollout
+from rlhf.scorers import totals
 from rlhf.seeding import generator
 from rlhf.settings import Settings
 from rlhf.stages.batches import SeededBatches, loader
@@ -146,6 +147,7 @@ class PPO(PolicyEvaluation):
         # 3. Score the answers, and make of that a reward and an advantage per token.
         with self.timed("score"):
             scores = self.normalizer(score(self, rollouts, step)) - self.ppo.missing_eos_penalty * ~rollouts.ended
+            spread = spread_metrics(self.scorer)  # of the rollouts, before greedy answers are scored
             baseline = None if greedy is None else self.greedy_scores(greedy).repeat_interleave(samples)
             experience = self.make_experience(rollouts, scores, minibatches, step, baseline)
         # 4. Update policy and value function.
@@ -154,7 +156,7 @@ class PPO(PolicyEvaluation):
             metrics = self.update(experience, minibatches, step)
         self.ppo_step = step
         # 5. Report, and adapt the penalty's coefficient.
-        metrics |= rollout_metrics(experience, rollouts, scores, self.ppo.whiten_rewards) | spread_metrics(self.scorer)
+        metrics |= rollout_metrics(experience, rollouts, scores, self.ppo.whiten_rewards) | spread
         metrics["ppo/kl_coef"] = self.kl.coef
         if rollouts.logprobs is not None and "ppo/first_log_ratio" in metrics:  # captured ones are the old ones
             metrics.setdefault("ppo/sampling_gap", metrics["ppo/first_log_ratio"])
@@ -187,7 +189,7 @@ class PPO(PolicyEvaluation):
 
     def greedy_scores(self, greedy: Rollouts) -> Float[Tensor, "prompts"]:
         """The scores of greedy answers in the units of those of the rollouts, whose moments they do not change."""
-        return self.normalizer.normalized(self.scorer(greedy)) - self.ppo.missing_eos_penalty * ~greedy.ended
+        return self.normalizer.normalized(totals(self.scorer(greedy))) - self.ppo.missing_eos_penalty * ~greedy.ended
 
     def make_experience(
         self,
