@@ -120,10 +120,14 @@ class PPO(PolicyEvaluation):
     def steps_done(self, step: int) -> None:
         self.ppo_step = step
 
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of a rollout batch, over all processes."""
+        return self.ppo.rollout_batch_size // self.config.generation.samples_per_prompt
+
     def loader(self, rows: Sequence[str], start: int) -> DataLoader:
         """The prompts of each rollout batch, the same in all processes."""
-        prompts = self.ppo.rollout_batch_size // self.config.generation.samples_per_prompt
-        batches = SeededBatches(len(rows), prompts, self.config.seed, self.ppo.steps, start)
+        batches = SeededBatches(len(rows), self.prompts_per_step, self.config.seed, self.ppo.steps, start)
         return loader(rows, list, batches)
 
     # -- a rollout batch -----------------------------------------------------------------------------------------------
