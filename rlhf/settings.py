@@ -71,7 +71,7 @@ class LoraSettings:
     r: int = at_least_zero()
     alpha: float = positive(64)
     dropout: float = fraction(0.0)
-    target_modules: Any = checked(is_target_modules, f"a list of names, or {ALL_LINEAR}", [])
+    target_modules: Any = checked(is_target_modules, f"a list of names of linear layers, or {ALL_LINEAR}", [])
     layers_to_transform: list[int] | None = None
     rslora: bool = False
     dora: bool = False

@@ -51,7 +51,10 @@ REFUSED = [
     ),
     (["stage=dpo", "judge=none", "dpo.patience=2"], "dpo.patience=2 needs a metric .*dpo.keep_best=auto"),
     (["stage=dpo", "dpo.keep_best=eval/nothing"], "dpo.keep_best=eval/nothing is not allowed"),
-    (["stage=dpo", "dpo.microbatch_tokens=auto"], "dpo.microbatch_tokens: .*auto"),
+    (
+        ["stage=dpo", "dpo.microbatch_tokens=auto"],
+        "^dpo.microbatch_tokens=auto is not allowed; allowed: a whole number$",
+    ),
     (["stage=best_of_n", "best_of_n.n=1"], "best_of_n.n=1 leaves nothing to choose from"),
     (["stage=expert_iteration", "expert_iteration.rounds=7"], "expert_iteration.rounds=7 does not divide .*steps=40"),
     (["stage=expert_iteration", "expert_iteration.epochs=7"], "expert_iteration.epochs=7 does not divide the 640"),

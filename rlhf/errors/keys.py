@@ -47,7 +47,7 @@ OWN = {
     "model": "other models are model=custom model.name_or_path=HUB_ID_OR_FOLDER",
     "scorer": "a function is scorer=function scorer.function=package.module.name (docs/extending.md)",
 }
-MOST_SUGGESTED = 4
+MOST_SUGGESTED = 6  # keys of one name: each method has a learning rate
 
 
 def unknown_key(key: str, allowed: Iterable[str], kind: str = "key", everywhere: Iterable[str] = ()) -> str:

@@ -18,8 +18,8 @@ REFUSED = [
     ("reward.lora.init=corda", "reward.lora.init=corda moves a part"),
     ("lora@sft.lora=r8 sft.lora.init=pissa", "sft.lora.init=pissa moves a part"),
     ("lora.modules_to_save=[embed_tokens]", "allowed: null, or lora=none, which trains everything"),
-    ("lora.target_modules=all", "lora.target_modules=all is not allowed; allowed: a list of names, or all-linear"),
-    ("lora.target_modules=[nope]", "or all-linear"),
+    ("lora.target_modules=all", "=all is not allowed; allowed: a list of names of linear layers, or all-linear"),
+    ("lora.target_modules=[nope]", "named nope that an adapter fits; allowed: all-linear, or some of down_proj"),
     (
         "lora.layers_to_transform=[4]",
         "lora.layers_to_transform=[4]: the model has blocks 0 to 3; allowed: some of them",

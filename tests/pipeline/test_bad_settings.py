@@ -15,8 +15,8 @@ from tests.helpers.data_readers import (
 CONFIGURED: list[tuple[str, str]] = [
     ("judge=null", "judge=null: judge is a config group; allowed: judge=finished_reward_model, gold, "),
     ("~judge", "judge=None has no _target_; allowed: finished_reward_model, gold, "),
-    ("~scorer", "scorer=None has no _target_; allowed: bag_of_characters, bag_of_words, function"),
-    ("stage.name=dpo", "stage.name=dpo is not allowed; allowed: evaluate, ppo, preferences, reward, sft"),
+    ("~scorer", "scorer=None has no _target_; allowed: bag_of_characters, bag_of_words, ensemble, function"),
+    ("stage.name=orpo", "stage.name=orpo is not allowed; allowed: best_of_n, dpo, evaluate, expert_iteration, ppo, "),
     ("scorer._target_=os.getcwd", "scorer._target_=os.getcwd is no scorer"),
     ("judge._target_=nope", "judge._target_=nope cannot be imported"),
     ("data._target_=builtins.dict", "data._target_=builtins.dict is no data set"),
@@ -86,11 +86,11 @@ CONFIGURED: list[tuple[str, str]] = [
     ("reward.batch_size=[]", "reward.batch_size"),
     ("lora.r=-8", "lora.r=-8 is not allowed"),
     ("lora.target_modules=query", "lora.target_modules"),
-    ("lora.target_modules=[c_attn]", "no linear layer named c_attn; allowed: .*q_proj"),
-    ("lora.target_modules=[q_proj,lm_head]", "no linear layer named lm_head; allowed: .*q_proj"),
-    ("lora@sft.lora=r8 sft.lora.target_modules=[lm_head]", "no linear layer named lm_head; allowed: .*q_proj"),
-    ("lora.target_modules=[embed_tokens]", "no linear layer named embed_tokens; allowed: .*q_proj"),
-    ("lora@reward.lora=r8 reward.lora.target_modules=[w1]", "reward.lora.target_modules: .*w1; allowed: .*q_proj"),
+    ("lora.target_modules=[c_attn]", "no linear layer named c_attn that .*; allowed: .*q_proj"),
+    ("lora.target_modules=[q_proj,lm_head]", "no linear layer named lm_head that .*; allowed: .*q_proj"),
+    ("lora@sft.lora=r8 sft.lora.target_modules=[lm_head]", "no linear layer named lm_head that .*; allowed: .*q_proj"),
+    ("lora.target_modules=[embed_tokens]", "no linear layer named embed_tokens that .*; allowed: .*q_proj"),
+    ("lora@reward.lora=r8 reward.lora.target_modules=[w1]", "reward.lora.target_modules: .* w1 that .*: .*q_proj"),
     ("model.dtype=float64", "model.dtype=float64 is not allowed; allowed: float32, bfloat16, float16 or auto"),
     ("model.config.model_type=nope", "model.config: .*nope"),
     ("model.config.num_attention_heads=0", "model.config: no causal language model can be made"),
@@ -115,7 +115,10 @@ CONFIGURED: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), CONFIGURED, ids=[row[0] for row in CONFIGURED])
-def test_a_bad_value_is_one_sentence_before_a_model_is_made(overrides: str, expected: str) -> None:
+def test_a_bad_value_is_one_sentence_before_a_model_is_made(
+    overrides: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlhf", *overrides.split()])  # the sentence may quote the command
     with pytest.raises(Exception) as failure:  # noqa: PT011  (`explain` decides which errors users see)
         compose_and_check(*overrides.split())
     assert_one_sentence(failure.value, expected)

@@ -54,7 +54,8 @@ def test_times_of_ppo_by_hand() -> None:
     options = ("ppo.steps=7", "ppo.warmup_steps=1", "ppo.rollout_batch_size=64", "ppo.epochs=2", "ppo.eval_every=[3,6]",
                "evaluation.prompts=40", "evaluation.kl_prompts=16", "generation.max_new_tokens=30")  # fmt: skip
     length = 12 + 20
-    evaluation = (40 + 16) * 20 * 10 + length * (40 + 2 * 16)
+    demonstrations = 100 * 30
+    evaluation = (40 + 16) * 20 * 10 + length * (40 + 4 * 16) + demonstrations  # KL both ways
     frozen = 1 + 2  # reference, value function, reward model: the policy's log-probs are those of sampling
     step = 64 * 20 * 10 + 64 * length * (frozen + 2 * (3 + 3))
     assert seconds("ppo", *options) == 7 * step + 4 * evaluation  # at steps 0, 3, 6, 7

@@ -82,7 +82,7 @@ def computing_modules() -> Iterator[set[str]]:
 
 
 def reaches_models(module: str) -> bool:
-    """Whether a module imports ours for models, directly or not, at its top or inside functions."""
+    """Whether a module imports ours for models, directly or not, at its top or inside functions; not for types only."""
     todo, found = [module], set()
     while todo:
         name = todo.pop()
@@ -91,7 +91,12 @@ def reaches_models(module: str) -> bool:
         if file is None or name in found:
             continue
         found.add(name)
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        typing = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]
+        unused = {part for block in typing for part in ast.walk(block)}
+        for node in set(ast.walk(tree)) - unused:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf"):
                 todo += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
     return any(name.startswith("rlhf.models.") for name in found)

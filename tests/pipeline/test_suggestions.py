@@ -14,8 +14,8 @@ SAID = [
     # what other libraries call it
     ("lora.rank=16", "lora.rank: there is no such key, did you mean r?"),
     ("ppo.learning_rate=1e-5", "ppo.learning_rate: there is no such key, did you mean lr?"),
-    ("learning_rate=1e-5", "did you mean reward.lr, ppo.lr or sft.lr?"),
-    ("+learning_rate=1e-5", "did you mean reward.lr, ppo.lr or sft.lr?"),
+    ("learning_rate=1e-5", "did you mean expert_iteration.lr, reward.lr, dpo.lr, ppo.lr, sft.lr or best_of_n.lr?"),
+    ("+learning_rate=1e-5", "did you mean expert_iteration.lr, reward.lr, dpo.lr, ppo.lr, sft.lr or best_of_n.lr?"),
     ("ppo.kl_coef=0.1", "ppo.kl_coef: there is no such key, did you mean kl.coef?"),
     # the right key in the wrong place
     ("max_new_tokens=3", "did you mean evaluation.max_new_tokens or generation.max_new_tokens?"),
