@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ os.environ["RLHF_ROOT"] = str(root())
 
 # peft imports bitsandbytes, which tells of each kernel that it could not download, even if nothing is quantized.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# In a notebook tqdm, which datasets imports, advises to install ipywidgets; without it there are no bars.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from rlhf.notebooks import compose, load_policy, results, run

@@ -4,7 +4,6 @@ Nothing is written into the current folder but below `output_dir`, and no logger
 of `rlhf.errors` with the sentence that the command line would show.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,9 +22,6 @@ from rlhf.finished.run import FinishedRun, located
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep, load
 from rlhf.sweep.plan import run_folder
-
-# tqdm, which transformers imports, advises to install ipywidgets; without it there are no bars
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     import pandas as pd

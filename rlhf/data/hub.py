@@ -150,10 +150,10 @@ def _parse_keep(keep: Any) -> tuple[str, ...]:
     """
     names = () if keep is None else keep
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"keep={keep!r} is not allowed; allowed: a list of names of columns, or null.")
+        raise DataError(f"data.keep={keep!r} is not allowed; allowed: a list of names of columns, or null.")
     taken = sorted({*columns_of("prompts"), "kept"} & set(names))
     if taken:
-        raise DataError(f"keep={keep!r}: a prompt has a column {taken[0]} of its own; allowed: other columns.")
+        raise DataError(f"data.keep={keep!r}: a prompt has a column {taken[0]} of its own; allowed: other columns.")
     return tuple(names)
 
 
@@ -168,7 +168,7 @@ def _with_columns(rows: Dataset, split: Split) -> Dataset:
     for name in kept[0]:
         values = [row[name] for row in kept]
         if all(value is None for value in values):
-            raise DataError(f"keep: no row of data.{split} has a column {name}; allowed: names of its columns.")
+            raise DataError(f"data.keep: no row of data.{split} has a column {name}; allowed: names of its columns.")
         try:
             rows = rows.add_column(name, values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):

@@ -154,9 +154,9 @@ def test_only_configured_splits_are_offered(tmp_path):
         ({"max_rows": {"train": 5}}, "or a mapping to positive integers from some of sft, "),
         ({"sft": "x.jsonl[5:1]"}, "malformed slice"),
         ({"sft": ["x.jsonl", 3]}, "3 is not a data source"),
-        ({"template": "alpaca"}, "allowed: a mapping with the strings"),
-        ({"template": {"with_input": "{instruction}{input}"}}, "allowed: a mapping with the strings"),
-        ({"template": TEMPLATE | {"with_input": None}}, "allowed: a mapping with the strings"),
+        ({"template": "alpaca"}, "a mapping with the strings"),
+        ({"template": {"with_input": "{instruction}{input}"}}, "a mapping with the strings"),
+        ({"template": TEMPLATE | {"with_input": None}}, "a mapping with the strings"),
         ({"template": TEMPLATE | {"without_input": "Say:"}}, "template.without_input must use exactly {instruction}"),
     ],
 )

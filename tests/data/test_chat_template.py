@@ -188,7 +188,7 @@ def test_a_configuration_chooses_between_strings_and_a_chat_template() -> None:
     made = parse_template({"name_or_path": "a", "options": {"enable_thinking": False}})
     assert made == ChatTemplate("a", options={"enable_thinking": False})
     for wrong in (None, "chat", {"name_or_path": "a", "sytem": "b"}, {"with_input": "{instruction}"}):
-        with pytest.raises(DataError, match="is not allowed; allowed: a mapping"):
+        with pytest.raises(DataError, match="is not allowed; allowed: data/template=…, a mapping"):
             parse_template(wrong)
 
 

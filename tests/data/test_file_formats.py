@@ -112,5 +112,7 @@ def test_zstd_may_come_in_several_frames_and_needs_its_package(tmp_path, monkeyp
     path.write_bytes(b"".join(zstandard.compress(json_line(row)) for row in numbered_rows(3)))
     assert len(read_rows(tmp_path, path.name)[0]) == 3
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"rows\.jsonl\.zst needs the package zstandard: pip install 'rlhf\[zstd\]'"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl\.zst needs the package zstandard: pip install -e '\.\[zstd\]' in the checkout"
+    ):
         Source.parse(path.name, tmp_path).check()

@@ -31,8 +31,8 @@ def test_unknown_columns_are_refused_before_anything_is_read(tmp_path):
     assert str(failure.value) == (
         "data.preference: preference.jsonl has the columns query, best, worst, which make none of the known formats; "
         "allowed: chosen + rejected; prompt + output_1 + output_2 + preference; prompt + output_1 + output_2 + score_1 "
-        "+ score_2; prompt + answers + scores; prompt + answers + ranks (columns={FIELD: COLUMN, …} says which column "
-        "is which field)."
+        "+ score_2; prompt + answers + scores; prompt + answers + ranks (data.columns={FIELD: COLUMN, …} says which "
+        "column is which field)."
     )
     names = {"prompt": "query", "chosen": "best", "rejected": "worst"}
     mapped = {"source": "preference.jsonl", "columns": names}

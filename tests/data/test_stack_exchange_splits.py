@@ -73,8 +73,8 @@ def test_nothing_temporary_is_left(tmp_path, datasets_cache):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"template": "x"}, "allowed: a mapping with the strings with_input"),
-        ({"template": {"question": "{question}"}}, "allowed: a mapping with the strings with_input"),
+        ({"template": "x"}, "a mapping with the strings with_input"),
+        ({"template": {"question": "{question}"}}, "a mapping with the strings with_input"),
         ({"template": TEMPLATE | {"without_input": "Q"}}, "template.without_input must use exactly {instruction}"),
         ({"shares": {}}, "allowed: a mapping from some of sft, "),
         ({"shares": {"train": 1}}, "allowed: a mapping from some of sft, "),

@@ -89,7 +89,7 @@ def test_a_missing_extra_and_an_endpoint_without_a_server_are_named(monkeypatch:
     from rlhf.evaluation import client_settings
 
     client_settings.check_package.cache_clear()
-    with pytest.raises(ConfigError, match=r"needs the package openai: pip install 'rlhf\[judge\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package openai: pip install -e '\.\[judge\]' in the checkout"):
         LLMPool.check(keys)
 
 

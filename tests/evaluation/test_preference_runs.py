@@ -91,7 +91,7 @@ def test_what_is_cached_depends_on_the_preferences_only_where_they_are_used(
 
 REFUSED = [
     (["preferences=nope"], "preferences=nope", "from_data, simulated"),
-    (["preferences=null"], "a config group was given no option", "group=option"),
+    (["preferences=null"], "preferences=null: preferences is a config group", "from_data, simulated"),
     (["preferences=simulated", "preferences.flip=1.5"], "preferences.flip=1.5", "from 0 to 1"),
     (["preferences=simulated", "preferences.temperature=0"], "preferences.temperature=0", "above 0"),
     (["preferences=simulated", "preferences.pairs=0"], "preferences.pairs=0", "above 0, or null"),

@@ -78,7 +78,7 @@ def folder_of(said: str) -> Path:
 
 def test_two_runs_their_sft_model_and_the_references_are_ranked(runs: SimpleNamespace, compare: Callable) -> None:
     """Every number follows from the answers and the farm's utility, which are computed here a second time."""
-    cached = sorted(Path("outputs/cache").glob("*-*"))
+    cached = sorted(Path("outputs/cache").glob("*-*/"))
     code, said, log = compare(runs.one, runs.two, f"{runs.one}@sft", "reference")
     assert code == 0, log
     found = read_json(folder_of(said) / "comparison.json")
@@ -112,7 +112,7 @@ def test_two_runs_their_sft_model_and_the_references_are_ranked(runs: SimpleName
     assert {path.name for path in folder_of(said).iterdir()} == {
         "answers.jsonl", "comparison.json", "comparison.md", "ranking.csv", "verdicts.jsonl", "win_rates.csv",
     }  # fmt: skip
-    assert sorted(Path("outputs/cache").glob("*-*")) == cached
+    assert sorted(Path("outputs/cache").glob("*-*/")) == cached
     assert "one@sft answers 8 prompts" in log
     before = {path: path.stat().st_mtime_ns for path in folder_of(said).iterdir()}
     code, again, log = compare(runs.one, runs.two, f"{runs.one}@sft", "reference")
@@ -258,7 +258,7 @@ def test_words_are_players_or_overrides(tmp_path: Path, monkeypatch: pytest.Monk
         (["{one}", "nowhere"], "nowhere: there is no such file or folder"),
         (["{one}", "reference", "judge=none"], "judge=none compares nothing"),
         (["{one}", "reference", "judge=reward_model"], "allowed: judge=finished_reward_model"),
-        (["{one}", "reference", "judge=golden"], "judge=golden: there is no such option; allowed:"),
+        (["{one}", "reference", "judge=golden"], "judge=golden: there is no such option, did you mean gold?; allowed:"),
         (["{one}", "reference", "evaluation.promts=3"], "evaluation.promts"),
         (["{one}", "reference", "evaluation.prompts=0"], "evaluation.prompts=0 is not allowed"),
         (["{one}", "reference", "judge=finished_reward_model", "judge.folder=x"], "judge.folder=x"),

@@ -173,7 +173,7 @@ def test_a_judge_scores_what_was_sampled(same: bool) -> None:
 
 
 def test_a_reward_model_learns_no_end_that_was_not_sampled() -> None:
-    stage = SimpleNamespace(tokenizer=word_tokenizer(), reward=SimpleNamespace(max_length=9))
+    stage = SimpleNamespace(tokenizer=word_tokenizer(), reward=SimpleNamespace(max_length=9, margin_coef=0.0))
     rows = [SampledComparison("w5", "w7", "w8 w9", chosen_ended=True, rejected_ended=False)]
     assert RewardModeling.encode(stage, rows) == [(([5], [7, EOS]), ([5], [8, 9]))]  # type: ignore[arg-type]
 

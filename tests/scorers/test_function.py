@@ -99,7 +99,7 @@ def test_hub_data_keep_columns(tmp_path: Path) -> None:
     assert found["number"][:] == [4, 5]
     assert found["mixed"][:] == ["[1]", '"x"']
     assert "number" not in Hub(template=template, root=str(tmp_path), prompts="rows.jsonl").load("prompts").column_names
-    with pytest.raises(DataError, match=r"^keep: no row of data\.prompts has a column tests"):
+    with pytest.raises(DataError, match=r"^data\.keep: no row of data\.prompts has a column tests"):
         Hub(template=template, root=str(tmp_path), prompts="rows.jsonl", keep=["tests"]).load("prompts")
     with pytest.raises(DataError, match="a prompt has a column instruction of its own"):
         Hub(template=template, root=str(tmp_path), prompts="rows.jsonl", keep=["instruction"])
@@ -176,7 +176,7 @@ def test_a_run_is_rewarded_by_a_column_of_its_file(
     rows = [{"instruction": f"say {i}", "output": f"{i} it is", "answer": str(i)} for i in range(40)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = [word for word in TINY if not word.startswith("data.")]
-    files = ["data=hub", "data.sft=rows.jsonl[:30]", "data.prompts=rows.jsonl[:30]", "data.eval=rows.jsonl[30:]",
+    files = ["data=hub", 'data.sft="rows.jsonl[:30]"', 'data.prompts="rows.jsonl[:30]"', 'data.eval="rows.jsonl[30:]"',
              "data.keep=[answer]", "judge=none", "scorer=function"]  # fmt: skip
     assert run_in_process(*own, *files, "scorer.function=checked.other") == 2
     assert "scorer.function asks for tests, which no row" in capfd.readouterr().err
