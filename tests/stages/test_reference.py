@@ -13,6 +13,7 @@ from rlhf import ppo
 from rlhf.models.roles import MOVING_REFERENCE
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.settings import LoraSettings
+from rlhf.stages.losses import Losses
 from rlhf.stages.ppo import PPO
 from rlhf.stages.reference import EMA, Fixed, Reset, Sync, Weights
 from tests.helpers.calls import record_calls
@@ -89,6 +90,28 @@ def test_the_penalty_is_measured_from_the_moving_reference_and_the_kl_from_the_s
     pristine = AutoModelForCausalLM.from_pretrained(folders.sft).state_dict()
     base = {name.replace(".base_layer", ""): p for name, p in stage.roles.trunks["base"].state_dict().items()}
     assert all(torch.equal(base[name], value) for name, value in pristine.items())
+
+
+def test_a_penalty_in_the_loss_is_measured_from_the_moving_reference_too(
+    folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a step's first update the policy is such a reference, though it has left the SFT model."""
+    placed = ppo.FixedKL(0.7, placement="loss")
+    settings = ppo_settings("squared_error", "logprobs", steps=3)
+    stage = make_ppo(settings, folders, tmp_path / "s", warm=False, kl=placed, rule=Sync(1, None))
+    calls, penalty = [], Losses.sampled_penalty
+
+    def recorded(losses: Losses, experience: Any, rows: Tensor, logprobs: Tensor) -> Tensor:
+        calls.append((experience, float(penalty(losses, experience, rows, logprobs).detach())))
+        return penalty(losses, experience, rows, logprobs)
+
+    monkeypatch.setattr(Losses, "sampled_penalty", recorded)
+    train(stage, tmp_path)
+    first = {id(experience): value for experience, value in reversed(calls)}  # of each step
+    assert list(first.values()) == pytest.approx([0] * 3, abs=1e-6)
+    assert max(value for _, value in calls) > 1e-4
+    last = calls[-1][0]
+    assert (last.ref_logprobs - last.moving_logprobs).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("lora", [None, FULL], ids=["lora", "full"])
