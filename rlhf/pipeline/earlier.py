@@ -139,13 +139,19 @@ def describe(folder: Path, config: Mapping[str, Any], ignored: Collection[str] =
 
 
 def differences(folder: Path, config: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str] | None:
-    """The keys in which a run differs from `config`, such as `ppo.steps=3 instead of 8`; None if they are unknown."""
+    """The keys in which a run differs from `config`, such as `ppo.steps=3 instead of 8`; None if they are unknown.
+
+    A key that the run's version did not have is none of them if it does nothing at its value (`identity.OFF`).
+    """
+    from rlhf.pipeline.identity import decisive  # here, since the command line must start at once
+
     notes = [_readable(folder / name) for name in (SUMMARY, NOTE)]
     found = [note["config"] for note in notes if isinstance(note, dict) and isinstance(note.get("config"), dict)]
     if not found:
         return None
     past = renamed_config(found[0])
-    before, after = (dict(_flat({key: node[key] for key in node if key not in ignored})) for node in (past, config))
+    decided = (decisive({key: node[key] for key in node if key not in ignored}) for node in (past, config))
+    before, after = (dict(_flat(node)) for node in decided)
     keys = sorted(
         key for key in before.keys() | after.keys() if key not in ignored and before.get(key) != after.get(key)
     )
