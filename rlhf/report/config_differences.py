@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.files import SUMMARY
-from rlhf.pipeline.identity import LIGHTNING, decisive, of_trainer
+from rlhf.pipeline.identity import LIGHTNING, decisive, idle, of_trainer
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.tracking.seeds import SEED_KEYS
 
@@ -56,7 +56,7 @@ def differences(reference: RecordedRun, run: RecordedRun, groups: Collection[str
     if not (reference.config and run.config):
         return []
     same_code = _code(reference.summary) == _code(run.summary)
-    own, other = (_decisive(found.config) for found in (run, reference))
+    own, other = (_decisive(found.config, found.summary.get("stage", "ppo")) for found in (run, reference))
     return [
         f"{key}={_short(value)} (there: {_short(other_value)})"
         for key, value, other_value in _unequal(own, other)
@@ -75,11 +75,10 @@ def _unequal(own: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "")
             yield f"{prefix}{key}", value, other_value
 
 
-def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+def _decisive(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """The part of a configuration that decides the result: what a run is known by, but for how answers are fetched."""
-    found = {
-        key: decisive(_without_fetching(value), f"{key}.") for key, value in config.items() if key not in DESCRIPTIVE
-    }
+    left_out = {*DESCRIPTIVE, *idle(stage)}
+    found = {key: decisive(_without_fetching(value), f"{key}.") for key, value in config.items() if key not in left_out}
     trainer = found.get("trainer")
     if isinstance(trainer, Mapping):
         kept = {key: value for key, value in trainer.items() if key not in EARLY_TRAINER_KEYS}

@@ -267,3 +267,13 @@ def test_a_report_does_not_depend_on_the_locale(tmp_path: Path) -> None:
 
 def test_a_clean_sweep_has_no_warnings(sweep: Sweep) -> None:
     assert warnings(sweep) == []
+
+
+def test_what_another_method_reads_is_no_difference(tmp_path: Path) -> None:
+    """DPO's defaults may be edited between two PPO runs; PPO's may not."""
+    for seed, dpo, ppo in ((1, 0.1, 1), (2, 0.2, 1), (3, 0.2, 2)):
+        config = {"seed": seed, "dpo": {"beta": dpo}, "ppo": {"gamma": ppo}}
+        write_run(tmp_path / "sweep" / str(seed), "lora_kl", seed, config=config)
+    found = load([tmp_path / "sweep"])
+    assert [run.seeds.ppo for run in found.rows[1].runs] == [1, 2]
+    assert [(run.seeds.ppo, told) for run, told in found.unlike] == [(3, ["ppo.gamma=2 (there: 1)"])]
