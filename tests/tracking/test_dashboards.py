@@ -74,10 +74,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         scored = [
             *TINY, "stage=evaluate", "name=facts", "evaluation=factscore", "evaluation.factscore.model=some",
             "evaluation.factscore.entities=people.jsonl", f"evaluation.factscore.{client}",
+            "evaluation.temperature=1",  # the likeliest answer of this model says nothing
         ]  # fmt: skip
         assert run_in_process(*scored) == 0
         compared = ["preferences=simulated", "preferences.max_new_tokens=40", "name=compared", "stage=preferences"]
         assert run_in_process(*TINY, *compared) == 0
+        more = [
+            "name=more", "scorer=ensemble", "scorer.members=2", "loss_terms=[old_kl]", "ppo.ptx_coef=0.1",
+            "evaluation.diversity_samples=2", "evaluation.texts=people.jsonl",
+        ]  # fmt: skip
+        assert run_in_process(*TINY, *more) == 0
+        assert run_in_process(*TINY, "name=dpo", "stage=dpo") == 0
         wandb.finish()
         wandb.teardown()
     outputs = folder / "outputs"
@@ -232,6 +239,8 @@ def test_what_waits_to_be_sent_is_found_oldest_first(study: SimpleNamespace, tmp
 
 DOCUMENTED = re.findall(r"^\| `([a-z]+/\w+)` \|", (root() / "docs" / "metrics.md").read_text(), re.MULTILINE)
 
+UNKNOWN = {"eval/facts_lost"}  # these models know no fact that could be lost; tests/stages/test_costs.py measures it
+
 
 def logged(outputs: Path) -> set[str]:
     """All metric names in the files metrics.jsonl and summary.json below a folder."""
@@ -245,7 +254,7 @@ def logged(outputs: Path) -> set[str]:
 def test_every_logged_metric_is_documented_and_every_documented_one_is_logged(study: SimpleNamespace) -> None:
     guards = {f"guard/{name}" for name in DETECTORS} | {SKIPPED}
     in_wandb = {key.partition(".")[0] for run in study.runs for key in run.keys if key.startswith("histogram/")}
-    there = logged(study.outputs) | guards | in_wandb
+    there = logged(study.outputs) | guards | in_wandb | UNKNOWN
     assert len(DOCUMENTED) == len(set(DOCUMENTED))
     assert there - set(DOCUMENTED) == set(), "not in docs/metrics.md"
     assert set(DOCUMENTED) - there == set(), "in docs/metrics.md, and nothing logs it"
