@@ -145,7 +145,7 @@ def test_a_dry_run_says_what_the_run_would_refuse(command: Callable, tmp_path: P
     data = ("debug=quick", "dry_run=true", "stage=sft", "data=alpaca", f"data.root={tmp_path}", "data.preference=null",
             "data.preference_validation=null", "data.prompts=null", "data.eval=null", "data.sft_validation=null",
             "data.on_bad_row=fail", "data.deduplicate=false")  # fmt: skip
-    code, out, error = command(*data, "data.sft=few.jsonl")
+    code, out, error = command(*data, "data.sft=few.jsonl", "sft.warmup_steps=20")
     assert code == 0, error
     said = OmegaConf.create(out).time
     assert said.startswith("none, as the run would end early: ")
