@@ -284,6 +284,9 @@ def main() -> None:
     with one_sentence_errors("rlhf"):
         told = reference.asked(sys.argv[1:])
         if told is not None:
-            print(told)
+            try:
+                print(told, flush=True)
+            except BrokenPipeError:  # `| head` has read enough; nothing is left to be flushed at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         app()

@@ -59,6 +59,9 @@ def test_the_commands_answer_without_torch(tmp_path: Path) -> None:
     assert done.stderr.startswith(
         "rlhf: --help divergense: there is no such group, did you mean divergence?; allowed: "
     )
+    code = f"set -o pipefail; {sys.executable} -c 'from rlhf.cli import main; main()' --help | true"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="no such group"):
         reference.asked(["-h", "nothing"])
