@@ -131,7 +131,7 @@ def test_it_leads_back_to_the_reference(
 ) -> None:
     """Started from an adapter far from the reference, the term of the loss alone reduces the KL."""
     name = "bregman" if "importance_weight" in placed else "squared_error"
-    settings = ppo_settings(name, steps=12, lr=1e-2)
+    settings = ppo_settings(name, steps=40, lr=1e-2)
     stage = make_ppo(settings, folders, tmp_path / "samples", kl=ppo.FixedKL(0.5, **placed))
     make_experience = stage.make_experience
 
