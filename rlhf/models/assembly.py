@@ -94,10 +94,7 @@ def ppo_roles(
 
     # 2. What is trained. Models that only judge or score come last, so that they change no random number of those.
     add_policy_and_value(roles, settings, reward_config)
-    last = {"reward": judge} if judge is not None else {}
-    last |= {f"reward_{number}": folder for number, folder in enumerate(members, 1)}
-    for role, folder in last.items():
-        _add_reward(roles, folder, role)
+    _add_scorers(roles, judge, members)
     if beside is not None:
         _add_like_policy(roles, settings, beside)
     _train_policy_and_value(roles)
@@ -117,13 +114,18 @@ def policy_roles(
     base = load_causal_lm(settings.model, tokenizer, sft, quantization)
     roles = Roles(base, DTYPES[settings.model.dtype])
     _add_policy(roles, settings.lora)
-    if reward is not None:
-        _add_reward(roles, reward)
-    for number, folder in enumerate(members, 1):
-        _add_reward(roles, folder, f"reward_{number}")
+    _add_scorers(roles, reward, members)
     roles.train_only("policy")
     _log_size(roles)
     return _configured(roles, settings)
+
+
+def _add_scorers(roles: Roles, first: Path | None, members: Sequence[Path]) -> None:
+    """Add reward models that nothing starts from: `reward`, if it is given, and its `members` beside it."""
+    if first is not None:
+        _add_reward(roles, first)
+    for number, folder in enumerate(members, 1):
+        _add_reward(roles, folder, f"reward_{number}")
 
 
 def _add_policy(roles: Roles, lora: LoraSettings) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from rlhf.data.records import DataSource, Demonstration, Prompt, as_records, train_and_held_out
+from rlhf.data.records import DataSource, Demonstration, Prompt, first_records, train_and_held_out
 from rlhf.data.texts import check_texts, read_texts
 from rlhf.distributed import collectives, processes
 from rlhf.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ def held_out_demonstrations(plan: Plan, count: int) -> list[Demonstration]:
     except DataError as error:
         log.warning("the perplexity of held-out demonstrations is not measured: %s", error)
         rows = None
-    return as_records(rows.select(range(min(count, len(rows)))), "sft") if rows else []
+    return first_records(rows, "sft", count) if rows else []
 
 
 def reference_answers(stage: PolicyEvaluation, prompts: Sequence[str]) -> Callable[[], Sequences | None]:

@@ -1,6 +1,5 @@
 """The policies of a finished run, and which of them an evaluation has measured."""
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from rlhf.files import (
     aside,
     keep_lines,
     read_lines,
+    write_lines,
 )
 from rlhf.files.checksums import damage, damaged_below
 from rlhf.models.loading import load_tokenizer
@@ -246,10 +246,7 @@ def _add_lines(run: Path, target: Path) -> dict[str, list[dict[str, Any]]]:
         found = [line for line in read_lines(run / name, "step") if name != METRICS or "time/evaluate" in line]
         there = read_lines(target / name, "step")
         lines = there + [line for line in found if line not in there]
-        with aside(target / name) as temporary:
-            temporary.write_text(
-                "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8"
-            )
+        write_lines(target / name, lines)
         added[name] = found
     return added
 

@@ -1,12 +1,10 @@
 """Best-of-n distillation and expert iteration: the policy imitates the best of several answers to each prompt."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.distributed import collectives
-from rlhf.files import ANSWERS, aside, read_lines
+from rlhf.files import ANSWERS, read_lines, write_lines
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.policy_settings import BestOfNSettings
@@ -118,7 +116,7 @@ class BestOfN(SupervisedPolicy):
                 self.roles.eval()
                 with self.timed("generate"):
                     found = self._sampled(number)
-                collectives.on_rank_zero(lambda: _write(path, found))
+                collectives.on_rank_zero(lambda: _keep(path, found))
             self._answers = number, [BestAnswer(**row) for row in read_lines(path)]
         return self._answers[1]
 
@@ -176,8 +174,6 @@ class ExpertIteration(BestOfN):
         return config.expert_iteration
 
 
-def _write(path: Path, answers: Sequence[BestAnswer]) -> None:
+def _keep(path: Path, answers: Sequence[BestAnswer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = [asdict(answer) for answer in answers]
-    with aside(path) as temporary:
-        temporary.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    write_lines(path, map(asdict, answers))

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from rlhf import ppo
@@ -99,3 +100,15 @@ def remove_reward_signal(experience: Any) -> None:
     """Set advantages to 0 and returns to the old values, so that only a divergence in the loss has a gradient."""
     experience.advantages = torch.zeros_like(experience.advantages)
     experience.returns = experience.old_values
+
+
+def take_advantages_away(monkeypatch: pytest.MonkeyPatch, stage: PPO) -> None:
+    """Set all advantages to 0, so that only other terms of the loss move the policy."""
+    make_experience = stage.make_experience
+
+    def without_advantages(*args: Any) -> Any:
+        experience = make_experience(*args)
+        experience.advantages = torch.zeros_like(experience.advantages)
+        return experience
+
+    monkeypatch.setattr(stage, "make_experience", without_advantages)

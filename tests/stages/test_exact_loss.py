@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf import ppo
 from rlhf.models import heads
 from rlhf.stages.ppo import PPO
-from tests.helpers.ppo_stages import make_ppo, ppo_settings, remove_reward_signal, train
+from tests.helpers.ppo_stages import make_ppo, ppo_settings, remove_reward_signal, take_advantages_away, train
 from tests.helpers.training import assert_gradients_close, record_gradients
 
 PLAIN = {"epochs": 1, "minibatch_size": 12, "steps": 1, "warmup_steps": 0, "max_grad_norm": 1e9}
@@ -82,13 +82,6 @@ def test_it_leads_back_to_the_reference(
     """Started from an adapter far from the reference, the divergence term alone reduces the KL."""
     settings = ppo_settings("exact_kl", "logits", steps=12, lr=1e-2, reference_every=1)
     stage = make_ppo(settings, folders, tmp_path / "samples", kl=ppo.FixedKL(0.5))
-    make_experience = stage.make_experience
-
-    def without_advantages(*args: Any) -> Any:
-        experience = make_experience(*args)
-        experience.advantages = torch.zeros_like(experience.advantages)
-        return experience
-
-    monkeypatch.setattr(stage, "make_experience", without_advantages)
+    take_advantages_away(monkeypatch, stage)
     rows = train(stage, tmp_path)
     assert rows[-1]["ppo/k3"] < 0.5 * rows[0]["ppo/k3"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf import divergence, ppo
 from rlhf.stages.ppo import PPO
 from tests.helpers.calls import record_calls
-from tests.helpers.ppo_stages import make_ppo, ppo_settings, remove_reward_signal, train
+from tests.helpers.ppo_stages import make_ppo, ppo_settings, remove_reward_signal, take_advantages_away, train
 from tests.helpers.training import assert_gradients_close, record_gradients
 
 PLAIN = {
@@ -133,13 +133,6 @@ def test_it_leads_back_to_the_reference(
     name = "bregman" if "importance_weight" in placed else "squared_error"
     settings = ppo_settings(name, steps=40, lr=1e-2)
     stage = make_ppo(settings, folders, tmp_path / "samples", kl=ppo.FixedKL(0.5, **placed))
-    make_experience = stage.make_experience
-
-    def without_advantages(*args: Any) -> Any:
-        experience = make_experience(*args)
-        experience.advantages = torch.zeros_like(experience.advantages)
-        return experience
-
-    monkeypatch.setattr(stage, "make_experience", without_advantages)
+    take_advantages_away(monkeypatch, stage)
     rows = train(stage, tmp_path)
     assert rows[-1]["ppo/k3"] < 0.5 * rows[0]["ppo/k3"]
