@@ -61,7 +61,7 @@ class CompiledStep(GrowingStep):
         compiled: dict[str, Any],
     ):
         super().__init__(model, cache, visible)
-        self.run = torch.compile(_step, **compiled)
+        self.run = torch.compile(run_token, **compiled)
 
     def __call__(
         self, token: Int[Tensor, "batch"], positions: Int[Tensor, "batch"], place: int
@@ -70,7 +70,7 @@ class CompiledStep(GrowingStep):
         # The cache is a Python object with a counter that changes in every step. Passing its tensors and the place as
         # tensors keeps the compiled function free of numbers that would make torch.compile start again.
         end = place + 1
-        buffers = [(layer.keys[:, :, :end], layer.values[:, :, :end]) for layer in self.cache.layers]
+        buffers = self.cache.buffers(end)
         where = token.new_tensor([place])
         visible = self.visible[..., :end]
         return self.run(self.model, token[:, None], positions[:, None], visible, self.argument, buffers, where)
@@ -80,7 +80,7 @@ class CompiledStep(GrowingStep):
         return 2 if unfinished == 1 else unfinished
 
 
-def _step(
+def run_token(
     model: PreTrainedModel,
     token: Tensor,
     positions: Tensor,
@@ -89,7 +89,7 @@ def _step(
     buffers: list[tuple[Tensor, Tensor]],
     place: Tensor,
 ) -> Tensor:
-    """The function that `CompiledStep` compiles; all that changes from step to step is in tensors."""
+    """`forward_token` on the cache's `buffers`, as torch.compile needs it: all that changes by step is in tensors."""
     return forward_token(model, token, positions, visible, argument, BufferCache.of(buffers, place))
 
 

@@ -17,8 +17,7 @@ def cache_argument(model: PreTrainedModel) -> str:
 class _BufferLayer(CacheLayerMixin):
     """One layer's keys and values [batch, heads, capacity, width], allocated once and written in place.
 
-    `filled` tokens are stored. If `place` is set, states are written there instead (see `BufferCache.fix`), and `end`
-    limits the part that is returned.
+    `filled` tokens are stored. If `place` is set, states are written there instead (see `BufferCache.of`).
     """
 
     is_sliding = False
@@ -27,7 +26,6 @@ class _BufferLayer(CacheLayerMixin):
         super().__init__()
         self.capacity, self.filled = capacity, 0
         self.place: Tensor | None = None
-        self.end: int | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate buffers with the batch, heads, width and dtype of the first states."""
@@ -39,7 +37,7 @@ class _BufferLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append new states and return views of all so far; or write to `place` and return views of the first `end`."""
+        """Append new states and return views of all so far; or write to `place` and return the buffers."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -47,7 +45,7 @@ class _BufferLayer(CacheLayerMixin):
         if self.place is not None:
             self.keys.index_copy_(2, self.place, key_states)
             self.values.index_copy_(2, self.place, value_states)
-            return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+            return self.keys, self.values
         end = self.filled + key_states.shape[-2]
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
@@ -91,20 +89,15 @@ class BufferCache(Cache):
         return cache
 
     @torch.no_grad()
-    def fix(self, place: Tensor) -> None:
-        """From now on write a token's states to `place` [1] and return buffers at addresses that never change.
-
-        Zeroes the unfilled part. The mask gives it weight 0, but 0 × uninitialised memory can be NaN.
-        """
+    def clear_the_rest(self) -> None:
+        """Zero what is not filled: a mask gives it weight 0, but 0 × uninitialised memory can be NaN."""
         for layer in self.layers:
-            layer.place = place
             layer.keys[:, :, layer.filled :] = 0
             layer.values[:, :, layer.filled :] = 0
 
-    def attend_to(self, end: int) -> None:
-        """From now on return the first `end` places of fixed buffers only."""
-        for layer in self.layers:
-            layer.end = end
+    def buffers(self, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Views of each layer's keys and values [batch, heads, end, width] of the first `end` places."""
+        return [(layer.keys[:, :, :end], layer.values[:, :, :end]) for layer in self.layers]
 
     @property
     def value_dtype(self) -> torch.dtype:

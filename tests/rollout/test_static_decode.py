@@ -32,7 +32,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Any]]:
 
     def watched(self: FixedStep) -> torch.Tensor:
         tensors = [self.token, self.positions, self.place, self.visible[..., : self.end]]
-        tensors += [x[:, :, : layer.end] for layer in self.cache.layers for x in (layer.keys, layer.values)]
+        tensors += [x for pair in self.cache.buffers(self.end) for x in pair]
         blocks[self.end].append(tuple((x.data_ptr(), x.shape) for x in tensors))
         return step(self)
 
@@ -91,18 +91,18 @@ def test_the_first_tokens_agree_in_bfloat16(make_roles: Callable) -> None:
 
 
 def test_the_old_content_of_buffers_does_not_matter() -> None:
-    """Unfilled memory can hold NaN, and the masked product is NaN then: `fix` sets it to zero."""
+    """Unfilled memory can hold NaN, and the masked product is NaN then: `clear_the_rest` sets it to zero."""
     cache, place = BufferCache(1, 6), torch.tensor([2])
     states = torch.randn(3, 2, 2, 4, generator=seeded_generator())
     cache.update(states, states, 0)
     layer: Any = cache.layers[0]
     layer.keys[:, :, 2:] = layer.values[:, :, 2:] = torch.nan
-    cache.fix(place)
+    cache.clear_the_rest()
     assert (layer.keys[:, :, 2:] == 0).all()
     assert (layer.values[:, :, 2:] == 0).all()
     for slot in (2, 3, 2):  # writing a slot twice, as the steps before a capture do, changes nothing
         place.fill_(slot)
-        keys, values = cache.update(states[:, :, :1], states[:, :, :1], 0)
+        keys, values = BufferCache.of(cache.buffers(6), place).update(states[:, :, :1], states[:, :, :1], 0)
         assert keys.shape == values.shape == (3, 2, 6, 4)
         assert torch.equal(keys[:, :, slot], states[:, :, 0])
     assert torch.equal(keys[:, :, :2], states)
