@@ -55,9 +55,11 @@ def parts(settings: Sequence[str]) -> dict[str, Part]:
                 "smollm2": partial(profiled_step, **brief),
                 "smollm2 compiled": partial(profiled_step, **{**brief, "overrides": [*brief["overrides"], COMPILED]}),
                 "decoding 7B": partial(profiled_decoding, overrides=PAPER, **seven),
+                "decoding smollm2, compiled": partial(profiled_decoding, **compiled),
+                "smollm2, compiled, all 256 rollouts": partial(profiled_step, **compiled),
             },
             20,
-            60,
+            90,
         ),
     }
 

@@ -22,9 +22,9 @@ class FixedStep(GrowingStep):
     Longer blocks would attend to more places in vain, shorter ones would be recorded more often. For the same reason
     the batch shrinks only between blocks, and to powers of two. Needs sdpa attention.
 
-    With `capture`, the steps of a block run as a CUDA graph (see `StepRecorder`). With `compiled`, the keyword arguments
-    of torch.compile, a step is compiled as a whole, once for all blocks, so that such a graph has fewer kernels. The
-    steps themselves are tested on the CPU.
+    With `capture`, the steps of a block run as a CUDA graph (see `StepRecorder`). With `compiled`, the arguments of
+    torch.compile, a step is compiled as a whole, once for all blocks, so that such a graph has fewer kernels. The steps
+    themselves are tested on the CPU.
     """
 
     def __init__(
