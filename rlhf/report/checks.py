@@ -92,11 +92,9 @@ def _replicates(sweep: Sweep) -> Iterator[str]:
     one = sweep.unit.removesuffix("s")
     single = [row.label for row in sweep.trained if len(row.replicates) == 1]
     if single:
-        which = (
-            "Every row has"
-            if len(single) == len(sweep.trained) > 1
-            else f"{listing(single)} {'has' if len(single) == 1 else 'have'}"
-        )
+        which = f"{listing(single)} {'has' if len(single) == 1 else 'have'}"
+        if len(single) == len(sweep.trained):
+            which = "Every row has" if len(single) > 1 else "There is"
         yield f"{which} one {one} only, so that nothing is known of the spread over {sweep.unit}."
     counts = {len(row.replicates) for row in sweep.trained}
     if len(counts) > 1:

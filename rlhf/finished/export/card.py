@@ -12,7 +12,7 @@ from rlhf.data.options import as_list
 from rlhf.data.sources import Source
 from rlhf.data.templates import Template
 from rlhf.errors import DataError
-from rlhf.finished.export.evidence import found_by_guards, results, samples
+from rlhf.finished.export.evidence import Result, bare_format, found_by_guards, results, samples
 from rlhf.finished.run import FinishedRun
 from rlhf.policy_settings import METHODS
 from rlhf.report.metric_info import metric_info
@@ -44,11 +44,46 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         base: with `adapter`, the Hub's name of the SFT model that the adapter belongs to.
         adapter: whether the adapter is exported alone.
     """
-    # 1. the metadata at the head of the file
-    config, origin = run.config, hub_id(run.config["model"]["name_or_path"])
+    origin, found = hub_id(run.config["model"]["name_or_path"]), list(results(run))
     below = base if adapter else origin
-    dataset = str(config["data"]["_target_"]).rpartition(".")[2]
-    data = ModelCardData(
+    data = _metadata(run, name, licence, below, adapter, found)
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        run=run,
+        name=name,
+        adapter=adapter,
+        below=below or "the SFT model",
+        origin=origin or _without_path(run.config["model"]["name_or_path"]) or "a model made from scratch",
+        dataset=_dataset(run),
+        template=run.template,
+        question=_question(run),
+        bare_format=bare_format(run) or "{instruction}",
+        results=found,
+        samples=[{key: fenced(text) for key, text in sample.items()} for sample in samples(run)],
+        guards=found_by_guards(run),
+        licence=data.license,
+        dtype=dtype,
+        settings=OmegaConf.to_yaml(
+            {key: shareable(run.config[key]) for key in TRAINED_BY[run.stage] if key in run.config}
+        ),
+    )
+    return str(card)
+
+
+def _metadata(
+    run: FinishedRun, name: str, licence: str | None, below: str | None, adapter: bool, found: list[Result]
+) -> ModelCardData:
+    """The head of the card, which the Hub's search reads; `below` is the Hub's name of the model that it is based on."""
+    config, dataset = run.config, _dataset(run)
+    evaluated = [
+        EvalResult(
+            TASKS[run.stage], dataset.lower(), dataset, result.metric.partition("/")[2], result.value,
+            metric_name=metric_info(result.metric).name,
+        )
+        for result in found
+    ]  # fmt: skip
+    return ModelCardData(
         license=licence or licence_of(config["model"]["name_or_path"]) or "unknown",
         library_name="peft" if adapter else "transformers",
         base_model=below,
@@ -57,39 +92,13 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         pipeline_tag=TASKS[run.stage],
         tags=tags(run, adapter),
         model_name=name,
-        eval_results=[
-            EvalResult(
-                TASKS[run.stage],
-                dataset.lower(),
-                dataset,
-                found.metric.partition("/")[2],
-                found.value,
-                metric_name=metric_info(found.metric).name,
-            )
-            for found in results(run)
-        ]
-        or None,
+        eval_results=evaluated or None,
     )
-    # 2. the text below it
-    card = ModelCard.from_template(
-        data,
-        template_str=TEMPLATE,
-        run=run,
-        name=name,
-        adapter=adapter,
-        below=below or "the SFT model",
-        origin=origin or _without_path(config["model"]["name_or_path"]) or "a model made from scratch",
-        dataset=dataset,
-        template=run.template,
-        results=list(results(run)),
-        samples=[{key: fenced(text) for key, text in sample.items()} for sample in samples(run)],
-        question=_question(run),
-        licence=data.license,
-        guards=found_by_guards(run),
-        dtype=dtype,
-        settings=OmegaConf.to_yaml({key: shareable(config[key]) for key in TRAINED_BY[run.stage] if key in config}),
-    )
-    return str(card)
+
+
+def _dataset(run: FinishedRun) -> str:
+    """The name of the class of data that the run was trained on."""
+    return str(run.config["data"]["_target_"]).rpartition(".")[2]
 
 
 def tags(run: FinishedRun, adapter: bool) -> list[str]:

@@ -1,11 +1,13 @@
 """What a model card shows of a run's evaluation: metrics with intervals, and samples by a fixed rule."""
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.files import ALPACA_EVAL
 from rlhf.finished.run import FinishedRun
 from rlhf.report.comparisons import judged
 from rlhf.report.metric_info import metric_info
@@ -57,6 +59,20 @@ def samples(run: FinishedRun) -> list[dict[str, str]]:
         texts = {step: str(line.get("response", "")) for step, line in steps.items()}
         found.append({"prompt": prompt, "sft": texts.get(0, ""), "answer": texts[max(texts)]})
     return found
+
+
+def bare_format(run: FinishedRun) -> str | None:
+    """The prompts of data without a template, with `{instruction}` in the place of the instruction.
+
+    None if the run recorded no evaluation that shows it.
+    """
+    exported = run.folder / ALPACA_EVAL
+    prompt = next(iter(_recorded(run).samples), None)
+    if prompt is None or not exported.exists():
+        return None
+    first = json.loads(exported.read_text(encoding="utf-8"))[0]["instruction"]
+    before, found, after = prompt.partition(first)
+    return f"{before}{{instruction}}{after}" if found and first else None
 
 
 def found_by_guards(run: FinishedRun) -> list[str]:
