@@ -21,7 +21,6 @@ from rlhf.report.figure_style import (
     set_title,
     wide_enough,
 )
-
 from rlhf.report.metric_info import metric_info
 from rlhf.report.statistics import Array
 

@@ -59,7 +59,8 @@ def draw_curve(axes: Axes, course: Course, look: Look) -> Numbers:
 def draw_path(axes: Axes, course: Course, look: Look) -> Numbers:
     """The mean of y against the mean of x, joined in the order of the steps, with bars of one standard error."""
     means, errors = course.means, np.nan_to_num(course.errors)
-    axes.errorbar(*means.T, xerr=errors[:, 0], yerr=errors[:, 1], color=look.color, ls=look.line, marker=look.marker,
+    x_error, y_error = errors.T
+    axes.errorbar(means[:, 0], means[:, 1], y_error, x_error, color=look.color, ls=look.line, marker=look.marker,
                   ms=4, lw=1.4, elinewidth=0.9)  # fmt: skip
     x, y = course.names
     return [

@@ -25,7 +25,9 @@ DENSE = 300  # points of a line that are drawn at most
 
 def draw_diagnostics(sweep: Sweep, title: str) -> tuple[Figure, Numbers] | None:
     """A panel per logged metric with the mean over the runs of every row at every step; None if nothing was logged."""
-    lines = {metric: {row.label: means for row in sweep.trained if (means := _means(row, metric))} for metric in METRICS}
+    lines = {
+        metric: {row.label: means for row in sweep.trained if (means := _means(row, metric))} for metric in METRICS
+    }
     found = {metric: rows for metric, rows in lines.items() if rows}
     if not found:
         return None

@@ -50,7 +50,8 @@ SETTINGS: Any = {
     "savefig.dpi": 150,
 }
 SIZE = (7.0, 4.5)  # of a figure with one panel, in inches
-SMALL = (2.45, 1.95)  # of each of many panels
+WIDTH = 9.8  # of a figure of many panels, in inches
+HEIGHT = 1.95  # of each of them
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def canvas(panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[0])
 
 
-def grid(lines: int, columns: int, height: float = SMALL[1]) -> tuple[Figure, list[list[Axes]]]:
+def grid(lines: int, columns: int, height: float = HEIGHT) -> tuple[Figure, list[list[Axes]]]:
     """An empty figure of many small panels in lines and columns, with room for a title and a legend above them."""
-    width = SMALL[0]
+    width = min(3.2, WIDTH / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines + 0.9), squeeze=False)
     return figure, [list(line) for line in axes]
 

@@ -161,7 +161,7 @@ def _courses(rows: list[Row], kind: str, x: str, y: str) -> list[Course]:
     """The courses of the rows that have the metric."""
     names = ("sqrt_true_kl" if kind == "distance" else x, y)
     points: dict[str, Points] = {
-        row.label: along_distance(row, y) if kind == "distance" else dict(along(row, x, y)) for row in rows
+        row.label: along_distance(row, y) if kind == "distance" else {**along(row, x, y)} for row in rows
     }
     return [Course(label, names, found) for label, found in points.items() if found]
 

@@ -116,9 +116,7 @@ def _forest(
     return figure, numbers
 
 
-def _draw_panel(
-    axes: Axes, metric: str, panel: Panel, labels: Sequence[str], style: Mapping[str, Look]
-) -> Numbers:
+def _draw_panel(axes: Axes, metric: str, panel: Panel, labels: Sequence[str], style: Mapping[str, Look]) -> Numbers:
     """The lines of one metric, with the numbers of the CSV file."""
     numbers: Numbers = []
     for height, label in enumerate(labels):

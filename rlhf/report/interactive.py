@@ -19,6 +19,7 @@ from rlhf.report.runs import Sweep
 
 DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dotdash"}
 GREY = "#858c93"  # of axes and labels: legible on a light and on a dark page
+SHOWN = "shown"  # the column of the chosen metric
 X_TITLES = {"step": "PPO step", "sqrt_kl": "√ true KL (√nats per token)"}
 
 
@@ -27,7 +28,7 @@ def interactive_view(sweep: Sweep) -> dict[str, Any] | None:
 
     Returns:
         {library, script, plots, rows, metrics}: the JavaScript library and the script that draws; the HTML that the
-        plots appear in; {label, color} of each row; {key, title} of each metric that can be chosen.
+        plots appear in; {label, color, line} of each row; {key, title} of each metric that can be chosen.
     """
     metrics = view_metrics(sweep)
     if find_spec("bokeh") is None or not metrics:
@@ -38,15 +39,18 @@ def interactive_view(sweep: Sweep) -> dict[str, Any] | None:
 
     style = looks([row.label for row in sweep.trained])
     data = [row_data(row, metrics) for row in sweep.trained]
-    sources = [ColumnDataSource(each) for each in data]
+    sources = [ColumnDataSource({**each, SHOWN: each[metrics[0]]}) for each in data]
     # runs without a KL have no second plot
     axes = [x for x in X_TITLES if any(math.isfinite(value) for each in data for value in each[x])]
     script, plots = components({x: _figure(x, metrics[0], sources, list(style.values())) for x in axes}, False)
     return {
-        "library": Resources(mode="inline", components=["bokeh"]).js_raw[0].replace("</script", "<\\/script"),
-        "script": script,
+        "library": _inside_script(Resources(mode="inline", components=["bokeh"]).js_raw[0]),
+        "script": _inside_script(script),
         "plots": list(plots.values()),
-        "rows": [{"label": row.label, "color": style[row.label].color} for row in sweep.trained],
+        "rows": [
+            {"label": label, "color": _color(look), "line": "dashed" if look.line == "-." else DASHES[look.line]}
+            for label, look in style.items()
+        ],
         "metrics": [{"key": metric, "title": metric_info(metric).title} for metric in metrics],
     }
 
@@ -90,13 +94,12 @@ def _figure(x: str, metric: str, sources: Sequence[Any], style: Sequence[Look]) 
     )  # fmt: skip
     points = []
     for i, (source, look) in enumerate(zip(sources, style, strict=True)):
-        color = GREY if look.color == "#000000" else look.color  # black is invisible on a dark page
-        dash = DASHES[look.line]
-        line = plot.line(x, metric, source=source, color=color, line_dash=dash, line_width=1.3, alpha=0.65)
-        points.append(plot.scatter(x, metric, source=source, color=color, size=6, alpha=0.85))
+        color, dash = _color(look), DASHES[look.line]
+        line = plot.line(x, SHOWN, source=source, color=color, line_dash=dash, line_width=1.3, alpha=0.65)
+        points.append(plot.scatter(x, SHOWN, source=source, color=color, size=6, alpha=0.85))
         line.tags = points[-1].tags = ["row", i]
     tips = [("run", "@run"), ("row", "@row"), ("seeds", "@seeds"), ("step", "@step"), ("√KL", "@sqrt_kl{0.000}")]
-    tips += [("value", "$y{0.000}")]
+    tips += [("value", f"@{SHOWN}{{0.000}}")]
     plot.add_tools(HoverTool(renderers=points, tooltips=tips))
     for axis in plot.axis:
         axis.update(axis_label_text_color=GREY, major_label_text_color=GREY, axis_line_color=GREY,
@@ -106,6 +109,16 @@ def _figure(x: str, metric: str, sources: Sequence[Any], style: Sequence[Look]) 
     plot.grid.grid_line_alpha = 0.25
     plot.toolbar.logo = None
     return plot
+
+
+def _color(look: Look) -> str:
+    """The colour of a row; black, which a dark page would swallow, becomes grey."""
+    return GREY if look.color == "#000000" else look.color
+
+
+def _inside_script(code: str) -> str:
+    """JavaScript that does not end the element that it stands in, whatever a row is called."""
+    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _number(value: Any) -> float:
