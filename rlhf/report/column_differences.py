@@ -26,7 +26,7 @@ def _others(sweep: Sweep, against: Row, metrics: Sequence[str]) -> list[Comparis
     """The comparisons in further metrics, before any correction."""
     pair, found = pair_replicates(sweep), list[Comparison]()
     for metric in metrics:
-        for row in sweep.rows:
+        for row in sweep.trained:
             if row is not against:
                 item = compare(row, against, metric, pair) or compare_values(row, against, metric, pair)
                 found += [item] if item else []

@@ -25,9 +25,8 @@ DENSE = 300  # points of a line that are drawn at most
 
 def draw_diagnostics(sweep: Sweep, title: str) -> tuple[Figure, Numbers] | None:
     """A panel per logged metric with the mean over the runs of every row at every step; None if nothing was logged."""
-    lines = {
-        metric: {row.label: means for row in sweep.trained if (means := _means(row, metric))} for metric in METRICS
-    }
+    means = {metric: {row.label: _means(row, metric) for row in sweep.trained} for metric in METRICS}
+    lines = {metric: {label: line for label, line in rows.items() if line} for metric, rows in means.items()}
     found = {metric: rows for metric, rows in lines.items() if rows}
     if not found:
         return None
@@ -37,10 +36,10 @@ def draw_diagnostics(sweep: Sweep, title: str) -> tuple[Figure, Numbers] | None:
     places = [axes for line in panels for axes in line]
     numbers: Numbers = []
     for axes, (metric, rows) in zip(places, found.items(), strict=False):
-        for label, means in rows.items():
-            look, every = style[label], max(1, len(means) // DENSE)
-            axes.plot(list(means)[::every], list(means.values())[::every], color=look.color, ls=look.line, lw=1.1)
-            numbers += [{"metric": metric, "row": label, "step": step, "mean": mean} for step, mean in means.items()]
+        for label, line in rows.items():
+            look, every = style[label], max(1, len(line) // DENSE)
+            axes.plot(list(line)[::every], list(line.values())[::every], color=look.color, ls=look.line, lw=1.1)
+            numbers += [{"metric": metric, "row": label, "step": step, "mean": mean} for step, mean in line.items()]
         axes.set_title(textwrap.fill(metric_info(metric).title, 28), fontsize=9)
         axes.tick_params(labelsize=8)
     for axes in places[len(found) :]:

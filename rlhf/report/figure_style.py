@@ -1,4 +1,4 @@
-"""The look of the figures: one colour per row in all of them, axes that do not exaggerate, a dark variant in the SVG."""
+"""The look of the figures: one colour per row in all of them, fair axes, and a dark variant in the SVG."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,21 @@ from matplotlib.figure import Figure
 from rlhf.report.metric_info import metric_info
 
 # the colours of Okabe & Ito (2008) without yellow, which is illegible on white
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#101010",
+)  # not #000000, which SVG leaves out as its default
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 INK, FAINT, GREY, GRID, PAPER = "#222222", "#666666", "#9AA0A6", "#E6E6E6", "#FFFFFF"
 # the colours of a dark page; the others are legible on both
 DARK = {INK: "#E5E7E9", FAINT: "#A3AAB0", GREY: "#7C838A", GRID: "#2F3438", PAPER: "#16181A",
-        "#000000": "#D0D4D8", "#0072B2": "#4AA8E0"}  # fmt: skip
+        "#101010": "#D0D4D8", "#0072B2": "#4AA8E0"}  # fmt: skip
 # an axis shows at least this much of a metric in display units, so that noise does not fill it
 SPANS = {"%": 10.0, "nats per token": 0.02, "tokens": 4.0, "": 0.2}
 BETTER = {"↑": "higher is better", "↓": "lower is better"}
@@ -139,13 +147,15 @@ def with_dark_variant(svg: str) -> str:
 
     The rules override the inline styles that Matplotlib writes, so that programs without such queries see the original.
     """
+    # text is darkened for a white page, which a dark one must not have
+    inks = {colors.to_hex(Look(color, "", "").ink): DARK.get(color, color) for color in PALETTE}
     rules = [
         f'[style*="{kind}: {light.lower()}"] {{ {kind}: {dark.lower()} !important }}'
-        for light, dark in DARK.items()
+        for light, dark in (inks | DARK).items()
         for kind in ("fill", "stroke")
     ]
     # text whose style names no colour is black
-    rules.append(f'text:not([style*="fill"]) {{ fill: {DARK["#000000"].lower()} }}')
+    rules.append(f'text:not([style*="fill"]) {{ fill: {DARK[INK].lower()} }}')
     style = f"<style>@media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"
     head, opened, rest = svg.partition("<defs>")
     return f"{head}{style}\n {opened}{rest}"

@@ -7,9 +7,9 @@ The configuration lists them under `report.figures`, each as `{name, title, kind
 - `sqrt_kl`: metrics against the square root of the true KL, with the initial linear range;
 - `distance`: the same at equal distances instead of equal steps, as means over replicates where all of them got to;
 - `pull`, with only a name and a title: the restoring pull of each estimator. It needs no runs;
-- `results`, `differences` and `diagnostics`, with only a name and a title: the means of all rows with their intervals,
-  their differences from the baseline, and what PPO logs about itself. Every report has these three, unless its list of
-  figures is empty.
+- `results`, `gains`, `differences` and `diagnostics`, with only a name and a title: the means of all rows with their
+  intervals, their differences from SFT and from the baseline, and what PPO logs about itself. Every report has these,
+  unless its list of figures is empty.
 """
 
 import csv
@@ -23,14 +23,14 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from rlhf.errors import FigureError
-from rlhf.report.comparisons import baseline
+from rlhf.report.comparisons import origins
 from rlhf.report.course_figures import KINDS, Scene, draw_courses
 from rlhf.report.courses import Course, Numbers, Points
 from rlhf.report.diagnostics_figure import draw_diagnostics
 from rlhf.report.equal_distance import KL, along_distance
 from rlhf.report.figure_labels import End, label_column, make_room
 from rlhf.report.figure_style import SETTINGS, canvas, looks, save, set_title
-from rlhf.report.forest import draw_differences, draw_results
+from rlhf.report.forest import draw_differences, draw_gains, draw_results
 from rlhf.report.metric_info import metric_info
 from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
@@ -40,6 +40,7 @@ ROOTED = ("sqrt_kl", "distance")  # the kinds with the square root of the true K
 # of every report
 ALWAYS: list[dict[str, Any]] = [
     {"name": "results", "title": "Results with 95 % intervals", "kind": "results"},
+    {"name": "gains", "title": "Differences from SFT with 95 % intervals", "kind": "gains"},
     {"name": "differences", "title": "Differences from the baseline with 95 % intervals", "kind": "differences"},
     {"name": "diagnostics", "title": "PPO's diagnostics", "kind": "diagnostics"},
 ]
@@ -51,7 +52,12 @@ DEFAULT: list[dict[str, Any]] = [
     {"name": "win_rate_by_kl", "title": "Win rate against distance from SFT", "kind": "path", "x": KL,
      "y": "eval/win_rate"},
 ]  # fmt: skip
-WHOLE = {"results": draw_results, "differences": draw_differences, "diagnostics": draw_diagnostics}
+WHOLE = {"results": draw_results, "gains": draw_gains, "differences": draw_differences, "diagnostics": draw_diagnostics}
+FAMILIES = (
+    "Filled: significant after Holm's correction, for which the metrics in which the report compares rows are one family"
+    " and all others together another. A metric without a value per instruction is compared over replicates alone"
+    " (Student's t)."
+)
 # what the page says below a figure, by kind
 NOTES = {
     "pull": "By enumeration on a toy policy, not from these runs: the share of the KL's gradient that an estimator has"
@@ -66,9 +72,8 @@ NOTES = {
     " the SFT model, fitted to the longest initial range that does not bend (absent if it bends within the first three"
     " evaluations). A bar marks its end if training went beyond it.",
     "results": "Means with 95 % intervals, which count replicates and instructions. Dotted: the SFT model.",
-    "differences": "Each row minus the baseline, with 95 % intervals. Filled: significant after Holm's correction. The"
-    " metrics in which the report compares rows are one family, all others together another. A metric without a value"
-    " per instruction is compared over replicates alone (Student's t).",
+    "gains": f"Each row minus SFT. {FAMILIES}",
+    "differences": f"Each row minus the baseline, if the layout names one. {FAMILIES}",
     "diagnostics": "What PPO logs at every step, as means over all runs of a row.",
 }
 
@@ -150,7 +155,7 @@ def _draw(sweep: Sweep, spec: Mapping[str, Any]) -> tuple[Figure, Numbers] | Non
             courses=found,
             # looks depend on all rows, so that a row has the same colour in every figure
             looks=looks([row.label for row in sweep.trained]),
-            against=baseline(sweep).label,
+            against=origins(sweep)[-1].label,
             starts={y: start for y in found if (start := _start(sweep, y)) is not None},
             x_title="√ true KL (√nats per token)" if spec["kind"] in ROOTED else metric_info(x).title,
         )

@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 
 from rlhf.objectives import objectives_of
 from rlhf.report.column_differences import column_differences
-from rlhf.report.comparisons import baseline, compared_metrics, mean_over
+from rlhf.report.comparisons import compared_metrics, mean_over, origins
 from rlhf.report.courses import Numbers
 from rlhf.report.equal_distance import METRICS
 from rlhf.report.figure_style import BETTER, FAINT, GREY, PAPER, Look, looks, set_title, wide_enough
 from rlhf.report.metric_info import metric_info
+from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
 from rlhf.report.statistics import Estimate
 
@@ -59,11 +60,21 @@ def draw_results(sweep: Sweep, title: str) -> tuple[Figure, Numbers] | None:
     return _forest(title, sweep, panels, titles, marks)
 
 
+def draw_gains(sweep: Sweep, title: str) -> tuple[Figure, Numbers] | None:
+    """Each row minus SFT with its 95 % interval, in every column of the main table."""
+    return _differences(sweep, origins(sweep)[0], title)
+
+
 def draw_differences(sweep: Sweep, title: str) -> tuple[Figure, Numbers] | None:
-    """Each row minus the baseline with its 95 % interval, in every column of the main table."""
+    """The same for the baseline; None if the layout names none."""
+    named = origins(sweep)[1:]
+    return _differences(sweep, named[0], title.replace("the baseline", f"“{named[0].label}”")) if named else None
+
+
+def _differences(sweep: Sweep, against: Row, title: str) -> tuple[Figure, Numbers] | None:
+    """Each row minus another with its 95 % interval, in every column of the main table."""
     if _is_search(sweep):
         return None
-    against = baseline(sweep)
     panels: dict[str, dict[str, Interval]] = {}
     for item in column_differences(sweep, against):
         scale = metric_info(item.metric).scale
@@ -75,8 +86,7 @@ def draw_differences(sweep: Sweep, title: str) -> tuple[Figure, Numbers] | None:
     for metric in panels:
         info = metric_info(metric)
         titles[metric] = _titled(f"{info.name} ({info.points})" if info.points else info.name, metric)
-    named = title.replace("the baseline", f"“{against.label}”")
-    return _forest(named, sweep, panels, titles, dict.fromkeys(panels, 0.0))
+    return _forest(title, sweep, panels, titles, dict.fromkeys(panels, 0.0))
 
 
 def _is_search(sweep: Sweep) -> bool:

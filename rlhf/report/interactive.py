@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rlhf.report.equal_distance import KL, METRICS
-from rlhf.report.figure_style import Look, looks
+from rlhf.report.figure_style import PALETTE, Look, looks
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.results import columns
@@ -102,8 +102,8 @@ def _figure(x: str, metric: str, sources: Sequence[Any], style: Sequence[Look]) 
     tips += [("value", f"@{SHOWN}{{0.000}}")]
     plot.add_tools(HoverTool(renderers=points, tooltips=tips))
     for axis in plot.axis:
-        axis.update(axis_label_text_color=GREY, major_label_text_color=GREY, axis_line_color=GREY,
-                    major_tick_line_color=GREY, minor_tick_line_color=None, axis_label_text_font_style="normal")  # fmt: skip
+        axis.update(axis_label_text_color=GREY, major_label_text_color=GREY, axis_line_color=GREY)
+        axis.update(major_tick_line_color=GREY, minor_tick_line_color=None, axis_label_text_font_style="normal")
     plot.x_range.only_visible = plot.y_range.only_visible = True
     plot.grid.grid_line_color = GREY
     plot.grid.grid_line_alpha = 0.25
@@ -113,7 +113,7 @@ def _figure(x: str, metric: str, sources: Sequence[Any], style: Sequence[Look]) 
 
 def _color(look: Look) -> str:
     """The colour of a row; black, which a dark page would swallow, becomes grey."""
-    return GREY if look.color == "#000000" else look.color
+    return GREY if look.color == PALETTE[-1] else look.color
 
 
 def _inside_script(code: str) -> str:
