@@ -73,7 +73,8 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     if plateau := summary.get("plateau"):
         console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")
     # 2. Where it is, and what can be done with it: lines to copy, which no wrapping breaks.
-    for line in (str(folder), *next_commands(summary["stage"], folder)):
+    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    for line in (str(place), *next_commands(summary["stage"], place)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
