@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from rlhf.report.checks import warnings
+from rlhf.report.interactive import interactive_view
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
 from rlhf.report.tables import Table
@@ -55,10 +56,11 @@ def render(
         warnings=warnings(sweep),
         tables=tables,
         figures=[{**figure, "image": _embedded(folder / f"{figure['name']}.svg")} for figure in figures],
+        interactive=interactive_view(sweep) if figures else None,
         samples=samples(sweep),
-        runs=[_run_entry(run, sweep.finished[0], common) for run in sweep.runs],
+        runs=[_run_entry(run, sweep.names[run.folder], sweep.finished[0], common) for run in sweep.runs],
         common=" ".join(common),
-        reference=sweep.finished[0].name,
+        reference=sweep.names[sweep.finished[0].folder],
     )
 
 
@@ -110,11 +112,12 @@ def _value_text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _run_entry(run: RecordedRun, reference: RecordedRun, common: Sequence[str]) -> dict[str, Any]:
-    """A line of the page's table of runs; `common` are the overrides that all of them have."""
+def _run_entry(run: RecordedRun, name: str, reference: RecordedRun, common: Sequence[str]) -> dict[str, Any]:
+    """A line of the page's table of runs; `name`: what it is called, `common`: the overrides of all of them."""
     finished = run.state == "finished"
     return {
-        "name": run.name,
+        "name": name,
+        "folder": run.name,
         "state": run.state,
         "reason": run.reason,
         "overrides": distinguishing(run.overrides, common),
