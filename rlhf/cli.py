@@ -44,6 +44,7 @@ from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
 from rlhf.report.terminal import show_plan, show_results
+from rlhf.sweep import live
 from rlhf.sweep.plan import distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
 from rlhf.sweep.states import names, progress_line, states
 from rlhf.tracking import evaluations
@@ -289,4 +290,5 @@ def main() -> None:
             except BrokenPipeError:  # `| head` has read enough; nothing is left to be flushed at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
-        app()
+        with live.closing():
+            app()

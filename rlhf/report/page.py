@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from rlhf.report.checks import warnings
+from rlhf.report.interactive import interactive_view
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
 from rlhf.report.samples import RULE, samples
@@ -55,6 +56,7 @@ def render(
         warnings=warnings(sweep),
         tables=tables,
         figures=[{**figure, "image": _embedded(folder / f"{figure['name']}.svg")} for figure in figures],
+        interactive=interactive_view(sweep) if figures else None,
         samples=samples(sweep),
         rule=RULE,
         runs=[_run_entry(run, sweep.names[run.folder], sweep.finished[0], common) for run in sweep.runs],

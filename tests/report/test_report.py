@@ -136,7 +136,7 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -157,13 +157,16 @@ LAYOUT = {
 }
 
 
+FIGURES = ("results", "gains", "differences", "curve", "path", "root", "diagnostics")
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_report([write_sweep(tmp_path_factory.mktemp("report") / "s", LAYOUT)]).parent
 
 
 def test_a_report_has_all_its_files(report: Path) -> None:
-    figures = [f"figures/{name}.{kind}" for name in ("curve", "path", "root") for kind in ("csv", "png", "svg")]
+    figures = [f"figures/{name}.{kind}" for name in FIGURES for kind in ("csv", "png", "svg")]
     names = ("differences", "distance", "distance_differences", "gains", "table", "variance")
     tables = [f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")]
     files = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
@@ -197,10 +200,15 @@ def test_the_page_needs_nothing_beside_it(report: Path) -> None:
     page.feed(text)
     assert page.open == []
     assert all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in page.links)
-    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"https?://|@import|url\(", without_library(text))
     for words in ("A &lt;made-up&gt; study", "Tell me about &lt;0&gt;.", "<ins>50</ins> &amp; more", "lora.r=8",
                   "9 of 9 runs are finished", "Holm", "Just a test."):  # fmt: skip
         assert words in text
+
+
+def without_library(text: str) -> str:
+    """The page without the library of its interactive view, whose comments name addresses that nothing asks for."""
+    return re.sub(r'<script id="library">.*?</script>', "", text, flags=re.DOTALL)
 
 
 def test_config_difference_lists_changed_and_absent_keys() -> None:
@@ -248,7 +256,7 @@ def test_the_command_prints_the_table_and_writes_the_report(
     assert "variant=lora_kl" in shown
     assert "report.html" in shown
     assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
-        "win_rate", "true_kl", "response_tokens", "win_rate_by_kl",
+        "results", "gains", "win_rate", "true_kl", "response_tokens", "win_rate_by_kl", "diagnostics",
     }  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
         main([str(tmp_path)])
