@@ -74,7 +74,7 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
 def _metadata(
     run: FinishedRun, name: str, licence: str | None, below: str | None, adapter: bool, found: list[Result]
 ) -> ModelCardData:
-    """The head of the card, which the Hub's search reads; `below` is the Hub's name of the model that it is based on."""
+    """The head of the card, for the search of the Hub; `below` is the Hub's name of the model it is based on."""
     config, dataset = run.config, _dataset(run)
     evaluated = [
         EvalResult(
