@@ -54,9 +54,9 @@ DEFAULT: list[dict[str, Any]] = [
 ]  # fmt: skip
 WHOLE = {"results": draw_results, "gains": draw_gains, "differences": draw_differences, "diagnostics": draw_diagnostics}
 FAMILIES = (
-    "Filled: significant after Holm's correction, for which the metrics in which the report compares rows are one family"
-    " and all others together another. A metric without a value per instruction is compared over replicates alone"
-    " (Student's t)."
+    "Filled: significant after Holm's correction, for which the metrics in which the report compares rows are one"
+    " family and all others together another. A metric without a value per instruction is compared over replicates"
+    " alone (Student's t)."
 )
 # what the page says below a figure, by kind
 NOTES = {
