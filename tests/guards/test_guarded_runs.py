@@ -151,4 +151,4 @@ def test_a_stopped_run_is_named_with_its_reason_in_the_report(tmp_path: Path) ->
     (tmp_path / "s/run-2/failed.json").write_text(
         '{"error": "guard spike stopped the run at step 3: x", "traceback": ""}'
     )
-    assert "run-2 failed: guard spike stopped the run at step 3: x" in warnings(load([tmp_path / "s"]))
+    assert "“run-2” failed: guard spike stopped the run at step 3: x" in warnings(load([tmp_path / "s"]))
