@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlhf.files import FAILED, PLAN, PROGRESS, locks, read_json, write_json
+from rlhf.files import PLAN, PROGRESS, SUMMARY, locks, write_json
 from rlhf.sweep.plan import earlier_runs
 from rlhf.sweep.states import RunState, states
 from rlhf.sweep.status import view
 from rlhf.tracking.run_folder import LOCK
+from tests.helpers.command_line import TINY, error_sentence, run_in_process
 
 
 @pytest.fixture
@@ -73,15 +74,28 @@ def test_the_table_fits_the_terminal(width: int, tmp_path: Path) -> None:
     rows = [line for line in console.export_text().splitlines() if line.startswith("running")]
     assert rows
     assert len(rows) < 20
-    assert all("PPO 123/200  -11.25  100.0  0.12  1:02:05" in " ".join(row.replace("   ", "  ").split(" ")).replace("   ", "  ") for row in rows)
+    assert all(row.split()[-6:] == ["PPO", "123/200", "-11.25", "100.0", "0.12", "1:02:05"] for row in rows)
 
 
-def test_an_older_failure_stays_known_and_a_second_sweep_forgets_no_run(sweep: Path) -> None:
-    write_json(sweep / "one" / FAILED, {"error": "no memory"})
+def test_a_second_sweep_in_a_folder_forgets_no_run_of_the_first(sweep: Path) -> None:
     new = [{"folder": "three", "overrides": ["variant=three"]}, {"folder": "two", "overrides": ["variant=two"]}]
+    write_json(sweep / "one" / SUMMARY, {"wall_seconds": 5.0})
     write_json(sweep / PLAN, {"runs": new, "jobs": 1, "earlier": earlier_runs(sweep, new)})
-    assert [run["folder"] for run in read_json(sweep / PLAN)["earlier"]] == ["one"]
-    assert [run.folder.name for run in states(sweep)] == ["three", "two", "one"]
-    # the first sweep again
-    again = [{"folder": "one", "overrides": ["variant=one"]}]
-    assert [run["folder"] for run in earlier_runs(sweep, again)] == ["three", "two"] or True
+    assert [run.folder.name for run in states(sweep)] == ["three", "two"]
+    console = Console(width=80, record=True, file=(sweep / "out").open("w"))
+    console.print(view(sweep, states(sweep)))
+    assert "of earlier sweeps in this folder: 1 of 1 runs done\n" in console.export_text()
+    # and a third sweep still knows those of both
+    assert [run["folder"] for run in earlier_runs(sweep, [])] == ["one", "three", "two"]
+
+
+@pytest.mark.long
+def test_an_axis_in_hydras_own_configuration_is_one_of_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_in_process("-m", *TINY, "dry_run=true", "+hydra.sweeper.params.replicate='1,2'") == 0
+    assert "0 of 2 runs done, 2 waiting" in capfd.readouterr().out
+    assert run_in_process("-m", *TINY, "dry_run=true", "hydra.sweeper.params={replicate: '1,2'}") == 2
+    said = error_sentence(capfd.readouterr().err)
+    assert "hydra.sweeper.params: Hydra's own configuration has no such key; allowed: " in said
