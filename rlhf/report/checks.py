@@ -24,7 +24,8 @@ def _left_out(sweep: Sweep) -> Iterator[str]:
     """Runs that failed, are missing or do not count, rows whose runs do not belong together, keys without effect."""
     for run in sweep.runs:
         if run.state == "failed":
-            yield f"“{sweep.names[run.folder]}” failed: {run.reason} ({run.folder})"
+            name = sweep.names[run.folder]
+            yield f"“{name}” failed: {run.reason}" + (f" (its folder: {run.name})" if name != run.name else "")
     for state, words in (("unfinished", "not finished"), ("missing", "missing: not begun")):
         names = [sweep.names[run.folder] for run in sweep.runs if run.state == state]
         if names:
@@ -91,11 +92,9 @@ def _replicates(sweep: Sweep) -> Iterator[str]:
     one = sweep.unit.removesuffix("s")
     single = [row.label for row in sweep.trained if len(row.replicates) == 1]
     if single:
-        which = (
-            "Every row has"
-            if len(single) == len(sweep.trained) > 1
-            else f"{listing(single)} {'has' if len(single) == 1 else 'have'}"
-        )
+        which = f"{listing(single)} {'has' if len(single) == 1 else 'have'}"
+        if len(single) == len(sweep.trained):
+            which = "Every row has" if len(single) > 1 else "There is"
         yield f"{which} one {one} only, so that nothing is known of the spread over {sweep.unit}."
     counts = {len(row.replicates) for row in sweep.trained}
     if len(counts) > 1:

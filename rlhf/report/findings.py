@@ -57,11 +57,13 @@ def _best(sweep: Sweep, metric: str, tested: bool) -> Iterator[str]:
         return
     sign, superlative, worse = (-1, "lowest", "higher") if info.better == "↓" else (1, "highest", "lower")
     best = max(finite, key=lambda row: sign * float(np.mean(row.values(metric))))
-    text = f"“{best.label}” has the {superlative} mean {info.name}, {value(best, metric)}"
-    if best is sweep.rows[0]:
-        yield f"{text}: no trained row improves on it."
-    else:
-        yield f"{text} ({sft})."
+    first = [row.label for row in finite if value(row, metric) == value(best, metric)]
+    if len(first) == len(finite):
+        yield f"All {len(first)} rows have the same mean {info.name}, {value(best, metric)}."
+        return
+    has = "has" if len(first) == 1 else "have"
+    text = f"{listing(first)} {has} the {superlative} mean {info.name}, {value(best, metric)}"
+    yield f"{text}: no trained row improves on SFT." if sweep.rows[0].label in first else f"{text} ({sft})."
     # 2. The others, corrected for all pairs of rows: which row is best is known only afterwards.
     rivals, pairs = rivals_of(sweep, best, finite, metric) if tested else ([], 0)
     if rivals:
@@ -97,7 +99,8 @@ def _against(sweep: Sweep, items: Sequence[Comparison], family: int) -> Iterator
 def _single(sweep: Sweep, item: Comparison, against: str) -> str:
     """The comparison of the only other row."""
     info, gap = metric_info(item.metric), item.difference
-    text = f"{against}, “{item.row.label}” is at {signed(item, gap.mean)} {info.points}".rstrip()
+    name = "it" if len(sweep.trained) == 1 else f"“{item.row.label}”"
+    text = f"{against}, {name} is at {signed(item, gap.mean)} {info.points}".rstrip()
     text += f" in {info.name} (95 % interval {signed(item, gap.low)} to {signed(item, gap.high)})"
     if item.stands:
         return f"{text}: the difference is significant."

@@ -25,6 +25,8 @@ def at_common_distance(sweep: Sweep, metric: str) -> Iterator[str]:
     sign, superlative, worse = (-1, "lowest", "higher") if info.better == "↓" else (1, "highest", "lower")
     best = max(rows, key=lambda row: sign * float(np.mean(row.values(metric))))
     # with a run each, interpolation between evaluations would pass for a difference
+    if len({value(row, metric) for row in rows}) == 1:
+        return
     rivals, _ = ([], 0) if all(row.single for row in rows) else rivals_of(sweep, best, rows, metric)
     text = (
         f"At equal distance from SFT (√KL {far:g}, the farthest of the table's that all rows reach), “{best.label}” has"
@@ -77,7 +79,7 @@ def length_disagreements(sweep: Sweep, metric: str) -> Iterator[str]:
     name = metric_info(equal).name
     # 1. another row is the best one
     best, other = (max(rows, key=lambda row, key=key: _mean(row, key)) for key in (WIN, equal))  # type: ignore[misc]
-    if best is not other:
+    if value(best, WIN) != value(other, WIN) and value(best, equal) != value(other, equal):
         yield (
             f"By the {name} another row has the highest mean: “{other.label}” ({value(other, equal)}), ahead of"
             f" “{best.label}” ({value(best, equal)})."

@@ -11,12 +11,12 @@ from rlhf.report.checks import warnings
 from rlhf.report.interactive import interactive_view
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
+from rlhf.report.samples import RULE, samples
 from rlhf.report.tables import Table
 from rlhf.report.text import duration
 from rlhf.tracking.overrides import distinguishing, in_all
 from rlhf.tracking.seeds import SEED_KEYS
 
-PROMPTS = 6  # of which the samples are shown side by side
 # top-level keys that the table of runs omits, besides seeds: they say where a run is stored and how its sweep is shown
 UNSHOWN = (
     "output_dir",
@@ -58,31 +58,11 @@ def render(
         figures=[{**figure, "image": _embedded(folder / f"{figure['name']}.svg")} for figure in figures],
         interactive=interactive_view(sweep) if figures else None,
         samples=samples(sweep),
+        rule=RULE,
         runs=[_run_entry(run, sweep.names[run.folder], sweep.finished[0], common) for run in sweep.runs],
         common=" ".join(common),
         reference=sweep.names[sweep.finished[0].folder],
     )
-
-
-def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[dict[str, Any]]:
-    """For each of the first prompts: the final responses of SFT and of the first run of every row.
-
-    Returns:
-        {prompt, reference, answers} per prompt; an answer is a line of `samples.jsonl` with its row's label as `row`.
-    """
-    first = sweep.finished[0].samples
-    found = []
-    for prompt in list(first)[:prompts]:
-        answers = []
-        for row in sweep.rows:
-            steps = row.runs[0].samples.get(prompt, {})
-            step = 0 if row.step == 0 else max(steps, default=0)
-            # a trained row without a sample after step 0 would repeat SFT's
-            if step in steps and (row.step == 0 or step > 0):
-                answers.append({"row": row.label, **steps[step]})
-        reference = next((answer.get("reference_output") for answer in answers), None)
-        found.append({"prompt": prompt, "reference": reference, "answers": answers})
-    return found
 
 
 def config_difference(config: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:

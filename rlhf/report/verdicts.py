@@ -38,9 +38,11 @@ def told_from_best(rivals: Sequence[Comparison], worse: str) -> str:
         told = f"is significantly {worse}" if below else "cannot be told from it"
         return f"The only other row, “{rivals[0].row.label}”, {told}"
     if not below:
-        return f"None of the other {len(rivals)} rows is significantly {worse}"
+        none = "Neither of the other two" if len(rivals) == 2 else f"None of the other {len(rivals)}"
+        return f"{none} rows is significantly {worse}"
     if not same:
-        return f"All other {len(rivals)} rows are significantly {worse}"
+        every = "Both other" if len(rivals) == 2 else f"All other {len(rivals)}"
+        return f"{every} rows are significantly {worse}"
     verb = "is" if len(below) == 1 else "are"
     text = f"Of the other {len(rivals)} rows, {len(below)} {verb} significantly {worse}: {listing(below)}"
     return f"{text}; {listing(same)} cannot be told from the best"
@@ -56,4 +58,5 @@ def listing_with_gaps(items: Sequence[Comparison]) -> str:
 def signed(item: Comparison, number: float) -> str:
     """A difference in display units with its sign."""
     info = metric_info(item.metric)
-    return f"{info.scale * number:+.{info.digits}f}".replace("-", "−")
+    text = f"{info.scale * number:+.{info.digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]

@@ -44,7 +44,7 @@ def test_the_best_row_is_compared_with_the_others_as_one_of_all_pairs(tmp_path: 
 def test_a_single_row_is_compared_with_sft_and_with_nothing_else(tmp_path: Path) -> None:
     text = told(write_run_of(tmp_path / "s", "lora_none", 1))
     assert re.search(
-        r"“PPO” has a mean win rate of \d\d\.\d % \(SFT: \d\d\.\d %\)\. Against SFT, “PPO” is at \+\d+\.\d points in"
+        r"“PPO” has a mean win rate of \d\d\.\d % \(SFT: \d\d\.\d %\)\. Against SFT, it is at \+\d+\.\d points in"
         r" win rate \(95 % interval [+−]\d+\.\d to \+\d+\.\d\): the difference is (not )?significant\.",
         text,
     )

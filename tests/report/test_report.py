@@ -201,7 +201,7 @@ def test_the_page_needs_nothing_beside_it(report: Path) -> None:
     assert page.open == []
     assert all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in page.links)
     assert not re.search(r"https?://|@import|url\(", without_library(text))
-    for words in ("A &lt;made-up&gt; study", "Tell me about &lt;0&gt;.", "lora_kl 50 &amp; more", "lora.r=8",
+    for words in ("A &lt;made-up&gt; study", "Tell me about &lt;0&gt;.", "<ins>50</ins> &amp; more", "lora.r=8",
                   "9 of 9 runs are finished", "Holm", "Just a test."):  # fmt: skip
         assert words in text
 

@@ -184,7 +184,7 @@ def test_the_front_is_part_of_the_report(tmp_path: Path, capsys: pytest.CaptureF
         "40.0,0.1,0.2,0.00025,kl.coef-0.2",
     ]
     assert "2 of 3 configurations" in (folder / "report/report.html").read_text()
-    assert not (folder / "report/differences.md").exists()
+    assert not (folder / "report/gains.md").exists()
     drawn = (folder / "report/figures/front.csv").read_text().splitlines()
     numbered = [line.split(",")[-3:] for line in drawn[1:]]
     assert sorted(numbered) == [["30.0", "0.2", ""], ["40.0", "0.1", "2"], ["50.0", "0.4", "1"]]
