@@ -19,8 +19,12 @@ FROM_COMPARISONS = ("dpo",)  # those that learn from comparisons: a scorer only 
 
 @dataclass
 class OptimizerSettings:
-    """What all stages share: AdamW, its schedule, and the tokens that go through the model at once."""
+    """What all stages share: AdamW, its schedule, and the tokens that go through the model at once.
 
+    `group` is the config group of a stage.
+    """
+
+    group = ""
     lr: float = positive()
     warmup_steps: int = at_least_zero(0)
     schedule: str = choice("linear", "cosine", "constant")
@@ -50,6 +54,10 @@ class PolicySettings(OptimizerSettings):
         chosen = step in self.eval_every if isinstance(self.eval_every, list) else step % self.eval_every == 0
         return chosen or step in (0, self.steps)
 
+    def nearer(self, penalised: bool) -> str:
+        """What would hold the policy nearer to the SFT model; `penalised` says whether a divergence is chosen."""
+        return "a larger kl.coef" if penalised else "a penalty such as divergence=kl"
+
     @property
     def eval_interval(self) -> int:
         """The largest interval such that every evaluation between the first and the last is due at a multiple of it."""
@@ -60,6 +68,7 @@ class PolicySettings(OptimizerSettings):
 class DPOSettings(PolicySettings):
     """`conf/dpo`: direct preference optimisation. A step is an optimiser step on a batch of comparisons."""
 
+    group = "dpo"
     batch_size: int = positive()
     max_length: int = positive()
     validation_size: int = positive(500)
@@ -73,12 +82,16 @@ class DPOSettings(PolicySettings):
     mean_logprobs: bool = False
     sft_coef: float = at_least_zero(0.0)
 
+    def nearer(self, penalised: bool) -> str:
+        """The weight of the divergence from the SFT model; the penalty in a reward plays no part."""
+        return "a larger dpo.beta"
+
 
 @dataclass
 class BestOfNSettings(PolicySettings):
     """`conf/best_of_n`: best-of-n distillation. A step is an optimiser step on a batch of best answers."""
 
-    rounds = 1
+    group, rounds = "best_of_n", 1
     n: int = positive()
     batch_size: int = positive()
     epochs: int = positive(1)
@@ -94,11 +107,16 @@ class BestOfNSettings(PolicySettings):
         """Prompts that are answered n times each, in every round."""
         return self.steps_per_round * self.batch_size // self.epochs
 
+    def nearer(self, penalised: bool) -> str:
+        """The best of fewer answers is likelier under the policy; the penalty in a reward plays no part."""
+        return f"a smaller {self.group}.n"
+
 
 @dataclass
 class ExpertIterationSettings(BestOfNSettings):
     """`conf/expert_iteration`: the same in several rounds, each from the policy of the last one."""
 
+    group = "expert_iteration"
     rounds: int = positive()
 
 

@@ -106,6 +106,7 @@ class SupervisedSettings(OptimizerSettings):
 class SFTSettings(SupervisedSettings):
     """`conf/sft`: supervised fine-tuning."""
 
+    group = "sft"
     loss_on: str = choice("response", "assistant", "text")
     packing: Any = checked(lambda x: x is True or x is False or x == JOINED, "false, true or joined", False)
     validation_size: int = positive(200)
@@ -115,6 +116,7 @@ class SFTSettings(SupervisedSettings):
 class RewardSettings(SupervisedSettings):
     """`conf/reward`: the reward model; `model` is what it is trained on if that is not the SFT model."""
 
+    group = "reward"
     model: ModelSettings | None = None
     template: str = "auto"
     validation_size: int = positive(500)
@@ -134,6 +136,7 @@ class PPOSettings(PolicySettings):
     `rlhf.pipeline.preflight.settle_budget` replaces `microbatch_tokens=auto` by a number before anything reads it.
     """
 
+    group = "ppo"
     microbatch_tokens: Any = number_or_auto(4096)
     rollout_batch_size: int = positive()
     minibatch_size: int = positive()

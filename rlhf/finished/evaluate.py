@@ -160,7 +160,7 @@ def _results(subject: RunEvaluation | OutsideEvaluation) -> dict[str, Any]:
 def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunEvaluation | OutsideEvaluation:
     """What `config.policy` names, with all checks that need no model."""
     word = str(config.policy)
-    if word == FINISHED:
+    if word == FINISHED or word.startswith(f"{FINISHED}@"):
         return _of_configuration(config, folder)
     path = Path(word).expanduser()
     found = located(path)
@@ -171,17 +171,34 @@ def open_subject(config: DictConfig, folder: Path, given: Sequence[str]) -> RunE
 
 
 def _of_configuration(config: DictConfig, folder: Path) -> RunEvaluation:
-    """The finished run of PPO of the command's own configuration, under any name."""
-    trained = config.copy()
-    trained.stage, trained.policy = {"name": "ppo"}, None
-    plan = Plan(trained, settings_of(trained), data_source(trained), folder)
-    found = plan.finished()
-    if found is None:
-        raise NotTrainedError(
-            f"policy={FINISHED}: {plan.outputs} holds no finished run of this configuration; allowed: the "
-            "configuration of one, the folder of a run, or stage=ppo, which trains it"
+    """The finished run of the command's own configuration, under any name, by any method or by the one after an @.
+
+    Raises:
+        NotTrainedError: there is none.
+        ConfigError: there is no such method, or there are runs of several.
+    """
+    word, found, source = str(config.policy), {}, data_source(config)
+    methods = word.partition("@")[2].split() or METHODS
+    chosen = ", ".join(f"{FINISHED}@{method}" for method in METHODS)
+    if not set(methods) <= set(METHODS):
+        raise ConfigError(f"policy={word}: there is no such method; allowed: {FINISHED}, {chosen}")
+    for method in methods:
+        trained = config.copy()
+        trained.stage, trained.policy = {"name": method}, None
+        place = Plan(trained, settings_of(trained), source, folder).finished()
+        if place is not None:
+            found[method] = _subject(trained, FinishedRun.open(place), None)
+    if len(found) > 1:
+        raise ConfigError(
+            f"policy={word}: of this configuration there are finished runs of {' and '.join(found)}; allowed: "
+            f"{', '.join(f'{FINISHED}@{method}' for method in found)}, or the folder of a run"
         )
-    return _subject(trained, FinishedRun.open(found), None)
+    if not found:
+        raise NotTrainedError(
+            f"policy={word}: {config.output_dir} holds no finished run of this configuration; allowed: the "
+            f"configuration of one, the folder of a run, or stage={' or '.join(methods)}, which trains it"
+        )
+    return next(iter(found.values()))
 
 
 def _subject(config: DictConfig, run: FinishedRun, chosen: int | None) -> RunEvaluation:

@@ -30,7 +30,7 @@ from rlhf.settings import Settings
 from rlhf.tracking.summary import read_summary, write_summary
 
 log = logging.getLogger(__name__)
-FINISHED = "finished"  # the word for the finished run of the command's own configuration
+FINISHED = "finished"  # the word for the finished run of the command's own configuration; finished@dpo: that of DPO
 BATCH = 64  # prompts answered at a time where generation.batch_size=auto
 
 

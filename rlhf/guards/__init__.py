@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.errors import GuardStop
 from rlhf.files import aside
-from rlhf.guards.base import Metrics
+from rlhf.guards.base import Metrics, Remedies
 from rlhf.guards.detectors import DETECTORS
 from rlhf.settings import GuardsSettings
 
@@ -45,13 +45,16 @@ class Guards:
     Args:
         settings: The actions, windows and limits. Without settings no guard is active.
         folder: The run's folder, which gets `inspect/`. Without a folder no batches are saved.
+        remedies: The keys of the stage that their advice names; those of PPO by default.
     """
 
-    def __init__(self, settings: GuardsSettings | None = None, folder: Path | None = None):
+    def __init__(
+        self, settings: GuardsSettings | None = None, folder: Path | None = None, remedies: Remedies | None = None
+    ):
         options = {item.name: getattr(settings, item.name) for item in fields(settings)} if settings else {}
         self.actions = {name: option.action for name, option in options.items() if option.action != "off"}
         self.detectors = {name: DETECTORS[name](options[name]) for name in self.actions}
-        self.folder = folder
+        self.folder, self.remedies = folder, asdict(remedies or Remedies())
         self.findings: dict[str, Finding] = {}
         self.stop_message: str | None = None
 
@@ -79,7 +82,7 @@ class Guards:
             message = detector.update(step, metrics)
             if message is None:
                 continue
-            message = f"{message}; {detector.advice}"
+            message = f"{message}; {detector.advice.format(**self.remedies)}"
             finding = self.findings.setdefault(name, Finding(0, step, message))
             finding.count += 1
             counts[f"guard/{name}"] = float(finding.count)

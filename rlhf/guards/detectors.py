@@ -21,7 +21,7 @@ class NonFiniteDetector(Detector):
 
     advice = (
         "usual cause: a reward function that fails on some texts, or a learning rate that is too large; try loading the"
-        " batch that was saved in inspect/ to find the text, or a smaller lr"
+        " batch that was saved in inspect/ to find the text, or a smaller {lr}"
     )
 
     def __init__(self, options: GuardSettings):
@@ -51,8 +51,8 @@ class SpikeDetector(Detector):
     """Detects a loss or gradient norm far above the median of the values before it."""
 
     advice = (
-        "usual cause: a learning rate that is too large, or an unusual batch; try a smaller lr, or a smaller"
-        " max_grad_norm"
+        "usual cause: a learning rate that is too large, or an unusual batch; try a smaller {lr}, or a smaller"
+        " {group}.max_grad_norm"
     )
     keys = tuple(
         f"{stage}/{name}"
@@ -93,7 +93,7 @@ class OveroptimizationDetector(Detector):
     Source: Gao, Schulman & Hilton 2023, "Scaling laws for reward model overoptimization".
     """
 
-    advice = "usual cause: a policy that exploits errors of the reward model; try fewer ppo.steps or a larger kl.coef"
+    advice = "usual cause: a policy that exploits errors of the reward model; try fewer {group}.steps or {nearer}"
     true_metrics = {"eval/gold_utility": "gold utility", "eval/win_rate": "win rate"}  # noqa: RUF012
 
     def __init__(self, options: LimitGuard):
@@ -123,7 +123,7 @@ class OveroptimizationDetector(Detector):
             if fall > self.limit * fall_error and reward >= best_reward:
                 messages.append(
                     f"the {name} fell from its best value of {best:.2f} to {value:.2f}, more than {self.limit:g}"
-                    f" standard errors, while the learned reward went from {best_reward:.2f} to {reward:.2f}"
+                    f" standard errors, while the reward went from {best_reward:.2f} to {reward:.2f}"
                 )
             if value > best:
                 self.best[key] = value, error, reward
@@ -139,8 +139,8 @@ class LinearRangeDetector(Detector):
     """
 
     advice = (
-        "usual cause: a policy that has used up what the reward model can distinguish; try fewer ppo.steps or a larger"
-        " kl.coef"
+        "usual cause: a policy that has used up what the reward model can distinguish; try fewer {group}.steps or"
+        " {nearer}"
     )
     min_kl = 0.01  # nats per token; closer to the reference, the slope is mostly noise
 
@@ -169,7 +169,7 @@ class LinearRangeDetector(Detector):
         if self.consecutive < self.window:
             return None
         return (
-            f"the learned reward gained {slope:.2f} per √KL (in nats per token), down from {self.start_slope:.2f} at"
+            f"the reward gained {slope:.2f} per √KL (in nats per token), down from {self.start_slope:.2f} at"
             f" first (limit: {self.limit:g} times that)"
         )
 

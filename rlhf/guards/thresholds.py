@@ -18,7 +18,7 @@ class ThresholdRule:
         metric: The name of the metric.
         is_exceeded: Whether the metric is beyond its limit, given the detector with the metric's values.
         message: A format string with the fields `start`, `now`, `limit` and `window` of the detector.
-        advice: The usual cause and what to try.
+        advice: The usual cause and what to try (`Detector`).
     """
 
     metric: str
@@ -94,23 +94,22 @@ THRESHOLD_RULES = {
         "ppo/k1",
         lambda seen: seen.now > seen.limit,
         "the KL from the reference averaged {now:.2f} nats per token (limit: {limit:g})",
-        "usual cause: a penalty that is too weak or a learning rate that is too large; try a larger kl.coef or a"
-        " smaller ppo.lr",
+        "usual cause: a penalty that is too weak or a learning rate that is too large; try {nearer} or a smaller {lr}",
     ),
     "repetition": ThresholdRule(
         "ppo/repetition",
         lambda seen: seen.now - seen.start > seen.limit,
         "the share of repeated 4-grams in the responses rose from {start:.2f} to {now:.2f}"
         " (limit: a rise of {limit:g})",
-        "usual cause: a reward that grows with repetition; try a larger kl.coef, and read the texts in samples.jsonl",
+        "usual cause: a reward that grows with repetition; try {nearer}, and read the texts in samples.jsonl",
     ),
     "length_cap": ThresholdRule(
         "ppo/missing_eos",
         lambda seen: seen.now - seen.start > seen.limit,
         "the share of responses that were cut off at generation.max_new_tokens rose from {start:.2f} to {now:.2f}"
         " (limit: a rise of {limit:g})",
-        "usual cause: a reward that grows with length; try ppo.missing_eos_penalty, or a larger"
-        " generation.max_new_tokens",
+        "usual cause: a reward that grows with length; try a larger ppo.missing_eos_penalty, or a"
+        " larger generation.max_new_tokens",
     ),
     "mute": ThresholdRule(
         "eval/response_tokens",
@@ -124,14 +123,13 @@ THRESHOLD_RULES = {
         "ppo/entropy",
         lambda seen: seen.now < seen.limit * seen.start,
         "the policy's entropy fell from {start:.3f} to {now:.3f} nats per token (limit: {limit:g} times its start)",
-        "usual cause: a learning rate that is too large or a penalty that is too weak; try a smaller ppo.lr or a larger"
-        " kl.coef",
+        "usual cause: a learning rate that is too large or a penalty that is too weak; try a smaller {lr} or {nearer}",
     ),
     "entropy_rise": ThresholdRule(
         "ppo/entropy",
         lambda seen: seen.now > seen.limit * seen.start,
         "the policy's entropy rose from {start:.3f} to {now:.3f} nats per token (limit: {limit:g} times its start)",
-        "usual cause: over-optimisation under a penalty that is too weak; try a larger kl.coef or fewer ppo.steps",
+        "usual cause: over-optimisation under a penalty that is too weak; try {nearer} or fewer {group}.steps",
     ),
     # The largest of the recent values and not their mean, because a single bad step is common.
     "explained_variance": ThresholdRule(
@@ -139,6 +137,6 @@ THRESHOLD_RULES = {
         lambda seen: max(seen.recent) < seen.limit,
         "the value function's explained variance averaged {now:.3f} over {window} steps and was below {limit:g} at each"
         " of them",
-        "usual cause: a value function that lags behind the policy; try a larger ppo.value_coef or a smaller ppo.lr",
+        "usual cause: a value function that lags behind the policy; try a larger ppo.value_coef or a smaller {lr}",
     ),
 }

@@ -6,9 +6,11 @@ had since before 2.6 and which have derivatives, while that module appeared in 2
 
 torch has no such kernel for the CPU. There it is a single custom operator, so that torch.compile and autograd do not
 see a step for each sequence. Inside, it runs torch's flash attention for the CPU, and adjacent sequences of equal
-length go through it as one batch.
+length go through it as one batch. The same operator hides the memory-efficient kernel from torch.compile, because torch
+(at least 2.11 to 2.13) cannot trace that kernel's derivative: its own description of it lacks an argument.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,14 +58,13 @@ def isolated_attention(
     if query.is_cuda:
         takes_flash = query.element_size() == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= FLASH_WIDTH
         return (_flash if takes_flash else _memory_efficient)(query, key, value, bounds, scale)
-    key, value = _repeated(query, key, value)
-    return _attend(*(x.transpose(1, 2) for x in (query, key, value)), bounds.starts, scale)[0]
+    return _attend(*_with_equal_heads(query, key, value), *bounds, scale)[0]
 
 
-def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with a head for each head of the query."""
+def _with_equal_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three as [1, time, heads, width], with a head of keys and values for each head of the query."""
     groups = query.shape[1] // key.shape[1]
-    return repeat_kv(key, groups), repeat_kv(value, groups)
+    return query.transpose(1, 2), repeat_kv(key, groups).transpose(1, 2), repeat_kv(value, groups).transpose(1, 2)
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
@@ -80,37 +81,62 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: flo
 
 
 def _memory_efficient(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float) -> Tensor:
-    key, value = _repeated(query, key, value)
-    rows = (x.transpose(1, 2) for x in (query, key, value))
-    starts, longest = bounds
-    out = torch.ops.aten._efficient_attention_forward(
-        *rows, None, starts, starts, longest, longest, 0.0, CAUSAL, compute_log_sumexp=True, scale=scale
+    attend = _attend if torch.compiler.is_compiling() else _efficient
+    return attend(*_with_equal_heads(query, key, value), *bounds, scale)[0]
+
+
+def _efficient(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `_attend`; the sums are [sequences, heads, `longest` rounded up to 32]."""
+    found = torch.ops.aten._efficient_attention_forward(
+        query, key, value, None, starts, starts, longest, longest, 0.0, CAUSAL, compute_log_sumexp=True, scale=scale
     )
-    return out[0]
+    return found[0], found[1]
 
 
-# -- on a CPU --------------------------------------------------------------------------------------------------------
+# -- the operator ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("rlhf::attend", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("rlhf::attend", mutates_args=(), device_types="cpu")
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """The result and the log-sum-exps of the scores [1, time, heads]; all other tensors are [1, time, heads, width]."""
-    runs = _runs(bounds)
+    runs = _runs(starts)
     inputs = zip(*(_split_runs(x, runs) for x in (query, key, value)), strict=True)
     parts = zip(*(_FORWARD(*states, 0.0, True, scale=scale) for states in inputs), strict=True)
     out, sums = (_join_runs(part) for part in parts)
     return out, sums
 
 
-@torch.library.custom_op("rlhf::attend_backward", mutates_args=())
+_attend.register_kernel("cuda")(_efficient)
+
+
+@torch.library.custom_op("rlhf::attend_backward", mutates_args=(), device_types="cpu")
 def _attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, bounds: Tensor, scale: float
+    grad: Tensor, states: Sequence[Tensor], out: Tensor, sums: Tensor, starts: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    runs = _runs(bounds)
-    inputs = zip(*(_split_runs(x, runs) for x in (grad, query, key, value, out, sums)), strict=True)
-    parts = zip(*(_BACKWARD(*states, 0.0, True, scale=scale) for states in inputs), strict=True)
+    """The gradients of `states`: query, key and value."""
+    runs = _runs(starts)
+    inputs = zip(*(_split_runs(x, runs) for x in (grad, *states, out, sums)), strict=True)
+    parts = zip(*(_BACKWARD(*each, 0.0, True, scale=scale) for each in inputs), strict=True)
     by_query, by_key, by_value = (_join_runs(part) for part in parts)
     return by_query, by_key, by_value
+
+
+@_attend_backward.register_kernel("cuda")
+def _(
+    grad: Tensor, states: Sequence[Tensor], out: Tensor, sums: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.empty(
+        (), dtype=torch.long, device=grad.device
+    )  # the random state of dropout, of which there is none
+    gradients = torch.ops.aten._efficient_attention_backward(
+        grad.contiguous(), *states, None, out, starts, starts, longest, longest, sums, 0.0, unused, unused, CAUSAL,
+        False, scale=scale,
+    )  # fmt: skip
+    return gradients[0], gradients[1], gradients[2]
 
 
 def _runs(bounds: Tensor) -> list[tuple[int, int]]:
@@ -140,26 +166,30 @@ def _empty_like(states: Tensor) -> Tensor:
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
+    shape: tuple[int, ...] = query.shape[:3]
+    if query.is_cuda:
+        shape = (starts.shape[0] - 1, query.shape[2], (longest + 31) // 32 * 32)
+    return _empty_like(query), query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @_attend_backward.register_fake
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, bounds: Tensor, scale: float
+    grad: Tensor, states: Sequence[Tensor], out: Tensor, sums: Tensor, starts: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = states
     return _empty_like(query), _empty_like(key), _empty_like(value)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *states, bounds, ctx.scale = inputs
-    ctx.save_for_backward(*states, *output, bounds)
+    *states, starts, ctx.longest, ctx.scale = inputs
+    ctx.save_for_backward(*states, *output, starts)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, sums, bounds = ctx.saved_tensors
-    return *_attend_backward(grad, query, key, value, out, sums, bounds, ctx.scale), None, None
+    *states, out, sums, starts = ctx.saved_tensors
+    return *_attend_backward(grad, states, out, sums, starts, ctx.longest, ctx.scale), None, None, None
 
 
 _attend.register_autograd(_backward, setup_context=_save_for_backward)

@@ -17,7 +17,7 @@ ROWS = {
     "eval/length_adjusted_win_rate_se": ("  its standard error", 100),
     "eval/length_controlled_win_rate": ("  length-controlled (%)", 100),
     "eval/length_controlled_win_rate_se": ("  its standard error", 100),
-    "eval/reward": ("learned reward", 1),
+    "eval/reward": ("reward", 1),
     "eval/gold_utility": ("gold utility", 1),
     "eval/true_kl": ("true KL from SFT (nats per token)", 1),
     "eval/response_tokens": ("response length (tokens)", 1),

@@ -1,7 +1,6 @@
 """Decoding at fixed shapes and memory addresses, as CUDA graphs need it."""
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,18 +21,12 @@ class FixedStep(GrowingStep):
     Longer blocks would attend to more places in vain, shorter ones would be recorded more often. For the same reason
     the batch shrinks only between blocks, and to powers of two. Needs sdpa attention.
 
-    With `capture`, the steps of a block run as a CUDA graph (see `StepRecorder`). With `compiled`, the arguments of
-    torch.compile, a step is compiled as a whole, once for all blocks, so that such a graph has fewer kernels. The steps
-    themselves are tested on the CPU.
+    With `capture`, the steps of a block run as a CUDA graph (see `StepRecorder`). The steps themselves are tested on
+    the CPU. They are not compiled: for 30 blocks torch.compile takes more than 85 s on a GPU (benchmarks/RESULTS.md).
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: BufferCache,
-        visible: Bool[Tensor, "batch 1 1 capacity"],
-        capture: bool,
-        compiled: dict[str, Any] | None = None,
+        self, model: PreTrainedModel, cache: BufferCache, visible: Bool[Tensor, "batch 1 1 capacity"], capture: bool
     ):
         self.end, self.capacity = cache.get_seq_length(), visible.shape[-1]
         self.block = block_length(self.capacity - self.end)
@@ -43,7 +36,6 @@ class FixedStep(GrowingStep):
         self.positions = torch.zeros_like(self.token)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
         self.recorder = StepRecorder(type(model).__name__) if capture else None
-        self.run = run_token if compiled is None else torch.compile(run_token, **compiled)
         cache.clear_the_rest()
 
     def __call__(
@@ -63,7 +55,7 @@ class FixedStep(GrowingStep):
         """One step on the buffers alone."""
         self.visible.index_fill_(-1, self.place, 0.0)
         mask, buffers = self.visible[..., : self.end], self.cache.buffers(self.end)
-        return self.run(self.model, self.token, self.positions, mask, self.argument, buffers, self.place)
+        return run_token(self.model, self.token, self.positions, mask, self.argument, buffers, self.place)
 
     def batch_size(self, unfinished: int, place: int) -> int:
         """At the start of a block the next power of two, so that few sizes occur; within a block the present size."""

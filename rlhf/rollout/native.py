@@ -79,7 +79,7 @@ class NativeEngine:
             return GrowingStep(model, cache, held), hidden
         visible = ((place < lengths) | (place >= batch.width))[:, None, None]
         if self.fixed:
-            return FixedStep(model, cache, visible, roles.device.type == "cuda", roles.compiled), hidden
+            return FixedStep(model, cache, visible, capture=roles.device.type == "cuda"), hidden
         if roles.compiled:
             return CompiledStep(model, cache, visible, roles.compiled), hidden
         return GrowingStep(model, cache, visible), hidden

@@ -20,7 +20,7 @@ from rlhf.advantages import Estimator
 from rlhf.distributed import collectives
 from rlhf.divergence import Divergence, configured
 from rlhf.guards import Guards
-from rlhf.guards.base import SKIPPED
+from rlhf.guards.base import SKIPPED, Remedies
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.placement import Placement
@@ -94,7 +94,7 @@ class PPO(PolicyEvaluation):
         self.samples, self.reference, self.estimator = samples, Reference(rule or Fixed(), roles), estimator
         self.placement = Placement.of(kl, settings.divergence)
         exact = roles.in_float32 and settings.quantization is None
-        self.guards = Guards(settings.guards.at_precision(exact), samples.parent)
+        self.guards = Guards(settings.guards.at_precision(exact), samples.parent, Remedies.of(settings, self.ppo))
         self.normalizer = ppo.ScoreNormalizer(
             self.ppo.score_normalization, self.ppo.score_clip, collectives.all_reduce_sum
         )

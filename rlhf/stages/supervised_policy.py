@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.distributed import collectives
 from rlhf.guards import Guards
+from rlhf.guards.base import Remedies
 from rlhf.models.roles import Roles
 from rlhf.policy_settings import PolicySettings
 from rlhf.rollout.factory import make_engine
@@ -45,7 +46,7 @@ class SupervisedPolicy(PolicyEvaluation, SupervisedStage):
         self.engine = make_engine(config.generation, tokenizer, roles)
         self.scorer, self.evaluator, self.samples = scorer, evaluator, samples
         exact = roles.in_float32 and config.quantization is None
-        self.guards = Guards(config.guards.at_precision(exact), samples.parent)
+        self.guards = Guards(config.guards.at_precision(exact), samples.parent, Remedies.of(config, own))
         self.dropout = config.lora.r > 0 and config.lora.dropout > 0
         self.last_evaluation: dict[str, float] = {}
 

@@ -10,7 +10,7 @@ from tests.helpers.composed_config import composed
 def test_table_2_measures_the_runs_of_table_1() -> None:
     """Their configurations differ in nothing that is trained, so that `policy=finished` finds them."""
     first, second = (composed(f"experiments=table{number}", "variant=lora_kl", "replicate=2") for number in (1, 2))
-    assert (second.stage.name, second.policy) == ("evaluate", "finished")
+    assert (second.stage.name, second.policy) == ("evaluate", "finished@ppo")
     source = data_source(first)
     trained = [identity.of_training({**OmegaConf.to_container(config, resolve=True), **same}, source)  # type: ignore[dict-item]
                for config in (first, second) for same in ({"stage": "", "name": "", "report": ""},)]  # fmt: skip

@@ -2,21 +2,24 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from rlhf.errors import GuardStop
 from rlhf.evaluation.repetition import repeated_ngrams
 from rlhf.guards import MAX_SAVED_BATCHES, Guards
-from rlhf.guards.base import SKIPPED
+from rlhf.guards.base import SKIPPED, Remedies
 from rlhf.guards.detectors import DETECTORS
+from rlhf.policy_settings import METHODS
 from rlhf.settings import GuardsSettings
 from rlhf.stages.evaluation import falls
-from tests.helpers.composed_config import composed_settings
+from tests.helpers.composed_config import composed, composed_settings
 from tests.helpers.guard_settings import Line, single_guard
 
 
@@ -166,6 +169,38 @@ def test_inspect_holds_only_so_many(tmp_path: Path) -> None:
     for step in range(MAX_SAVED_BATCHES + 3):
         guards.save_batch(step, {"ids": torch.arange(3)}, "loss")
     assert len(list((tmp_path / "inspect").iterdir())) == MAX_SAVED_BATCHES
+
+
+# -- advice ----------------------------------------------------------------------------------------------------------
+
+KEY = re.compile(r"(?:sft|reward|ppo|dpo|best_of_n|expert_iteration|kl|model|generation|guards)\.[a-z_.]+[a-z_]")
+
+
+@pytest.mark.parametrize("lora", ["r8", "none"])
+@pytest.mark.parametrize("group", ["sft", "reward", *METHODS])
+def test_advice_names_the_keys_of_the_stage_and_they_exist(group: str, lora: str) -> None:
+    config, settings = composed(f"lora={lora}"), composed_settings(f"lora={lora}")
+    remedies = Remedies.of(settings, getattr(settings, group))
+    of_any, of_policies = ("spike", "non_finite"), ("spike", "non_finite", "overoptimization", "linear_range")
+    for name, over, limit, lines, expected in STREAMS:
+        if not expected or (group != "ppo" and name not in (of_policies if group in METHODS else of_any)):
+            continue
+        guards = Guards(single_guard(name, "warn", over, limit), remedies=remedies)
+        see(guards, lines)
+        advice = guards.findings[name].message.partition("usual cause: ")[2]
+        assert "{" not in advice
+        assert all(OmegaConf.select(config, key, default="absent") != "absent" for key in KEY.findall(advice))
+        if group != "ppo":
+            assert {key.partition(".")[0] for key in KEY.findall(advice)} == {group}
+    rate = "lr_full" if group in METHODS and lora == "none" else "lr"
+    assert remedies.lr == f"{group}.{rate}"
+
+
+def test_advice_is_to_weaken_nothing_that_is_not_there() -> None:
+    settings = composed_settings("divergence=none")
+    assert Remedies.of(settings, settings.ppo).nearer == "a penalty such as divergence=kl"
+    assert Remedies.of(settings, settings.dpo).nearer == "a larger dpo.beta"
+    assert Remedies.of(settings, settings.expert_iteration).nearer == "a smaller expert_iteration.n"
 
 
 # -- settings --------------------------------------------------------------------------------------------------------

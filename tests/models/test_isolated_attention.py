@@ -89,4 +89,13 @@ def test_the_operators_registered_with_the_compiler_are_correct(lengths: list[in
     inputs = [x.detach().transpose(1, 2).requires_grad_() for x in states(sum(lengths), dtype=dtype)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     close = {} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.library.opcheck(module._attend, (*inputs, bounds_of(lengths).starts, SCALE), test_utils=tests, **close)
+    torch.library.opcheck(module._attend, (*inputs, *bounds_of(lengths), SCALE), test_utils=tests, **close)
+
+
+def test_the_compiler_can_trace_the_memory_efficient_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes alone, as the compiler sees them. Without our operator torch's description of the derivative fails."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    inputs = [x.detach().to("meta", torch.float32).requires_grad_() for x in states(12)]
+    out = module._memory_efficient(*inputs, Bounds(torch.empty(4, dtype=torch.int32, device="meta"), 5), SCALE)
+    out.sum().backward()
+    assert [x.grad.shape for x in inputs if x.grad is not None] == [x.shape for x in inputs]

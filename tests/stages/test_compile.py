@@ -56,10 +56,9 @@ def test_compiled_blocks_make_the_same_updates(
     torch.multiprocessing.spawn(_compare, (options, backend, checkpointing, folders, tmp_path))
 
 
-def _decode(_: int, fixed: bool, folders: SimpleNamespace, folder: Path) -> None:
+def _decode(_: int, folders: SimpleNamespace, folder: Path) -> None:
     settings = ppo_settings()
     stage = make_ppo(settings, folders, folder)
-    stage.engine.fixed = fixed
     roles, sampled = stage.roles, []
     torch.manual_seed(0)  # the fixture's weights depend on earlier tests, and with some of them hardly a row ends early
     for name, parameter in roles.trunk("reference").named_parameters():
@@ -83,10 +82,9 @@ def _decode(_: int, fixed: bool, folders: SimpleNamespace, folder: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
-def test_compiled_decoding_gives_the_same_tokens(folders: SimpleNamespace, tmp_path: Path, fixed: bool) -> None:
+def test_compiled_decoding_gives_the_same_tokens(folders: SimpleNamespace, tmp_path: Path) -> None:
     """Decoding is one compiled program for all batch sizes and positions, whatever is merged into the weights."""
-    torch.multiprocessing.spawn(_decode, (fixed, folders, tmp_path))
+    torch.multiprocessing.spawn(_decode, (folders, tmp_path))
 
 
 def test_settings_that_cannot_be_compiled_are_refused(command: Callable) -> None:

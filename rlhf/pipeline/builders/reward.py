@@ -17,6 +17,7 @@ from rlhf.distributed import collectives
 from rlhf.errors import DataError
 from rlhf.files import MODEL
 from rlhf.guards import Guards
+from rlhf.guards.base import Remedies
 from rlhf.models.assembly import reward_alone, reward_roles
 from rlhf.models.averaging import average_reward_models
 from rlhf.models.export import HEAD, save_adapter, save_model
@@ -62,7 +63,7 @@ def _train(site: Site, folder: Path, sft: Path, preferences: Path | None) -> Non
     source = SavedPreferences(preferences) if preferences else site.source
     train, held_out = train_and_held_out(source, "preference", "preference_validation", settings.validation_size)
     stage = RewardModeling(settings, roles, tokenizer, steps_of(settings, len(train)))
-    stage.guards = Guards(site.settings.guards, folder)
+    stage.guards = Guards(site.settings.guards, folder, Remedies.of(site.settings, settings))
     limit = f"reward.max_length={settings.max_length}"
     train, pairs, equal = distinct(train, stage.encode(train), "preference", limit)
     kinds = source.kinds() if hasattr(source, "kinds") and "preference_validation" in source.splits else []

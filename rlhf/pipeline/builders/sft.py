@@ -12,6 +12,7 @@ from rlhf.data.records import skipped_rows, train_and_held_out
 from rlhf.distributed import collectives
 from rlhf.files import MODEL
 from rlhf.guards import Guards
+from rlhf.guards.base import Remedies
 from rlhf.models.assembly import sft_roles
 from rlhf.models.export import load_adapter, save_adapter, save_model
 from rlhf.models.loading import DTYPES, load_causal_lm, load_tokenizer
@@ -41,7 +42,7 @@ def build_sft(site: Site, folder: Path) -> None:
     # 2. The rows.
     train, held_out = train_and_held_out(site.source, "sft", "sft_validation", settings.validation_size)
     stage = SupervisedFineTuning(settings, roles, tokenizer, steps_of(settings, len(train)))
-    stage.guards = Guards(site.settings.guards, folder)
+    stage.guards = Guards(site.settings.guards, folder, Remedies.of(site.settings, settings))
     texts = stage.training_rows(train)
     stage.total_steps = steps_of(settings, len(texts))
     first = {"prompt": texts[0][0], "response (learnt)": texts[0][1]}
