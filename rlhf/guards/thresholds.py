@@ -123,8 +123,7 @@ THRESHOLD_RULES = {
         "ppo/entropy",
         lambda seen: seen.now < seen.limit * seen.start,
         "the policy's entropy fell from {start:.3f} to {now:.3f} nats per token (limit: {limit:g} times its start)",
-        "usual cause: a learning rate that is too large or a penalty that is too weak; try a smaller {lr} or"
-        " {nearer}",
+        "usual cause: a learning rate that is too large or a penalty that is too weak; try a smaller {lr} or {nearer}",
     ),
     "entropy_rise": ThresholdRule(
         "ppo/entropy",
