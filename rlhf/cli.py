@@ -6,7 +6,7 @@ Exit codes:
     2    a configuration, data set or model that cannot be used; one sentence says why
     3    stopped by a guard (conf/guards); failed.json says why
     75   stopped by a signal, or because an endpoint cannot be reached; the same command continues
-    130  interrupted at once
+    130  interrupted at once; before anything is trained there is nothing to save, and SIGTERM gives 143
 """
 
 import logging
@@ -44,6 +44,7 @@ from rlhf.objectives import objectives_of, result
 from rlhf.pipeline import earlier
 from rlhf.pipeline.quiet import quieten
 from rlhf.report.terminal import show_plan, show_results
+from rlhf.sweep import live
 from rlhf.sweep.plan import distinctive_overrides, on_slurm, parallel_jobs, planned_parallelism
 from rlhf.sweep.states import names, progress_line, states
 from rlhf.tracking import evaluations
@@ -289,4 +290,5 @@ def main() -> None:
             except BrokenPipeError:  # `| head` has read enough; nothing is left to be flushed at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
-        app()
+        with live.closing():
+            app()

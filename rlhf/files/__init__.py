@@ -26,6 +26,7 @@ BUDGET = "budget.json"  # the number that ppo.microbatch_tokens=auto was settled
 MODEL, BEST_MODEL = "model", "model_best"  # the last policy, and the best one if it is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation
 CHECKSUMS = "checksums.json"  # of the models and simulated comparisons, when they were complete
+PROGRESS = "progress.json"  # while a stage trains: its `steps`, for displays
 RENDERED = "rendered.txt"  # the first row as the model reads it
 ADAPTER_CONFIG = "adapter_config.json"  # in a model's folder: peft's, which names the model below the adapter
 OUTCOME = (*LINE_FILES, ALPACA_EVAL, ALPACA_EVAL_REFERENCE)  # all results except summary and models

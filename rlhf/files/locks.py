@@ -1,6 +1,7 @@
 """File locks: those of the system, which it releases when the holder dies, or else lock files with a heartbeat."""
 
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -70,8 +71,39 @@ def _wait_for(lock: BaseFileLock, reason: str) -> BaseFileLock:
 
 def _holder(path: Path) -> str:
     """The holder that a lock file names, for a message; "" if it names none. filelock's own files look alike."""
+    found = last_holder(path)
+    return f" (process {found[0]} on {found[1]})" if found else ""
+
+
+def last_holder(path: Path) -> tuple[int, str] | None:
+    """Process and host that a lock file names, which stay in it after the lock is released; None if it names none."""
     try:
         found = re.search(r"^pid=(\d+)\nhost=(\S+)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     except OSError:
-        return ""
-    return f" (process {found[1]} on {found[2]})" if found else ""
+        return None
+    return (int(found[1]), found[2]) if found else None
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether some process holds the lock `path`; None if that cannot be told from here.
+
+    It cannot where there is no lock file, or where the last holder was on another host and seems to hold it no more:
+    not every network file system tells one host of the locks of another.
+    """
+    with suppress(OSError):
+        if time.time() - path.with_name(f"{path.name}.held").stat().st_mtime < LEASE_SECONDS:
+            return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment, and only if nobody holds it
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    holder = last_holder(path)
+    return None if holder and holder[1] != socket.gethostname() else False

@@ -123,7 +123,7 @@ class OveroptimizationDetector(Detector):
             if fall > self.limit * fall_error and reward >= best_reward:
                 messages.append(
                     f"the {name} fell from its best value of {best:.2f} to {value:.2f}, more than {self.limit:g}"
-                    f" standard errors, while the learned reward went from {best_reward:.2f} to {reward:.2f}"
+                    f" standard errors, while the reward went from {best_reward:.2f} to {reward:.2f}"
                 )
             if value > best:
                 self.best[key] = value, error, reward
@@ -169,7 +169,7 @@ class LinearRangeDetector(Detector):
         if self.consecutive < self.window:
             return None
         return (
-            f"the learned reward gained {slope:.2f} per √KL (in nats per token), down from {self.start_slope:.2f} at"
+            f"the reward gained {slope:.2f} per √KL (in nats per token), down from {self.start_slope:.2f} at"
             f" first (limit: {self.limit:g} times that)"
         )
 

@@ -11,6 +11,7 @@ from rlhf.data.templates import PromptTemplate, Template
 from rlhf.errors import ConfigError
 from rlhf.evaluation import alpaca_eval
 from rlhf.evaluation.difficulty import load_difficulties
+from rlhf.evaluation.diversity import diversity
 from rlhf.evaluation.evaluator import ResponseEvaluator, evaluation_metrics
 from rlhf.evaluation.factscore import FactScore
 from rlhf.evaluation.prompts import instruction_or_prompt
@@ -19,7 +20,7 @@ from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.plan import Plan
 from rlhf.policy_settings import METHODS
 from rlhf.scorers import Context
-from rlhf.settings import Settings
+from rlhf.settings import EvaluationSettings, Settings
 
 
 def make_evaluator(plan: Plan, context: Context, folder: Path | None) -> tuple[ResponseEvaluator, DataLoader]:
@@ -91,6 +92,22 @@ def ping(config: DictConfig) -> None:
         target.ping(OmegaConf.to_container(node, resolve=True))
 
 
+def logged_metrics(settings: EvaluationSettings, source: DataSource, judged: bool) -> list[str]:
+    """The names of all metrics that evaluations log, but for standard errors and falls below the best one.
+
+    Some need what only the training shows: `eval/facts_lost` that the SFT model knows any of the facts, and the
+    perplexity of demonstrations that some are held out.
+    """
+    factscore, difficulty = bool(settings.factscore), bool(settings.difficulty)
+    names = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.gold))
+    names += ["eval/entropy", "eval/forward_kl"]
+    if settings.demonstrations and {"sft", "sft_validation"} & set(source.splits):
+        names += ["eval/demonstration_perplexity"]
+    names += ["eval/text_perplexity"] if settings.texts else []
+    names += ["eval/facts_known", "eval/facts_lost"] if hasattr(source, "probes") else []
+    return names + (list(diversity([[[0]]], 1)) if settings.diversity_samples else [])
+
+
 def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> str | None:
     """The metric by which `keep_best` of the method chooses a checkpoint; None if only the latest ones are to be kept.
 
@@ -99,8 +116,7 @@ def best_metric(config: DictConfig, settings: Settings, source: DataSource) -> s
     """
     chosen = settings.method(config.stage.name).keep_best
     judged = getattr(target_class(config.judge, "judge"), "compares", True)
-    factscore, difficulty = bool(settings.evaluation.factscore), bool(settings.evaluation.difficulty)
-    allowed = evaluation_metrics(source, judged, factscore, difficulty, bool(settings.evaluation.gold))
+    allowed = logged_metrics(settings.evaluation, source, judged)
     if chosen == "auto":
         return next((name for name in ("eval/factscore", "eval/win_rate") if name in allowed), None)
     if chosen is not None and chosen not in allowed:

@@ -33,7 +33,10 @@ class Loggers:
         config, own = self.plan.config.logger, folder == self.plan.folder
         lines = JsonLines(folder)
         if target_class(config, "logger") is not wandb_logger:
-            return [lines, instantiate(config, "logger")] if own else [lines]
+            if own:
+                return [lines, instantiate(config, "logger")]
+            built = cache.name_of(folder) != folder.name and "save_dir" in config
+            return [lines, *([instantiate(config, "logger", save_dir=str(folder))] if built else [])]
         self.dashboard = self._dashboard(folder, own)
         self.offline = self.dashboard.offline
         return [lines, self.dashboard]

@@ -27,6 +27,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
 from rlhf.pipeline import cache, members
 from rlhf.pipeline.allocation import keep_freed_memory
+from rlhf.pipeline.bars import with_displays
 from rlhf.pipeline.builders import Site
 from rlhf.pipeline.builders.preferences import build_preferences, prepare_preferences
 from rlhf.pipeline.builders.reward import build_reward
@@ -63,8 +64,7 @@ class Run:
     def __init__(self, plan: Plan, progress: bool = True):
         self.plan, self.progress = plan, progress
         self.config, self.settings, self.source = plan.config, plan.settings, plan.source
-        self.loggers = Loggers(plan)
-        self.site = self._site(plan)
+        self.loggers, self.site = Loggers(plan), self._site(plan)
         settle_numerics(plan.config.trainer.get("deterministic"))
         keep_freed_memory()
 
@@ -279,7 +279,7 @@ class Run:
             defaults |= {"use_distributed_sampler": False, "plugins": [processes.cluster_environment()]}
         if self.config.trainer.get("strategy") in (None, "auto"):
             defaults["strategy"] = SingleDevice()
-        return instantiate(self.config.trainer, "trainer", **{**defaults, **options})
+        return instantiate(self.config.trainer, "trainer", **with_displays({**defaults, **options}, folder))
 
     def _place_models(self, roles: Roles, packing: bool = False) -> None:
         """Try the models out (`rlhf.rollout.trial`) and put them where they will train.

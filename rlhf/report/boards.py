@@ -119,7 +119,7 @@ class Boards:
 
     def figures(self) -> list[wr.LinePlot]:
         """The figures of the layout, one panel for each metric on a y axis."""
-        specs = [spec for spec in figure_specs(self.sweep.layout) if spec["kind"] != "pull"]  # which needs no runs
+        specs = [spec for spec in figure_specs(self.sweep.layout) if "y" in spec]
         return [self._line(spec, y) for spec in specs for y in y_metrics(spec)]
 
     def front(self) -> list[wr.ScatterPlot]:

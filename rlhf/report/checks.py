@@ -7,11 +7,11 @@ from typing import Any
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
-from rlhf.report.text import abridged, count, quoted
+from rlhf.report.text import abridged, count, listing
 from rlhf.tracking.seeds import Seeds
 
 # the keys of a layout, `report` in the configuration
-LAYOUT = ("title", "notes", "baseline", "labels", "columns", "distances", "pair_seeds", "figures")
+LAYOUT = ("title", "notes", "baseline", "labels", "columns", "distances", "pair_seeds", "tuning", "figures")
 CUT_OFF = 0.2  # share of responses without an end of sequence above which a warning is due
 
 
@@ -24,11 +24,12 @@ def _left_out(sweep: Sweep) -> Iterator[str]:
     """Runs that failed, are missing or do not count, rows whose runs do not belong together, keys without effect."""
     for run in sweep.runs:
         if run.state == "failed":
-            yield f"{run.name} failed: {run.reason}"
+            name = sweep.names[run.folder]
+            yield f"“{name}” failed: {run.reason}" + (f" (its folder: {run.name})" if name != run.name else "")
     for state, words in (("unfinished", "not finished"), ("missing", "missing: not begun")):
-        names = [run.name for run in sweep.runs if run.state == state]
+        names = [sweep.names[run.folder] for run in sweep.runs if run.state == state]
         if names:
-            yield f"{count(len(names), 'run')} {words} ({abridged(names)})."
+            yield f"{count(len(names), 'run')} {words}: {listing(names)}."
     if sweep.doubled:
         names = [str(run.folder) for run in sweep.doubled]
         yield f"Another run has the same row and seeds, so these are left out: {abridged(names)}."
@@ -64,13 +65,13 @@ def _numbers(sweep: Sweep) -> Iterator[str]:
             if isinstance(value, float) and not math.isfinite(value)
         }
         if bad:
-            yield f"{run.name} has non-finite values in {', '.join(bad)}."
+            yield f"“{sweep.names[run.folder]}” has non-finite values in {', '.join(bad)}."
         steps = [step for step, values in run.metrics.items() if "ppo/missing_eos" in values]
         cut_off = run.metrics[max(steps)]["ppo/missing_eos"] if steps else 0.0
         if cut_off > CUT_OFF:
             yield (
-                f"{run.name} ended with {100 * cut_off:.0f} % of its sampled responses cut off before their end:"
-                " lengths and win rates are those of truncated texts (generation.max_new_tokens)."
+                f"“{sweep.names[run.folder]}” ended with {100 * cut_off:.0f} % of its sampled responses cut off before"
+                " their end: lengths and win rates are those of truncated texts (generation.max_new_tokens)."
             )
 
 
@@ -81,12 +82,9 @@ def _guards(sweep: Sweep) -> Iterator[str]:
         for name, finding in (run.summary.get("guards") or {}).items():
             found.setdefault(name, []).append((run, finding))
     for name, runs in found.items():
-        run, finding = runs[0]
-        yield (
-            f"The guard {name} found something in {count(len(runs), 'run')}"
-            f" ({abridged([run.name for run, _ in runs])}); in {run.name}, first at step {finding['first_step']}:"
-            f" {finding['message']}."
-        )
+        names, finding = [sweep.names[run.folder] for run, _ in runs], runs[0][1]
+        where = f"in {len(runs)} runs ({listing(names)}), in the first of them" if len(runs) > 1 else f"in “{names[0]}”"
+        yield f"The guard {name} found something {where} from step {finding['first_step']} on: {finding['message']}."
 
 
 def _replicates(sweep: Sweep) -> Iterator[str]:
@@ -94,7 +92,10 @@ def _replicates(sweep: Sweep) -> Iterator[str]:
     one = sweep.unit.removesuffix("s")
     single = [row.label for row in sweep.trained if len(row.replicates) == 1]
     if single:
-        yield f"One {one} only, so nothing is known of the spread over {sweep.unit}: {quoted(single)}."
+        which = f"{listing(single)} {'has' if len(single) == 1 else 'have'}"
+        if len(single) == len(sweep.trained):
+            which = "Every row has" if len(single) > 1 else "There is"
+        yield f"{which} one {one} only, so that nothing is known of the spread over {sweep.unit}."
     counts = {len(row.replicates) for row in sweep.trained}
     if len(counts) > 1:
         yield f"The rows have different numbers of {sweep.unit} ({min(counts)} to {max(counts)})."

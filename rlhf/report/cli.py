@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from rlhf.errors import MISTAKE, FigureError, NoRunsError
 from rlhf.report import page
-from rlhf.report.comparisons import Comparison, baseline, compared_metrics, comparisons, difference_table
+from rlhf.report.comparisons import Comparison, baseline, compared_metrics, comparisons, difference_table, origins
 from rlhf.report.equal_distance import common_distances, compared_at, distance_difference_table, distance_table
 from rlhf.report.evaluation_shown import evaluation_shown
 from rlhf.report.figures import make_figures
@@ -33,6 +34,14 @@ class Headed(NamedTuple):
     table: Table
 
 
+class Made(NamedTuple):
+    """A report: its page, its tables by the names of their files, and the sentences that say what was found."""
+
+    page: Path
+    tables: dict[str, Table]
+    sentences: list[str]
+
+
 def make_report(folders: Sequence[Path], out: Path | None = None, evaluation: str | None = None) -> Path:
     """Write tables, figures and `report.html`, and return the path of the page.
 
@@ -45,7 +54,7 @@ def make_report(folders: Sequence[Path], out: Path | None = None, evaluation: st
         NoRunsError: a folder has no finished run.
         FigureError: the layout asks for a figure that cannot be drawn, or for a choice by an incomplete rule.
     """
-    return _make(folders, out, evaluation)[0]
+    return _make(folders, out, evaluation).page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     printable(sys.stdout)
     printable(sys.stderr)
     try:
-        path, tables = _make(options.folders, options.out, options.evaluation)
+        path, tables, sentences = _make(options.folders, options.out, options.evaluation)
     except (NoRunsError, FigureError) as error:
         print(f"rlhf-report: {error}", file=sys.stderr)
         raise SystemExit(MISTAKE) from None
@@ -71,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, table in tables.items():
         if name in ("table", "front", "tuning"):
             console.print(_on_terminal(table, console.width))
-    for sentence in evaluation_shown(load(options.folders, options.evaluation).finished):
-        console.print(sentence)
+    for sentence in sentences:
+        console.print(Text(f"• {sentence}"))
     console.print(str(path), soft_wrap=True, highlight=False)
 
 
@@ -84,60 +93,72 @@ def show_front(folder: Path) -> None:
         console.print(table.caption)
 
 
-def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> tuple[Path, dict[str, Table]]:
-    """`make_report`, which also returns the tables by the names of their files."""
+def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> Made:
+    """`make_report`, which also returns what the command prints."""
     # 1. Read the runs and compare them. A search has too many rows to compare: it gets its front instead.
     sweep = load(folders, evaluation)
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     metrics, front = compared_metrics(sweep), front_table(sweep)
-    compared = [] if front else comparisons(sweep, baseline(sweep), metrics)
+    compared = [] if front else [item for row in origins(sweep) for item in comparisons(sweep, row, metrics)]
+    distances = [] if front else common_distances(sweep)
+    at_distance = compared_at(sweep, baseline(sweep), metrics, distances)
     # 2. Write the tables, each in three formats.
     tables = {"table": Headed("Results", main_table(sweep))}
     if front:
         tables["front"] = Headed("The front of the search", front)
     elif compared:
-        tables |= _differences(sweep, compared, metrics)
+        tables |= _differences(sweep, compared) | _at_distance(sweep, distances, at_distance)
     if chosen := tuning_table(sweep):
         tables["tuning"] = Headed("Chosen by the rule", chosen)
     if not front and (variances := variance_table(sweep)):
         tables["variance"] = Headed("Where the spread comes from", variances)
+    tables = {name: Headed(heading, table.without_empty()) for name, (heading, table) in tables.items()}
     for name, (_, table) in tables.items():
         for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             (out / f"{name}.{suffix}").write_text(text, encoding="utf-8")
     # 3. Draw the figures, and write the page that holds all of it.
     figures = make_figures(sweep, out / "figures")
-    sentences = [*findings(sweep, compared, metrics[0] if metrics else None), *evaluation_shown(sweep.finished)]
+    told = findings(sweep, compared, metrics[0] if metrics else None, at_distance)
+    sentences = [*told, *evaluation_shown(sweep.finished)]
     path = out / "report.html"
     path.write_text(page.render(sweep, sentences, list(tables.values()), figures, out / "figures"), encoding="utf-8")
-    return path, {name: table for name, (_, table) in tables.items()}
+    return Made(path, {name: table for name, (_, table) in tables.items()}, sentences)
 
 
-def _differences(sweep: Sweep, compared: Sequence[Comparison], metrics: Sequence[str]) -> dict[str, Headed]:
-    """The differences from the baseline; then rows and differences at equal distance, if rows have one in common."""
-    against = baseline(sweep)
-    heading = f"Differences from “{against.label}”"
-    tables = {"differences": Headed(heading, difference_table(sweep, compared, against))}
-    distances = common_distances(sweep)
+def _differences(sweep: Sweep, compared: Sequence[Comparison]) -> dict[str, Headed]:
+    """The differences from SFT, and those from the baseline if the layout names one."""
+    tables = {}
+    for against in origins(sweep):
+        found = [item for item in compared if item.other is against]
+        name = "gains" if against is sweep.rows[0] else "differences"
+        if found:
+            tables[name] = Headed(f"Differences from “{against.label}”", difference_table(sweep, found, against))
+    return tables
+
+
+def _at_distance(sweep: Sweep, distances: Sequence[float], found: dict[float, list[Comparison]]) -> dict[str, Headed]:
+    """Rows and differences from the baseline at equal distance, if rows have one in common."""
+    tables, against = {}, baseline(sweep)
     if distances:
         tables["distance"] = Headed("At equal distance from SFT", distance_table(sweep, distances))
-    found = compared_at(sweep, against, metrics, distances)
     if any(found.values()):
         table = distance_difference_table(sweep, found, against)
-        tables["distance_differences"] = Headed(f"{heading} at equal distance", table)
+        tables["distance_differences"] = Headed(f"Differences from “{against.label}” at equal distance", table)
     return tables
 
 
 def _on_terminal(table: Table, width: int) -> RichTable:
     """A table for the terminal, with as many of its columns as fit without a line break inside a number."""
-    texts = table.texts()
+    texts, titles = table.texts(), table.titles()
     # a column is as wide as its longest cell, or the longest word of its header; borders and padding take 3 more
-    longest = [max(map(len, [*name.split(), *cells])) for name, *cells in zip(table.header, *texts, strict=True)]
+    longest = [max(map(len, [*name.split(), *cells])) for name, *cells in zip(titles, *texts, strict=True)]
     fitting = sum(used <= width for used in accumulate((size + 3 for size in longest), initial=1)) - 1
     left_out = ", ".join(table.header[fitting:])
     shown = RichTable(caption=f"Columns that do not fit: {left_out}." if left_out else None, caption_justify="left")
-    for name, right, size in zip(table.header[:fitting], table.numeric(), longest, strict=False):
+    for name, right, size in zip(titles[:fitting], table.numeric(), longest, strict=False):
         shown.add_column(name, justify="right" if right else "left", width=size)
-    for row in texts:
-        shown.add_row(*row[:fitting])
+    for row, marks in zip(texts, table.best(), strict=True):
+        cells = (Text(text, "bold" if best else "") for text, best in zip(row, marks, strict=True))
+        shown.add_row(*list(cells)[:fitting])
     return shown

@@ -46,10 +46,20 @@ class Comparison:
 
 
 def baseline(sweep: Sweep) -> Row:
-    """The row that the others are compared with: the one that the layout names, or else the first trained row."""
+    """The trained row that the others are compared with: the one that the layout names, or else the first one."""
+    return _named(sweep) or sweep.trained[0]
+
+
+def origins(sweep: Sweep) -> list[Row]:
+    """What rows are compared with: SFT, from which all of them start, then the baseline if the layout names one."""
+    named = _named(sweep)
+    return [sweep.rows[0], *([named] if named and len(sweep.trained) > 1 else [])]
+
+
+def _named(sweep: Sweep) -> Row | None:
+    """The trained row that the layout calls the baseline."""
     name = sweep.layout.get("baseline")
-    named = [row for row in sweep.rows if name and row.is_called(name)]
-    return (named or list(sweep.trained))[0]
+    return next((row for row in sweep.trained if name and row.is_called(name)), None)
 
 
 def compared_metrics(sweep: Sweep) -> list[str]:
@@ -78,11 +88,11 @@ def pair_replicates(sweep: Sweep) -> bool:
 
 
 def comparisons(sweep: Sweep, against: Row, metrics: Sequence[str]) -> list[Comparison]:
-    """Compare every other row with `against` in each metric, as one family for Holm's correction.
+    """Compare every other trained row with `against` in each metric, as one family for Holm's correction.
 
     Rows without a value per instruction, or with too few instructions in common, are left out.
     """
-    pairs = [(row, metric) for metric in metrics for row in sweep.rows if row is not against]
+    pairs = [(row, metric) for metric in metrics for row in sweep.trained if row is not against]
     found = [compare(row, against, metric, pair_replicates(sweep)) for row, metric in pairs]
     return corrected([item for item in found if item])
 
@@ -138,14 +148,15 @@ def difference_table(sweep: Sweep, found: Sequence[Comparison], against: Row) ->
     several, paired = len({item.metric for item in found}) > 1, any(item.unpaired for item in found)
     header = ["row", *(["metric"] if several else []), "difference", "95 % interval"]
     header += ["unpaired interval"] if paired else []
-    header += ["verdict", "after Holm", "to tell it at 80 % power"]
+    corrections = len(found) > 1  # the correction of a single comparison changes nothing
+    header += ["verdict", *(["after Holm"] if corrections else []), "to tell it at 80 % power"]
     rows: list[list[Cell]] = []
     for item in found:
         info, gap = metric_info(item.metric), item.difference
         value = Number(info.scale * gap.mean, digits=info.digits, signed=True)
         name = [info.title] if several else []
         unpaired = [interval_cell(item, item.unpaired) if item.unpaired else NOTHING] if paired else []
-        verdict = [gap.verdict, holm_cell(item), _needed(item, sweep.unit)]
+        verdict = [gap.verdict, *([holm_cell(item)] if corrections else []), needed(item, sweep.unit)]
         rows.append([item.row.label, *name, value, interval_cell(item, gap), *unpaired, *verdict])
     return Table(header, rows, _difference_caption(sweep, found, against, several))
 
@@ -161,7 +172,7 @@ def holm_cell(item: Comparison) -> str:
     return "stands" if item.stands else ("falls" if item.difference.verdict != "not distinguishable" else NOTHING)
 
 
-def _needed(item: Comparison, unit: str) -> str:
+def needed(item: Comparison, unit: str) -> str:
     """The replicates and instructions needed to tell two rows apart, in words; "–" if they can be told apart now."""
     if item.need is None:
         return NOTHING
@@ -187,7 +198,6 @@ def _difference_caption(sweep: Sweep, found: Sequence[Comparison], against: Row,
     one = sweep.unit.removesuffix("s")
     paired = "paired by instruction"
     paired += f" and, where both rows have the same, by {one}" if pair_replicates(sweep) else ""
-    made = "1 comparison was" if len(found) == 1 else f"{len(found)} comparisons were"
     text = (
         f"Each row minus “{against.label}”{metric}{f' ({points})' if points else ''}, {paired};"
         f" the 95 % intervals treat {sweep.unit} and instructions as samples (analysis of variance, Student's t)."
@@ -197,13 +207,17 @@ def _difference_caption(sweep: Sweep, found: Sequence[Comparison], against: Row,
             f" The unpaired interval is that of rows made by different {sweep.unit}: where it is wider, that much of"
             f" the spread is luck that the rows of a {one} have in common."
         )
-    text += (
-        f" {made} made; of the verdicts that name a direction, “stands” remains significant after Holm's correction for"
-        " all of them and “falls” does not."
-        " The last column takes the observed difference for the true one. Its range (80 %, chi-square) reflects only"
-        f" how uncertain the spread over a few {sweep.unit} is; as the difference is uncertain too, the true number may"
-        " lie far outside."
-    )
+    if len(found) > 1:
+        text += (
+            f" {len(found)} comparisons were made; of the verdicts that name a direction, “stands” remains significant"
+            " after Holm's correction for all of them and “falls” does not."
+        )
+    if any(item.need for item in found):
+        text += (
+            " The last column takes the observed difference for the true one. Its range (80 %, chi-square) reflects"
+            f" only how uncertain the spread over a few {sweep.unit} is; as the difference is uncertain too, the true"
+            " number may lie far outside."
+        )
     if any(item.single for item in found):
         text += f" † One of the rows has one {one} only: the interval holds for these models, not for the method."
     return text

@@ -37,8 +37,7 @@ def make_room(figure: Figure, ends: Sequence[Sequence[End]]) -> None:
         figure: its axes are side by side.
         ends: the labels of each panel.
     """
-    figure.tight_layout()
-    figure.subplots_adjust(top=0.89)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     width, panels = figure.bbox.width, figure.axes
     cell, left = width / len(panels), panels[0].bbox.x0
     room = panels[0].bbox.width if len(panels) == 1 else cell - left - 8

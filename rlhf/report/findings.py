@@ -1,87 +1,127 @@
-"""The sentences at the top of the page: what was found, and what it cost."""
+"""The sentences at the top of the page: what was found, how sure it is, and what it cost."""
 
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 
-from rlhf.report.comparisons import Comparison, compare, corrected, pair_replicates
-from rlhf.report.equal_distance import at_distance, common_distances, reach
+from rlhf.report.comparisons import Comparison, needed
+from rlhf.report.further_findings import at_common_distance, differences_at_distance, length_disagreements
 from rlhf.report.metric_info import metric_info
-from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
-from rlhf.report.text import count, duration, quoted
+from rlhf.report.text import count, duration, listing
+from rlhf.report.verdicts import listing_with_gaps, rivals_of, signed, told_from_best, value
 
 
-def findings(sweep: Sweep, compared: Sequence[Comparison], metric: str | None) -> list[str]:
+def findings(
+    sweep: Sweep,
+    compared: Sequence[Comparison],
+    metric: str | None,
+    at_distance: Mapping[float, Sequence[Comparison]] | None = None,
+) -> list[str]:
     """The sentences of the page's summary.
 
     Args:
         sweep: the runs.
-        compared: every comparison with the baseline, in whatever metric.
+        compared: the comparisons with SFT and those with the baseline, in whatever metric; none for a search, which has
+            too many rows.
         metric: the metric to speak of; None leaves out all but the cost.
+        at_distance: √KL → the comparisons with the baseline there.
     """
-    found = [*_results(sweep, compared, metric), *_at_equal_distance(sweep, metric)] if metric else []
+    if metric is None:
+        return list(_cost(sweep))
+    found = [*_best(sweep, metric, bool(compared))]
+    for _, group in groupby(compared, key=lambda item: item.other.label):
+        family = list(group)
+        found += _against(sweep, [item for item in family if item.metric == metric], len(family))
+    found += _meaning(sweep, compared)
+    found += [*length_disagreements(sweep, metric), *at_common_distance(sweep, metric)]
+    found += differences_at_distance(metric, compared, at_distance or {})
     return [*found, *_cost(sweep)]
 
 
-def _results(sweep: Sweep, compared: Sequence[Comparison], metric: str) -> Iterator[str]:
-    """What was found in one metric."""
-    # 1. The best row, and the rows that are significantly worse.
-    best = max(sweep.trained, key=lambda row: float(np.mean(row.values(metric) or [-np.inf])))
-    name, sft = metric_info(metric).name, _value(sweep.rows[0], metric)
-    yield f"Highest {name}: “{best.label}”, {_value(best, metric)} (SFT: {sft})."
-    rivals, pairs = _rivals(sweep, best, sweep.rows, metric)
-    if rivals:
-        lower = [item.row.label for item in rivals if item.difference.verdict == "lower" and item.stands]
-        same = [item.row.label for item in rivals if item.row.label not in lower]
-        text = f"Of the {len(rivals)} other rows, {_names(lower)} can be distinguished as lower"
-        text += f"; {_names(same)} cannot" if same else ""
-        yield f"{text} (Holm's correction for all {count(pairs, 'pair')} of rows, as the best was picked afterwards)."
-    # 2. Every row against the baseline.
-    in_metric = [item for item in compared if item.metric == metric]
-    if in_metric:
-        parts = []
-        for verdict in ("higher", "lower", "not distinguishable"):
-            labels = [item.row.label for item in in_metric if item.difference.verdict == verdict]
-            if labels:
-                parts.append(f"{verdict}: {quoted(labels)}")
-        yield f"Against the baseline “{in_metric[0].other.label}” — {'; '.join(parts)}."
-        claims = [item for item in in_metric if item.difference.verdict != "not distinguishable"]
-        if claims:
-            # the family of the correction includes the comparisons in other metrics
-            standing = sum(item.stands for item in claims)
-            family = f"Holm's correction for {count(len(compared), 'comparison')}"
-            yield f"Of {count(len(claims), 'verdict')} that name a direction, {family} leaves {standing}."
-
-
-def _at_equal_distance(sweep: Sweep, metric: str) -> Iterator[str]:
-    """Which row is best at the farthest distance from SFT that all rows reach, and how sure that is."""
-    nearest = min(map(reach, sweep.trained))
-    far = max((distance for distance in common_distances(sweep) if distance <= nearest), default=0.0)
-    rows = [row for each in sweep.trained if (row := at_distance(each, far)) and row.values(metric)]
-    if not far or len(rows) < 2:
+def _best(sweep: Sweep, metric: str, tested: bool) -> Iterator[str]:
+    """Which row is best in a metric, and which others can be told from it."""
+    # 1. The best row; one with a run that diverged has no mean.
+    rows = [row for row in sweep.rows if row.values(metric)]
+    finite = [row for row in rows if np.isfinite(row.values(metric)).all()]
+    info = metric_info(metric)
+    if diverged := [row.label for row in rows if row not in finite]:
+        has = "has" if len(diverged) == 1 else "have"
+        yield f"{listing(diverged)} {has} no finite {info.name}, because a run diverged, and cannot be ranked."
+    if len(finite) < 2:
         return
-    best = max(rows, key=lambda row: float(np.mean(row.values(metric))))
-    rivals, _ = _rivals(sweep, best, rows, metric)
-    lower = [item.row.label for item in rivals if item.difference.verdict == "lower" and item.stands]
+    sft = f"SFT: {value(sweep.rows[0], metric)}"
+    if len(sweep.trained) == 1:
+        yield f"“{sweep.rows[1].label}” has a mean {info.name} of {value(sweep.rows[1], metric)} ({sft})."
+        return
+    sign, superlative, worse = (-1, "lowest", "higher") if info.better == "↓" else (1, "highest", "lower")
+    best = max(finite, key=lambda row: sign * float(np.mean(row.values(metric))))
+    first = [row.label for row in finite if value(row, metric) == value(best, metric)]
+    if len(first) == len(finite):
+        yield f"All {len(first)} rows have the same mean {info.name}, {value(best, metric)}."
+        return
+    has = "has" if len(first) == 1 else "have"
+    text = f"{listing(first)} {has} the {superlative} mean {info.name}, {value(best, metric)}"
+    yield f"{text}: no trained row improves on SFT." if sweep.rows[0].label in first else f"{text} ({sft})."
+    # 2. The others, corrected for all pairs of rows: which row is best is known only afterwards.
+    rivals, pairs = rivals_of(sweep, best, finite, metric) if tested else ([], 0)
+    if rivals:
+        family = f" (Holm's correction for all {pairs} pairs of rows, as the best was picked afterwards)" * (pairs > 1)
+        yield f"{told_from_best(rivals, worse)}{family}."
+
+
+def _against(sweep: Sweep, items: Sequence[Comparison], family: int) -> Iterator[str]:
+    """What was found against SFT or the baseline in one metric; `family` comparisons were corrected together."""
+    if not items:
+        return
+    other = items[0].other
+    name = "SFT" if other is sweep.rows[0] else f"the baseline “{other.label}”"
+    against = f"Against {name}" + (f" ({family} comparisons, Holm's correction)" if family > 1 else "")
+    if len(items) == 1:
+        yield _single(sweep, items[0], against)
+        return
+    ordered = sorted(items, key=lambda item: -abs(item.difference.mean))
+    stand = [item for item in ordered if item.stands]
+    ways = {way: [item for item in stand if item.difference.verdict == way] for way in ("higher", "lower")}
+    parts = [f"{way} for {listing_with_gaps(group)}" for way, group in ways.items() if group]
+    quantity, rest = metric_info(items[0].metric).name, len(items) - len(stand)
+    if parts:
+        remaining = "the other row does" if rest == 1 else f"the other {rest} rows do"
+        text = f"{against}, {quantity} is significantly {', and '.join(parts)}"
+        text += f"; {remaining} not differ significantly." if rest else "."
+    else:
+        text = f"{against}, no row differs significantly in {quantity}."
+    falls = [item.row.label for item in ordered if item.difference.verdict != "not distinguishable" and not item.stands]
+    yield text + (f" Without the correction, {listing(falls)} would differ as well." if falls else "")
+
+
+def _single(sweep: Sweep, item: Comparison, against: str) -> str:
+    """The comparison of the only other row."""
+    info, gap = metric_info(item.metric), item.difference
+    name = "it" if len(sweep.trained) == 1 else f"“{item.row.label}”"
+    text = f"{against}, {name} is at {signed(item, gap.mean)} {info.points}".rstrip()
+    text += f" in {info.name} (95 % interval {signed(item, gap.low)} to {signed(item, gap.high)})"
+    if item.stands:
+        return f"{text}: the difference is significant."
+    need = f" To tell a true difference of this size takes about {needed(item, sweep.unit)}." if item.need else ""
+    return f"{text}: the difference is not significant.{need}"
+
+
+def _meaning(sweep: Sweep, compared: Sequence[Comparison]) -> Iterator[str]:
+    """What the word "significant" means here."""
+    if not compared:
+        return
     yield (
-        f"At √KL {far:g}, the farthest of the common distances that all rows reach, the highest"
-        f" {metric_info(metric).name} is that of “{best.label}”, {_value(best, metric)}; of the"
-        f" {count(len(rivals), 'other row')}, {_names(lower)} can be distinguished as lower."
+        "“Significant”: if rows did not differ in truth, each of these sentences would claim a difference in at most 5"
+        " % of studies. What is not significant may still be a real difference that these runs are too few to show."
     )
-
-
-def _rivals(sweep: Sweep, best: Row, rows: Sequence[Row], metric: str) -> tuple[list[Comparison], int]:
-    """The comparisons with the best row, corrected for all pairs of rows, and the number of these.
-
-    Which row is best is known only afterwards, so that a family of its comparisons alone would be too small.
-    """
-    pairs = [(row, best) for row in rows if row is not best]
-    pairs += combinations([row for row, _ in pairs], 2)
-    found = [compare(row, other, metric, pair_replicates(sweep)) for row, other in pairs]
-    family = corrected([item for item in found if item])
-    return [item for item in family if item.other is best], len(family)
+    if all(item.single for item in compared):
+        one = sweep.unit.removesuffix("s")
+        yield (
+            f"Each row has one {one}, so this holds for these very models on other instructions. It does not say which"
+            f" method is better: another {one} may reverse it."
+        )
 
 
 def _cost(sweep: Sweep) -> Iterator[str]:
@@ -89,20 +129,10 @@ def _cost(sweep: Sweep) -> Iterator[str]:
     # a run taken over from another sweep cost nothing here
     made = [run for run in sweep.finished if not run.summary.get("same_as")]
     taken = len(sweep.finished) - len(made)
-    text = f"{len(sweep.finished)} of {len(sweep.runs)} runs are finished"
+    verb = "is" if len(sweep.runs) == 1 else "are"
+    text = f"{len(sweep.finished)} of {count(len(sweep.runs), 'run')} {verb} finished"
     yield text + (f", {taken} of them taken over from other sweeps." if taken else ".")
     seconds = sum(float(run.summary.get("wall_seconds") or 0) for run in made)
     peak = max((float(run.summary.get("peak_memory_bytes") or 0) for run in sweep.finished), default=0.0)
     commits = sorted({str(run.summary.get("git_commit") or "unknown") for run in sweep.finished})
     yield f"Total run time {duration(seconds)}; peak memory {peak / 2**30:.1f} GiB; commit {', '.join(commits)}."
-
-
-def _value(row: Row, metric: str) -> str:
-    """A row's mean in a metric, with its unit."""
-    info, values = metric_info(metric), row.values(metric)
-    return f"{info.scale * float(np.mean(values)):.{info.digits}f} {info.unit}".strip() if values else "unknown"
-
-
-def _names(labels: Sequence[str]) -> str:
-    """The number of rows with their labels."""
-    return f"{len(labels)} ({quoted(labels)})" if labels else "none"

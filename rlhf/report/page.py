@@ -8,14 +8,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from rlhf.report.checks import warnings
+from rlhf.report.interactive import interactive_view
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep
+from rlhf.report.samples import RULE, samples
 from rlhf.report.tables import Table
 from rlhf.report.text import duration
 from rlhf.tracking.overrides import distinguishing, in_all
 from rlhf.tracking.seeds import SEED_KEYS
 
-PROMPTS = 6  # of which the samples are shown side by side
 # top-level keys that the table of runs omits, besides seeds: they say where a run is stored and how its sweep is shown
 UNSHOWN = (
     "output_dir",
@@ -55,32 +56,13 @@ def render(
         warnings=warnings(sweep),
         tables=tables,
         figures=[{**figure, "image": _embedded(folder / f"{figure['name']}.svg")} for figure in figures],
+        interactive=interactive_view(sweep) if figures else None,
         samples=samples(sweep),
-        runs=[_run_entry(run, sweep.finished[0], common) for run in sweep.runs],
+        rule=RULE,
+        runs=[_run_entry(run, sweep.names[run.folder], sweep.finished[0], common) for run in sweep.runs],
         common=" ".join(common),
-        reference=sweep.finished[0].name,
+        reference=sweep.names[sweep.finished[0].folder],
     )
-
-
-def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[dict[str, Any]]:
-    """For each of the first prompts: the final responses of SFT and of the first run of every row.
-
-    Returns:
-        {prompt, reference, answers} per prompt; an answer is a line of `samples.jsonl` with its row's label as `row`.
-    """
-    first = sweep.finished[0].samples
-    found = []
-    for prompt in list(first)[:prompts]:
-        answers = []
-        for row in sweep.rows:
-            steps = row.runs[0].samples.get(prompt, {})
-            step = 0 if row.step == 0 else max(steps, default=0)
-            # a trained row without a sample after step 0 would repeat SFT's
-            if step in steps and (row.step == 0 or step > 0):
-                answers.append({"row": row.label, **steps[step]})
-        reference = next((answer.get("reference_output") for answer in answers), None)
-        found.append({"prompt": prompt, "reference": reference, "answers": answers})
-    return found
 
 
 def config_difference(config: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
@@ -110,11 +92,12 @@ def _value_text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _run_entry(run: RecordedRun, reference: RecordedRun, common: Sequence[str]) -> dict[str, Any]:
-    """A line of the page's table of runs; `common` are the overrides that all of them have."""
+def _run_entry(run: RecordedRun, name: str, reference: RecordedRun, common: Sequence[str]) -> dict[str, Any]:
+    """A line of the page's table of runs; `name`: what it is called, `common`: the overrides of all of them."""
     finished = run.state == "finished"
     return {
-        "name": run.name,
+        "name": name,
+        "folder": run.name,
         "state": run.state,
         "reason": run.reason,
         "overrides": distinguishing(run.overrides, common),

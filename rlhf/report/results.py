@@ -18,11 +18,12 @@ def main_table(sweep: Sweep) -> Table:
     """One line per row: mean ± standard error over replicates of every metric.
 
     The first metric in which rows are compared gets its 95 % interval, too, and the win rate its standard error from
-    the finite set of evaluation instructions.
+    the finite set of evaluation instructions. Metrics that no row has, or that are 0 in all of them, are left out.
     """
-    metrics = [metric for metric in columns(sweep) if any(row.values(metric) for row in sweep.rows)]
-    has_judge_error = WIN in metrics and any(row.outcomes(WIN) is not None for row in sweep.rows)
     bounded = compared_metrics(sweep)[:1]
+    known = [metric for metric in columns(sweep) if any(np.isfinite(_all_values(sweep, metric)))]
+    metrics = [metric for metric in known if metric in bounded or any(_all_values(sweep, metric))]
+    has_judge_error = WIN in metrics and any(row.outcomes(WIN) is not None for row in sweep.rows)
     nested = any(len(row.runs) > len(row.replicates) for row in sweep.trained)
     header = ["row", sweep.unit, *(["runs"] if nested else [])]
     for metric in metrics:
@@ -35,12 +36,27 @@ def main_table(sweep: Sweep) -> Table:
             cells += [mean_cell(row, metric), *([_interval_cell(row, metric)] if metric in bounded else [])]
             cells += [_judge_error_cell(row)] if metric == WIN and has_judge_error else []
         rows.append(cells)
-    return Table(header, rows, _caption(sweep, has_judge_error))
+    zero = [metric_info(metric).name for metric in known if metric not in metrics]
+    better = {info.title: info.better for info in map(metric_info, metrics)}
+    caption = _caption(sweep, has_judge_error) + (f" 0 in every row, and left out: {', '.join(zero)}." if zero else "")
+    return Table(header, rows, caption, better).without_empty()
+
+
+def _all_values(sweep: Sweep, metric: str) -> list[float]:
+    """A metric of every replicate of every row."""
+    return [value for row in sweep.rows for value in row.values(metric)]
 
 
 def _caption(sweep: Sweep, has_judge_error: bool) -> str:
     """How to read the table, and the sentence that says what its intervals count and what not."""
-    text = f"Mean ± standard error over {sweep.unit} (none for a single one)." + _coverage(sweep)
+    several = any(len(row.replicates) > 1 for row in sweep.rows)
+    text = (
+        f"Mean ± standard error over {sweep.unit} (none for a single one)." if several else f"Means over {sweep.unit}."
+    )
+    text += _coverage(sweep)
+    text += (
+        " ↑: higher is better, ↓: lower is better; bold: the best mean, which need not be distinguishable from others."
+    )
     if has_judge_error:
         text += (
             " Judge SE: the win rate's standard error from the finite set of evaluation instructions, which all rows"

@@ -5,8 +5,10 @@ overrides as well as in their resolved configuration.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,18 @@ class Sweep:
     def trained(self) -> tuple[Row, ...]:
         """All rows except the SFT row."""
         return self.rows[1:]
+
+    @cached_property
+    def names(self) -> dict[Path, str]:
+        """The folder of each run → what it is called: its row and seeds, or its folder where that is not unique."""
+        labels, common = self.layout.get("labels") or {}, in_all(dict.fromkeys(run.key for run in self.runs))
+        everywhere, called = in_all(run.overrides for run in self.runs), dict[Path, str]()
+        for run in self.runs:
+            seeds = [item for item in run.overrides if item not in run.key and item not in everywhere]
+            known = run.overrides or len(self.runs) == 1
+            called[run.folder] = ", ".join([label(run.key, labels, common), *seeds]) if known else run.name
+        many = Counter(called.values())
+        return {folder: name if many[name] == 1 else folder.name for folder, name in called.items()}
 
     @property
     def unit(self) -> str:

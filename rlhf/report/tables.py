@@ -3,8 +3,8 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 NOTHING = "–"  # an empty cell
 LATEX = str.maketrans(
@@ -12,6 +12,7 @@ LATEX = str.maketrans(
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "−": "$-$", "√": r"$\surd$",
         "†": r"$\dagger$", "≥": r"$\geq$", "β": r"$\beta$", "α": r"$\alpha$",
+        "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     }
 )  # fmt: skip
 
@@ -71,15 +72,51 @@ Cell = str | int | Number | Interval | WithInterval
 
 @dataclass(frozen=True)
 class Table:
-    """Header, rows of as many cells, and a caption."""
+    """Header, rows of as many cells, and a caption.
+
+    `better` maps names of the header to "↑" or "↓", which follows the name; the best numbers of such a column are
+    marked. CSV has neither.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
+    better: Mapping[str, str] = field(default_factory=dict)
+
+    def titles(self) -> list[str]:
+        """The header with its arrows."""
+        return [f"{name} {arrow}" if (arrow := self.better.get(name)) else name for name in self.header]
 
     def texts(self) -> list[list[str]]:
         """The rows as text, with rounded numbers."""
         return [[str(cell) for cell in row] for row in self.rows]
+
+    def best(self) -> list[list[bool]]:
+        """Which cells are the best of their column, as rounded; none where all are alike or no direction is known."""
+        found = [[False] * len(self.header) for _ in self.rows]
+        for place, arrow in enumerate(map(self.better.get, self.header)):
+            cells = [row[place] for row in self.rows]
+            known = [cell for cell in cells if isinstance(cell, Number) and math.isfinite(cell.value)]
+            values = {round(cell.value, cell.digits) for cell in known}
+            if arrow and len(values) > 1:
+                wanted = max(values) if arrow == "↑" else min(values)
+                for marks, cell in zip(found, cells, strict=True):
+                    marks[place] = cell in known and round(cell.value, cell.digits) == wanted  # type: ignore[union-attr]
+        return found
+
+    def marked(self, start: str, end: str, escape: Mapping[int, str] | None = None) -> list[list[str]]:
+        """The rows as text, escaped by a translation table, with the best numbers between two marks."""
+        texts = [[cell.translate(escape or {}) for cell in row] for row in self.texts()]
+        return [
+            [f"{start}{text}{end}" if best else text for text, best in zip(row, marks, strict=True)]
+            for row, marks in zip(texts, self.best(), strict=True)
+        ]
+
+    def without_empty(self) -> "Table":
+        """The same without columns that are empty in every row."""
+        kept = [place for place in range(len(self.header)) if {row[place] for row in self.texts()} != {NOTHING}]
+        rows = [[row[place] for place in kept] for row in self.rows]
+        return replace(self, header=[self.header[place] for place in kept], rows=rows)
 
     def numeric(self) -> list[bool]:
         """Which columns hold only numbers, apart from empty cells, and are aligned to the right."""
@@ -90,8 +127,10 @@ class Table:
     def markdown(self) -> str:
         """A table in GitHub's Markdown with the caption below it."""
         rule = ["---:" if right else "---" for right in self.numeric()]
-        cells = [[cell.replace("|", r"\|") for cell in row] for row in [list(self.header), rule, *self.texts()]]
-        lines = ["| " + " | ".join(row) + " |" for row in cells]
+        escaped = [
+            [cell.replace("|", r"\|") for cell in row] for row in [self.titles(), rule, *self.marked("**", "**")]
+        ]
+        lines = ["| " + " | ".join(row) + " |" for row in escaped]
         return "\n".join([*lines, "", self.caption] if self.caption else lines) + "\n"
 
     def csv(self) -> str:
@@ -107,8 +146,8 @@ class Table:
     def latex(self) -> str:
         """A LaTeX table for the package booktabs."""
         kinds = "".join("r" if right else "l" for right in self.numeric())
-        body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in self.texts()]
-        head = " & ".join(name.translate(LATEX) for name in self.header) + r" \\"
+        body = [" & ".join(row) + r" \\" for row in self.marked(r"\textbf{", "}", LATEX)]
+        head = " & ".join(name.translate(LATEX) for name in self.titles()) + r" \\"
         caption = [rf"\caption{{{self.caption.translate(LATEX)}}}"] if self.caption else []
         tabular = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
         lines = [r"\begin{table}", r"\centering", *caption, *tabular, r"\end{tabular}", r"\end{table}"]

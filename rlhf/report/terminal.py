@@ -1,5 +1,6 @@
 """A run on the terminal: its results as a table, or in a dry run what it would do."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ ROWS = {
     "eval/length_adjusted_win_rate_se": ("  its standard error", 100),
     "eval/length_controlled_win_rate": ("  length-controlled (%)", 100),
     "eval/length_controlled_win_rate_se": ("  its standard error", 100),
-    "eval/reward": ("learned reward", 1),
+    "eval/reward": ("reward", 1),
     "eval/gold_utility": ("gold utility", 1),
     "eval/true_kl": ("true KL from SFT (nats per token)", 1),
     "eval/response_tokens": ("response length (tokens)", 1),
@@ -25,6 +26,9 @@ ROWS = {
     "eval/factscore": ("FActScore (%)", 100),
     "eval/responding_ratio": ("responses that do not abstain (%)", 100),
 }
+
+
+TITLES = {"ppo": "PPO", "dpo": "DPO", "sft": "SFT", "reward": "reward model"}
 
 
 def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
@@ -49,7 +53,7 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     """Print the metrics of a finished run; those of a policy beside those of the SFT model that it started from."""
     console = Console()
     metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
-    table = Table(title=f"{summary['stage']} in {summary['wall_seconds']:.0f} s → {folder}", title_justify="left")
+    table = Table(title=f"{TITLES.get(summary['stage'], summary['stage'])} in {spent(summary)}", title_justify="left")
     table.add_column("")
     if summary["stage"] in (*METHODS, "evaluate"):
         columns = {"SFT": before, summary["stage"].upper() if summary["stage"] in METHODS else "PPO": metrics}
@@ -68,6 +72,23 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     method = summary["stage"] if summary["stage"] in METHODS else "ppo"
     if plateau := summary.get("plateau"):
         console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")
+    # 2. Where it is, and what can be done with it: lines to copy, which no wrapping breaks.
+    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    for line in (str(place), *next_commands(summary["stage"], place)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def next_commands(stage: str, folder: Path) -> list[str]:
+    """What to type after a run of a stage: the report of a policy, and a chat with any model that answers."""
+    name = shlex.quote(str(folder))
+    report = [f"rlhf-report {name}"] if stage in (*METHODS, "evaluate") else []
+    return [f"  {line}" for line in [*report, *([f"rlhf-chat {name}"] if stage in (*METHODS, "sft") else [])]]
+
+
+def spent(summary: dict[str, Any]) -> str:
+    """How long a run has taken, in seconds, or from two minutes on in minutes."""
+    seconds = summary["wall_seconds"]
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _outside(summary: dict[str, Any]) -> str | None:

@@ -24,6 +24,19 @@ def quoted(labels: Sequence[str]) -> str:
     return ", ".join(f"“{label}”" for label in labels)
 
 
+def listing(labels: Sequence[str]) -> str:
+    """Labels in quotation marks in a sentence: “a”, “b” and “c”; of more than six the first five, and how many more."""
+    shown = [f"“{label}”" for label in labels]
+    if len(shown) > SHOWN + 1:
+        shown = [*shown[:SHOWN], f"{len(shown) - SHOWN} more"]
+    return joined(shown)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Parts of a sentence as "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 def abridged(names: Sequence[str]) -> str:
     """The first five names, and how many more there are; the page's table of runs lists all of them."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

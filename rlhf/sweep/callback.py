@@ -1,6 +1,7 @@
 """Hydra's callback at the start and the end of a sweep. It runs on the command line, so torch is not imported here."""
 
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -19,9 +20,10 @@ from rlhf.errors.explaining import exit_with_sentence
 from rlhf.files import PLAN, write_json
 from rlhf.pipeline.values import check_groups, values_of
 from rlhf.policy_settings import METHODS
-from rlhf.sweep import slurm
+from rlhf.sweep import live, slurm
 from rlhf.sweep.plan import (
     configs_of_all_values,
+    earlier_runs,
     is_search,
     on_slurm,
     parallel_jobs,
@@ -43,6 +45,9 @@ class SweepCallback(Callback):
 
     Writes the plan when a sweep starts; prints how it went and makes the report when it ends.
     """
+
+    def __init__(self, live: bool = True) -> None:
+        self.live = live  # False: log lines instead of a table, as where there is no terminal
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check values before Hydra makes a folder for the run.
@@ -77,10 +82,19 @@ class SweepCallback(Callback):
                 raise SystemExit(MISTAKE) from None
         folder.mkdir(parents=True, exist_ok=True)
         if is_search(config):  # plans as it goes: `rlhf.sweep.search`
+            self._show(folder, launcher)
             return
         runs = planned_runs(config)
         jobs = min(len(runs), launcher.array_parallelism) if on_slurm(launcher) else parallel_jobs(launcher)
-        write_json(folder / PLAN, {"runs": runs, "jobs": jobs})
+        write_json(folder / PLAN, {"runs": runs, "jobs": jobs, "earlier": earlier_runs(folder, runs)})
+        self._show(folder, launcher)
+
+    def _show(self, folder: Path, launcher: DictConfig) -> None:
+        """Show how far the sweep is, until it ends; on SLURM, `rlhf-status` asks the queue."""
+        if on_slurm(launcher):
+            return
+        terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        live.Display(folder, live=self.live and terminal)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """In a dry run, keep the description that the job returned."""
@@ -101,6 +115,7 @@ class SweepCallback(Callback):
             line = progress_line(runs, parallel_jobs(config.hydra.launcher), seconds)
             print(f"{line}{'' if seconds else UNKNOWN_DURATION}")
             return
+        live.close()
         if not (folder / PLAN).exists():
             return
         runs = states(folder)

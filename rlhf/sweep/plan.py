@@ -1,6 +1,6 @@
 """The plan of a sweep: its jobs, their folders, and how many of them run at once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ def planned_runs(config: DictConfig) -> list[dict[str, Any]]:
                 "allowed: values that do not contain _key- as if another key followed"
             )
     return [{"folder": folder, "overrides": overrides} for folder, overrides in runs.items()]
+
+
+def earlier_runs(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of earlier sweeps in a folder that a new plan does not name: they are there, and in the reports."""
+    if not (folder / PLAN).exists():
+        return []
+    plan, named = read_object(folder / PLAN, runs=list), {run["folder"] for run in runs}
+    return [run for run in [*plan.get("earlier", []), *plan["runs"]] if run["folder"] not in named]
 
 
 def _expand_axes(config: DictConfig) -> list[list[str]]:

@@ -3,7 +3,8 @@
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf.files import FAILED, METRICS, PLAN, SUMMARY, read_object
+from rlhf.files.locks import is_held, last_holder
 from rlhf.policy_settings import METHODS
 from rlhf.sweep import slurm
+from rlhf.sweep.building import Builders, builders
 from rlhf.tracking.overrides import distinguishing, in_all
 from rlhf.tracking.reading import stepped_lines, try_object, try_summary
+from rlhf.tracking.run_folder import HYDRA, LOCK
 
-SILENT_SECONDS = 600  # a run whose metrics file has not changed for this long is taken to have stopped
+# Where a lock cannot be asked, a run whose metrics file has not changed for this long is taken to have stopped.
+SILENT_SECONDS = 600
+# What a running run shows of its metrics, under short names, each with the factor that it is shown with.
+SHOWN = {"ppo/reward": ("reward", 1), "dpo/loss": ("loss", 1), "best_of_n/loss": ("loss", 1),
+         "eval/win_rate": ("win %", 100), "eval/true_kl": ("KL", 1)}  # fmt: skip
+TITLES = {"ppo": "PPO", "dpo": "DPO", "best_of_n": "best of n", "expert_iteration": "expert iteration"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class RunState:
         reason: why it failed, or what its job waits for in the queue.
         node: where it runs.
         left: estimated seconds until its last step.
+        doing: where it is: `PPO 12/40`, or what it builds before that, such as `SFT 12/25`.
+        metrics: the latest values of `SHOWN`, by their short names.
     """
 
     folder: Path
@@ -42,6 +53,8 @@ class RunState:
     reason: str = ""
     node: str = ""
     left: float | None = None
+    doing: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 # -- states ----------------------------------------------------------------------------------------------------------
@@ -57,11 +70,17 @@ def states(folder: Path, queue: Mapping[str, slurm.QueuedJob] | None = None) -> 
     return states_of_plan(folder, read_object(folder / PLAN, runs=list), queue)
 
 
+def earlier_states(folder: Path) -> list[RunState]:
+    """The state of runs that earlier sweeps have planned in a sweep's folder, and the present one has not."""
+    return states_of_plan(folder, {"runs": read_object(folder / PLAN).get("earlier", [])}, None)
+
+
 def states_of_plan(
     folder: Path, plan: Mapping[str, Any], queue: Mapping[str, slurm.QueuedJob] | None
 ) -> list[RunState]:
     """The state of every run of `plan`; trials that a search has not chosen yet are waiting."""
-    runs = [_state(folder / run["folder"], tuple(run["overrides"]), queue) for run in plan["runs"]]
+    building = builders(folder)
+    runs = [_state(folder / run["folder"], tuple(run["overrides"]), queue, building) for run in plan["runs"]]
     return runs + [RunState(folder, (), "waiting")] * plan.get("to_come", 0)
 
 
@@ -72,7 +91,9 @@ def sweep_queue(folder: Path) -> dict[str, slurm.QueuedJob] | None:
     return slurm.squeue(jobs) if jobs else None
 
 
-def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.QueuedJob] | None) -> RunState:
+def _state(
+    folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.QueuedJob] | None, building: Builders
+) -> RunState:
     """The state of the run in `folder`, which may not exist yet."""
     # 1. failed.json is deleted at every start, so a summary beside it is older and another configuration's
     if (folder / FAILED).exists():
@@ -92,13 +113,32 @@ def _state(folder: Path, overrides: tuple[str, ...], queue: Mapping[str, slurm.Q
     job = slurm.read_job(folder)
     if job and queue is not None:
         return _state_of_job(RunState(folder, overrides, "begun" if lines else "waiting", step), job, queue, lines)
-    # 4. without SLURM, by the age of its metrics
-    if not lines:
-        return RunState(folder, overrides, "waiting")
+    # 4. without SLURM, by its lock
+    if not _is_under_way(folder, bool(lines)):
+        return RunState(folder, overrides, "begun" if lines else "waiting", step)
+    return _running(RunState(folder, overrides, "running", step, node=job.get("node", "")), lines, building)
+
+
+def _is_under_way(folder: Path, begun: bool) -> bool:
+    """Whether a process works in the folder of an unfinished run: its lock says so, else the age of its metrics."""
+    held = is_held(folder / LOCK)
+    if held is not None or not begun:
+        return bool(held)
     silent = abs(time.time() - (folder / METRICS).stat().st_mtime)  # the file server's clock may be ahead of ours
-    running = silent < SILENT_SECONDS
-    left = _run_seconds_left(folder, lines) if running else None
-    return RunState(folder, overrides, "running" if running else "begun", step, node=job.get("node", ""), left=left)
+    return silent < SILENT_SECONDS
+
+
+def _running(run: RunState, lines: list[dict[str, Any]], building: Builders) -> RunState:
+    """A run that is under way, with what it does, its latest metrics and the time left."""
+    if not lines:
+        holder = last_holder(run.folder / LOCK)
+        return replace(run, doing=building.get(holder, "preparing") if holder else "preparing")
+    latest = {key: value for line in lines for key, value in line.items() if isinstance(value, int | float)}
+    shown = {name: latest[key] * factor for key, (name, factor) in SHOWN.items() if key in latest}
+    method, steps = _method_and_steps(run.folder)
+    of = f"/{steps}" if steps else ""
+    left = _run_seconds_left(run.folder, lines)
+    return replace(run, doing=f"{TITLES.get(method, method)} {run.step}{of}", metrics=shown, left=left)
 
 
 def _lines_with_step(folder: Path) -> list[dict[str, Any]]:
@@ -122,7 +162,7 @@ def _state_of_job(
         return replace(run, state="failed", reason=reason)
     if queued.state == "PENDING":
         return replace(run, reason=f"in the queue: {queued.reason}")
-    return replace(run, state="running", node=queued.node, left=_run_seconds_left(run.folder, lines))
+    return _running(replace(run, state="running", node=queued.node), lines, {})
 
 
 def names(runs: list[RunState]) -> dict[Path, str]:
@@ -136,16 +176,27 @@ def names(runs: list[RunState]) -> dict[Path, str]:
 
 def _run_seconds_left(folder: Path, lines: list[dict[str, Any]]) -> float | None:
     """Seconds to the last step of a run at the median pace of its latest 20 steps; None before its second step."""
-    config = folder / ".hydra" / "config.yaml"
-    if not config.exists():
+    method, steps = _method_and_steps(folder)
+    if steps is None:
         return None
-    found: Any = OmegaConf.load(config)
-    stage = OmegaConf.select(found, "stage.name")
-    method = stage if stage in METHODS else "ppo"
     trained = {"ppo": "ppo/reward", "dpo": "dpo/loss"}.get(method, "best_of_n/loss")
     marks = [(line["step"], line["time"]) for line in lines if trained in line and "time" in line][-20:]
     paces = [(t - s) / (b - a) for (a, s), (b, t) in pairwise(marks) if b > a and t > s]  # clocks can be set back
-    return statistics.median(paces) * max(0, found[method].steps - marks[-1][0]) if paces else None
+    return statistics.median(paces) * max(0, steps - marks[-1][0]) if paces else None
+
+
+def _method_and_steps(folder: Path) -> tuple[str, int | None]:
+    """The method of a run and the number of its steps, from its configuration; ("ppo", None) without one."""
+    config = folder / HYDRA / "config.yaml"
+    return _read_method(config, config.stat().st_mtime_ns) if config.exists() else ("ppo", None)
+
+
+@lru_cache(maxsize=1024)  # a display asks again and again, and YAML is slow to read
+def _read_method(config: Path, changed: int) -> tuple[str, int | None]:
+    found: Any = OmegaConf.load(config)
+    stage = OmegaConf.select(found, "stage.name")
+    method = stage if stage in METHODS else "ppo"
+    return method, OmegaConf.select(found, f"{method}.steps")
 
 
 def seconds_left(runs: list[RunState], jobs: int, seconds_per_run: float | None = None) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -16,10 +17,13 @@ from rlhf.errors import MISTAKE
 from rlhf.errors.explaining import one_sentence_errors
 from rlhf.files import PLAN
 from rlhf.sweep.plan import planned_parallelism
-from rlhf.sweep.states import RunState, names, progress_line, states, sweep_queue
+from rlhf.sweep.states import RunState, earlier_states, names, progress_line, states, sweep_queue
 from rlhf.tracking.reading import printable, try_plan
 
 REFRESH_SECONDS = 5  # of --watch
+COLOURS = {"failed": "red", "running": "cyan"}
+MEASURED = ("reward", "loss", "win %", "KL")  # columns, where a run has them
+DECIMALS = {"win %": 1}
 
 
 def status() -> None:
@@ -53,20 +57,53 @@ def _show(folder: Path, watch: bool) -> None:
             time.sleep(REFRESH_SECONDS)
 
 
-def view(folder: Path, runs: list[RunState]) -> Group:
-    """A progress bar, a line of counts, and a row for each run that is under way, has failed or waits in a queue."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    called = names(runs)
-    for run in runs:
-        if run.state in ("running", "begun", "failed") or run.reason:
-            left = f"{timedelta(seconds=round(run.left))} left" if run.left is not None else ""
-            colour = "red" if run.state == "failed" else "cyan"
-            reason = f"{run.reason} ({run.folder.name})" if run.state == "failed" else run.reason
-            table.add_row(Text(run.state, colour), called[run.folder], f"step {run.step}", run.node, left, reason)
+def view(folder: Path, runs: list[RunState], height: int | None = None) -> Group:
+    """A progress bar, a line of counts, and a row for each run that is under way, has failed or waits in a queue.
+
+    With `height`, as many rows as a terminal of so many lines has place for, those that run first, and no reasons of
+    failures.
+    """
+    rows = [run for run in runs if run.state in ("running", "begun", "failed") or run.reason]
+    rows.sort(key=lambda run: ("running", "failed").index(run.state) if run.state in ("running", "failed") else 2)
+    room = len(rows) if height is None else max(1, height - 5)  # beside the lines above and below the rows
+    left_out = [Text(f"… and {len(rows) - room} more", "dim")] if len(rows) > room else []
+    failed = [run for run in rows if run.state == "failed" and height is None]
     done = sum(run.state == "done" for run in runs)
     return Group(
-        Text(str(folder), style="bold"),
-        ProgressBar(len(runs), done, width=60),
+        Text(str(folder), style="bold", overflow="fold"),
+        Padding(ProgressBar(len(runs), done, width=60), 0),  # which ends its line
         progress_line(runs, planned_parallelism(folder / PLAN)),
-        table,
+        *_of_earlier_sweeps(folder),
+        *([_table(rows[:room], names(runs))] if rows else []),
+        *left_out,
+        *(Text(f"{names(runs)[run.folder]}: {run.reason} ({run.folder.name})", "red") for run in failed),
     )
+
+
+def _of_earlier_sweeps(folder: Path) -> list[Text]:
+    """A line that counts the runs of other sweeps in the same folder, if there are any."""
+    earlier = earlier_states(folder)
+    return [Text(f"of earlier sweeps in this folder: {progress_line(earlier, 1).partition(';')[0]}", "dim")] * bool(
+        earlier
+    )
+
+
+def _table(rows: list[RunState], called: dict[Path, str]) -> Table:
+    """A line for each run: its state, what tells it from the others, and where it is, or why it is not under way."""
+    measured = [name for name in MEASURED if any(name in run.metrics for run in rows)]
+    timed, placed = any(run.left is not None for run in rows), any(run.node for run in rows)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("")
+    table.add_column("run", max_width=60)  # the only one that gives way
+    table.add_column("at", no_wrap=True)
+    for name in [*measured, *(["left"] if timed else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    if placed:
+        table.add_column("node", no_wrap=True)
+    for run in rows:
+        cells = [f"{run.metrics[name]:.{DECIMALS.get(name, 2)}f}" if name in run.metrics else "" for name in measured]
+        cells += [str(timedelta(seconds=round(run.left))) if run.left is not None else ""] if timed else []
+        at = run.doing or (run.reason if run.state == "waiting" else f"step {run.step}")
+        label = Text(called[run.folder], no_wrap=True, overflow="ellipsis")
+        table.add_row(Text(run.state, COLOURS.get(run.state, "")), label, at, *cells, *([run.node] if placed else []))
+    return table

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -80,6 +81,24 @@ def test_all_responses_to_a_prompt_are_compared_one_pair_after_the_other(respons
         assert len({row["prompt"] for row in group}) == 1
         assert len({text for row in group for text in (row["chosen"], row["rejected"])}) == responses
         assert len({frozenset((row["chosen"], row["rejected"])) for row in group}) == pairs
+
+
+def test_several_annotators_compare_a_response_with_its_edit():
+    """Each gives a row, with a label of their own; all other pairs have one, and the responses stay what they were."""
+    rows = Farm(responses=8, comparisons=20 * 44, edit_annotations=5).load("preference").to_list()
+    whole = [row for row in rows if row["prompt"] != rows[-1]["prompt"]]  # the last prompt's rows may be cut off
+    pairs = Counter(frozenset((row["chosen"], row["rejected"])) for row in whole)
+    often = [pair for pair, count in pairs.items() if count == 5]
+    assert set(pairs.values()) == {1, 5}
+    assert len(whole) // 44 * 3 <= len(often) <= 20 * 4  # at most four edits to a prompt; some change nothing
+    labels = Counter((row["chosen"], row["rejected"]) for row in whole)
+    assert any(labels[a, b] and labels[b, a] for a, b in map(tuple, often))  # annotators disagree
+
+
+@pytest.mark.parametrize(("responses", "annotations"), [(2, 2), (8, 0)])
+def test_annotations_that_cannot_be_are_refused(responses: int, annotations: int):
+    with pytest.raises(ValueError, match=f"edit_annotations={annotations} with responses={responses}.*; allowed: 1"):
+        Farm(responses=responses, edit_annotations=annotations)
 
 
 def test_the_kind_of_a_comparison_says_how_its_responses_differ():

@@ -83,7 +83,9 @@ def test_an_answer_ends_at_the_end_of_the_turn_and_at_every_other_end(tmp_path: 
     assert list(responder.stops) == responder.tokenizer.convert_tokens_to_ids(names)
 
 
-def test_an_export_talks_in_the_template_and_stops_where_the_policy_stops(tmp_path: Path) -> None:
+def test_an_export_talks_in_the_template_and_stops_where_the_policy_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = _finished(tmp_path, "headers")
     cli.main([str(run), str(tmp_path / "export")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
@@ -107,7 +109,9 @@ def test_an_export_talks_in_the_template_and_stops_where_the_policy_stops(tmp_pa
     card = (tmp_path / "export/README.md").read_text()
     assert "ends a turn with `<|eot_id|>`" in card
     assert "tokenizer.apply_chat_template(messages, add_generation_prompt=True" in card
-    assert template.render("…") in card
+    assert template.render("{instruction}") in card
+    monkeypatch.chdir(tmp_path)
+    exec(card.split("```python\n")[1].split("```")[0], {})  # the card's example runs as it stands
 
 
 def test_a_finished_reward_model_reads_prompts_in_its_own_template(tmp_path: Path) -> None:

@@ -122,8 +122,8 @@ def test_the_card_says_what_was_trained_how(
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("win_rate", 0.5), ("reward", 0.25)]
     settings = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
     assert settings["ppo"]["steps"] == run_config()["ppo"]["steps"]
-    for text in ("| win rate | 0.25 | 0.5 |", "clamped_kl, coefficient 0.05", "w5 {instruction} w6", "| reward model |",
-                 "transformers"):  # fmt: skip
+    for text in ("| win rate (%) | 25.0 | 50.0 |", "clamped_kl, coefficient 0.05", "w5 {instruction} w6",
+                 "| reward model |", "transformers"):  # fmt: skip
         assert text in card.text, text
 
 

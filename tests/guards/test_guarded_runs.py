@@ -140,8 +140,8 @@ def test_the_report_warns_of_what_guards_found(tmp_path: Path) -> None:
         write_run(tmp_path / f"s/run-{seed}", "lora_kl", seed, guards=found if seed > 1 else {})
     said = warnings(load([tmp_path / "s"]))
     assert said == [
-        "The guard entropy_rise found something in 2 runs (run-2, run-3); in run-2, first at step 18: the entropy rose;"
-        " usual cause: x; try y."
+        "The guard entropy_rise found something in 2 runs (“variant=lora_kl, seed=2” and “variant=lora_kl, seed=3”), in"
+        " the first of them from step 18 on: the entropy rose; usual cause: x; try y."
     ]
 
 
@@ -151,4 +151,4 @@ def test_a_stopped_run_is_named_with_its_reason_in_the_report(tmp_path: Path) ->
     (tmp_path / "s/run-2/failed.json").write_text(
         '{"error": "guard spike stopped the run at step 3: x", "traceback": ""}'
     )
-    assert "run-2 failed: guard spike stopped the run at step 3: x" in warnings(load([tmp_path / "s"]))
+    assert "“run-2” failed: guard spike stopped the run at step 3: x" in warnings(load([tmp_path / "s"]))

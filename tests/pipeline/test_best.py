@@ -21,14 +21,17 @@ from rlhf.data.farm import Farm
 from rlhf.data.records import Prompt
 from rlhf.distributed.processes import SIGNALS
 from rlhf.errors import Interrupted
-from rlhf.evaluation.evaluator import evaluation_metrics
 from rlhf.files import read_json
 from rlhf.files.digests import sha256
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints, _checksum_file
+from rlhf.pipeline.config import settings_of
+from rlhf.pipeline.evaluating import best_metric, logged_metrics
 from rlhf.pipeline.train_policy import train_policy
+from rlhf.report.metric_info import EVAL_METRICS
 from rlhf.stages.ppo import PPO
 from rlhf.tracking.metrics_file import evaluated_at
 from tests.helpers.command_line import TINY
+from tests.helpers.composed_config import composed
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings
 from tests.helpers.run_results import assert_identical
 from tests.helpers.training import copy_weights, quiet_trainer
@@ -65,10 +68,32 @@ def test_without_evaluations_there_is_no_best_checkpoint(tmp_path: Path) -> None
     assert Best(tmp_path, "eval/win_rate", "max").step() is None
 
 
-# what an evaluation measures beside the quality of answers
-COSTS = {"eval/entropy", "eval/forward_kl", "eval/demonstration_perplexity", "eval/facts_known"}
 # win rates at steps 0, 2, 4, 6, 8, 9
 VERDICTS = {0: 0.9, 2: 0.3, 4: 0.6, 6: 0.5, 8: 0.6 - 1e-9, 9: 0.1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "more"),
+    [
+        (
+            [],
+            {"eval/entropy", "eval/forward_kl", "eval/facts_known", "eval/facts_lost", "eval/demonstration_perplexity"},
+        ),
+        (["evaluation.diversity_samples=2"], {f"eval/samples_{name}" for name in ("distinct_1", "distinct_2", "ead")}),
+        (["evaluation.texts=x.jsonl"], {"eval/text_perplexity"}),
+    ],
+)
+def test_the_best_policy_may_be_chosen_by_every_metric_that_is_logged(overrides: list[str], more: set[str]) -> None:
+    settings = settings_of(composed(*TINY, *overrides)).evaluation
+    allowed = logged_metrics(settings, Farm(), judged=True)
+    assert more < set(allowed)
+    assert set(allowed) <= set(EVAL_METRICS)  # a search may have them as objectives
+    bare = settings_of(composed(*TINY, "evaluation.demonstrations=0")).evaluation
+    assert not {"eval/demonstration_perplexity", "eval/text_perplexity", "eval/samples_ead"} & set(
+        logged_metrics(bare, Farm(), judged=True)
+    )
+    chosen = composed(*TINY, *overrides, f"ppo.keep_best={max(more)}")
+    assert best_metric(chosen, settings_of(chosen), Farm()) == max(more)
 
 
 def lose_power() -> None:
@@ -181,7 +206,7 @@ def test_a_damaged_or_missing_best_is_said_and_not_used(tmp_path: Path, caplog: 
 @pytest.mark.slow
 def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path: Path) -> None:
     """The lowest KL selects the first step, the highest the last. With an adapter and without."""
-    allowed = evaluation_metrics(Farm(), judged=True, factscore=False)
+    allowed = logged_metrics(settings_of(composed(*TINY)).evaluation, Farm(), judged=True)
     common = [*TINY, f"output_dir={tmp_path}/outputs", "ppo.eval_every=1", "ppo.checkpoint_every=3"]
     least = [*common, "ppo.keep_best=eval/true_kl", "ppo.keep_best_mode=min"]
     for lora, kind, file in (
@@ -202,7 +227,7 @@ def test_a_run_leaves_its_best_policy_and_says_which(command: Callable, tmp_path
         assert summary["best"] == {**told, "model": "model_best"}
         assert summary["metrics"] == evaluated_at(folder, 3)  # the report shows the metrics of the last step
         chosen_by = {name for name in metrics if name.startswith("eval/") and not name.endswith(("_se", "_fall"))}
-        assert chosen_by - COSTS == set(allowed)
+        assert chosen_by | {"eval/facts_lost"} == set(allowed)  # of a model that knows no fact none can be lost
         saved = torch.load(folder / "checkpoints/step-000001.ckpt", weights_only=True)["state_dict"]
         state, last = load_file(folder / "model_best" / file), load_file(folder / "model" / file)
         assert state.keys() == last.keys()

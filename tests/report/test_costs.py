@@ -70,7 +70,7 @@ def test_one_more_of_a_source_costs_its_runs_and_its_rows_share_of_the_models(tm
 def test_dear_upstream_models_make_seeds_the_better_buy(tmp_path: Path) -> None:
     folder = write_pipelines(tmp_path / "s", variants=["lora_kl"], replicates=(1, 2, 3, 4), seeds=(1, 2), spread=0.0)
 
-    metric = "learned reward"  # which differs from run to run, not from pipeline to pipeline
+    metric = "reward"  # which differs from run to run, not from pipeline to pipeline
     table = variance_table(load([folder]))
     assert table is not None
     at = [line[0] for line in table.rows].index(metric)

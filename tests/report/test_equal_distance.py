@@ -146,11 +146,11 @@ def test_rows_are_compared_at_equal_distance_in_the_metrics_in_which_they_are_co
     out = make_report([write_pipelines(tmp_path / "s", {"columns": columns})]).parent
     at_steps, means, differences = (
         [dict(line) for line in csv.DictReader((out / f"{name}.csv").open())]
-        for name in ("differences", "distance", "distance_differences")
+        for name in ("gains", "distance", "distance_differences")
     )
-    assert {line["metric"] for line in at_steps} == {"learned reward", "gold utility"}
-    assert [line["metric"] for line in differences] == ["learned reward", "gold utility"]
-    assert {"learned reward", "gold utility"} < {line["metric"] for line in means}
+    assert {line["metric"] for line in at_steps} == {"reward", "gold utility"}
+    assert [line["metric"] for line in differences] == ["reward", "gold utility"]
+    assert {"reward", "gold utility"} < {line["metric"] for line in means}
     family = (out / "distance_differences.md").read_text()
     held = [float(line[key]) for line in differences for key in line if key.startswith("√KL") and line[key] != ""]
     assert f"all {len(held) // 3} comparisons" in family
@@ -171,9 +171,9 @@ def test_the_summary_names_the_best_row_where_all_rows_got_to(tmp_path: Path) ->
     sweep = load([tmp_path / "s"])
     told = " ".join(findings(sweep, [], WIN))
     assert (
-        "At √KL 0.4, the farthest of the common distances that all rows reach, the highest win rate is that of" in told
+        "At equal distance from SFT (√KL 0.4, the farthest of the table's that all rows reach), “variant=near”" in told
     )
-    assert "“variant=near”, 92.2 %; of the 1 other row, 1 (“variant=far”) can be distinguished as lower." in told
+    assert "has the highest win rate, 92.2 %. The only other row, “variant=far”, is significantly lower." in told
 
 
 def test_the_figure_draws_what_the_rows_have_at_each_distance(tmp_path: Path) -> None:

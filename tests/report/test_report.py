@@ -67,6 +67,36 @@ def test_a_table_renders_as_latex() -> None:
     )
 
 
+def test_the_best_number_of_a_column_is_marked_wherever_a_reader_sees_it() -> None:
+    rows = [
+        ["a", Number(2.04, 0.5), Number(5.0)],
+        ["b", Number(2.01), Number(7.0)],
+        ["c", Number(1.0), Number(math.nan)],
+    ]
+    table = Table(["row", "rate (%)", "lost"], rows, better={"rate (%)": "↑", "lost": "↓"})
+    marked = [[False, True, True], [False, True, False], [False, False, False]]  # 2.04 and 2.01 are both shown as 2.0
+    assert table.best() == marked
+    assert "| row | rate (%) ↑ | lost ↓ |" in table.markdown()
+    assert "| a | **2.0 ± 0.5** | **5.0** |\n| b | **2.0** | 7.0 |" in table.markdown()
+    assert "rate (\\%) $\\uparrow$ & lost $\\downarrow$" in table.latex()
+    assert "a & \\textbf{2.0 $\\pm$ 0.5} & \\textbf{5.0}" in table.latex()
+    assert table.csv().splitlines()[:2] == ["row,rate (%),rate (%) se,lost", "a,2.04,0.5,5.0"]
+    alike = Table(["x"], [[Number(1.0)], [Number(1.0)]], better={"x": "↑"})
+    assert not any(map(any, alike.best()))
+
+
+def test_columns_without_content_are_left_out(tmp_path: Path) -> None:
+    empty = Table(["row", "a", "b"], [["x", "–", 1], ["y", Number(math.nan), 2]]).without_empty()
+    assert (list(empty.header), empty.texts()) == (["row", "b"], [["x", "1"], ["y", "2"]])
+    folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
+    for path in folder.glob("*/summary.json"):
+        text = re.sub(r'"eval/factual_precision": [\d.]+', '"eval/factual_precision": 0.0', path.read_text())
+        path.write_text(text)
+    table = main_table(load([folder]))
+    assert "factual precision (%)" not in table.header
+    assert "0 in every row, and left out: factual precision." in table.caption
+
+
 def test_main_table_shows_what_is_there_or_what_is_asked_for(sweep: Sweep, tmp_path: Path) -> None:
     table = main_table(sweep)
     assert table.header[:5] == ["row", "seeds", "win rate (%)", "95 % interval", "judge SE (points)"]
@@ -87,10 +117,10 @@ def test_every_documented_metric_of_an_evaluation_has_a_name_and_a_unit() -> Non
 
 def test_comparisons_are_one_family(sweep: Sweep) -> None:
     found = comparisons(sweep, sweep.rows[2], ["eval/win_rate"])
-    assert [item.row.label for item in found] == ["SFT", "variant=full_none", "variant=lora_none"]
-    assert [item.difference.verdict for item in found][1:] == ["higher", "not distinguishable"]
-    assert found[1].need is None
-    assert found[2].need is not None
+    assert [item.row.label for item in found] == ["variant=full_none", "variant=lora_none"]
+    assert [item.difference.verdict for item in found] == ["higher", "not distinguishable"]
+    assert found[0].need is None
+    assert found[1].need is not None
 
 
 # -- figures, page and command -----------------------------------------------------------------------------------------
@@ -106,7 +136,7 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -127,19 +157,23 @@ LAYOUT = {
 }
 
 
+FIGURES = ("results", "gains", "differences", "curve", "path", "root", "diagnostics")
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_report([write_sweep(tmp_path_factory.mktemp("report") / "s", LAYOUT)]).parent
 
 
 def test_a_report_has_all_its_files(report: Path) -> None:
-    figures = [f"figures/{name}.{kind}" for name in ("curve", "path", "root") for kind in ("csv", "png", "svg")]
-    names = ("differences", "distance", "distance_differences", "table", "variance")
+    figures = [f"figures/{name}.{kind}" for name in FIGURES for kind in ("csv", "png", "svg")]
+    names = ("differences", "distance", "distance_differences", "gains", "table", "variance")
     tables = [f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")]
     files = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
     assert files == sorted([*figures, *tables, "report.html"])
     assert "| LoRA, KL | 3 |" in (report / "table.md").read_text()
     assert "Each row minus “LoRA, KL”" in (report / "differences.md").read_text()
+    assert "Each row minus “SFT”" in (report / "gains.md").read_text()
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -166,10 +200,15 @@ def test_the_page_needs_nothing_beside_it(report: Path) -> None:
     page.feed(text)
     assert page.open == []
     assert all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in page.links)
-    assert not re.search(r"https?://|@import|url\(", text)
-    for words in ("A &lt;made-up&gt; study", "Tell me about &lt;0&gt;.", "lora_kl 50 &amp; more", "lora.r=8",
+    assert not re.search(r"https?://|@import|url\(", without_library(text))
+    for words in ("A &lt;made-up&gt; study", "Tell me about &lt;0&gt;.", "<ins>50</ins> &amp; more", "lora.r=8",
                   "9 of 9 runs are finished", "Holm", "Just a test."):  # fmt: skip
         assert words in text
+
+
+def without_library(text: str) -> str:
+    """The page without the library of its interactive view, whose comments name addresses that nothing asks for."""
+    return re.sub(r'<script id="library">.*?</script>', "", text, flags=re.DOTALL)
 
 
 def test_config_difference_lists_changed_and_absent_keys() -> None:
@@ -205,7 +244,8 @@ def test_a_run_that_diverged_does_not_stop_the_report(tmp_path: Path) -> None:
     summary["metrics"]["eval/win_rate"] = math.nan
     (folder / "summary.json").write_text(json.dumps(summary))
     text = make_report([tmp_path / "s"]).read_text()
-    assert "variant-lora_none_seed-3 has non-finite values in eval/win_rate" in text
+    assert "“variant=lora_none, seed=3” has non-finite values in eval/win_rate" in text
+    assert "“variant=lora_none” has no finite win rate, because a run diverged, and cannot be ranked." in text
 
 
 def test_the_command_prints_the_table_and_writes_the_report(
@@ -216,7 +256,7 @@ def test_the_command_prints_the_table_and_writes_the_report(
     assert "variant=lora_kl" in shown
     assert "report.html" in shown
     assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
-        "win_rate", "true_kl", "response_tokens", "win_rate_by_kl",
+        "results", "gains", "win_rate", "true_kl", "response_tokens", "win_rate_by_kl", "diagnostics",
     }  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
         main([str(tmp_path)])

@@ -101,8 +101,9 @@ def test_failed_missing_and_odd_runs_are_named(tmp_path: Path) -> None:
         "a": "finished", "b": "finished", "again": "finished", "c": "failed", "d": "unfinished", "e": "missing",
     }  # fmt: skip
     text = "\n".join(warnings(found))
-    for words in ("c failed: out of memory", "1 run not finished (d)", "(e)", f"left out: {folder / 'again'}",
-                  "b has non-finite values in ppo/reward", "50 % of its sampled responses", "One seed only",
+    for words in ("“variant=c” failed: out of memory", "1 run not finished: “variant=d”", "not begun: “variant=e”",
+                  f"left out: {folder / 'again'}", "“variant=lora_none” has non-finite values in ppo/reward",
+                  "50 % of its sampled responses", "Every row has one seed only",
                   "different commits (abc, def+)", "uncommitted changes (def+)", "of torch (2.13, 2.14)"):  # fmt: skip
         assert words in text
 
@@ -234,7 +235,7 @@ def test_damaged_files_are_named_and_the_rest_is_reported(tmp_path: Path, name: 
     assert len(load([folder]).rows[1].runs) == (2 if said else 3)
     found = next(run for run in load([folder]).runs if run.name == "variant-lora_kl_seed-1")
     assert said in found.reason
-    assert not said or f"variant-lora_kl_seed-1 failed: {said}" in html.unescape(page)
+    assert not said or f"failed: {said}" in html.unescape(page)
     plan = {"runs": [{"folder": run.name, "overrides": []} for run in load([folder]).runs]}
     (folder / "plan.json").write_text(json.dumps(plan))
     state = next(run for run in states(folder) if run.folder.name == "variant-lora_kl_seed-1")

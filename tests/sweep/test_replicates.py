@@ -39,7 +39,7 @@ def test_the_report_counts_pipelines_and_pairs_them(study: Path) -> None:
     table = (report / "table.md").read_text()
     assert "| row | pipelines |" in table
     assert "count 2 pipelines" in table
-    assert "unpaired interval" in (report / "differences.md").read_text()
+    assert "unpaired interval" in (report / "gains.md").read_text()
     assert "SD over pipelines" in (report / "variance.md").read_text()
 
 

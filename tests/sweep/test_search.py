@@ -184,7 +184,7 @@ def test_the_front_is_part_of_the_report(tmp_path: Path, capsys: pytest.CaptureF
         "40.0,0.1,0.2,0.00025,kl.coef-0.2",
     ]
     assert "2 of 3 configurations" in (folder / "report/report.html").read_text()
-    assert not (folder / "report/differences.md").exists()
+    assert not (folder / "report/gains.md").exists()
     only = tmp_path / "one"
     write_trial(only, 0.1, 1e-3, 0.5, 0.4, {"eval/true_kl": "minimize"})
     write_trial(only, 0.2, 1e-3, 0.4, 0.1, {"eval/true_kl": "minimize"})

@@ -103,7 +103,7 @@ def test_a_sweep_that_was_killed_ends_in_the_same_tables(tmp_path: Path) -> None
     said = run_in_subprocess(folders["killed"], *command)
     assert "4 of 4 runs done" in said
     reports = [folder / "outputs/study/report" for folder in folders.values()]
-    for name in ("table.csv", "table.md", "differences.csv"):
+    for name in ("table.csv", "table.md", "gains.csv"):
         assert (reports[0] / name).read_text() == (reports[1] / name).read_text()
 
 

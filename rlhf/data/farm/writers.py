@@ -217,8 +217,12 @@ def random_edit(rng: Random, edits: Mapping[Edit, float] = EDITS) -> Edit:
     return rng.choices(list(edits), list(edits.values()))[0]
 
 
-def write_responses(world: World, task: Task, count: int, max_tokens: int, rng: Random) -> list[str]:
+def write_responses(
+    world: World, task: Task, count: int, max_tokens: int, rng: Random
+) -> tuple[list[str], list[tuple[int, int]]]:
     """`count` different responses to compare with each other, each of at most `max_tokens` tokens.
+
+    And the places of each response and the edit of it, as pairs.
 
     Each response is followed by an edit of it. The two differ in one aspect only, so that a reward model learns what
     makes a response better and not only which writer it is by.
@@ -227,13 +231,16 @@ def write_responses(world: World, task: Task, count: int, max_tokens: int, rng: 
         DataError: there are hardly so many different ones of that length.
     """
     texts: list[str] = []
+    edits: list[tuple[int, int]] = []
     for _ in range(ATTEMPTS):
         response = write_response(world, task, _annotated_writer(rng), rng)
+        before = len(texts)
         for text in (response, random_edit(rng, TRAINING_EDITS)(world, task, response, rng)):
             cut = detokenize(tokenize(text)[:max_tokens])
             texts += [cut] * (cut not in texts)
+        edits += [(before, before + 1)] * (before + 2 == len(texts) <= count)
         if len(texts) >= count:
-            return texts[:count]
+            return texts[:count], edits
     raise _too_short(task, max_tokens, f"{count} different responses")
 
 

@@ -1,6 +1,5 @@
 """The model card: how the model was trained, how it was evaluated, and metadata for the search of the Hub."""
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,9 @@ from omegaconf import OmegaConf
 
 from rlhf.data.options import as_list
 from rlhf.data.sources import Source
+from rlhf.data.templates import Template
 from rlhf.errors import DataError
+from rlhf.finished.export.evidence import Result, bare_format, found_by_guards, results, samples
 from rlhf.finished.run import FinishedRun
 from rlhf.policy_settings import METHODS
 from rlhf.report.metric_info import metric_info
@@ -26,11 +27,10 @@ TRAINED_BY = {  # stage → the config groups that determined its model
                 "generation", "evaluation") for method in ("best_of_n", "expert_iteration")},
 }  # fmt: skip
 TASKS = {"sft": "text-generation", "reward": "text-classification", **dict.fromkeys(METHODS, "text-generation")}
-SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
-         "sft/validation_loss", "sft/perplexity"}  # fmt: skip
 TEMPLATE = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
 _HUB_DATA = re.compile(r"(?:hf://datasets/)?([\w-][\w.-]*/[\w.-]+?)(?:@[^/]+)?(?:/.*)?")
 _LOCAL = re.compile(r"[/~.].*/")
+_INSIDE = re.compile(r"(?<![\w/.])~?/(?!/)(?:[^/\s]+/)+")  # an absolute path within a text, but for its last component
 
 
 def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, base: str | None, adapter: bool) -> str:
@@ -44,11 +44,46 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         base: with `adapter`, the Hub's name of the SFT model that the adapter belongs to.
         adapter: whether the adapter is exported alone.
     """
-    # 1. the metadata at the head of the file
-    config, origin = run.config, hub_id(run.config["model"]["name_or_path"])
+    origin, found = hub_id(run.config["model"]["name_or_path"]), list(results(run))
     below = base if adapter else origin
-    dataset = str(config["data"]["_target_"]).rpartition(".")[2]
-    data = ModelCardData(
+    data = _metadata(run, name, licence, below, adapter, found)
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        run=run,
+        name=name,
+        adapter=adapter,
+        below=below or "the SFT model",
+        origin=origin or _without_path(run.config["model"]["name_or_path"]) or "a model made from scratch",
+        dataset=_dataset(run),
+        template=run.template,
+        question=_question(run),
+        bare_format=bare_format(run) or "{instruction}",
+        results=found,
+        samples=[{key: fenced(text) for key, text in sample.items()} for sample in samples(run)],
+        guards=found_by_guards(run),
+        licence=data.license,
+        dtype=dtype,
+        settings=OmegaConf.to_yaml(
+            {key: shareable(run.config[key]) for key in TRAINED_BY[run.stage] if key in run.config}
+        ),
+    )
+    return str(card)
+
+
+def _metadata(
+    run: FinishedRun, name: str, licence: str | None, below: str | None, adapter: bool, found: list[Result]
+) -> ModelCardData:
+    """The head of the card, for the search of the Hub; `below` is the Hub's name of the model it is based on."""
+    config, dataset = run.config, _dataset(run)
+    evaluated = [
+        EvalResult(
+            TASKS[run.stage], dataset.lower(), dataset, result.metric.partition("/")[2], result.value,
+            metric_name=metric_info(result.metric).name,
+        )
+        for result in found
+    ]  # fmt: skip
+    return ModelCardData(
         license=licence or licence_of(config["model"]["name_or_path"]) or "unknown",
         library_name="peft" if adapter else "transformers",
         base_model=below,
@@ -57,37 +92,13 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         pipeline_tag=TASKS[run.stage],
         tags=tags(run, adapter),
         model_name=name,
-        eval_results=[
-            EvalResult(TASKS[run.stage], dataset.lower(), dataset, metric.partition("/")[2], value, metric_name=title)
-            for metric, title, value, _ in results(run)
-        ]
-        or None,
+        eval_results=evaluated or None,
     )
-    # 2. the text below it
-    card = ModelCard.from_template(
-        data,
-        template_str=TEMPLATE,
-        run=run,
-        name=name,
-        adapter=adapter,
-        below=below or "the SFT model",
-        origin=origin or _without_path(config["model"]["name_or_path"]) or "a model made from scratch",
-        dataset=dataset,
-        template=run.template,
-        results=[(title, _number(value), _number(before)) for _, title, value, before in results(run)],
-        dtype=dtype,
-        settings=OmegaConf.to_yaml({key: shareable(config[key]) for key in TRAINED_BY[run.stage] if key in config}),
-    )
-    return str(card)
 
 
-def results(run: FinishedRun) -> Iterator[tuple[str, str, float, float | None]]:
-    """Yield (metric, title, value, value of the SFT model or None) for every finite metric of the model's quality."""
-    before = run.summary.get("sft_metrics") or {}
-    for metric, value in run.metrics.items():
-        measured = metric.startswith("eval/") or metric in SHOWN
-        if measured and isinstance(value, int | float) and math.isfinite(value):
-            yield metric, metric_info(metric).name, float(value), before.get(metric)
+def _dataset(run: FinishedRun) -> str:
+    """The name of the class of data that the run was trained on."""
+    return str(run.config["data"]["_target_"]).rpartition(".")[2]
 
 
 def tags(run: FinishedRun, adapter: bool) -> list[str]:
@@ -143,10 +154,21 @@ def shareable(node: Any) -> Any:
 
 
 def _without_path(text: str | None) -> str | None:
-    """The last component of a local path; any other text as it is."""
-    return text and _LOCAL.sub("", text, count=1) if text and "\n" not in text and _LOCAL.match(text) else text
+    """A text with local paths cut to their last component; texts of several lines, such as templates, as they are."""
+    if not text or "\n" in text:
+        return text
+    return _INSIDE.sub("", _LOCAL.sub("", text, count=1) if _LOCAL.match(text) else text)
 
 
-def _number(value: float | None) -> str:
-    """A number for a table: three significant digits below 1000, whole numbers above."""
-    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+def fenced(text: str) -> str:
+    """A text as a block of code in Markdown, whatever it contains."""
+    fence = "`" * max([3, *(len(found) + 1 for found in re.findall("`+", text))])
+    return f"{fence}\n{text.rstrip()}\n{fence}"
+
+
+def _question(run: FinishedRun) -> str:
+    """What the card's example asks: the first instruction of the evaluation as the model read it, else a plain one."""
+    shown = samples(run)
+    if run.template is None:
+        return shown[0]["prompt"] if shown else "Who are you?"
+    return run.template.render("Who are you?") if isinstance(run.template, Template) else "Who are you?"

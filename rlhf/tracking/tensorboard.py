@@ -1,0 +1,58 @@
+"""TensorBoard: Lightning's logger, extended by answers, histograms and what guards have found."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+
+class TensorBoard(TensorBoardLogger):
+    """Event files with the metrics of a stage, its evaluated answers as texts, and histograms of its rollouts."""
+
+    @rank_zero_only
+    def log_samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Log the evaluated responses of a step as a text, in Markdown."""
+        self.experiment.add_text("samples", "\n\n---\n\n".join(map(_shown, records)), step)
+
+    @rank_zero_only
+    def log_histograms(self, scores: Tensor, ratio_counts: Tensor | None, largest_ratio: float, step: int) -> None:
+        """Log `histogram/reward` of a rollout batch, and `histogram/ratio` of the importance ratios of its updates.
+
+        Args:
+            scores: [rollouts]; non-finite scores are left out.
+            ratio_counts: [bins], tokens by ratio in bins of equal width from 0 to `largest_ratio`; None: not counted.
+            largest_ratio: the upper edge of the last bin.
+            step: the PPO step.
+        """
+        finite = scores[scores.isfinite()].float().cpu()
+        if len(finite):
+            self.experiment.add_histogram("histogram/reward", finite, step)
+        if ratio_counts is not None and ratio_counts.sum() > 0:
+            counts = ratio_counts.double().cpu()
+            width = largest_ratio / len(counts)
+            edges = [width * (bin + 1) for bin in range(len(counts))]
+            centres = counts.new_tensor(edges) - width / 2
+            self.experiment.add_histogram_raw(
+                "histogram/ratio", min=0.0, max=largest_ratio, num=int(counts.sum()), bucket_limits=edges,
+                sum=float(counts @ centres), sum_squares=float(counts @ centres**2), bucket_counts=counts.tolist(),
+                global_step=step,
+            )  # fmt: skip
+
+    @rank_zero_only
+    def alert(self, title: str, text: str) -> None:
+        """Log what a guard has found, as a text under its name."""
+        self.experiment.add_text(title, text)
+
+
+def _shown(record: Mapping[str, Any]) -> str:
+    """A record of `samples.jsonl`: its texts as quotations, its numbers on a line."""
+    texts = [f"**{key}**\n\n{_quoted(value)}" for key, value in record.items() if isinstance(value, str)]
+    numbers = [f"{key} {value:.3g}" for key, value in record.items() if isinstance(value, int | float)]
+    return "\n\n".join([*texts, ", ".join(numbers)])
+
+
+def _quoted(text: str) -> str:
+    """A text as Markdown shows it unchanged, whatever it holds."""
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
