@@ -6,7 +6,7 @@ Exit codes:
     2    a configuration, data set or model that cannot be used; one sentence says why
     3    stopped by a guard (conf/guards); failed.json says why
     75   stopped by a signal, or because an endpoint cannot be reached; the same command continues
-    130  interrupted at once
+    130  interrupted at once; before anything is trained there is nothing to save, and SIGTERM gives 143
 """
 
 import logging

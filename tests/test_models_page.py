@@ -20,7 +20,7 @@ from tests.helpers.published_models import PUBLISHED, publish_relative
 PAGE = (root() / "docs" / "models.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
 COMMANDS = [shlex.split(line)[1:] for line in PAGE.replace("\\\n", " ").splitlines() if line.startswith("rlhf ")]
-ADAPTERS = ["lora=all_linear", "lora@reward.lora=all_linear", "lora@sft.lora=all_linear"]
+ADAPTERS = ["lora=r16_all", "lora@reward.lora=r16_all", "lora@sft.lora=r16_all"]
 COLUMNS = [ADAPTERS, [*ADAPTERS, "quantization=nf4"], ["lora=none", "lora@reward.lora=none"]]
 OLD = {"custom", "tiny", "llama_7b", "gpt_neox_20b"}
 

@@ -90,6 +90,11 @@ def _explain_composition(message: str, cause: str) -> str:
     override = re.search(r"Could not override '([^']+)'", message)
     if override:
         key = override[1]
+        if key.startswith("hydra."):
+            return (
+                f"{key}: Hydra's own configuration has no such key; allowed: a key that it has, or a new one with a "
+                "plus before it, as +hydra.sweeper.params.seed='1,2', which is seed=1,2 after -m"
+            )
         if "No match in the defaults list" in message:
             return _without_place(key) or unknown_key(key, _groups(), "config group", keys_below(_composed()))
         config, parent = _composed(), key.rpartition(".")[0]

@@ -16,6 +16,8 @@ RENAMED = {
     "reward.centre_on": "reward.baseline_rows",
 }
 
+# Old option of a group → what it is now.
+RENAMED_OPTIONS = {"lora=all_linear": "lora=r16_all, with lora.alpha=32 for its scale of 2"}
 
 # What other libraries call a key → its name here.
 SYNONYMS = {
@@ -75,7 +77,9 @@ def unknown_option(choice: str, options: Iterable[str]) -> str:
     names, (group, _, option) = list(options), choice.partition("=")
     close = difflib.get_close_matches(option, names, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
-    others = f"; {OWN[group]}" if group in OWN and not close else ""
+    if choice in RENAMED_OPTIONS:
+        hint = f", it is {RENAMED_OPTIONS[choice]} now"
+    others = f"; {OWN[group]}" if group in OWN and not hint else ""
     return f"{choice}: there is no such option{hint}; allowed: {', '.join(names) or 'nothing'}{others}"
 
 

@@ -57,17 +57,17 @@ def check_model(config: DictConfig, settings: Settings, reward_model: bool, simu
     check_architecture(lm, settings.model, _lengths(config, settings, reward_model, simulated))
     check_layers(settings, lm)
     _check_engine(lm, config, settings, simulated)
-    trained = config.stage.name == "reward" or (reward_model and config.stage.name in ("ppo", "evaluate"))
+    trained = config.stage.name == "reward" or (reward_model and config.stage.name in (*METHODS, "evaluate"))
     if trained and settings.reward.lora.r == 0 and settings.reward.from_ is None and not has_classifier(lm):
         raise ConfigError(
             "lora@reward.lora=none: a whole reward model is saved as a sequence classifier, and transformers has none "
-            f"for {type(lm).__name__}; allowed: an adapter such as lora@reward.lora=all_linear, or another model"
+            f"for {type(lm).__name__}; allowed: an adapter such as lora@reward.lora=r16_all, or another model"
         )
 
 
 def _check_engine(lm: PreTrainedModel, config: DictConfig, settings: Settings, simulated: bool) -> None:
     """The native engine's cache holds keys and values only."""
-    samples = simulated or config.stage.name in ("ppo", "evaluate")
+    samples = simulated or config.stage.name in (*METHODS, "evaluate")
     if samples and settings.generation.engine == "native" and is_recurrent(lm):
         raise ConfigError(
             f"generation.engine=native: {type(lm).__name__} keeps a recurrent state, which this engine's cache of keys "

@@ -86,11 +86,11 @@ def _together(scene: Scene) -> tuple[Figure, Numbers]:
         make_room(figure, ends)
         for axes, labels in zip(panels, ends, strict=True):
             label_column(axes, labels)
-        _legend(figure, _start_handles(scene))
+        figure.legend(handles=_start_handles(scene), loc="upper right")
     else:
-        figure.tight_layout(rect=(0, 0, 1, 0.87))
         handles = [_handle(scene.looks[label], label) for label in scene.rows]
-        _legend(figure, [*handles, *_start_handles(scene)], left=True)
+        room = _legend(figure, [*handles, *_start_handles(scene)])
+        figure.tight_layout(rect=(0, 0, 1, 1 - room / figure.get_figheight()))
     return figure, numbers
 
 
@@ -119,9 +119,9 @@ def _apart(scene: Scene) -> tuple[Figure, Numbers]:
         _limit(shown, metric)
     _share_x([axes for shown in panels.values() for axes in shown])
     set_title(figure, scene.title)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()))
     behind = [_handle(BEHIND, f"baseline: {scene.against}")] if scene.against in labels else []
-    _legend(figure, [*behind, *_start_handles(scene)], left=True)
+    room = _legend(figure, [*behind, *_start_handles(scene)])
+    figure.tight_layout(rect=(0, 0, 1, 1 - room / figure.get_figheight()))
     return figure, numbers
 
 
@@ -131,11 +131,12 @@ def _panel(axes: Axes, scene: Scene, metric: str, label: str) -> Numbers:
     look, numbers = scene.looks[label], Numbers()
     if scene.against in found and scene.against != label:
         means = _x_as_drawn(scene, found[scene.against])
-        axes.plot(*means.T, color=BEHIND.color, lw=1.3, zorder=1.5)
+        axes.plot(*means.T, color=BEHIND.color, lw=1.1, marker=".", ms=3.5, zorder=1.5)
     if label in found:
         numbers = KINDS[scene.kind](axes, found[label], look)
     _start_line(axes, metric, scene)
-    axes.set_title(textwrap.fill(label, 32), color=look.ink, fontsize=9, fontweight="bold")
+    characters = 24 if len(scene.courses) == 1 else 32  # that fit beside each other
+    axes.set_title(textwrap.fill(label, characters), color=look.ink, fontsize=8.5, fontweight="bold")
     axes.tick_params(labelsize=8)
     return numbers
 
@@ -204,9 +205,12 @@ def _start_handles(scene: Scene) -> list[Line2D]:
     return [line] if scene.starts else []
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D], left: bool = False) -> None:
-    """A legend in a line: below the title, or beside it at the right."""
-    if handles:
-        top = 1 - (0.36 if left else 0.06) / figure.get_figheight()
-        where = {"loc": "upper left", "bbox_to_anchor": (0.0, top)} if left else {"loc": "upper right"}
-        figure.legend(handles=list(handles), ncols=min(len(handles), 3), **where)
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> float:
+    """A legend below the title. Returns the height of both in inches."""
+    if not handles:
+        return 0.35
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.55 + 0.085 * longest))))
+    top = 1 - 0.32 / figure.get_figheight()
+    figure.legend(handles=list(handles), ncols=columns, loc="upper left", bbox_to_anchor=(0.0, top))
+    return 0.42 + 0.19 * -(-len(handles) // columns)

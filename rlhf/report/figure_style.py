@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from rlhf.report.metric_info import metric_info
 
-# the colours of Okabe & Ito (2008) without yellow, which is illegible on white
+# the colours of Okabe & Ito (2008) without yellow, which is illegible on white; pure black would be left out of SVG
 PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -25,7 +25,7 @@ PALETTE = (
     "#E69F00",
     "#56B4E9",
     "#101010",
-)  # not #000000, which SVG leaves out as its default
+)
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 INK, FAINT, GREY, GRID, PAPER = "#222222", "#666666", "#9AA0A6", "#E6E6E6", "#FFFFFF"

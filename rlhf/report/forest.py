@@ -114,8 +114,12 @@ def _forest(
     for place, (metric, panel) in zip(axes.flat, panels.items(), strict=False):
         numbers += _draw_panel(place, metric, panel, labels, style)
         place.set_xlabel(titles[metric], fontsize=8.5)
+        shown = [end for line in panel.values() for end in (line.low, line.high)]
         if metric in marks:
             place.axvline(marks[metric], color=FAINT, ls=(0, (1, 2)), lw=1.1, zorder=1)
+            shown.append(marks[metric])
+        if np.isfinite(shown).all():
+            place.set_xlim(*wide_enough(min(shown), max(shown), metric))
     for unused in axes.flat[len(panels) :]:
         unused.set_visible(False)
     names = [textwrap.fill(label, 32) for label in labels]
@@ -138,9 +142,6 @@ def _draw_panel(axes: Axes, metric: str, panel: Panel, labels: Sequence[str], st
         axes.plot(line.mean, height, marker="o", ms=5.5, mfc=face, mec=color, mew=1.4, ls="", gid=label)
         numbers.append({"metric": metric, "row": label, "mean": line.mean, "low": line.low, "high": line.high,
                         "significant": line.filled})  # fmt: skip
-    ends = [end for line in panel.values() for end in (line.low, line.high)]
-    if np.isfinite(ends).all():
-        axes.set_xlim(*wide_enough(min(ends), max(ends), metric))
     axes.tick_params(labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

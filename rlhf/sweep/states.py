@@ -70,6 +70,11 @@ def states(folder: Path, queue: Mapping[str, slurm.QueuedJob] | None = None) -> 
     return states_of_plan(folder, read_object(folder / PLAN, runs=list), queue)
 
 
+def earlier_states(folder: Path) -> list[RunState]:
+    """The state of runs that earlier sweeps have planned in a sweep's folder, and the present one has not."""
+    return states_of_plan(folder, {"runs": read_object(folder / PLAN).get("earlier", [])}, None)
+
+
 def states_of_plan(
     folder: Path, plan: Mapping[str, Any], queue: Mapping[str, slurm.QueuedJob] | None
 ) -> list[RunState]:

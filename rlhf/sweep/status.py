@@ -17,7 +17,7 @@ from rlhf.errors import MISTAKE
 from rlhf.errors.explaining import one_sentence_errors
 from rlhf.files import PLAN
 from rlhf.sweep.plan import planned_parallelism
-from rlhf.sweep.states import RunState, names, progress_line, states, sweep_queue
+from rlhf.sweep.states import RunState, earlier_states, names, progress_line, states, sweep_queue
 from rlhf.tracking.reading import printable, try_plan
 
 REFRESH_SECONDS = 5  # of --watch
@@ -73,9 +73,18 @@ def view(folder: Path, runs: list[RunState], height: int | None = None) -> Group
         Text(str(folder), style="bold", overflow="fold"),
         Padding(ProgressBar(len(runs), done, width=60), 0),  # which ends its line
         progress_line(runs, planned_parallelism(folder / PLAN)),
+        *_of_earlier_sweeps(folder),
         *([_table(rows[:room], names(runs))] if rows else []),
         *left_out,
         *(Text(f"{names(runs)[run.folder]}: {run.reason} ({run.folder.name})", "red") for run in failed),
+    )
+
+
+def _of_earlier_sweeps(folder: Path) -> list[Text]:
+    """A line that counts the runs of other sweeps in the same folder, if there are any."""
+    earlier = earlier_states(folder)
+    return [Text(f"of earlier sweeps in this folder: {progress_line(earlier, 1).partition(';')[0]}", "dim")] * bool(
+        earlier
     )
 
 

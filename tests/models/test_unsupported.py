@@ -8,8 +8,8 @@ import pytest
 from rlhf.errors import ConfigError, ModelError
 from tests.helpers.composed_config import compose_and_check
 
-EVERYWHERE = ["lora=all_linear", "lora@reward.lora=all_linear"]
-WHOLE_REWARD = ["lora=all_linear", "lora@reward.lora=none"]
+EVERYWHERE = ["lora=r16_all", "lora@reward.lora=r16_all"]
+WHOLE_REWARD = ["lora=r16_all", "lora@reward.lora=none"]
 
 
 def check(kind: str, *overrides: str) -> None:
@@ -43,8 +43,9 @@ def test_attention_beside_a_recurrent_state_is_sampled_by_transformers(kind: str
     message = (
         r"^generation\.engine=native: \w+ keeps a recurrent state, .* allowed: generation\.engine=transformers, or"
     )
-    with pytest.raises(ConfigError, match=message):
-        check(kind)
+    for stage in ("ppo", "dpo", "best_of_n"):
+        with pytest.raises(ConfigError, match=message):
+            check(kind, *EVERYWHERE, f"stage={stage}")
     check(kind, *EVERYWHERE, "generation.engine=transformers")
     check(kind, *EVERYWHERE, "stage=sft")
 
@@ -61,10 +62,11 @@ def test_code_that_comes_with_a_model(tmp_path: Path) -> None:
 def test_a_whole_reward_model_that_transformers_could_not_load(kind: str) -> None:
     """It was trained to the end before saving it failed."""
     message = r"^lora@reward\.lora=none: .* transformers has none for \w+; allowed: an adapter such as "
-    for stage in ("ppo", "reward"):
+    for stage in ("ppo", "reward", "dpo", "best_of_n", "expert_iteration"):
         with pytest.raises(ConfigError, match=message):
             check(kind, *WHOLE_REWARD, f"stage={stage}")
     check(kind, *WHOLE_REWARD, "stage=sft")
+    check(kind, *WHOLE_REWARD, "stage=dpo", "scorer=gold")  # it needs none
     check(kind)
     check("llama", *WHOLE_REWARD)
 
@@ -72,7 +74,7 @@ def test_a_whole_reward_model_that_transformers_could_not_load(kind: str) -> Non
 def test_a_name_that_peft_takes_for_experts() -> None:
     message = r"^lora\.target_modules: .* no linear layer named down_proj that an adapter fits; allowed: all-linear"
     with pytest.raises(ConfigError, match=message):
-        check("deepseek_v3", "lora.target_modules=[down_proj,o_proj]", "lora@reward.lora=all_linear")
+        check("deepseek_v3", "lora.target_modules=[down_proj,o_proj]", "lora@reward.lora=r16_all")
 
 
 @pytest.mark.parametrize("wrong", ["every-linear", "[1]", "3"])

@@ -45,7 +45,8 @@ def test_an_option_has_the_rank_of_its_name_and_one_scale(lora: str) -> None:
     rank, _, layers = lora.removeprefix("r").partition("_")
     assert settings.lora == settings.reward.lora == settings.sft.lora
     assert (settings.lora.r, settings.lora.scale) == (int(rank), 8)
-    assert (settings.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]) == (layers == "")
+    expected = "all-linear" if layers else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert settings.lora.target_modules == expected
 
 
 def test_every_option_decides_the_run(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ BAD = [
     ("ppo.steps", "ppo.steps", ""),
     ("nonsense/group=1", "nonsense/group", "allowed"),
     ("experiments=nope", "experiments=nope", "no such option"),
+    ("lora@reward.lora=all_linear", "lora=all_linear", "it is lora=r16_all, with lora.alpha=32 for its scale of 2 now"),
 ]  # fmt: skip
 
 

@@ -152,6 +152,31 @@ def test_finished_runs_are_measured_compared_and_exported(workplace: Path, monke
 
 
 @pytest.mark.slow
+def test_finished_finds_the_run_of_any_method(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the configuration alone; where there are runs of several methods, the command has to name one."""
+
+    def asked(policy: str, *stages: str) -> int:
+        keys = [f"{stage}.{key}" for stage in stages for key in ("eval_every=1", "keep_evaluated=true", "lr=0.01")]
+        place = [f"output_dir={workplace}/outputs", f"hydra.run.dir={workplace}/outputs/asked"]
+        return run_in_process(*TINY, "stage=evaluate", f"policy={policy}", "resume=never", *keys, *place)
+
+    for stage in BESIDE:
+        assert asked("finished", stage) == 0
+        own, found = (read_object(workplace / "outputs" / name / SUMMARY)["metrics"] for name in (stage, "asked"))
+        assert found["eval/true_kl"] == own["eval/true_kl"]
+    for stage in BESIDE:
+        assert asked(f"finished@{stage}", *BESIDE) == 0
+        assert read_object(workplace / "outputs" / "asked" / SUMMARY)["same_as"] == f"../{stage}"
+    assert asked("finished", "dpo", "best_of_n") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "there are finished runs of dpo and best_of_n; allowed: finished@dpo, finished@best_of_n, or" in said
+    assert asked("finished@ppo", *BESIDE) == 2
+    assert "holds no finished run of this configuration; allowed:" in " ".join(capsys.readouterr().err.split())
+    assert asked("finished@orpo") == 2
+    assert "policy=finished@orpo: there is no such method; allowed: finished, finished@ppo" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_dry_run_estimates_every_method(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     for stage in BESIDE:
         assert command(workplace, stage, "seed=7", "dry_run=true") == 0
