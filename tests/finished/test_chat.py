@@ -20,7 +20,15 @@ from rlhf.errors import RunError
 from rlhf.files import read_json, write_json
 from rlhf.finished.chat import cli
 from rlhf.finished.chat.models import ModelCache
-from rlhf.finished.chat.responders import Answer, Sampling, answer_together, open_responders, prompt_renderer, reseed
+from rlhf.finished.chat.responders import (
+    Answer,
+    Sampling,
+    answer_together,
+    labels_of,
+    open_responders,
+    prompt_renderer,
+    reseed,
+)
 from rlhf.finished.run import FinishedRun
 from rlhf.models.export import save_model
 from rlhf.models.sequences import Sequences
@@ -196,6 +204,13 @@ def test_a_broken_adapter_is_named(tmp_path: Path) -> None:
         open_responders([FinishedRun.open(runs.ppo)], scored=True, seed=0)
 
 
+def test_labels_tell_runs_of_different_studies_apart() -> None:
+    assert labels_of([Path("/o/study/kl"), Path("/o/study/none")]) == ["kl", "none"]
+    assert labels_of([Path("/o/one/kl"), Path("/o/two/none")]) == ["one/kl", "two/none"]
+    assert labels_of([Path("/a/s/kl"), Path("/b/s/kl")]) == ["a/s/kl", "b/s/kl"]
+    assert labels_of([Path("/a/s/kl")] * 2) == ["kl", "kl"]
+
+
 def test_the_page_needs_gradio(
     runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -231,5 +246,6 @@ def test_the_page_streams_a_column_for_each_run(runs: SimpleNamespace) -> None:
         server.terminate()
     responders = open_responders([FinishedRun.open(folder) for folder in (runs.ppo, runs.sft)], scored=True, seed=0)
     expected = last(responders, Sampling(temperature=0, max_new_tokens=6))
-    assert list(result) == [text for answer in expected for text in (answer.text, answer.note)]
+    said = [[turn["content"][0]["text"] for turn in column] for column in result]
+    assert said == [[PROMPT, answer.text, f"*{answer.note}*"] for answer in expected]
     assert len(job.outputs()) > 2

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.web:
             _check_gradio()
         # imported here so that mistakes do not wait for torch
-        from rlhf.finished.chat.responders import Sampling, open_responders
+        from rlhf.finished.chat.responders import Sampling, examples, open_responders
         from rlhf.pipeline.numerics import settle_numerics
         from rlhf.pipeline.quiet import quieten
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.web:
             from rlhf.finished.chat.web import page
 
-            page(responders, sampling, options.seed).launch(server_name="127.0.0.1")
+            page(responders, sampling, options.seed, examples(runs[0])).launch(server_name="127.0.0.1")
         else:
             talk(responders, sampling)
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,14 +168,31 @@ def open_responders(runs: Sequence[FinishedRun], scored: bool, seed: int) -> lis
         RunError, ConfigError, DataError, ModelError: one of the runs cannot be used.
     """
     models = ModelCache()
-    names = [run.folder.resolve().name for run in runs]
-    labels = [
-        name if names.count(name) == 1 else f"{run.folder.resolve().parent.name}/{name}"
-        for name, run in zip(names, runs, strict=True)
-    ]
+    labels = labels_of([run.folder.resolve() for run in runs])
     responders = [Responder(run, label, models, scored) for run, label in zip(runs, labels, strict=True)]
     reseed(responders, seed)
     return responders
+
+
+def labels_of(folders: Sequence[Path]) -> list[str]:
+    """What runs are called: their folder's name, with those above it that tell runs of different studies apart."""
+    studies = {folder.parent for folder in folders if folder.parent.name != "cache"}  # whose names hold a digest
+    depth = 1 if len(studies) <= 1 else 2
+    deepest = max(len(folder.parts) for folder in folders)
+    while depth < deepest and len({folder.parts[-depth:] for folder in folders}) < len(set(folders)):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]
+
+
+def examples(run: FinishedRun, number: int = 5) -> list[str]:
+    """The first instructions that a run was evaluated on; [] if its data cannot be read."""
+    try:
+        source = data_source(OmegaConf.create({"data": run.data}))
+        rows = source.load("eval" if "eval" in source.splits else "prompts")
+        return [rows[index]["instruction"] or rows[index]["prompt"] for index in range(min(number, len(rows)))]
+    except DataError as error:
+        log.warning("no examples of prompts, because the data cannot be read: %s", error)
+        return []
 
 
 def reseed(responders: Sequence[Responder], seed: int) -> None:
