@@ -24,8 +24,8 @@ def _left_out(sweep: Sweep) -> Iterator[str]:
     """Runs that failed, are missing or do not count, rows whose runs do not belong together, keys without effect."""
     for run in sweep.runs:
         if run.state == "failed":
-            name = sweep.names[run.folder]
-            yield f"“{name}” failed: {run.reason}" + (f" (its folder: {run.name})" if name != run.name else "")
+            called = sweep.names[run.folder]
+            yield f"“{called}” failed: {run.reason}" + (f" (its folder: {run.name})" if called != run.name else "")
     for state, words in (("unfinished", "not finished"), ("missing", "missing: not begun")):
         names = [sweep.names[run.folder] for run in sweep.runs if run.state == state]
         if names:

@@ -88,8 +88,9 @@ def length_disagreements(sweep: Sweep, metric: str) -> Iterator[str]:
     sft = rows[0]
     if sft is not sweep.rows[0]:
         return
-    gains = [(row, *(100 * (_mean(row, key) - _mean(sft, key)) for key in (WIN, equal))) for row in rows[1:]]
-    turned = [(row.label, plain, fair) for row, plain, fair in gains if plain > 0 > fair]
+    plain_gains, fair_gains = ([100 * (_mean(row, key) - _mean(sft, key)) for row in rows[1:]] for key in (WIN, equal))
+    gains = zip([row.label for row in rows[1:]], plain_gains, fair_gains, strict=True)
+    turned = [(label, plain, fair) for label, plain, fair in gains if plain > 0 > fair]
     if turned:
         texts = [f"“{label}” ({plain:+.1f} and {fair:+.1f} points)".replace("-", "−") for label, plain, fair in turned]
         yield (

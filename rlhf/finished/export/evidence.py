@@ -44,12 +44,11 @@ def results(run: FinishedRun) -> Iterator[Result]:
         if not (measured and isinstance(value, int | float) and math.isfinite(value)):
             continue
         before = sft.get(metric)
-        info, has_start = metric_info(metric), first == 0 and isinstance(before, int | float) and math.isfinite(before)
-        texts = [
-            _text(metric, float(number), recorded.outcomes.get(step, {}))
-            for number, step in ((value, last), *([(before, 0)] if has_start else []))
-        ]
-        yield Result(metric, info.title, float(value), texts[0], texts[1] if has_start else "")
+        start = ""
+        if first == 0 and isinstance(before, int | float) and math.isfinite(before):
+            start = _text(metric, float(before), recorded.outcomes.get(0, {}))
+        text = _text(metric, float(value), recorded.outcomes.get(last, {}))
+        yield Result(metric, metric_info(metric).title, float(value), text, start)
 
 
 def samples(run: FinishedRun) -> list[dict[str, str]]:
