@@ -23,7 +23,7 @@ def relinked(text: str, folder: str) -> str:
         path = str((root() / folder / target).resolve().relative_to(root()))
         if path in COPIED:
             return f"[{label}]({COPIED[path]}{anchor})"
-        return f"[{label}]({Path(path).name}{anchor})" if path.startswith("docs/") else label
+        return f"[{label}]({path.removeprefix('docs/')}{anchor})" if path.startswith("docs/") else label
 
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)]+)?\)", page, text)
 

@@ -65,7 +65,7 @@ class FinishedRun:
 
     @property
     def stage(self) -> str:
-        """`sft`, `reward` or `ppo`."""
+        """`sft`, `reward` or a method by which the run trained a policy."""
         return str(self.summary["stage"])
 
     @property

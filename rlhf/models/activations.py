@@ -67,7 +67,7 @@ class Passes:
         stores them as attributes of its context, not by `save_for_backward`.
         """
         sizes, size = self.sizes, self.size
-        norms, trained = 2 * FLOAT32 * sizes.hidden, self._inputs_of_trained(lora)
+        norms, trained = 2 * FLOAT32 * sizes.hidden, self._inputs_of_trained(lora) + self._outputs_of_dora(lora)
         if self.settings.model.gradient_checkpointing:
             one = size * (sizes.block_outputs + sizes.gated) + norms + trained // max(sizes.layers, 1)
             stored = sizes.layers * sizes.hidden * size + one
@@ -76,7 +76,23 @@ class Passes:
         if (self.settings.quantization or {}).get("load_in_8bit"):
             stored += self._distinct_inputs * size
         gradients = size * 2 * (sizes.inner + sizes.hidden)
-        return tokens * (stored + gradients) + self.dequantized + self.cast(lora)
+        return tokens * (stored + gradients) + self.dequantized + self.cast(lora) + self._product_of_dora(lora)
+
+    def _outputs_of_dora(self, lora: LoraSettings) -> int:
+        """Bytes per token of what DoRA scales in each layer: the base's output, and the adapter's in float32.
+
+        Under dropout it has the base read the inputs again, without those that are dropped.
+        """
+        if not (lora.r and lora.dora):
+            return 0
+        kept = self.size + FLOAT32 * (2 if lora.dropout else 1)
+        return kept * sum(outputs for _, outputs in self.sizes.adapted(lora))
+
+    def _product_of_dora(self, lora: LoraSettings) -> int:
+        """B A of the largest layer in float32, its sum with the weight, and the squares that its norm adds up."""
+        if not (lora.r and lora.dora):
+            return 0
+        return 3 * FLOAT32 * max(inputs * outputs for inputs, outputs in self.sizes.adapted(lora))
 
     def _inputs_of_trained(self, lora: LoraSettings) -> int:
         """Bytes per token of the inputs of all trained matrices, and of their dropout masks, of a byte each.

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from rlhf.errors import MISTAKE, FigureError, NoRunsError
 from rlhf.report import page
+from rlhf.report.column_differences import column_differences
+from rlhf.report.column_table import column_table
 from rlhf.report.comparisons import Comparison, baseline, compared_metrics, comparisons, difference_table, origins
 from rlhf.report.equal_distance import common_distances, compared_at, distance_difference_table, distance_table
 from rlhf.report.evaluation_shown import evaluation_shown
@@ -134,6 +136,10 @@ def _differences(sweep: Sweep, compared: Sequence[Comparison]) -> dict[str, Head
         name = "gains" if against is sweep.rows[0] else "differences"
         if found:
             tables[name] = Headed(f"Differences from “{against.label}”", difference_table(sweep, found, against))
+        every = column_differences(sweep, against)
+        if len({item.metric for item in every}) > len({item.metric for item in found}):
+            heading = f"Differences from “{against.label}” in every column"
+            tables[f"{name}_by_column"] = Headed(heading, column_table(sweep, every, against))
     return tables
 
 

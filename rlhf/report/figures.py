@@ -8,8 +8,8 @@ The configuration lists them under `report.figures`, each as `{name, title, kind
 - `distance`: the same at equal distances instead of equal steps, as means over replicates where all of them got to;
 - `pull`, with only a name and a title: the restoring pull of each estimator. It needs no runs;
 - `results`, `gains`, `differences` and `diagnostics`, with only a name and a title: the means of all rows with their
-  intervals, their differences from SFT and from the baseline, and what PPO logs about itself. Every report has these,
-  unless its list of figures is empty.
+  intervals, their differences from SFT and from the baseline, and what PPO logs about itself; of a search, `front`
+  instead of the first three. Every report has these, unless its list of figures is empty.
 """
 
 import csv
@@ -31,6 +31,7 @@ from rlhf.report.equal_distance import KL, along_distance
 from rlhf.report.figure_labels import End, label_column, make_room
 from rlhf.report.figure_style import SETTINGS, canvas, looks, save, set_title
 from rlhf.report.forest import draw_differences, draw_gains, draw_results
+from rlhf.report.front_figure import draw_front
 from rlhf.report.metric_info import metric_info
 from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
@@ -40,6 +41,7 @@ ROOTED = ("sqrt_kl", "distance")  # the kinds with the square root of the true K
 # of every report
 ALWAYS: list[dict[str, Any]] = [
     {"name": "results", "title": "Results with 95 % intervals", "kind": "results"},
+    {"name": "front", "title": "The front of the search", "kind": "front"},
     {"name": "gains", "title": "Differences from SFT with 95 % intervals", "kind": "gains"},
     {"name": "differences", "title": "Differences from the baseline with 95 % intervals", "kind": "differences"},
     {"name": "diagnostics", "title": "PPO's diagnostics", "kind": "diagnostics"},
@@ -52,7 +54,10 @@ DEFAULT: list[dict[str, Any]] = [
     {"name": "win_rate_by_kl", "title": "Win rate against distance from SFT", "kind": "path", "x": KL,
      "y": "eval/win_rate"},
 ]  # fmt: skip
-WHOLE = {"results": draw_results, "gains": draw_gains, "differences": draw_differences, "diagnostics": draw_diagnostics}
+WHOLE = {
+    "results": draw_results, "front": draw_front, "gains": draw_gains, "differences": draw_differences,
+    "diagnostics": draw_diagnostics,
+}  # fmt: skip
 FAMILIES = (
     "Filled: significant after Holm's correction, for which the metrics in which the report compares rows are one"
     " family and all others together another. A metric without a value per instruction is compared over replicates"
@@ -72,6 +77,8 @@ NOTES = {
     " the SFT model, fitted to the longest initial range that does not bend (absent if it bends within the first three"
     " evaluations). A bar marks its end if training went beyond it.",
     "results": "Means with 95 % intervals, which count replicates and instructions. Dotted: the SFT model.",
+    "front": "Every configuration in the first two objectives, as means over replicates. Filled: no other is as good in"
+    " all objectives and better in one. The numbers are the lines of the table.",
     "gains": f"Each row minus SFT. {FAMILIES}",
     "differences": f"Each row minus the baseline, if the layout names one. {FAMILIES}",
     "diagnostics": "What PPO logs at every step, as means over all runs of a row.",
@@ -166,7 +173,7 @@ def _courses(rows: list[Row], kind: str, x: str, y: str) -> list[Course]:
     """The courses of the rows that have the metric."""
     names = ("sqrt_true_kl" if kind == "distance" else x, y)
     points: dict[str, Points] = {
-        row.label: along_distance(row, y) if kind == "distance" else {**along(row, x, y)} for row in rows
+        row.label: along_distance(row, y) if kind == "distance" else along(row, x, y) for row in rows
     }
     return [Course(label, names, found) for label, found in points.items() if found]
 
@@ -219,7 +226,7 @@ def y_metrics(spec: Mapping[str, Any]) -> list[str]:
     return [y] if isinstance(y, str) else list(y)
 
 
-def along(row: Row, x: str, y: str) -> dict[int, Array]:
+def along(row: Row, x: str, y: str) -> Points:
     """Step → [replicates, 2]: x and y in display units, means over the runs of a replicate that have both."""
     found: dict[int, list[Array]] = {}
     for runs in row.replicates.values():

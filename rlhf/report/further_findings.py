@@ -94,7 +94,7 @@ def length_disagreements(sweep: Sweep, metric: str) -> Iterator[str]:
         texts = [f"“{label}” ({plain:+.1f} and {fair:+.1f} points)".replace("-", "−") for label, plain, fair in turned]
         yield (
             f"Above SFT in the mean win rate, but below it in the mean {name}: {joined(texts)}. So the gain may be"
-            " one of length (means alone: the difference is not tested)."
+            " one of length (means alone)."
         )
 
 

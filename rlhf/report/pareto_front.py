@@ -1,7 +1,8 @@
 """The Pareto front of a search: the configurations that no other one dominates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +15,45 @@ from rlhf.report.statistics import Array
 from rlhf.report.tables import NOTHING, Cell, Number, Table
 
 
+@dataclass(frozen=True)
+class Front:
+    """The rows of a search in its objectives.
+
+    Attributes:
+        objectives: metric → direction.
+        rows: those that have all objectives.
+        points: [rows, objectives], means over replicates.
+        best: the positions of the rows that no other dominates, ordered by the first objective, best first.
+    """
+
+    objectives: Mapping[str, str]
+    rows: list[Row]
+    points: Array
+    best: list[int]
+
+
+def front_of(sweep: Sweep) -> Front | None:
+    """The front of a sweep; None without `objectives`, or if no row has all of them."""
+    objectives = objectives_of(sweep.finished[0].config)
+    rows = [row for row in sweep.trained if all(row.values(metric) for metric in objectives)]
+    if not objectives or not rows:
+        return None
+    points = np.array([[np.mean(row.values(metric)) for metric in objectives] for row in rows])
+    signs = np.array([1.0 if direction == "maximize" else -1.0 for direction in objectives.values()])
+    best = sorted(np.flatnonzero(non_dominated(points * signs)), key=lambda i: -signs[0] * points[i, 0])
+    return Front(objectives, rows, points, [int(i) for i in best])
+
+
 def front_table(sweep: Sweep) -> Table | None:
     """The table of the non-dominated rows, ordered by the first objective, best first.
 
     With one objective this is the best row. None for a sweep without `objectives`, or if no row has all of them.
     """
-    objectives = objectives_of(sweep.finished[0].config)
-    rows = [row for row in sweep.trained if all(row.values(metric) for metric in objectives)]
-    if not objectives or not rows:
+    front = front_of(sweep)
+    if front is None:
         return None
-    # 1. The non-dominated rows, by their means over replicates.
-    points = np.array([[np.mean(row.values(metric)) for metric in objectives] for row in rows])
-    signs = np.array([1.0 if direction == "maximize" else -1.0 for direction in objectives.values()])
-    best = sorted(np.flatnonzero(non_dominated(points * signs)), key=lambda i: -signs[0] * points[i, 0])
-    # 2. A line for each: its objectives, its settings on the axes of the search, and a run that has them.
+    objectives, rows, points, best = front.objectives, front.rows, front.points, front.best
+    # a line for each: its objectives, its settings on the axes of the search, and a run that has them
     axes = _axes(rows)
     lines: list[Sequence[Cell]] = []
     for i in best:

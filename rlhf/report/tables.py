@@ -101,7 +101,7 @@ class Table:
             if arrow and len(values) > 1:
                 wanted = max(values) if arrow == "↑" else min(values)
                 for marks, cell in zip(found, cells, strict=True):
-                    marks[place] = cell in known and round(cell.value, cell.digits) == wanted  # type: ignore[union-attr]
+                    marks[place] = cell in known and round(cell.value, cell.digits) == wanted
         return found
 
     def marked(self, start: str, end: str, escape: Mapping[int, str] | None = None) -> list[list[str]]:

@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from rlhf import ppo
 from rlhf.distributed import collectives, processes, strategies
 from rlhf.errors import Interrupted
+from rlhf.models.roles import MOVING_REFERENCE
 from rlhf.stages.minibatches import split_minibatches
+from rlhf.stages.reference import EMA, Sync
 from tests.helpers.command_line import error_sentence
 from tests.helpers.ppo_stages import PROMPTS, make_ppo, ppo_settings, train, with_advantages
 from tests.helpers.process_groups import run_in_two_processes
@@ -90,9 +92,9 @@ def test_the_number_of_processes_follows_from_the_trainer(trainer: dict, expecte
 
 
 def _updates(options: dict[str, Any], folders: SimpleNamespace, folder: Path, **trainer: Any) -> tuple[Any, Any, Any]:
-    chosen = {key: value for key, value in options.items() if key != "advantages"}
+    chosen = {key: value for key, value in options.items() if key not in ("advantages", "rule")}
     settings = with_advantages(ppo_settings(**chosen), options.get("advantages", "gae"))
-    stage = make_ppo(settings, folders, folder / "samples")
+    stage = make_ppo(settings, folders, folder / "samples", rule=options.get("rule"))
     stage.engine = EchoEngine()  # type: ignore[assignment]
     with record_gradients() as seen:
         metrics = train(stage, folder, **trainer)
@@ -117,11 +119,16 @@ def _updates_of_two(rank: int, options: dict[str, Any], folders: SimpleNamespace
         {},
         {"divergence": "exact_kl", "kind": "logits"},
         {"advantages": "grpo", "rollout_batch_size": 24, "minibatch_size": 12},
+        {"rule": EMA(0.5)},
+        {"rule": Sync(None, 1e-4)},  # at a KL, which is the mean over both
     ],
-    ids=["uneven", "even", "exact", "groups"],
+    ids=["uneven", "even", "exact", "groups", "average", "synchronised"],
 )
 def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleNamespace, tmp_path: Path) -> None:
-    """For the same global batch, gradients agree to 1e-5 at every step, and both processes log the same metrics."""
+    """For the same global batch, gradients agree to 1e-5 at every step, and both processes log the same metrics.
+
+    Both hold the same moving reference.
+    """
     options = {"epochs": 2, "lr": 1e-4, **options}
     (tmp_path / "alone").mkdir()
     expected, metrics, alone = _updates(options, folders, tmp_path / "alone")
@@ -137,6 +144,7 @@ def test_two_processes_make_the_update_of_one(options: dict, folders: SimpleName
     for key, value in alone.items():
         torch.testing.assert_close(first[2][key], value, rtol=0, atol=1e-5)
         assert torch.equal(first[2][key], second[2][key])
+    assert any(f".{MOVING_REFERENCE}." in key for key in first[2]) == ("rule" in options)
     clock = ("time", "ppo/rollouts_per_second")
     for one, a, b in zip(metrics, first[1], second[1], strict=True):
         kept = [key for key in one if not key.startswith(clock)]
@@ -183,9 +191,10 @@ def test_the_supervised_stages_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", ["fixed", "ema"])
+def test_two_processes_stop_and_continue_to_the_same_bits(reference: str, tmp_path: Path) -> None:
     """A signal to either process stops both after the step; resumed, the run ends with an undisturbed run's bits."""
-    options = [*DEVICES, "ppo.steps=6", "ppo.checkpoint_every=1"]
+    options = [*DEVICES, "ppo.steps=6", "ppo.checkpoint_every=1", f"reference={reference}"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
@@ -194,7 +203,7 @@ def test_two_processes_stop_and_continue_to_the_same_bits(tmp_path: Path) -> Non
     for to_child in (False, True):
         assert stop_after_a_step(stopped, to_child, options) == 75
     folder = next(stopped.glob("outputs/rlhf/*"))
-    refused = run_tiny(stopped, "trainer=cpu", "ppo.steps=6", "ppo.checkpoint_every=1", f"hydra.run.dir={folder}")
+    refused = run_tiny(stopped, "trainer=cpu", *options[len(DEVICES) :], f"hydra.run.dir={folder}")
     assert refused.returncode == 2
     assert "the checkpoint was made by 2" in error_sentence(refused.stderr)
     done = run_tiny(stopped, *options, "resume=must")

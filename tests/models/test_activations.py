@@ -57,6 +57,13 @@ def peak(settings: Settings, folder: Path) -> int:
     return most
 
 
+def written(model: str, folder: Path) -> Path:
+    """A model of random weights in a folder."""
+    config = AutoConfig.for_model(model_type=model, vocab_size=len(word_tokenizer()), **SHAPES[model])
+    save_model(AutoModelForCausalLM.from_config(config), word_tokenizer(), folder)
+    return folder
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "nf4"])
 @pytest.mark.parametrize("model", SHAPES)
@@ -66,8 +73,7 @@ def test_the_estimate_of_a_training_pass_is_within_a_quarter(
     """int8 holds the inputs of its layers past checkpointing: without them its estimate would be half of the truth."""
     if kind in ("int8", "nf4"):
         pytest.importorskip("bitsandbytes")
-    config = AutoConfig.for_model(model_type=model, vocab_size=len(word_tokenizer()), **SHAPES[model])
-    save_model(AutoModelForCausalLM.from_config(config), word_tokenizer(), tmp_path)
+    written(model, tmp_path)
     quantized, dtype = kind in ("int8", "nf4"), kind if "float" in kind else "bfloat16"
     settings = composed_settings(
         "model=custom", f"model.name_or_path={tmp_path}", f"lora.target_modules=[{TARGETS[model]}]",
@@ -81,3 +87,26 @@ def test_the_estimate_of_a_training_pass_is_within_a_quarter(
     found = peak(settings, tmp_path)
     estimated = Passes(settings, sizes).kept(ROWS * TIME, settings.lora)
     assert 0.8 < estimated / found < 1.25
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_the_estimate_of_dora_too(
+    layers: str, model: str, dtype: str, dropout: float, checkpointing: bool, tmp_path: Path
+) -> None:
+    """It keeps two outputs of each layer besides: without them its estimate was half of the truth."""
+    targets = "all-linear" if layers == "all" else f"[{TARGETS[model]}]"
+    settings = composed_settings(
+        "model=custom", f"model.name_or_path={written(model, tmp_path)}", f"lora.target_modules={targets}",
+        "lora.dora=true", f"lora.dropout={dropout}", f"model.gradient_checkpointing={checkpointing}",
+        f"model.dtype={dtype}",
+    )  # fmt: skip
+    settings.quantization = None
+    sizes = Sizes.of(settings.model, None)
+    assert sizes is not None
+    estimated = Passes(settings, sizes).kept(ROWS * TIME, settings.lora)
+    assert 0.75 < estimated / peak(settings, tmp_path) < 1.35

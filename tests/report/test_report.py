@@ -167,7 +167,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_report_has_all_its_files(report: Path) -> None:
     figures = [f"figures/{name}.{kind}" for name in FIGURES for kind in ("csv", "png", "svg")]
-    names = ("differences", "distance", "distance_differences", "gains", "table", "variance")
+    compared = ("differences", "differences_by_column", "gains", "gains_by_column")
+    names = (*compared, "distance", "distance_differences", "table", "variance")
     tables = [f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")]
     files = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
     assert files == sorted([*figures, *tables, "report.html"])

@@ -185,6 +185,10 @@ def test_the_front_is_part_of_the_report(tmp_path: Path, capsys: pytest.CaptureF
     ]
     assert "2 of 3 configurations" in (folder / "report/report.html").read_text()
     assert not (folder / "report/gains.md").exists()
+    drawn = (folder / "report/figures/front.csv").read_text().splitlines()
+    numbered = [line.split(",")[-3:] for line in drawn[1:]]
+    assert sorted(numbered) == [["30.0", "0.2", ""], ["40.0", "0.1", "2"], ["50.0", "0.4", "1"]]
+    assert not (folder / "report/figures/gains.csv").exists()
     only = tmp_path / "one"
     write_trial(only, 0.1, 1e-3, 0.5, 0.4, {"eval/true_kl": "minimize"})
     write_trial(only, 0.2, 1e-3, 0.4, 0.1, {"eval/true_kl": "minimize"})
