@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -45,7 +45,12 @@ class Display:
             self.console = Console(file=os.fdopen(os.dup(sys.stdout.fileno()), "w"), force_terminal=True)
             self._redirect()
             # no stream is redirected by rich, as ours lead to the log
-            options = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False, "transient": True}
+            options: dict[str, Any] = {
+                "auto_refresh": False,
+                "redirect_stdout": False,
+                "redirect_stderr": False,
+                "transient": True,
+            }
             self.live = Live(console=self.console, **options)
             self.live.start()
             self.signals = _Signals(self.console)
@@ -105,7 +110,7 @@ class Display:
 
     def _show_table(self, runs: list[RunState]) -> None:
         assert self.live is not None
-        self.console.size = os.get_terminal_size(self.console.file.fileno())  # type: ignore[assignment]  # it may change
+        self.console.size = os.get_terminal_size(self.console.file.fileno())  # it may change
         self._tell(runs)
         self.live.update(view(self.folder, runs, self.console.height - 2), refresh=True)
 
