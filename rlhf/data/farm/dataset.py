@@ -88,13 +88,7 @@ class Farm:
         Raises:
             ValueError: `people`, `fame`, `responses` or `edit_annotations` is out of range.
         """
-        if not 2 <= responses <= 16:
-            raise ValueError(f"responses={responses} is not allowed; allowed: 2 to 16")
-        if edit_annotations < 1 or (edit_annotations > 1 and responses == 2):
-            raise ValueError(
-                f"edit_annotations={edit_annotations} with responses={responses} is not allowed; allowed: 1, or more if"
-                " there are more than 2 responses to a prompt (data=farm_groups)"
-            )
+        _check(responses, edit_annotations)
         self.seed = seed
         self.world = World(seed, people)
         self.tasks = Tasks(self.world, seed, fame)
@@ -251,3 +245,14 @@ class Farm:
         texts = [*self.tasks.by_instruction, *(f"{clause} and ." for clause in world.clauses)]
         texts += [f"{subject.opening} {subject.continuation} \n" for subject in world.people + world.crafts]
         return word_tokenizer(texts)
+
+
+def _check(responses: int, edit_annotations: int) -> None:
+    """Raise `ValueError` unless so many responses can be compared by so many annotators."""
+    if not 2 <= responses <= 16:
+        raise ValueError(f"responses={responses} is not allowed; allowed: 2 to 16")
+    if edit_annotations < 1 or (edit_annotations > 1 and responses == 2):
+        raise ValueError(
+            f"edit_annotations={edit_annotations} with responses={responses} is not allowed; allowed: 1, or more if"
+            " there are more than 2 responses to a prompt (data=farm_groups)"
+        )
