@@ -95,13 +95,9 @@ class Farm:
         self.responses, self.edit_annotations = responses, edit_annotations
         self.label_noise, self.max_response_tokens = label_noise, max_response_tokens
         self.sizes: dict[Split, int] = {
-            "sft": demonstrations,
-            "sft_validation": 400,
-            "preference": comparisons,
-            "preference_validation": held_out_comparisons,
-            "prompts": prompts,
-            "eval": eval_prompts,
-        }
+            "sft": demonstrations, "sft_validation": 400, "preference": comparisons,
+            "preference_validation": held_out_comparisons, "prompts": prompts, "eval": eval_prompts,
+        }  # fmt: skip
 
     @property
     def groups(self) -> tuple[str, ...]:
