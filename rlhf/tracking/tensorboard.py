@@ -18,14 +18,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_histograms(self, scores: Tensor, ratio_counts: Tensor | None, largest_ratio: float, step: int) -> None:
-        """Log `histogram/reward` of a rollout batch, and `histogram/ratio` of the importance ratios of its updates.
-
-        Args:
-            scores: [rollouts]; non-finite scores are left out.
-            ratio_counts: [bins], tokens by ratio in bins of equal width from 0 to `largest_ratio`; None: not counted.
-            largest_ratio: the upper edge of the last bin.
-            step: the PPO step.
-        """
+        """As `rlhf.tracking.dashboards.Dashboard.log_histograms`."""
         finite = scores[scores.isfinite()].float().cpu()
         if len(finite):
             self.experiment.add_histogram("histogram/reward", finite, step)
