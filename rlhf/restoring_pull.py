@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from jaxtyping import Float
+from scipy.optimize import brentq  # type: ignore[import-untyped]
 from torch import Tensor
 
 from rlhf import divergence, f_divergence
@@ -86,17 +87,13 @@ def toy(distance: float) -> tuple[Float[Tensor, "states vocabulary"], Float[Tens
     """
     generator = torch.Generator().manual_seed(0)
     reference, direction = torch.randn(2, STATES, VOCABULARY, generator=generator, dtype=torch.float64)
-    low, high = 0.0, 16.0  # bisection of the step length
-    for _ in range(50):
-        middle = (low + high) / 2
-        near = float(_kl(reference + middle * direction, reference)) < distance
-        low, high = (middle, high) if near else (low, middle)
-    return reference + low * direction, reference
+    ref_logprobs = reference.log_softmax(-1)
 
+    def excess(length: float) -> float:
+        logprobs = (reference + length * direction).log_softmax(-1)
+        return float((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1).mean()) - distance
 
-def _kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    logprobs = logits.log_softmax(-1)
-    return (logprobs.exp() * (logprobs - ref_logits.log_softmax(-1))).sum(-1).mean()
+    return reference + brentq(excess, 0.0, 16.0) * direction, reference
 
 
 def pulls(estimators: Mapping[str, Estimator] = ESTIMATORS, part: str = "reward") -> dict[str, list[float]]:
