@@ -85,7 +85,7 @@ def test_the_documented_tables_are_the_computed_ones() -> None:
 
 
 def test_the_figure_has_all_estimators() -> None:
-    figure, numbers, note = figures.draw_pull({"name": "restoring_pull", "kind": "pull"})
+    figure, numbers = figures.draw_pull("What each estimator pulls as a reward")
     assert {line["estimator"] for line in numbers} == set(ESTIMATORS)
     assert len(figure.axes[0].lines) == len(ESTIMATORS)
-    assert "not from these runs" in note
+    assert "not from these runs" in figures.NOTES["pull"]
