@@ -108,10 +108,10 @@ def test_keys_of_lightning_are_left_out_and_those_of_other_trainers_not() -> Non
 
 def test_the_farm_says_which_keys_concern_which_splits() -> None:
     """A key that does not concern a split changes neither the split's rows nor its identity."""
-    small = {"demonstrations": 6, "comparisons": 6, "prompts": 6, "eval_prompts": 6}
+    small = {"demonstrations": 6, "comparisons": 6, "prompts": 6, "eval_prompts": 6, "responses": 4}
     changed = {"demonstrations": 7, "comparisons": 7, "prompts": 7, "eval_prompts": 7,
                "label_noise": 0.9, "max_response_tokens": 3, "fame": 1.5, "responses": 3,
-               "held_out_comparisons": 7}  # fmt: skip
+               "edit_annotations": 2, "held_out_comparisons": 7}  # fmt: skip
     assert Farm.concerns.keys() == changed.keys()
     before = {split: Farm(**small).load(split).to_list() for split in Farm.splits}
     for key, value in changed.items():
