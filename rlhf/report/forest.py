@@ -108,7 +108,9 @@ def _forest(
     style = {sweep.rows[0].label: Look(GREY, "-", "o")} | looks([row.label for row in sweep.trained])
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
-    size = (2.3 + 2.4 * columns, lines * (LINE * len(labels) + 0.9) + 0.5)
+    names = [textwrap.fill(label, 32, max_lines=4, placeholder=" …") for label in labels]
+    height = LINE * max(len(names), 0.6 * sum(name.count("\n") + 1 for name in names))  # long labels need their lines
+    size = (2.3 + 2.4 * columns, lines * (height + 0.9) + 0.5)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True)
     numbers: Numbers = []
     for place, (metric, panel) in zip(axes.flat, panels.items(), strict=False):
@@ -122,7 +124,6 @@ def _forest(
             place.set_xlim(*wide_enough(min(shown), max(shown), metric))
     for unused in axes.flat[len(panels) :]:
         unused.set_visible(False)
-    names = [textwrap.fill(label, 32) for label in labels]
     axes[0, 0].set_yticks(range(len(labels)), names, fontsize=8.5)
     axes[0, 0].set_ylim(len(labels) - 0.4, -0.6)
     set_title(figure, title)

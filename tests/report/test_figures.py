@@ -167,6 +167,18 @@ def test_single_values_are_not_compared(tmp_path: Path) -> None:
     assert compare_values(sweep.trained[0], sweep.trained[1], KL, pair=False) is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_row_with_a_long_label_has_place(tmp_path: Path) -> None:
+    """Matplotlib would say on the terminal that a layout does not fit."""
+    long = [f"data.some_rather_long_key_{i}=some_value" for i in range(30)]
+    write_run(tmp_path / "s" / "run", "lora_kl", 1, overrides=long)
+    figure, _ = draw_results(load([tmp_path / "s"]), "Results") or pytest.fail("no figure")
+    figure.canvas.draw()
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels[-1].count("\n") == 3
+    assert labels[-1].endswith(" …")
+
+
 def test_diagnostics_draw_what_was_logged(sweep: Sweep) -> None:
     figure, numbers = draw_diagnostics(sweep, "PPO") or pytest.fail("no figure")
     assert len(visible(figure.axes)) == 2  # ppo/reward and ppo/missing_eos
