@@ -28,13 +28,13 @@ def test_a_sweep_shows_one_table_in_place_of_the_log_of_its_jobs(
 ) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    own = ["scorer=function", "scorer.function=mine.score", "ppo.steps=12", "ppo.eval_every=12", "name=study"]
+    own = ["scorer=function", "scorer.function=mine.score", "ppo.steps=40", "ppo.eval_every=40", "name=study"]
     sweep = ["-m", *TINY, *own, "replicate=1,2", f"hydra/launcher={launcher}", "output_dir=outputs"]
     seen = on_terminal(tmp_path, sweep)
     assert seen.code == 1  # as without a terminal
     text = "\n".join(seen.lines)
     assert not [line for line in seen.lines if LOGGED.match(line)]
-    assert re.search(r"running +replicate=1 +PPO \d+/12 +-?\d\.\d\d", text)
+    assert re.search(r"running +replicate=1 +PPO \d+/40 +-?\d\.\d\d", text)
     assert "FAILED replicate=2: scorer.function=mine.score failed" in text
     assert re.search(r"log: outputs/study/\S+cli\.log", text)
     assert "1 of 2 runs done, 1 failed" in text
