@@ -76,8 +76,8 @@ def _together(scene: Scene) -> tuple[Figure, Numbers]:
         for course in courses:
             numbers += KINDS[scene.kind](axes, course, scene.looks[course.label])
         _start_line(axes, metric, scene)
-        last = [(course, float(list(course.points)[-1]), float(course.means[-1, 1])) for course in courses]
-        ends.append([End(x, y, course.label, scene.looks[course.label]) for course, x, y in last])
+        last = [(course.label, *_x_as_drawn(scene, course)[-1].tolist()) for course in courses]
+        ends.append([End(x, y, label, scene.looks[label]) for label, x, y in last])
         axes.set_xlabel(scene.x_title)
         axes.set_ylabel(axis_title(metric))
         _limit([axes], metric)
@@ -163,13 +163,11 @@ def _crowd(scene: Scene) -> tuple[Figure, Numbers]:
 
 def _x_as_drawn(scene: Scene, course: Course) -> Array:
     """[points, 2]: the means as the kind of the figure draws them."""
-    means = course.means
     if scene.kind == "sqrt_kl":
-        roots = [np.sqrt(np.maximum(pairs[:, 0], 0)).mean() for pairs in course.points.values()]
-        return np.column_stack([roots, means[:, 1]])
+        return course.rooted.means
     if scene.kind in ("curve", "distance"):
-        return np.column_stack([list(course.points), means[:, 1]])
-    return means
+        return np.column_stack([list(course.points), course.means[:, 1]])
+    return course.means
 
 
 def _start_line(axes: Axes, metric: str, scene: Scene) -> None:

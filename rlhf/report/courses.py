@@ -4,7 +4,7 @@ Points are those of `along` or `along_distance`: step or distance → [replicate
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,12 @@ class Course:
         """[points, 2]: the standard errors of the means; NaN with a single replicate."""
         return np.array([[replicate_error(values) for values in pairs.T] for pairs in self.points.values()])
 
+    @property
+    def rooted(self) -> "Course":
+        """The same against the square root of x, the true KL; where that is small its estimate can be negative."""
+        points = {s: np.stack([np.sqrt(np.maximum(p[:, 0], 0)), p[:, 1]], axis=1) for s, p in self.points.items()}
+        return replace(self, points=points)
+
 
 def draw_curve(axes: Axes, course: Course, look: Look) -> Numbers:
     """The mean of y over replicates against the step or distance, with a band of one standard error."""
@@ -72,9 +78,7 @@ def draw_path(axes: Axes, course: Course, look: Look) -> Numbers:
 
 def draw_sqrt_kl(axes: Axes, course: Course, look: Look) -> Numbers:
     """y against the square root of x, the true KL, with the straight line that fits its initial range."""
-    # the estimate of a small KL can be negative
-    rooted = {s: np.stack([np.sqrt(np.maximum(p[:, 0], 0)), p[:, 1]], axis=1) for s, p in course.points.items()}
-    means = np.array([pairs.mean(axis=0) for pairs in rooted.values()])
+    rooted, means = course.rooted.points, course.rooted.means
     axes.plot(*np.concatenate(list(rooted.values())).T, color=look.color, ls="", marker=look.marker or ".", ms=3,
               alpha=0.35)  # fmt: skip
     axes.plot(*means.T, color=look.color, ls=look.line, lw=1.6)

@@ -10,7 +10,7 @@ from rlhf.report.further_findings import at_common_distance, differences_at_dist
 from rlhf.report.metric_info import metric_info
 from rlhf.report.runs import Sweep
 from rlhf.report.text import count, duration, listing
-from rlhf.report.verdicts import listing_with_gaps, rivals_of, signed, told_from_best, value
+from rlhf.report.verdicts import best_of, listing_with_gaps, rivals_of, signed, told_from_best, value
 
 
 def findings(
@@ -55,8 +55,7 @@ def _best(sweep: Sweep, metric: str, tested: bool) -> Iterator[str]:
     if len(sweep.trained) == 1:
         yield f"“{sweep.rows[1].label}” has a mean {info.name} of {value(sweep.rows[1], metric)} ({sft})."
         return
-    sign, superlative, worse = (-1, "lowest", "higher") if info.better == "↓" else (1, "highest", "lower")
-    best = max(finite, key=lambda row: sign * float(np.mean(row.values(metric))))
+    best, superlative, worse = best_of(finite, metric)
     first = [row.label for row in finite if value(row, metric) == value(best, metric)]
     if len(first) == len(finite):
         yield f"All {len(first)} rows have the same mean {info.name}, {value(best, metric)}."

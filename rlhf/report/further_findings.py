@@ -10,7 +10,7 @@ from rlhf.report.metric_info import metric_info
 from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
 from rlhf.report.text import joined, listing
-from rlhf.report.verdicts import listing_with_gaps, rivals_of, told_from_best, value
+from rlhf.report.verdicts import best_of, listing_with_gaps, rivals_of, told_from_best, value
 from rlhf.tracking.reading import ADJUSTED, CONTROLLED
 
 
@@ -21,9 +21,7 @@ def at_common_distance(sweep: Sweep, metric: str) -> Iterator[str]:
     rows = [row for each in sweep.trained if (row := at_distance(each, far)) and _is_finite(row, metric)]
     if not far or len(rows) < 2:
         return
-    info = metric_info(metric)
-    sign, superlative, worse = (-1, "lowest", "higher") if info.better == "↓" else (1, "highest", "lower")
-    best = max(rows, key=lambda row: sign * float(np.mean(row.values(metric))))
+    best, superlative, worse = best_of(rows, metric)
     # with a run each, interpolation between evaluations would pass for a difference
     if len({value(row, metric) for row in rows}) == 1:
         return
@@ -32,7 +30,7 @@ def at_common_distance(sweep: Sweep, metric: str) -> Iterator[str]:
         f"At equal distance from SFT (√KL {far:g}, the farthest of the table's that all rows reach), “{best.label}” has"
     )
     told = f". {told_from_best(rivals, worse)}" if rivals else ""
-    yield f"{text} the {superlative} {info.name}, {value(best, metric)}{told}."
+    yield f"{text} the {superlative} {metric_info(metric).name}, {value(best, metric)}{told}."
 
 
 def differences_at_distance(

@@ -18,6 +18,13 @@ def value(row: Row, metric: str) -> str:
     return f"{info.scale * float(np.mean(values)):.{info.digits}f} {info.unit}".strip() if values else "unknown"
 
 
+def best_of(rows: Sequence[Row], metric: str) -> tuple[Row, str, str]:
+    """The row with the best mean, and how its mean and those of worse rows are called: highest, lower."""
+    if metric_info(metric).better == "↓":
+        return min(rows, key=lambda row: float(np.mean(row.values(metric)))), "lowest", "higher"
+    return max(rows, key=lambda row: float(np.mean(row.values(metric)))), "highest", "lower"
+
+
 def rivals_of(sweep: Sweep, best: Row, rows: Sequence[Row], metric: str) -> tuple[list[Comparison], int]:
     """The comparisons with the best row, corrected for all pairs of rows, and the number of these.
 

@@ -11,6 +11,7 @@ import gradio as gr
 from rlhf.errors import RunError
 from rlhf.finished.chat.responders import Responder, Sampling, answer_together, reseed
 
+NOTE = "note"  # the role of a turn that holds the scores of the answer before it, which no model reads
 Turns = list[dict[str, str]]  # of one run: role and content, as the page shows them
 
 
@@ -62,9 +63,6 @@ def page(responders: Sequence[Responder], sampling: Sampling, seed: int, example
         gr.on([prompt.submit, send.click], answer, inputs, outputs, api_name="answer", concurrency_limit=1)
         new.click(forget, None, outputs, api_name="forget")
     return blocks
-
-
-NOTE = "note"  # the role of a turn that holds the scores of the answer before it, which no model reads
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
