@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. Shape annotations of the package are checked at run time."""
 # ruff: noqa: E402
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -101,3 +102,8 @@ LONG = ("test_crash.py", "test_slurm.py", "test_sweep.py", "test_end_to_end.py",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with the longest tests first."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """Spare what all tests have imported from the garbage collector, which would take half a second to look at it."""
+    gc.freeze()
