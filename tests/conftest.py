@@ -36,9 +36,12 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from tests.helpers.command_line import run_in_process
+from tests.helpers.composing import map_choices_where_they_are_used, read_each_file_once
 from tests.helpers.tiny_models import random_sequences, tiny_lora, tiny_model, tiny_roles, word_tokenizer
 
 torch.set_num_threads(1)
+read_each_file_once()
+map_choices_where_they_are_used()
 
 
 @pytest.fixture(scope="session")
