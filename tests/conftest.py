@@ -3,6 +3,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ from tests.helpers.command_line import run_in_process
 from tests.helpers.composing import map_choices_where_they_are_used, read_each_file_once
 from tests.helpers.tiny_models import random_sequences, tiny_lora, tiny_model, tiny_roles, word_tokenizer
 
+pytest_plugins = ["tests.helpers.processor_time"]
 torch.set_num_threads(1)
 read_each_file_once()
 map_choices_where_they_are_used()
@@ -98,13 +100,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_p
     return run
 
 
-# Files with few but long tests start first, so that no worker ends up alone with one of them.
-LONG = ("test_crash.py", "test_slurm.py", "test_sweep.py", "test_end_to_end.py", "test_disk.py", "test_shared.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files with the longest tests first."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Run the heaviest files first, so that no worker ends up alone with one of them: by their tests that train."""
+    weight: Counter[Path] = Counter()
+    for item in items:
+        weight[item.path] += 100 if item.get_closest_marker("long") else 10 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -weight[item.path])
 
 
 def pytest_collection_finish() -> None:

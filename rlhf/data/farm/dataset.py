@@ -65,7 +65,7 @@ class Farm:
         label_noise: float = 0.25,
         max_response_tokens: int = 48,
     ) -> None:
-        """Generate the world; the rows of a split are generated when it is loaded.
+        """Generate the world; the rows of a split are generated when it is first loaded.
 
         Args:
             seed: Selects the world and the rows; unrelated to the seeds of training.
@@ -98,6 +98,7 @@ class Farm:
             "sft": demonstrations, "sft_validation": 400, "preference": comparisons,
             "preference_validation": held_out_comparisons, "prompts": prompts, "eval": eval_prompts,
         }  # fmt: skip
+        self._loaded: dict[Split, Dataset] = {}  # a run asks for a split several times
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -120,8 +121,11 @@ class Farm:
             raise DataError(f"the farm has no split {split!r}; allowed: {', '.join(self.splits)}")
         if self.sizes[split] < 1:
             raise DataError(f"the split {split!r} of the farm is empty: its configured size is {self.sizes[split]}")
-        rows = itertools.islice(self._rows(split), self.sizes[split])
-        return Dataset.from_dict(dict(zip(columns(split), map(list, zip(*rows, strict=True)), strict=True)))
+        if split not in self._loaded:
+            rows = itertools.islice(self._rows(split), self.sizes[split])
+            texts = map(list, zip(*rows, strict=True))
+            self._loaded[split] = Dataset.from_dict(dict(zip(columns(split), texts, strict=True)))
+        return self._loaded[split]
 
     def probes(self) -> list[tuple[str, str, str]]:
         """Every true fact of the world: a prompt, the beginning of an answer, and the value that completes it."""
