@@ -116,6 +116,8 @@ def test_a_dry_run_describes_every_stage_that_is_still_to_be_done(command: Calla
     code, out, err = command(*TINY, "dry_run=true")
     assert code == 0, err
     plan = OmegaConf.create(out)
+    assert list(plan.cached.values()) == [False, False]
+    assert plan.done is False
     assert list(plan.stages) == ["sft", "reward", "ppo"]
     for stage, described in plan.stages.items():
         assert f" for {stage} (" in described.memory
