@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import reference, root
+from rlhf import import_from_here, reference, root
 from rlhf.distributed.cores import threads
 from rlhf.distributed.rank import is_first_process
 from rlhf.errors import (
@@ -275,6 +275,7 @@ def main() -> None:
     """Entry point of `rlhf` and `python -m rlhf`."""
     # or Hydra would print its own, longer account of an error and exit with 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    import_from_here()
     logging.raiseExceptions = False  # a full disk must not print a traceback for every logged line
     if "dry_run=true" in sys.argv and {"-m", "--multirun"} & set(sys.argv):
         # list the jobs in order, from one process

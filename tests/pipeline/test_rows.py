@@ -83,7 +83,7 @@ def test_a_dry_run_of_a_sweep_reads_the_rows_and_names_the_first_run_that_would_
     assert "reward.warmup_steps=9" in out.splitlines()[-1]
     assert "reward.warmup_steps=9 is longer than the training: 32 rows make 1 step" in error_sentence(err)
     assert err.splitlines() == [error_sentence(err)], "no line of Hydra's, and no progress bar of another library"
-    assert not Path("outputs").exists()
+    assert not Path("outputs/rlhf").exists()
 
 
 @pytest.mark.slow
