@@ -60,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.web:
             from rlhf.finished.chat.web import page
 
-            page(responders, sampling, options.seed, examples(runs[0])).launch(server_name="127.0.0.1")
+            served = page(responders, sampling, options.seed, examples(runs[0]))
+            # quiet: no advertisement of a public link
+            _, address, _ = served.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)
+            print(f"Ctrl-C ends the page at {address}", flush=True)
+            served.block_thread()
         else:
             talk(responders, sampling)
 
