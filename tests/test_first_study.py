@@ -68,6 +68,7 @@ def test_the_tutorial_ends_in_a_report_and_in_policies_to_use(
     assert run_in_process(*evaluated[1:]) == 0
     (path,) = Path("outputs/brevity/divergence-none_replicate-1").glob(f"evaluations/*/{SUMMARY}")
     assert "eval/win_rate" in read_json(path)["metrics"]
+    assert "  rlhf-report outputs/brevity/divergence-none_replicate-1" in capsys.readouterr().out.splitlines()
     assert called(compare.main, compared[1:]) == 0
     assert len(list(Path("outputs/comparisons").glob("*/comparison.md"))) == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("Describe a fox.\n"))
