@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from rlhf.data.records import DataSource, Split, count_prompts, held_out_rows, skipped_rows
 from rlhf.errors import ConfigError
-from rlhf.pipeline import cache
+from rlhf.pipeline import cache, fetching
 from rlhf.pipeline.builders import steps_of
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.users_functions import try_scorer
@@ -80,8 +80,24 @@ def read_rows(plan: Plan) -> None:
 
     Raises:
         DataError: a split cannot be read, or has too few rows.
-        ConfigError: a stage would be over before its warm-up.
+        ConfigError: a stage would be over before its warm-up, or a function of the user's cannot be used.
     """
+    for name, rows in _count_rows(plan).items():
+        log.info("%s: %s", name, rows)
+
+
+def check_rows(plan: Plan) -> None:
+    """In a dry run, read the rows as the run would, unless it is finished or they have to be downloaded first.
+
+    Raises:
+        DataError, ConfigError: as `read_rows`.
+    """
+    if plan.finished() is None and not fetching.data_sets(plan.plain["data"]):
+        _count_rows(plan)
+
+
+def _count_rows(plan: Plan) -> dict[str, Rows]:
+    """Read every split that the run will need; returns the rows of the supervised stages whose models are missing."""
     trained = {product for product, folder in plan.needed().items() if not cache.known(folder)} - set(plan.taken)
     rows_by_split = {split: plan.source.load(split) for split in _needed(plan, trained)}
     counts = {split: len(rows) for split, rows in rows_by_split.items()}
@@ -91,10 +107,9 @@ def read_rows(plan: Plan) -> None:
         function = OmegaConf.select(plan.config, key)
         if function and plan.stage in (*METHODS, "evaluate"):
             try_scorer(key, function, plan.source)
-    for stage, name in (("sft", "SFT"), ("reward", "reward model")):
-        rows = rows_of(plan.settings, plan.source, counts, stage, prompts) if stage in trained else None
-        if rows:
-            log.info("%s: %s", name, rows)
+    named = [(stage, name) for stage, name in (("sft", "SFT"), ("reward", "reward model")) if stage in trained]
+    found = {name: rows_of(plan.settings, plan.source, counts, stage, prompts) for stage, name in named}
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def _needed(plan: Plan, trained: Set[str]) -> list[Split]:

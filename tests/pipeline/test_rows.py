@@ -80,6 +80,24 @@ def test_no_model_is_trained_if_a_warmup_is_longer_than_its_stage(command: Calla
     assert not list(Path("outputs").glob("cache/*sft*"))
 
 
+def test_a_dry_run_of_a_sweep_reads_the_rows_and_names_the_first_run_that_would_be_refused(
+    command: Callable, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    code, out, err = command("-m", *OWN, "dry_run=true", "scorer=gold,reward_model")
+    assert code == 2
+    assert "allowed: scorer=reward_model, scorer=function, or another scorer" in error_sentence(err)
+    code, out, err = command("-m", *OWN, "dry_run=true", "reward.warmup_steps=1,9")
+    assert code == 2
+    assert out.splitlines()[0].startswith("missing  ")
+    assert "reward.warmup_steps=1 " in out.splitlines()[0]
+    assert out.splitlines()[-1].startswith("refused  ")
+    assert "reward.warmup_steps=9" in out.splitlines()[-1]
+    assert "reward.warmup_steps=9 is longer than the training: 32 rows make 1 step" in error_sentence(err)
+    assert err.splitlines() == [error_sentence(err)], "no line of Hydra's, and no progress bar of another library"
+    assert not Path("outputs/rlhf").exists()
+
+
 @pytest.mark.slow
 def test_a_dry_run_and_a_run_say_what_becomes_of_the_rows(command: Callable, tmp_path: Path) -> None:
     write(tmp_path)
