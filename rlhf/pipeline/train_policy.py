@@ -16,7 +16,7 @@ from rlhf.pipeline.builders import MakeTrainer
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.plateau import Plateau, StopAtPlateau
-from rlhf.pipeline.train_supervised import keep_metrics, send_again
+from rlhf.pipeline.train_supervised import keep_metrics
 from rlhf.stages.evaluation import PolicyEvaluation
 from rlhf.tracking.metrics_file import evaluated_at
 
@@ -86,12 +86,11 @@ def _catch_up(trainer: lightning.Trainer, stage: PolicyEvaluation, folder: Path,
     evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
     due = not evaluated and settings.evaluates(start)
     # without a checkpoint, even step 0 is measured again
-    kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
+    kept = keep_metrics(trainer, folder, start if last else -1, bool(evaluated))
     if last is None:
         return True
     log.info("continuing from step %d", start)
     stage.last_evaluation = evaluated
-    send_again(trainer, kept)
     stage.guards.replay(kept)
     stage.guards.check()
     if due or start == settings.steps or evaluated:  # otherwise Lightning loads the weights when it trains
