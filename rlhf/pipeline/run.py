@@ -40,7 +40,7 @@ from rlhf.pipeline.extras import with_extras
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
-from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, tokenizer_of
+from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, noted, tokenizer_of
 from rlhf.pipeline.methods import load_roles, make_stage, training_rows
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
@@ -182,7 +182,7 @@ class Run:
             stage=plan.stage,
             sft_metrics=before,
             sft_model=plan.sft_folder.name,
-            **members.noted(plan),
+            **noted(plan),
             guards=stage.guards.summary(),
             microbatch_tokens=method.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,

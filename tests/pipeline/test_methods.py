@@ -1,6 +1,7 @@
 """Runs of the methods beside PPO: what decides them, what they leave, and that everything that follows takes them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf.policy_settings import METHODS
 from rlhf.tracking import evaluations
 from tests.helpers.command_line import TINY, run_in_process
 from tests.helpers.composed_config import composed_plan
+from tests.helpers.run_results import assert_identical, collect_run_results
 
 BESIDE = [method for method in METHODS if method != "ppo"]
 
@@ -133,6 +135,23 @@ def test_another_judge_measures_the_whole_curve_without_training(
     for step in lines:
         assert lines[step]["eval/true_kl"] == pytest.approx(own[step]["eval/true_kl"], rel=1e-4, abs=1e-7)
         assert lines[step]["eval/reward"] == pytest.approx(own[step]["eval/reward"], rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", BESIDE)
+def test_a_run_killed_after_its_last_evaluation_is_finished_by_the_same_command(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(workplace / "outputs" / "cache", tmp_path / "outputs" / "cache", ignore=lambda *_: ["runs"])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_summary", killed)
+        assert command(tmp_path, stage) == 130
+    assert command(tmp_path, stage) == 0
+    first, second = (collect_run_results([folder / "outputs" / stage]) for folder in (workplace, tmp_path))
+    assert_identical(second, first)
 
 
 @pytest.mark.slow
