@@ -77,8 +77,8 @@ def _incomplete(sweep: Sweep) -> Iterator[str]:
                 unlike.setdefault(sweep.names[run.folder], []).append(metric_info(metric).name)
     for name, metrics in unlike.items():
         yield (
-            f"“{name}” has no line in {OUTCOMES} of which its {', '.join(metrics)} would be the mean, so that intervals "
-            "and comparisons that need the results per instruction are left out."
+            f"“{name}” has no line in {OUTCOMES} of which its {', '.join(metrics)} would be the mean, so that "
+            "intervals and comparisons that need the results per instruction are left out."
         )
 
 

@@ -35,10 +35,8 @@ def said(sweep: Sweep, part: str) -> list[str]:
 
 def test_a_run_judged_by_another_server_is_left_out(folder: Path) -> None:
     for seed in (1, 2, 3):
-        client = {"base_url": f"http://{'one' if seed < 3 else 'another'}/v1", "retries": seed}
-        change(
-            folder / f"variant-lora_kl_seed-{seed}", lambda run, to=client: run["config"].update(judge={"client": to})
-        )
+        judge = {"client": {"base_url": f"http://{'one' if seed < 3 else 'another'}/v1", "retries": seed}}
+        change(folder / f"variant-lora_kl_seed-{seed}", lambda run, to=judge: run["config"].update(judge=to))
     sweep = load([folder])
     assert counted(sweep) == [2]
     (told,) = said(sweep, "is left out")
@@ -82,9 +80,6 @@ def test_results_per_instruction_count_only_if_they_are_those_of_the_figure(fold
         write_lines(path, [*lines[:-1], {**lines[-1], "win": [1.0 - value for value in lines[-1]["win"]]}])
     sweep = load([folder])
     assert sweep.trained[0].outcomes("eval/win_rate") is None
-    assert (
-        "judge SE (points)" not in main_table(sweep).header[:4] or sweep.rows[0].outcomes("eval/win_rate") is not None
-    )
     (told,) = said(sweep, OUTCOMES)
     assert "“variant=lora_kl, seed=2”" in told
     assert "win rate" in told

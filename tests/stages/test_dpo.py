@@ -172,8 +172,6 @@ def test_a_resumed_run_ends_with_the_same_bits(
         for name in ("straight", "broken")
     ]
     assert lines[0] == lines[1]
-    ended = stage_in(
-        "broken"
-    )  # as of a process that was killed after the last evaluation: nothing is left to be trained
+    ended = stage_in("broken")  # as after a kill behind the last evaluation: nothing is left to be trained
     train_dpo(ended, tmp_path / "broken")
     assert ended.steps_done == OPTIONS["steps"]
