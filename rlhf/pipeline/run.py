@@ -47,7 +47,7 @@ from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.plateau import Plateau
 from rlhf.pipeline.reward_scorer import reward_scorer
 from rlhf.pipeline.taken import IDS
-from rlhf.pipeline.train_policy import train_policy
+from rlhf.pipeline.train_policy import measure_untrained, train_policy
 from rlhf.policy_settings import METHODS
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
@@ -171,8 +171,7 @@ class Run:
             plateau = Plateau.of(method, keep)
             more |= {"plateau": collectives.on_rank_zero(plateau.describe)} if plateau else {}
         else:
-            self._evaluation_trainer(plan.folder).validate(stage, evaluation, verbose=False)
-            before = dict(stage.last_evaluation)
+            before = measure_untrained(self._evaluation_trainer(plan.folder), stage, evaluation, plan.folder)
         # 3. What it came to.
         return write_summary(
             plan.folder,

@@ -74,6 +74,15 @@ def train_policy(
     return collectives.on_rank_zero(lambda: evaluated_at(folder, 0))
 
 
+def measure_untrained(
+    trainer: lightning.Trainer, stage: PolicyEvaluation, evaluation: DataLoader, folder: Path
+) -> dict[str, float]:
+    """Measure the SFT model alone (stage=evaluate), without what an interrupted process has written of it."""
+    keep_metrics(trainer, folder, -1, evaluated=False)
+    trainer.validate(stage, evaluation, verbose=False)
+    return dict(stage.last_evaluation)
+
+
 def _ended(plateau: Plateau | None) -> bool:
     """Whether the training is over before its last step."""
     return plateau is not None and collectives.on_rank_zero(plateau.step) is not None

@@ -1,7 +1,7 @@
 """The warnings of a report: missing runs, suspicious numbers, findings of guards, mixed origins."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.files import OUTCOMES
@@ -139,9 +139,17 @@ def _replicates(sweep: Sweep) -> Iterator[str]:
             return
 
 
+def _commits(run: RecordedRun) -> Sequence[Any]:
+    """The commits that have trained a run: several if the code changed between its beginning and its end."""
+    return run.summary.get("commits") or [run.summary.get("git_commit")]
+
+
 def _origin(sweep: Sweep) -> Iterator[str]:
     """Runs of different commits, of uncommitted code, or with different versions of a package."""
-    commits = sorted({str(run.summary.get("git_commit")) for run in sweep.finished})
+    several = [sweep.names[run.folder] for run in sweep.finished if run.summary.get("commits")]
+    if several:
+        yield f"{count(len(several), 'run')} begun by one commit and continued by another: {listing(several)}."
+    commits = sorted({str(name) for run in sweep.finished for name in _commits(run)})
     if len(commits) > 1:
         yield f"The runs were made by different commits ({', '.join(commits)})."
     dirty = [commit for commit in commits if commit.endswith("+")]

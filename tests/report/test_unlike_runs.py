@@ -84,3 +84,11 @@ def test_results_per_instruction_count_only_if_they_are_those_of_the_figure(fold
     assert "“variant=lora_kl, seed=2”" in told
     assert "win rate" in told
     assert json.loads((folder / "variant-lora_kl_seed-2" / SUMMARY).read_text())["metrics"]["eval/win_rate"] > 0
+
+
+def test_a_run_continued_by_another_commit_is_named(folder: Path) -> None:
+    assert not said(load([folder]), "continued by another")
+    change(folder / "variant-lora_kl_seed-2", lambda run: run.update(commits=["one", "two"]))
+    (told,) = said(load([folder]), "continued by another")
+    assert told == "1 run begun by one commit and continued by another: “variant=lora_kl, seed=2”."
+    assert said(load([folder]), "different commits")
