@@ -99,6 +99,23 @@ def by_content(node: Any, known: Path | None = None, root: str = "", key: str = 
     return "".join((content_digest(path, known), _kind(path), bracket, rows))
 
 
+def contents(config: Mapping[str, Any], known: Path | None = None) -> dict[str, Any]:
+    """Dotted key → digest of what it names, for the keys of a configuration that name files or code of the user's own.
+
+    A list with such names counts as one value, and the files below a `root` by the keys that name them.
+    """
+    named, found = dict(_leaves(config)), dict(_leaves(by_content(config, known)))
+    return {key: value for key, value in found.items() if value != named[key]}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _is_root(key: str, value: Any) -> bool:
     """Whether this is a local `root` folder; it is left out, because the files below it count by their content."""
     return key == "root" and isinstance(value, str) and Path(value).expanduser().is_dir()

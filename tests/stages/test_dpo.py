@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rlhf.settings import LoraSettings
 from rlhf.stages.dpo import DPO
 from rlhf.tracking.metrics_file import read_metrics
-from tests.helpers.dpo_stages import dpo_stage, train_dpo
+from tests.helpers.dpo_stages import OPTIONS, dpo_stage, train_dpo
 from tests.helpers.ppo_stages import LORA
 from tests.helpers.supervised_stages import COMPARISONS, FULL
 from tests.helpers.tiny_models import randomize_lora_b
@@ -172,3 +172,6 @@ def test_a_resumed_run_ends_with_the_same_bits(
         for name in ("straight", "broken")
     ]
     assert lines[0] == lines[1]
+    ended = stage_in("broken")  # as after a kill behind the last evaluation: nothing is left to be trained
+    train_dpo(ended, tmp_path / "broken")
+    assert ended.steps_done == OPTIONS["steps"]
