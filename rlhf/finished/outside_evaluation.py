@@ -24,6 +24,7 @@ from rlhf.pipeline import identity
 from rlhf.pipeline.checks import check_evaluation
 from rlhf.pipeline.config import data_source, instantiate, needs, settings_of, target_class
 from rlhf.pipeline.evaluating import make_evaluator, ping
+from rlhf.pipeline.measuring import files_of
 from rlhf.pipeline.plan import Plan
 from rlhf.scorers import TextContext, TextScorer, scores_texts
 from rlhf.settings import Settings
@@ -130,6 +131,7 @@ class OutsideEvaluation:
             "policy": self.policy.label,
             "identity": self.identity,
             "evaluation": plan.evaluation,
+            "files": files_of(plan),
         }
         return write_summary(self.place, metrics, plan.plain, started, **more)
 

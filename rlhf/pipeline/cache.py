@@ -16,6 +16,7 @@ from rlhf.files import BEST_MODEL, EVALUATIONS, KEPT, MODEL, OUTCOME, SUMMARY, l
 from rlhf.files.checksums import damage
 from rlhf.pipeline import earlier
 from rlhf.pipeline.identity import measured_as
+from rlhf.tracking.metrics_table import TABLE
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
 
@@ -76,7 +77,7 @@ def take_over(found: Path, folder: Path, config: dict[str, Any], overrides: list
     whole and that `folder` holds no run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in OUTCOME:
+    for name in (*OUTCOME, TABLE):
         if (found / name).exists():
             shutil.copy2(found / name, folder / name)
     if (found / EVALUATIONS).is_dir():

@@ -9,7 +9,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -43,8 +43,8 @@ OFF: Mapping[str, Any] = {
     "ppo.loss_aggregation": "token_mean", "kl.placement": "auto", "kl.importance_weight": False,
     "ppo.score_transform": "none", "ppo.reference_answers": 1, "reward.margin_coef": 0, "reward.length_coef": 0,
     "reward.average_of": 1, "sft.max_grad_norm": 1.0, "reward.max_grad_norm": 1.0, "data.keep": None,
-    "data.edit_annotations": 1, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0, "ppo.ptx_batch_size": None,
-    "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
+    "data.annotations": 1, "data.edit_annotations": 1, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0,
+    "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
     "evaluation.diversity_samples": 0, "reference": {"_target_": "rlhf.stages.reference.Fixed"},
     **{
         f"{adapter}.{key}": value
@@ -97,6 +97,23 @@ def by_content(node: Any, known: Path | None = None, root: str = "", key: str = 
     if path is None or not path.exists():
         return node
     return "".join((content_digest(path, known), _kind(path), bracket, rows))
+
+
+def contents(config: Mapping[str, Any], known: Path | None = None) -> dict[str, Any]:
+    """Dotted key → digest of what it names, for the keys of a configuration that name files or code of the user's own.
+
+    A list with such names counts as one value, and the files below a `root` by the keys that name them.
+    """
+    named, found = dict(_leaves(config)), dict(_leaves(by_content(config, known)))
+    return {key: value for key, value in found.items() if value != named[key]}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _is_root(key: str, value: Any) -> bool:

@@ -11,8 +11,9 @@ from rlhf.pipeline import cache, members
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.config import instantiate, target_class
 from rlhf.pipeline.plan import Plan
+from rlhf.tracking.continuing import continue_loggers
 from rlhf.tracking.dashboards import Dashboard, wandb_logger
-from rlhf.tracking.metrics_file import JsonLines
+from rlhf.tracking.metrics_file import JsonLines, read_metrics
 from rlhf.tracking.overrides import in_all
 from rlhf.tracking.reading import try_plan
 from rlhf.tracking.seeds import without_seeds
@@ -33,10 +34,11 @@ class Loggers:
         config, own = self.plan.config.logger, folder == self.plan.folder
         lines = JsonLines(folder)
         if target_class(config, "logger") is not wandb_logger:
-            if own:
-                return [lines, instantiate(config, "logger")]
             built = cache.name_of(folder) != folder.name and "save_dir" in config
-            return [lines, *([instantiate(config, "logger", save_dir=str(folder))] if built else [])]
+            place = {} if own else {"save_dir": str(folder)}
+            found = [instantiate(config, "logger", **place)] if own or built else []
+            continue_loggers(found, read_metrics(folder), None)  # something may be measured before the run resumes
+            return [lines, *found]
         self.dashboard = self._dashboard(folder, own)
         self.offline = self.dashboard.offline
         return [lines, self.dashboard]

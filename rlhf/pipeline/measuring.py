@@ -29,17 +29,36 @@ from rlhf.files import (
 )
 from rlhf.files.checksums import damage, damaged_below
 from rlhf.models.loading import load_tokenizer
-from rlhf.pipeline import cache, earlier
+from rlhf.pipeline import cache, earlier, identity, members
 from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.kept_policies import kept_policies
-from rlhf.pipeline.plan import Plan
+from rlhf.pipeline.plan import IGNORED_GROUPS, Plan
 from rlhf.policy_settings import METHODS
 from rlhf.tracking import evaluations
+from rlhf.tracking.code import git_commit
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
 
 log = logging.getLogger(__name__)
+
+
+def noted(plan: Plan) -> dict[str, Any]:
+    """What the summary of a run says of its reward models, of the files that it has read, and of the code.
+
+    The files are as they were when the run began or was continued; commits are told if there were several.
+    """
+    note = earlier.read_note(plan.folder)
+    several = {"commits": note["commits"]} if len(note.get("commits", [])) > 1 else {}
+    return {**members.noted(plan), "files": note.get("files", {}), **several}
+
+
+def files_of(plan: Plan) -> dict[str, Any]:
+    """The content of the files that the configuration names and that decide the run or its evaluation."""
+    ignored = {*IGNORED_GROUPS, "policy", *identity.idle(plan.stage)}
+    return identity.contents(
+        {key: value for key, value in plan.plain.items() if key not in ignored}, plan.outputs / "cache" / "digests"
+    )
 
 
 def begin(plan: Plan) -> None:
@@ -55,7 +74,10 @@ def begin(plan: Plan) -> None:
         measured = before.get("evaluation") or plan.evaluation_of(renamed_config(before["config"]))
         if measured != plan.evaluation:
             set_aside(plan.folder, measured)
-    earlier.note(plan.folder, plan.identity, plan.plain, plan.overrides, evaluation=plan.evaluation)
+    trained = before.get("commits", []) if StepCheckpoints.reached(plan.folder / "checkpoints") else []
+    commits = list(dict.fromkeys([*trained, git_commit()]))
+    more = {"evaluation": plan.evaluation, "files": files_of(plan), "commits": commits}
+    earlier.note(plan.folder, plan.identity, plan.plain, plan.overrides, **more)
 
 
 def _reopen(plan: Plan) -> None:
@@ -201,7 +223,7 @@ def evaluation_results(plan: Plan, folder: Path) -> dict[str, Any]:
         measured = evaluated_at(folder, best["step"])
         best |= {"metrics": measured, "chosen_by": own_evaluation(plan, run)}
     found = {"metrics": evaluated_at(folder, last_step(run)), "sft_metrics": evaluated_at(folder, 0)}
-    return {**found, "best": best or None, "identity": run.get("identity")}
+    return {**found, "best": best or None, "identity": run.get("identity"), "files": files_of(plan)}
 
 
 def make_ready(folder: Path) -> None:

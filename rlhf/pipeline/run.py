@@ -40,14 +40,14 @@ from rlhf.pipeline.extras import with_extras
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
-from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, tokenizer_of
+from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, noted, tokenizer_of
 from rlhf.pipeline.methods import load_roles, make_stage, training_rows
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.plateau import Plateau
 from rlhf.pipeline.reward_scorer import reward_scorer
 from rlhf.pipeline.taken import IDS
-from rlhf.pipeline.train_policy import train_policy
+from rlhf.pipeline.train_policy import measure_untrained, train_policy
 from rlhf.policy_settings import METHODS
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
@@ -171,8 +171,7 @@ class Run:
             plateau = Plateau.of(method, keep)
             more |= {"plateau": collectives.on_rank_zero(plateau.describe)} if plateau else {}
         else:
-            self._evaluation_trainer(plan.folder).validate(stage, evaluation, verbose=False)
-            before = dict(stage.last_evaluation)
+            before = measure_untrained(self._evaluation_trainer(plan.folder), stage, evaluation, plan.folder)
         # 3. What it came to.
         return write_summary(
             plan.folder,
@@ -182,7 +181,7 @@ class Run:
             stage=plan.stage,
             sft_metrics=before,
             sft_model=plan.sft_folder.name,
-            **members.noted(plan),
+            **noted(plan),
             guards=stage.guards.summary(),
             microbatch_tokens=method.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,

@@ -16,7 +16,7 @@ from rlhf.pipeline.builders import MakeTrainer
 from rlhf.pipeline.checkpoints import Best, StepCheckpoints
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.plateau import Plateau, StopAtPlateau
-from rlhf.pipeline.train_supervised import keep_metrics, send_again
+from rlhf.pipeline.train_supervised import keep_metrics
 from rlhf.stages.evaluation import PolicyEvaluation
 from rlhf.tracking.metrics_file import evaluated_at
 
@@ -74,6 +74,15 @@ def train_policy(
     return collectives.on_rank_zero(lambda: evaluated_at(folder, 0))
 
 
+def measure_untrained(
+    trainer: lightning.Trainer, stage: PolicyEvaluation, evaluation: DataLoader, folder: Path
+) -> dict[str, float]:
+    """Measure the SFT model alone (stage=evaluate), without what an interrupted process has written of it."""
+    keep_metrics(trainer, folder, -1, evaluated=False)
+    trainer.validate(stage, evaluation, verbose=False)
+    return dict(stage.last_evaluation)
+
+
 def _ended(plateau: Plateau | None) -> bool:
     """Whether the training is over before its last step."""
     return plateau is not None and collectives.on_rank_zero(plateau.step) is not None
@@ -86,12 +95,11 @@ def _catch_up(trainer: lightning.Trainer, stage: PolicyEvaluation, folder: Path,
     evaluated = collectives.on_rank_zero(lambda: evaluated_at(folder, start))
     due = not evaluated and settings.evaluates(start)
     # without a checkpoint, even step 0 is measured again
-    kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, bool(evaluated)))
+    kept = keep_metrics(trainer, folder, start if last else -1, bool(evaluated))
     if last is None:
         return True
     log.info("continuing from step %d", start)
     stage.last_evaluation = evaluated
-    send_again(trainer, kept)
     stage.guards.replay(kept)
     stage.guards.check()
     if due or start == settings.steps or evaluated:  # otherwise Lightning loads the weights when it trains

@@ -14,8 +14,8 @@ from rlhf.pipeline.interruption import Interruption
 from rlhf.settings import SupervisedSettings
 from rlhf.stages.batches import SeededBatches, loader
 from rlhf.stages.supervised import SupervisedStage
-from rlhf.tracking.dashboards import Dashboard, maybe_unsent
-from rlhf.tracking.metrics_file import forget_after, numbers, read_metrics
+from rlhf.tracking.continuing import continue_loggers
+from rlhf.tracking.metrics_file import forget_after, is_kept, numbers, read_metrics
 
 HELD_OUT = 32  # held-out rows read at a time, at least; they go through the model in micro-batches
 
@@ -42,13 +42,12 @@ def train_supervised(
     trainer = make_trainer(folder, max_epochs=1, callbacks=[checkpoints, Interruption(checkpoints)])
     validation = DataLoader(held_out, batch_size=max(settings.batch_size, HELD_OUT), collate_fn=stage.collate)  # type: ignore[arg-type, var-annotated]
     # without a checkpoint, even step 0 is measured again
-    kept = collectives.on_rank_zero(lambda: keep_metrics(folder, start if last else -1, evaluated=False))
+    kept = keep_metrics(trainer, folder, start if last else -1, evaluated=False)
     # 2. Measure the untrained model, or catch up with what was logged.
     if last is None:
         trainer.validate(stage, validation, verbose=False)
     else:
         log.info("continuing from step %d", start)
-        send_again(trainer, kept)
         stage.guards.replay(kept)
         stage.guards.check()
     # 3. Train.
@@ -66,21 +65,17 @@ def train_supervised(
     return {**latest, **{f"{key}_before": value for key, value in lines[0].items()}}
 
 
-def keep_metrics(folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
-    """Drop the metrics that a run resumed at `step` will log again; return the lines that remain.
+def keep_metrics(trainer: lightning.Trainer, folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
+    """Drop the metrics that a run resumed at `step` will log again, and return the lines that remain.
 
-    `evaluated` says that the evaluation at `step` is complete and stays.
+    The loggers are brought to the same place. `evaluated` says that the evaluation at `step` is complete and stays.
     """
+    return collectives.on_rank_zero(lambda: _keep_metrics(trainer, folder, step, evaluated))
+
+
+def _keep_metrics(trainer: lightning.Trainer, folder: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
+    forgotten = [line["step"] for line in read_metrics(folder) if not is_kept(line, step, evaluated)]
     forget_after(folder, step, evaluated)
-    return read_metrics(folder)
-
-
-def send_again(trainer: lightning.Trainer, kept: list[dict[str, Any]]) -> None:
-    """Send to the dashboards the metrics that may have been lost with the earlier process.
-
-    Samples and histograms of those steps stay lost.
-    """
-    for dashboard in (logger for logger in trainer.loggers if isinstance(logger, Dashboard)):
-        for line in maybe_unsent(kept):
-            values = {key: value for key, value in line.items() if key not in ("step", "time")}
-            dashboard.log_metrics(values, line["step"])
+    kept = read_metrics(folder)
+    continue_loggers(trainer.loggers, kept, min(forgotten, default=None))
+    return kept

@@ -1,11 +1,14 @@
 """The warnings of a report: missing runs, suspicious numbers, findings of guards, mixed origins."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rlhf.files import OUTCOMES
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
+from rlhf.report.results import columns
+from rlhf.report.rows import OUTCOME_KEYS
 from rlhf.report.runs import Sweep
 from rlhf.report.text import abridged, count, listing
 from rlhf.tracking.seeds import Seeds
@@ -17,7 +20,7 @@ CUT_OFF = 0.2  # share of responses without an end of sequence above which a war
 
 def warnings(sweep: Sweep) -> list[str]:
     """One sentence per warning, the most serious first."""
-    return [*_left_out(sweep), *_numbers(sweep), *_guards(sweep), *_replicates(sweep), *_origin(sweep)]
+    return [text for find in (_left_out, _incomplete, _numbers, _guards, _replicates, _origin) for text in find(sweep)]
 
 
 def _left_out(sweep: Sweep) -> Iterator[str]:
@@ -53,6 +56,30 @@ def _left_out(sweep: Sweep) -> Iterator[str]:
         yield f"report.{', report.'.join(unknown)} has no effect; allowed: {', '.join(LAYOUT)}."
     if (name := sweep.layout.get("baseline")) and not any(row.is_called(name) for row in sweep.rows):
         yield f"The baseline {name} has no finished run: another row stands in for it."
+
+
+def _incomplete(sweep: Sweep) -> Iterator[str]:
+    """Means over fewer runs than their row has, and runs whose results per instruction do not count."""
+    for row in sweep.rows:
+        lacking: dict[tuple[str, ...], list[str]] = {}
+        for metric in columns(sweep):
+            without = tuple(sweep.names[run.folder] for run in row.runs if row.value_of(run, metric) is None)
+            if 0 < len(without) < len(row.runs):
+                lacking.setdefault(without, []).append(metric_info(metric).name)
+        for without, names in lacking.items():
+            yield f"“{row.label}”: {', '.join(names)} without {listing(without)}, of which it is not known."
+    runs = [(row, run) for row in sweep.trained for run in row.runs]
+    unlike: dict[str, list[str]] = {}
+    for metric in OUTCOME_KEYS:
+        known = [row.outcome_of(run, metric) is not None for row, run in runs]
+        for (row, run), has in zip(runs, known, strict=True):
+            if any(known) and not has and row.value_of(run, metric) is not None:
+                unlike.setdefault(sweep.names[run.folder], []).append(metric_info(metric).name)
+    for name, metrics in unlike.items():
+        yield (
+            f"“{name}” has no line in {OUTCOMES} of which its {', '.join(metrics)} would be the mean, so that "
+            "intervals and comparisons that need the results per instruction are left out."
+        )
 
 
 def _numbers(sweep: Sweep) -> Iterator[str]:
@@ -112,9 +139,17 @@ def _replicates(sweep: Sweep) -> Iterator[str]:
             return
 
 
+def _commits(run: RecordedRun) -> Sequence[Any]:
+    """The commits that have trained a run: several if the code changed between its beginning and its end."""
+    return run.summary.get("commits") or [run.summary.get("git_commit")]
+
+
 def _origin(sweep: Sweep) -> Iterator[str]:
     """Runs of different commits, of uncommitted code, or with different versions of a package."""
-    commits = sorted({str(run.summary.get("git_commit")) for run in sweep.finished})
+    several = [sweep.names[run.folder] for run in sweep.finished if run.summary.get("commits")]
+    if several:
+        yield f"{count(len(several), 'run')} begun by one commit and continued by another: {listing(several)}."
+    commits = sorted({str(name) for run in sweep.finished for name in _commits(run)})
     if len(commits) > 1:
         yield f"The runs were made by different commits ({', '.join(commits)})."
     dirty = [commit for commit in commits if commit.endswith("+")]

@@ -19,8 +19,8 @@ DESCRIPTIVE = (
 )  # fmt: skip
 # Keys of `trainer` that early versions set themselves; today they are refused.
 EARLY_TRAINER_KEYS = ("plugins", "callbacks", "logger", "enable_checkpointing")
-# Keys at any depth that do not change the result: how a judge's answers are fetched and stored.
-FETCHING = ("client", "cache")
+# Keys at any depth that do not change the result: where answers are stored.
+STORING = ("cache",)
 MISSING = object()  # stands for the value of an absent key, as null is a value
 
 
@@ -57,11 +57,24 @@ def differences(reference: RecordedRun, run: RecordedRun, groups: Collection[str
         return []
     same_code = _code(reference.summary) == _code(run.summary)
     own, other = (_decisive(found.config, found.summary.get("stage", "ppo")) for found in (run, reference))
-    return [
+    return _other_files(reference, run, groups) + [
         f"{key}={_short(value)} (there: {_short(other_value)})"
         for key, value, other_value in _unequal(own, other)
         if key not in SEED_KEYS and (not groups or key.partition(".")[0] in groups)
         if same_code or (value is not MISSING and other_value is not MISSING)
+    ]
+
+
+def _other_files(reference: RecordedRun, run: RecordedRun, groups: Collection[str]) -> list[str]:
+    """The files that both configurations name and whose content has changed between the runs, by their keys.
+
+    Runs of early versions have not recorded what they have read.
+    """
+    own, other = (found.summary.get("files") or {} for found in (run, reference))
+    return [
+        f"{key}: a file or folder of another content"
+        for key in sorted(own.keys() & other.keys())
+        if own[key] != other[key] and (not groups or key.partition(".")[0] in groups)
     ]
 
 
@@ -76,9 +89,9 @@ def _unequal(own: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "")
 
 
 def _decisive(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """The part of a configuration that decides the result: what a run is known by, but for how answers are fetched."""
+    """The part of a configuration that decides the result: what a run is known by, but for where answers are stored."""
     left_out = {*DESCRIPTIVE, *idle(stage)}
-    found = {key: decisive(_without_fetching(value), f"{key}.") for key, value in config.items() if key not in left_out}
+    found = {key: decisive(_without_storing(value), f"{key}.") for key, value in config.items() if key not in left_out}
     trainer = found.get("trainer")
     if isinstance(trainer, Mapping):
         kept = {key: value for key, value in trainer.items() if key not in EARLY_TRAINER_KEYS}
@@ -86,11 +99,11 @@ def _decisive(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     return found
 
 
-def _without_fetching(node: Any) -> Any:
-    """A node of a configuration without the keys of `FETCHING`, at any depth."""
+def _without_storing(node: Any) -> Any:
+    """A node of a configuration without the keys of `STORING`, at any depth."""
     if not isinstance(node, Mapping):
         return node
-    return {key: _without_fetching(value) for key, value in node.items() if key not in FETCHING}
+    return {key: _without_storing(value) for key, value in node.items() if key not in STORING}
 
 
 def _code(summary: Mapping[str, Any]) -> tuple[Any, Any]:

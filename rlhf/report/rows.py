@@ -101,8 +101,9 @@ class Row:
         return None if value is None else float(value)
 
     def outcome_of(self, run: RecordedRun, metric: str) -> Array | None:
-        """[prompts] whose mean is the metric of a single run; None if it has none."""
-        return per_prompt(_at(run.outcomes, self.step), metric)
+        """[prompts] whose mean is the metric of a single run; None if it has none, or others than the metric is of."""
+        found, value = per_prompt(_at(run.outcomes, self.step), metric), self.value_of(run, metric)
+        return found if found is not None and value is not None and _is_mean(value, found) else None
 
 
 def per_prompt(outcome: Mapping[str, Any], metric: str) -> Array | None:
@@ -117,6 +118,15 @@ def per_prompt(outcome: Mapping[str, Any], metric: str) -> Array | None:
         return precision + (true - precision * stated) / stated.mean()
     values = outcome.get(OUTCOME_KEYS.get(metric, ""))
     return None if values is None else np.asarray(values, float)
+
+
+def _is_mean(value: float, found: Array) -> bool:
+    """Whether a metric is the mean of these results, of which those that were not judged are NaN; one that diverged is.
+
+    It is not where the line of the last evaluation is lost, or where a file is another run's.
+    """
+    judged = found[np.isfinite(found)]
+    return not np.isfinite(value) or bool(len(judged) and np.isclose(value, judged.mean(), rtol=1e-4, atol=1e-6))
 
 
 def _at(outcomes: Steps, step: int | None) -> dict[str, Any]:

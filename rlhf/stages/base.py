@@ -198,7 +198,8 @@ class Stage(lightning.LightningModule):
     @property
     def steps_done(self) -> int:
         """Steps finished so far: optimiser steps, or rollout batches in PPO; set when a run is resumed."""
-        return max(self.trainer.global_step, self.resumed_at)  # a trainer that only validates counts no steps
+        # a trainer that only validates counts no steps, and a run that was killed at its very end gets none
+        return max(self._trainer.global_step if self._trainer is not None else 0, self.resumed_at)
 
     @steps_done.setter
     def steps_done(self, step: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf.errors import first_line
 from rlhf.files import MODEL, SUMMARY, read_json
+from rlhf.tracking.continuing import Line, metrics_of
 
 log = logging.getLogger(__name__)
 STEP = "step"  # the x axis: the stage's own step, as in metrics.jsonl
@@ -85,6 +86,15 @@ class Dashboard(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log the metrics of a step."""
         self.experiment.log({**metrics, STEP: step})
+
+    @rank_zero_only
+    def continue_from(self, kept: Sequence[Line], forgotten: int | None) -> None:
+        """Send again what may have been lost with the earlier process; samples and histograms of those steps stay lost.
+
+        Steps that are trained again are logged over the earlier points.
+        """
+        for line in maybe_unsent(kept):
+            self.log_metrics(metrics_of(line), line["step"])
 
     @warn_on_failure
     def log_samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -210,7 +220,7 @@ def wandb_logger(stage_tags: Mapping[str, Sequence[str]] | None = None, **option
     return logger
 
 
-def maybe_unsent(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def maybe_unsent(lines: Sequence[Line]) -> list[Line]:
     """The lines of `metrics.jsonl` that W&B may have lost when a run was killed: those of its last minute.
 
     A resumed run logs them again. A line that reaches W&B twice is still one point of a curve.

@@ -20,7 +20,7 @@ from rlhf.tracking.reading import try_object
 log = logging.getLogger(__name__)
 SHOWN = "shown.json"  # in `evaluations/`: the digest of the evaluation that was asked for last
 # What the summary of an evaluation says in place of its run's.
-MEASURED = ("metrics", "sft_metrics", "best", "config", "evaluation")
+MEASURED = ("metrics", "sft_metrics", "best", "config", "evaluation", "files")
 
 
 def place(run: Path, digest: str) -> Path:

@@ -14,6 +14,7 @@ from rlhf.files import LINE_FILES, METRICS, keep_lines, read_lines
 
 # Keys that only lines of an evaluation have: in PPO's metrics.jsonl, samples.jsonl and outcomes.jsonl, in SFT's and in
 # the reward model's metrics.jsonl.
+NOT_METRICS = ("step", "time")  # what a line says beside its metrics
 EVALUATION_KEYS = ("time/evaluate", "response", "tokens", "sft/validation_loss", "reward/validation_loss")
 
 
@@ -59,10 +60,10 @@ def forget_after(folder: Path, step: int, evaluated: bool) -> None:
     """
     for name in LINE_FILES:
         if (folder / name).exists():
-            keep_lines(folder / name, lambda line: _is_kept(line, step, evaluated), "step")
+            keep_lines(folder / name, lambda line: is_kept(line, step, evaluated), "step")
 
 
-def _is_kept(line: dict[str, Any], step: int, evaluated: bool) -> bool:
+def is_kept(line: dict[str, Any], step: int, evaluated: bool) -> bool:
     """Whether a resumed run keeps a line, as `forget_after` describes."""
     is_evaluation = any(key in line for key in EVALUATION_KEYS)
     return line["step"] < step or (line["step"] == step and (evaluated or not is_evaluation))

@@ -7,9 +7,38 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from rlhf.tracking.continuing import Line, metrics_of
+
 
 class TensorBoard(TensorBoardLogger):
     """Event files with the metrics of a stage, its evaluated answers as texts, and histograms of its rollouts."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log the metrics of a step, and wait until they are in the file: a kill must not lose the last minutes."""
+        super().log_metrics(metrics, step)  # type: ignore[arg-type]
+        self.experiment.flush()
+
+    @rank_zero_only
+    def continue_from(self, kept: Sequence[Line], forgotten: int | None) -> None:
+        """Have TensorBoard ignore what is in earlier event files of step `forgotten` and later; send again what stays.
+
+        Only at that step itself something may stay, and its histograms are lost.
+        """
+        if forgotten is None:
+            return
+        self.close()
+        self._kwargs["purge_step"] = forgotten
+        for line in kept:
+            if line["step"] >= forgotten:
+                self.log_metrics(metrics_of(line), line["step"])
+        self.experiment.flush()
+
+    def close(self) -> None:
+        """End the present event file; the next metrics begin another."""
+        if self._experiment is not None:
+            self._experiment.close()
+            self._experiment = None
 
     @rank_zero_only
     def log_samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:

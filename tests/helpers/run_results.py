@@ -1,5 +1,6 @@
 """The results of runs on the disk, without times and paths, so that two runs can be compared bit by bit."""
 
+import csv
 import hashlib
 import json
 import math
@@ -39,6 +40,9 @@ def collect_run_results(runs: Iterable[Path]) -> dict[str, Any]:
         for extra in ("samples.jsonl", "outcomes.jsonl"):
             if (run / extra).exists():
                 found[f"{name}/{extra}"] = (run / extra).read_text()
+        if (run / "metrics.csv").exists():
+            with (run / "metrics.csv").open(encoding="utf-8") as file:
+                found[f"{name}/metrics.csv"] = [without_times(row) for row in csv.DictReader(file)]
         summary = json.loads((run / "summary.json").read_text())
         compared = ("stage", "metrics", "sft_metrics", "best", "guards", "rows", "reward_model")
         found[f"{name}/summary"] = without_times({key: summary[key] for key in compared if key in summary})

@@ -1,13 +1,14 @@
 """Runs of the methods beside PPO: what decides them, what they leave, and that everything that follows takes them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf.files import KEPT, METRICS, MODEL, SUMMARY, read_lines, read_object
+from rlhf.files import KEPT, METRICS, MODEL, OUTCOMES, SAMPLES, SUMMARY, read_lines, read_object
 from rlhf.finished.export import cli as export
 from rlhf.finished.policies import open_policy
 from rlhf.pipeline import run
@@ -16,6 +17,7 @@ from rlhf.policy_settings import METHODS
 from rlhf.tracking import evaluations
 from tests.helpers.command_line import TINY, run_in_process
 from tests.helpers.composed_config import composed_plan
+from tests.helpers.run_results import assert_identical, collect_run_results, without_times
 
 BESIDE = [method for method in METHODS if method != "ppo"]
 
@@ -84,6 +86,10 @@ def command(folder: Path, stage: str, *overrides: str) -> int:
     return run_in_process(*TINY, f"stage={stage}", *group, *place, *overrides)
 
 
+def killed(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of each method beside PPO."""
@@ -133,6 +139,40 @@ def test_another_judge_measures_the_whole_curve_without_training(
     for step in lines:
         assert lines[step]["eval/true_kl"] == pytest.approx(own[step]["eval/true_kl"], rel=1e-4, abs=1e-7)
         assert lines[step]["eval/reward"] == pytest.approx(own[step]["eval/reward"], rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", BESIDE)
+def test_a_run_killed_after_its_last_evaluation_is_finished_by_the_same_command(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    shutil.copytree(workplace / "outputs" / "cache", tmp_path / "outputs" / "cache", ignore=lambda *_: ["runs"])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_summary", killed)
+        assert command(tmp_path, stage) == 130
+    assert command(tmp_path, stage) == 0
+    first, second = (collect_run_results([folder / "outputs" / stage]) for folder in (workplace, tmp_path))
+    assert_identical(second, first)
+
+
+@pytest.mark.long
+def test_a_measurement_that_was_killed_before_its_summary_leaves_each_line_once(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = [f"output_dir={tmp_path}", f"hydra.run.dir={tmp_path}/measured", "stage=evaluate"]
+    shutil.copytree(workplace / "outputs" / "cache", tmp_path / "cache", ignore=lambda *_: ["runs"])
+
+    def lines() -> list[list[dict[str, Any]]]:
+        found = [read_lines(tmp_path / "measured" / name) for name in (METRICS, OUTCOMES, SAMPLES)]
+        return [[without_times(line) for line in file] for file in found]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_summary", killed)
+        assert run_in_process(*TINY, *place) == 130
+    before = lines()
+    assert run_in_process(*TINY, *place) == 0
+    assert lines() == before
+    assert [len(file) for file in before] == [1, 1, 4]
 
 
 @pytest.mark.slow

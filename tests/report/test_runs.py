@@ -134,9 +134,9 @@ def test_runs_of_other_configurations_are_no_seeds_of_a_row(tmp_path: Path) -> N
 def test_what_only_describes_a_run_does_not_part_the_seeds(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     changes: tuple[dict[str, Any], ...] = (
-        {"name": "other", "guards": {"spike": 1}, "judge": {"model": "a", "client": {"base_url": "b"}}, "trainer": {}},
-        {"output_dir": "x", "trainer": {"devices": 2}, "judge": {"model": "a"}},
-        {"trainer": {"devices": 1, "accelerator": "gpu"}, "judge": {"model": "a"}, "report": {"title": "T"}},
+        {"name": "other", "guards": {"spike": 1}, "judge": {"client": {"name": "a", "base_url": "b"}}, "trainer": {}},
+        {"output_dir": "x", "trainer": {"devices": 2}, "judge": {"client": {"name": "a", "retries": 2, "cache": "c"}}},
+        {"trainer": {"accelerator": "gpu"}, "judge": {"client": {"name": "a"}}, "report": {"title": "T"}},
     )
     for seed, change in zip((1, 2, 3), changes, strict=True):
         reconfigured(folder / f"variant-lora_kl_seed-{seed}", **change)

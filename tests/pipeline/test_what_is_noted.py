@@ -1,0 +1,48 @@
+"""What a run notes when it begins: by what code it was trained, and the content of the files that it reads."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.files import METRICS
+from rlhf.pipeline import identity, measuring
+from tests.helpers.composed_config import composed_plan
+
+
+def test_a_run_that_is_continued_by_other_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = composed_plan(tmp_path)
+    plan.folder.mkdir(parents=True)
+
+    def began_with(commit: str) -> list[str] | None:
+        monkeypatch.setattr(measuring, "git_commit", lambda: commit)
+        measuring.begin(plan)
+        return measuring.noted(plan).get("commits")
+
+    assert began_with("one") is None
+    assert began_with("two") is None  # nothing was left by the first, so that all is trained by the second
+    (plan.folder / "checkpoints").mkdir()
+    (plan.folder / "checkpoints" / "step-000003.ckpt").touch()
+    (plan.folder / METRICS).touch()
+    assert began_with("two") is None
+    assert began_with("three") == ["two", "three"]
+    assert began_with("three") == ["two", "three"]
+
+
+def test_the_content_of_named_files_is_noted(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for path in (one, two):
+        path.write_text("{}\n")
+    config = {"data": {"sft": {"path": str(one)}, "rows": 3, "more": [str(two), "word"]}, "judge": {"model": "word"}}
+    before = identity.contents(config)
+    assert before.keys() == {"data.sft.path", "data.more"}
+    one.write_text('{"a": 1}\n')
+    after = identity.contents(config)
+    assert before["data.sft.path"] != after["data.sft.path"]
+    assert before["data.more"] == after["data.more"]
+
+
+def test_files_below_a_root_are_noted_by_the_keys_that_name_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a\n")
+    found = identity.contents({"data": {"root": str(tmp_path), "splits": {"sft": "rows.csv[:10]"}}})
+    assert found.keys() == {"data.splits.sft"}
+    assert str(found["data.splits.sft"]).endswith(".csv[:10]")
