@@ -96,7 +96,7 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
     Raises:
         ConfigError: a key does not exist, or a value has the wrong type or is not allowed.
     """
-    structure = _structure(schema)
+    structure = _structure(schema)  # type: ignore[arg-type]  # classes are hashable
     _check_nesting(values, structure, prefix)
     try:
         settings: T = OmegaConf.to_object(OmegaConf.merge(structure, _without_keywords(values)))  # type: ignore[assignment]

@@ -1,6 +1,8 @@
 """Groups, keys and values of a composed configuration, checked without torch: a typing error is found in a second."""
 
 from dataclasses import fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -50,11 +52,16 @@ def values_of(config: DictConfig) -> Settings:
 
 def _check_keys(config: DictConfig) -> None:
     """Refuse a top-level key that nothing reads: it is a typo, or a name of an older version."""
-    own = {str(key) for key in OmegaConf.load(root() / "conf" / "config.yaml")} - {"defaults"}
-    allowed = own | {field.name for field in fields(Settings)} | set(CLASSES) | {"stage"}
+    allowed = _keys_of(root() / "conf" / "config.yaml") - {"defaults"}
+    allowed |= {field.name for field in fields(Settings)} | set(CLASSES) | {"stage"}
     for key in config:
         if str(key) not in allowed:
             raise ConfigError(unknown_key(str(key), allowed - {"hydra"}, everywhere=keys_below(config)))
+
+
+@cache
+def _keys_of(file: Path) -> frozenset[str]:
+    return frozenset(map(str, OmegaConf.load(file)))
 
 
 def _check_replicate(config: DictConfig) -> None:

@@ -92,8 +92,7 @@ class Farm:
             ValueError: `people`, `fame`, `responses`, `annotations` or `edit_annotations` is out of range.
         """
         _check(responses, annotations, edit_annotations)
-        self.seed = seed
-        self.world = World(seed, people)
+        self.seed, self.world = seed, World(seed, people)
         self.tasks = Tasks(self.world, seed, fame)
         self.responses, self.annotations, self.edit_annotations = responses, annotations, edit_annotations
         self.label_noise, self.max_response_tokens = label_noise, max_response_tokens
