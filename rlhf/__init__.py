@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,15 @@ def root() -> Path:
     """The folder that holds `conf`, `experiments` and `sweeps`: the checkout, or the data inside an installed wheel."""
     checkout = PACKAGE.parent
     return checkout if (checkout / "conf" / "config.yaml").exists() else PACKAGE / "_root"
+
+
+def import_from_here() -> None:
+    """Let a command import parts of one's own, such as `mine.parts`, from the current folder, as `python -m` would.
+
+    The folder comes last, so that no file in it takes the place of a package.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 # Hydra resolves its search path before any of our code runs in a job, so the root travels in the environment.

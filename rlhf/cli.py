@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf import reference, root
+from rlhf import import_from_here, reference, root
 from rlhf.distributed.cores import threads
 from rlhf.distributed.rank import is_first_process
 from rlhf.errors import (
@@ -102,9 +102,9 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         if sweeping and not config.dry_run:
             log.error("FAILED %s: %s", folder.name, reason)
             return None
-        if not sweeping:  # exit here, or Hydra would add its own account of the error
-            exit_with_sentence("rlhf", error)
-        raise
+        if sweeping:  # a dry run names the first run that would be refused
+            print(f"refused  {' '.join(_overrides())}")
+        exit_with_sentence("rlhf", error)  # here, or Hydra would add its own account of the error
 
 
 def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> Result:
@@ -116,14 +116,14 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     from rlhf.pipeline.config import data_source, settings_of
     from rlhf.pipeline.plan import Plan
     from rlhf.pipeline.preflight import describe
+    from rlhf.pipeline.rows import check_rows
 
     quieten()
     launcher, workers = HydraConfig.get().launcher, processes.local_world_size(config.trainer)
     _share_cores(parallel_jobs(launcher) if sweeping else 1, workers)
     if not sweeping and on_slurm(launcher):
         raise ConfigError("hydra/launcher=slurm submits sweeps: rlhf -m …; without -m the run would be on this machine")
-    given, excluded = HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
-    overrides = distinctive_overrides(given, excluded)
+    overrides = _overrides()
     if config.stage.name == "evaluate" and config.policy is not None:
         return _evaluate_policy(config, folder, overrides, workers, sweeping)
     # 1. Check everything that can be checked before a model is loaded.
@@ -132,11 +132,8 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     check(config, settings, source)
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
-        described = describe(plan, timed=not sweeping)
-        if not sweeping:
-            print(OmegaConf.to_yaml(described))
-            return None
-        show_plan(described, overrides)
+        described = show_plan(describe(plan, timed=not sweeping), overrides, sweeping)
+        check_rows(plan)
         return described
     # 2. Do the run, in this process or in several.
     if workers > 1 and processes.cluster_environment() is None:
@@ -148,6 +145,12 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     if not is_first_process() or processes.LAUNCHER_PID in os.environ:  # the process that started this one shows them
         return None
     return _shown(summary, folder, sweeping, objectives)
+
+
+def _overrides() -> list[str]:
+    """The overrides of this job that distinguish its results."""
+    given, excluded = HydraConfig.get().overrides.task, HydraConfig.get().job.config.override_dirname.exclude_keys
+    return distinctive_overrides(given, excluded)
 
 
 def _shown(summary: dict[str, Any], folder: Path, sweeping: bool, objectives: Mapping[str, str]) -> Result:
@@ -173,12 +176,7 @@ def _evaluate_policy(config: DictConfig, folder: Path, overrides: list[str], wor
         raise ConfigError(f"trainer.devices={workers}: policy={config.policy} is measured by one process; allowed: 1")
     given, objectives = HydraConfig.get().overrides.task, objectives_of(config)
     if config.dry_run:
-        described = evaluate(config, folder, given, overrides)
-        if not sweeping:
-            print(OmegaConf.to_yaml(described))
-            return None
-        show_plan(described, overrides)
-        return described
+        return show_plan(evaluate(config, folder, given, overrides), overrides, sweeping)
     with cache.locked(folder / ".lock", f"another process works in {folder}"):
         summary = evaluate(config, folder, given, overrides)
     return _shown(summary, folder, sweeping, objectives)
@@ -277,11 +275,16 @@ def main() -> None:
     """Entry point of `rlhf` and `python -m rlhf`."""
     # or Hydra would print its own, longer account of an error and exit with 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    import_from_here()
     logging.raiseExceptions = False  # a full disk must not print a traceback for every logged line
     if "dry_run=true" in sys.argv and {"-m", "--multirun"} & set(sys.argv):
         # list the jobs in order, from one process
         launching = ("hydra/launcher=", "hydra.launcher.", "cluster=")
-        sys.argv = [word for word in sys.argv if not word.startswith(launching)] + ["hydra/launcher=basic"]
+        sys.argv = [word for word in sys.argv if not word.startswith(launching)]
+        sys.argv += [
+            "hydra/launcher=basic",
+            "hydra.hydra_logging.root.level=WARNING",
+        ]  # whose lines say what they start
     with one_sentence_errors("rlhf"):
         told = reference.asked(sys.argv[1:])
         if told is not None:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import omegaconf
@@ -95,7 +96,7 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
     Raises:
         ConfigError: a key does not exist, or a value has the wrong type or is not allowed.
     """
-    structure = OmegaConf.structured(schema)
+    structure = _structure(schema)
     _check_nesting(values, structure, prefix)
     try:
         settings: T = OmegaConf.to_object(OmegaConf.merge(structure, _without_keywords(values)))  # type: ignore[assignment]
@@ -113,6 +114,13 @@ def typed(schema: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
         raise ConfigError(f"{prefix}{key}: {message}") from error
     check_values(settings, prefix)
     return settings
+
+
+@cache
+def _structure(schema: type) -> DictConfig:
+    """The schema as OmegaConf reads it; merging copies it."""
+    structure: DictConfig = OmegaConf.structured(schema)
+    return structure
 
 
 def _without_keywords(values: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. Shape annotations of the package are checked at run time."""
 # ruff: noqa: E402
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,12 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from tests.helpers.command_line import run_in_process
+from tests.helpers.composing import map_choices_where_they_are_used, read_each_file_once
 from tests.helpers.tiny_models import random_sequences, tiny_lora, tiny_model, tiny_roles, word_tokenizer
 
 torch.set_num_threads(1)
+read_each_file_once()
+map_choices_where_they_are_used()
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +105,8 @@ LONG = ("test_crash.py", "test_slurm.py", "test_sweep.py", "test_end_to_end.py",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with the longest tests first."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """Spare what all tests have imported from the garbage collector, which would take half a second to look at it."""
+    gc.freeze()

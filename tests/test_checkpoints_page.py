@@ -1,9 +1,7 @@
 """docs/checkpoints.md: its commands are checked with stand-ins for the models of the Hub, in its local cache."""
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,13 +41,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_command_of_the_page_would_run(words: list[str], hub: Path, tmp_path: Path) -> None:
+def test_a_command_of_the_page_would_run(
+    words: list[str], hub: Path, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub / "hub"))
     words = [part for word in words for part in INSTEAD.get(word, word).split()]
-    command = [sys.executable, "-m", "rlhf", *words, *SMALL_DATA, "dry_run=true"]
-    environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, said, error = command(*words, *SMALL_DATA, "dry_run=true")
+    assert code == 0, error
     for word in words:
         key, _, name = word.partition("=")
         if key in ("sft.from", "reward.from"):
-            assert f"{key.partition('.')[0]}: taken from {name} at 0123456789ab" in done.stdout.replace("\n      ", " ")
+            assert f"{key.partition('.')[0]}: taken from {name} at 0123456789ab" in said.replace("\n      ", " ")

@@ -36,6 +36,11 @@ from rlhf.scorers import scores_texts
 from rlhf.scorers.columns import check_columns
 from rlhf.settings import LoraSettings, Settings, is_quantized
 
+# What to choose by a key, rather than an option that needs the gold utility of a data set.
+WITHOUT_UTILITY = {
+    "judge": "judge=reward_model, judge=none (no win rate), or another judge",
+    "scorer": "scorer=reward_model, scorer=function, or another scorer",
+}
 # Keys of Lightning's trainer for which the stages have keys of their own: (Lightning's, ours).
 INSTEAD = (
     (("max_epochs", "min_epochs"), "sft.epochs, reward.epochs and the steps of the method, such as ppo.steps"),
@@ -254,7 +259,8 @@ def _check_needs(config: DictConfig, key: str, source: DataSource, simulated: bo
         )
     if needs(config, key, "needs_utility") and not hasattr(source, "utility"):
         raise ConfigError(
-            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; allowed: another {key}"
+            f"{key}={choice} needs a data set with a gold utility, which only data=farm has; allowed: "
+            f"{WITHOUT_UTILITY.get(key, f'another {key}')}"
         )
     if needs(config, key, "needs_labels") and not hasattr(source, "labelled"):
         raise ConfigError(

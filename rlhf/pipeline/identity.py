@@ -9,8 +9,9 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ OFF: Mapping[str, Any] = {
     "ppo.loss_aggregation": "token_mean", "kl.placement": "auto", "kl.importance_weight": False,
     "ppo.score_transform": "none", "ppo.reference_answers": 1, "reward.margin_coef": 0, "reward.length_coef": 0,
     "reward.average_of": 1, "sft.max_grad_norm": 1.0, "reward.max_grad_norm": 1.0, "data.keep": None,
-    "data.edit_annotations": 1, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0, "ppo.ptx_batch_size": None,
-    "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
+    "data.annotations": 1, "data.edit_annotations": 1, "loss_terms": {}, "ppo.entropy_coef": 0, "ppo.ptx_coef": 0,
+    "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100, "evaluation.texts": None,
     "evaluation.diversity_samples": 0, "reference": {"_target_": "rlhf.stages.reference.Fixed"},
     **{
         f"{adapter}.{key}": value
@@ -236,7 +237,7 @@ def code_of(*modules: str) -> list[Path]:
         if file is None or module in found or module == "rlhf" or f"{module}.".startswith(watching):
             continue
         found[module] = file
-        todo += _imports(file)
+        todo += _imports(file, file.stat().st_mtime_ns)
     return sorted(found.values())
 
 
@@ -245,11 +246,16 @@ def _file_of(module: str) -> Path | None:
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
-def _imports(file: Path) -> Iterator[str]:
-    """What a file imports, at its top or inside functions: modules, and names that may be modules."""
+@cache
+def _imports(file: Path, changed: int) -> list[str]:
+    """What a file imports, at its top or inside functions: modules, and names that may be modules.
+
+    Each job of a dry run asks again; `changed`, the time of its last change, is there for the cache.
+    """
+    found: list[str] = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names if name.name.startswith("rlhf"))
+            found += (name.name for name in node.names if name.name.startswith("rlhf"))
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "rlhf":
-            yield node.module
-            yield from (f"{node.module}.{name.name}" for name in node.names)
+            found += (node.module, *(f"{node.module}.{name.name}" for name in node.names))
+    return found

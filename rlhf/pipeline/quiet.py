@@ -7,6 +7,7 @@ import warnings
 
 def quieten() -> None:
     """Silence advice that does not apply to these training loops, and progress bars inside progress bars."""
+    import datasets
     import transformers
 
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -21,6 +22,7 @@ def quieten() -> None:
     logging.getLogger("bm25s").addFilter(_is_grave)  # which logs every index at DEBUG, a level that it sets itself
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # our own error message replaces it
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

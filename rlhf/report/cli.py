@@ -77,25 +77,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     printable(sys.stdout)
     printable(sys.stderr)
     try:
-        path, tables, sentences = _make(options.folders, options.out, options.evaluation)
+        show_report(options.folders, options.out, options.evaluation)
     except (NoRunsError, FigureError) as error:
         print(f"rlhf-report: {error}", file=sys.stderr)
         raise SystemExit(MISTAKE) from None
+
+
+def show_report(folders: Sequence[Path], out: Path | None = None, evaluation: str | None = None) -> Path:
+    """`make_report`, and on the terminal its main tables, its sentences and where the page is."""
+    path, tables, sentences = _make(folders, out, evaluation)
     console = Console()
     for name, table in tables.items():
         if name in ("table", "front", "tuning"):
             console.print(_on_terminal(table, console.width))
+        if name == "front":
+            console.print(table.caption)
     for sentence in sentences:
-        console.print(Text(f"• {sentence}"))
+        console.print(_bullet(sentence))
     console.print(str(path), soft_wrap=True, highlight=False)
+    return path
 
 
-def show_front(folder: Path) -> None:
-    """Print the Pareto front of a sweep with `objectives`; without them, print nothing."""
-    table, console = front_table(load([folder])), Console()
-    if table:
-        console.print(_on_terminal(table, console.width))
-        console.print(table.caption)
+def _bullet(sentence: str) -> RichTable:
+    """A sentence behind a bullet, below which its further lines do not begin."""
+    grid = RichTable.grid(padding=(0, 1, 0, 0))
+    grid.add_row("•", Text(sentence))
+    return grid
 
 
 def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> Made:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rlhf.report.equal_distance import KL, METRICS
-from rlhf.report.figure_style import PALETTE, Look, looks
+from rlhf.report.figure_style import DARK, Look, looks
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.results import columns
@@ -19,7 +19,10 @@ from rlhf.report.runs import Sweep
 
 DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dotdash"}
 GREY = "#858c93"  # of axes and labels: legible on a light and on a dark page
-SHOWN = "shown"  # the column of the chosen metric
+SHOWN, TITLE = "shown", "title"  # the columns of the chosen metric: its values and its name, with the unit
+# What is shown of the point under the mouse.
+TIP = f"""<div><strong>@row</strong>, step @step<br>@{TITLE}: <strong>@{SHOWN}{{0.000}}</strong><br>
+√KL: @sqrt_kl{{0.000}}<br>run: @run<br>seeds: @seeds</div>"""
 X_TITLES = {"step": "PPO step", "sqrt_kl": "√ true KL (√nats per token)"}
 
 
@@ -28,7 +31,8 @@ def interactive_view(sweep: Sweep) -> dict[str, Any] | None:
 
     Returns:
         {library, script, plots, rows, metrics}: the JavaScript library and the script that draws; the HTML that the
-        plots appear in; {label, color, line} of each row; {key, title} of each metric that can be chosen.
+        plots appear in; {label, color, dark, line} of each row, whose colour on a dark page is another; {key, title}
+        of each metric that can be chosen.
     """
     metrics = view_metrics(sweep)
     if find_spec("bokeh") is None or not metrics:
@@ -39,7 +43,8 @@ def interactive_view(sweep: Sweep) -> dict[str, Any] | None:
 
     style = looks([row.label for row in sweep.trained])
     data = [row_data(row, metrics) for row in sweep.trained]
-    sources = [ColumnDataSource({**each, SHOWN: each[metrics[0]]}) for each in data]
+    title = metric_info(metrics[0]).title
+    sources = [ColumnDataSource({**each, SHOWN: each[metrics[0]], TITLE: [title] * len(each["row"])}) for each in data]
     # runs without a KL have no second plot
     axes = [x for x in X_TITLES if any(math.isfinite(value) for each in data for value in each[x])]
     script, plots = components({x: _figure(x, metrics[0], sources, list(style.values())) for x in axes}, False)
@@ -48,7 +53,12 @@ def interactive_view(sweep: Sweep) -> dict[str, Any] | None:
         "script": _inside_script(script),
         "plots": list(plots.values()),
         "rows": [
-            {"label": label, "color": _color(look), "line": "dashed" if look.line == "-." else DASHES[look.line]}
+            {
+                "label": label,
+                "color": look.color,
+                "dark": DARK.get(look.color, look.color),
+                "line": "dashed" if look.line == "-." else DASHES[look.line],
+            }
             for label, look in style.items()
         ],
         "metrics": [{"key": metric, "title": metric_info(metric).title} for metric in metrics],
@@ -94,13 +104,11 @@ def _figure(x: str, metric: str, sources: Sequence[Any], style: Sequence[Look]) 
     )  # fmt: skip
     points = []
     for i, (source, look) in enumerate(zip(sources, style, strict=True)):
-        color, dash = _color(look), DASHES[look.line]
+        color, dash = look.color, DASHES[look.line]
         line = plot.line(x, SHOWN, source=source, color=color, line_dash=dash, line_width=1.3, alpha=0.65)
         points.append(plot.scatter(x, SHOWN, source=source, color=color, size=6, alpha=0.85))
         line.tags = points[-1].tags = ["row", i]
-    tips = [("run", "@run"), ("row", "@row"), ("seeds", "@seeds"), ("step", "@step"), ("√KL", "@sqrt_kl{0.000}")]
-    tips += [("value", f"@{SHOWN}{{0.000}}")]
-    plot.add_tools(HoverTool(renderers=points, tooltips=tips))
+    plot.add_tools(HoverTool(renderers=points, tooltips=TIP))
     for axis in plot.axis:
         axis.update(axis_label_text_color=GREY, major_label_text_color=GREY, axis_line_color=GREY)
         axis.update(major_tick_line_color=GREY, minor_tick_line_color=None, axis_label_text_font_style="normal")
@@ -109,11 +117,6 @@ def _figure(x: str, metric: str, sources: Sequence[Any], style: Sequence[Look]) 
     plot.grid.grid_line_alpha = 0.25
     plot.toolbar.logo = None
     return plot
-
-
-def _color(look: Look) -> str:
-    """The colour of a row; black, which a dark page would swallow, becomes grey."""
-    return GREY if look.color == PALETTE[-1] else look.color
 
 
 def _inside_script(code: str) -> str:

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +32,15 @@ ROWS = {
 TITLES = {"ppo": "PPO", "dpo": "DPO", "sft": "SFT", "reward": "reward model"}
 
 
-def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
-    """Print what a job of a sweep would do (`rlhf.pipeline.preflight.describe`), in a line."""
+def show_plan(description: dict[str, Any], overrides: list[str], sweeping: bool) -> dict[str, Any] | None:
+    """Print what a job would do (`rlhf.pipeline.preflight.describe`): all that is to be said, or in a sweep a line.
+
+    Returns the description in a sweep, whose end counts the runs.
+    """
+    if not sweeping:
+        said = {key: value for key, value in description.items() if value not in (None, [], {}, {"data": []})}
+        print(OmegaConf.to_yaml(said), end="")
+        return None
     step = description["step"]
     state = "done   " if description["done"] else f"step {step:<3}" if step else "missing"
     if description.get("measures"):
@@ -47,6 +55,7 @@ def show_plan(description: dict[str, Any], overrides: list[str]) -> None:
     for more in ("moves_aside", "waits_for"):
         if description.get(more):
             print(f"         {description[more]}")
+    return description
 
 
 def show_results(summary: dict[str, Any], folder: Path) -> None:
@@ -73,9 +82,19 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     if plateau := summary.get("plateau"):
         console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")
     # 2. Where it is, and what can be done with it: lines to copy, which no wrapping breaks.
-    place = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    place = _from_here(folder)
+    if summary["stage"] == "evaluate" and (measured := summary.get("same_as")):
+        # the results lie beside the run that was measured, whose report shows them
+        place = _from_here((folder / measured).resolve())
+        console.print(str(place), soft_wrap=True, highlight=False, markup=False)
+        place = place.parent.parent
     for line in (str(place), *next_commands(summary["stage"], place)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _from_here(folder: Path) -> Path:
+    """The folder as a command from the current one names it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def next_commands(stage: str, folder: Path) -> list[str]:

@@ -15,7 +15,10 @@ from rlhf.report.text import joined, listing
 def value(row: Row, metric: str) -> str:
     """A row's mean in a metric, with its unit."""
     info, values = metric_info(metric), row.values(metric)
-    return f"{info.scale * float(np.mean(values)):.{info.digits}f} {info.unit}".strip() if values else "unknown"
+    if not values:
+        return "unknown"
+    number = f"{info.scale * float(np.mean(values)):.{info.digits}f}".replace("-", "−")
+    return f"{number} {info.unit}".strip()
 
 
 def best_of(rows: Sequence[Row], metric: str) -> tuple[Row, str, str]:

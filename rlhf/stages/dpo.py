@@ -12,12 +12,12 @@ from rlhf import preference_losses
 from rlhf.data.records import Comparison
 from rlhf.distributed import collectives
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences, send, unflatten
+from rlhf.models.sequences import send, unflatten
 from rlhf.policy_settings import DPOSettings
 from rlhf.preference_losses import PreferenceLoss
 from rlhf.settings import Settings
 from rlhf.stages.evaluation import Evaluator, Scorer
-from rlhf.stages.pairs import Pair, distinct_texts, encode_comparisons, side_by_side, whole_pairs
+from rlhf.stages.pairs import Comparisons, Pair, encode_comparisons
 from rlhf.stages.passes import logprobs_of
 from rlhf.stages.supervised_policy import SupervisedPolicy
 
@@ -66,35 +66,34 @@ class DPO(SupervisedPolicy):
         """(chosen, rejected) of each comparison, both as (prompt ids, response ids)."""
         return encode_comparisons(self.tokenizer, rows, self.dpo.max_length)
 
-    def collate(self, rows: list[Pair]) -> Sequences:
-        """A batch of comparisons: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
-        return side_by_side(rows)
+    def collate(self, rows: list[Pair]) -> Comparisons:
+        """A batch of comparisons."""
+        return Comparisons.of(rows)
 
-    def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Groups of whole pairs."""
-        return whole_pairs(batch, self.roles, self.settings.microbatch_tokens)
+    def microbatches(self, batch: Comparisons) -> list[Tensor]:
+        """Groups of comparisons."""
+        return batch.passes(self.roles, self.settings.microbatch_tokens)
 
-    def count(self, batch: Sequences) -> int:
-        """The number of pairs."""
-        return len(batch) // 2
+    def count(self, batch: Comparisons) -> int:
+        """The number of comparisons."""
+        return len(batch)
 
-    def loss(self, batch: Sequences) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, batch: Comparisons) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss summed over the pairs, and sums of what the policy's own reward says of them."""
-        first, which = distinct_texts(batch)
-        texts, temperature = batch.rows(first), self.config.generation.temperature
+        texts, temperature = batch.texts, self.config.generation.temperature
         with torch.no_grad():
             reference = logprobs_of(self.roles, "reference", texts, temperature)
         policy = logprobs_of(self.roles, "policy", texts, temperature)
-        mask, which = texts.response_mask, send(which, policy.device)
+        mask, sides = texts.response_mask, send(batch.sides, policy.device)
         lengths = send(texts.response_lengths, policy.device)
         log_ratios = unflatten(policy - reference, mask).sum(1)
         if self.dpo.mean_logprobs:
             log_ratios = log_ratios / lengths
-        chosen, rejected = log_ratios[which].view(-1, 2).unbind(1)
+        chosen, rejected = log_ratios[sides].unbind(1)
         losses = self.preference_loss(chosen, rejected)
         if self.dpo.sft_coef:
             nll = -unflatten(policy, mask).sum(1) / lengths
-            losses = losses + self.dpo.sft_coef * nll[which].view(-1, 2)[:, 0]
+            losses = losses + self.dpo.sft_coef * nll[sides][:, 0]
         with torch.no_grad():
             rewards = self.preference_loss.rewards(chosen), self.preference_loss.rewards(rejected)
             margins = rewards[0] - rewards[1]

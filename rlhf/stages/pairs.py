@@ -1,10 +1,12 @@
-"""Pairs of texts: encoded, laid next to each other in a batch, and split into passes that read every text once."""
+"""Pairs of texts: encoded, laid out as a batch that holds every text once, and split into passes that read it once."""
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,13 @@ from rlhf.models.tokenizing import encode_pairs
 from rlhf.stages.cutting import Encoded
 
 Pair = tuple[Encoded, Encoded]  # chosen and rejected
+
+
+class Group(NamedTuple):
+    """The different comparisons of a prompt, and how many annotators made each of them."""
+
+    pairs: list[Pair]
+    votes: list[int]
 
 
 def encode_comparisons(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Comparison], max_length: int) -> list[Pair]:
@@ -29,42 +38,68 @@ def encode_comparisons(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Compar
     return [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
 
 
-def side_by_side(pairs: Sequence[Pair]) -> Sequences:
-    """A batch: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
-    texts = [text for pair in pairs for text in pair]
-    return Sequences.from_lists([prompt for prompt, _ in texts], [response for _, response in texts])
-
-
-def grouped(pairs: Sequence[Pair]) -> list[list[Pair]]:
+def grouped(pairs: Sequence[Pair]) -> list[Group]:
     """Consecutive pairs with the same prompt as one group."""
-    return [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[0][0])]
+    groups = []
+    for _, of_prompt in itertools.groupby(pairs, key=lambda pair: pair[0][0]):
+        counted: dict[tuple[int, int], list] = {}
+        for chosen, rejected in of_prompt:  # equal texts are one object (`encode_comparisons`)
+            counted.setdefault((id(chosen), id(rejected)), [(chosen, rejected), 0])[1] += 1
+        groups.append(Group([pair for pair, _ in counted.values()], [votes for _, votes in counted.values()]))
+    return groups
 
 
-def distinct_texts(batch: Sequences) -> tuple[Int[Tensor, "texts"], Int[Tensor, "batch"]]:
-    """The first row of each different text of a batch, and which of these texts each row is."""
-    lengths = torch.stack([batch.prompt_lengths, batch.lengths], 1)
-    texts, which = torch.cat([lengths, batch.ids], 1).unique(dim=0, return_inverse=True)
-    first = torch.full((len(texts),), len(which)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
-    order = first.argsort()  # in the order of the batch
-    return first[order], order.argsort()[which]
+@dataclass
+class Comparisons:
+    """A batch of comparisons, which holds every text once, however many comparisons it is in.
 
-
-def _prompts(batch: Sequences) -> list[list[int]]:
-    """The prompt ids of each row."""
-    return [ids[:end] for ids, end in zip(batch.ids.tolist(), batch.prompt_lengths.tolist(), strict=True)]
-
-
-def whole_pairs(batch: Sequences, roles: Roles, budget: int, group_prompts: bool = False) -> list[Tensor]:
-    """The rows of `batch` in groups of whole pairs, of at most `budget` tokens, texts that are equal counting once.
-
-    With `group_prompts`, consecutive pairs with the same prompt stay together, as they share texts.
+    `sides` are the rows of `texts` with the chosen and the rejected text of each comparison, and `votes` says how many
+    annotators made it, that is how often it counts. All tensors are on the CPU.
     """
-    which = distinct_texts(batch)[1]
-    prompts = _prompts(batch)[::2] if group_prompts else list(range(len(batch) // 2))
-    groups = [list(group) for _, group in itertools.groupby(range(len(batch) // 2), key=lambda pair: prompts[pair])]
-    sizes = []
-    for group in groups:
-        rows = slice(2 * group[0], 2 * group[-1] + 2)
-        sizes.append(len(which[rows].unique()) * int(batch.lengths[rows].max()))
-    parts = roles.groups(sizes, budget)
-    return [torch.tensor([2 * i + side for g in part for i in groups[g] for side in (0, 1)]) for part in parts]
+
+    texts: Sequences
+    sides: Int[Tensor, "pairs 2"]
+    votes: Float[Tensor, "pairs"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Pair | Group]) -> "Comparisons":
+        """A batch of single comparisons or of groups of them."""
+        groups = [row if isinstance(row, Group) else Group([row], [1]) for row in rows]
+        places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        sides = [
+            places.setdefault((tuple(prompt), tuple(response)), len(places))
+            for group in groups for pair in group.pairs for prompt, response in pair
+        ]  # fmt: skip
+        votes = [float(count) for group in groups for count in group.votes]
+        texts = Sequences.from_lists(*zip(*places, strict=True))
+        return cls(texts, torch.tensor(sides).view(-1, 2), torch.tensor(votes))
+
+    def __len__(self) -> int:
+        return len(self.sides)
+
+    def rows(self, index: Int[Tensor, "rows"]) -> "Comparisons":
+        """A batch of these comparisons, with their texts in the order in which they first occur."""
+        sides = self.sides[index].flatten()
+        places, which = sides.unique(return_inverse=True)
+        first = torch.full((len(places),), len(sides)).scatter_reduce(0, which, torch.arange(len(sides)), "amin")
+        order = first.argsort()
+        return Comparisons(self.texts.rows(places[order]), order.argsort()[which].view(-1, 2), self.votes[index])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that define the comparisons, by name, to be saved."""
+        return {**self.texts.tensors(), "sides": self.sides, "votes": self.votes}
+
+    def passes(self, roles: Roles, budget: int, group_prompts: bool = False) -> list[Tensor]:
+        """The numbers of the comparisons of each pass, whose different texts have at most `budget` tokens together.
+
+        With `group_prompts`, consecutive comparisons with the same prompt stay together, as they share texts.
+        """
+        sides, lengths = self.sides.tolist(), self.texts.lengths.tolist()
+        ids, ends = self.texts.ids.tolist(), self.texts.prompt_lengths.tolist()
+        prompts = [ids[chosen][: ends[chosen]] if group_prompts else [pair] for pair, (chosen, _) in enumerate(sides)]
+        groups = [list(group) for _, group in itertools.groupby(range(len(self)), key=lambda pair: prompts[pair])]
+        read = [{row for pair in group for row in sides[pair]} for group in groups]
+        sizes = [len(rows) * max(lengths[row] for row in rows) for rows in read]
+        return [
+            torch.tensor([pair for group in part for pair in groups[group]]) for part in roles.groups(sizes, budget)
+        ]

@@ -17,7 +17,7 @@ from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, concatenate, select, send, unflatten
 from rlhf.models.tokenizing import encode_pairs
 from rlhf.settings import RewardSettings
-from rlhf.stages.pairs import Pair, distinct_texts, encode_comparisons, side_by_side, whole_pairs
+from rlhf.stages.pairs import Comparisons, Group, Pair, encode_comparisons
 from rlhf.stages.reward_offsets import Key, margins_of, offsets
 from rlhf.stages.supervised import SupervisedStage
 
@@ -77,57 +77,57 @@ class RewardModeling(SupervisedStage):
             self.data_margins |= margins_of(rows, pairs)
         return pairs
 
-    def collate(self, rows: Sequence[Pair | list[Pair]]) -> Sequences:
-        """A batch of comparisons or groups of them: row 2i is pair i's chosen text, and row 2i + 1 its rejected one."""
-        return side_by_side([pair for row in rows for pair in (row if isinstance(row, list) else [row])])
+    def collate(self, rows: Sequence[Pair | Group]) -> Comparisons:
+        """A batch of comparisons or of groups of them."""
+        return Comparisons.of(rows)
 
-    def microbatches(self, batch: Sequences) -> list[Tensor]:
-        """Groups of whole pairs; with `group_prompts`, those of a prompt stay together, as they share texts."""
-        return whole_pairs(batch, self.roles, self.settings.microbatch_tokens, self.reward.group_prompts)
+    def microbatches(self, batch: Comparisons) -> list[Tensor]:
+        """Groups of comparisons; with `group_prompts`, those of a prompt stay together, as they share texts."""
+        return batch.passes(self.roles, self.settings.microbatch_tokens, self.reward.group_prompts)
 
-    def count(self, batch: Sequences) -> int:
-        """The number of pairs."""
-        return len(batch) // 2
+    def count(self, batch: Comparisons) -> int:
+        """The number of comparisons, each as often as annotators made it."""
+        return int(batch.votes.sum())
 
-    def margins(self, batch: Sequences) -> Float[Tensor, "pairs"]:
-        """r(chosen) − r(rejected) of each pair. Each text goes through the model once, however many pairs it is in."""
-        first, which = distinct_texts(batch)
-        scores = self.roles.last_token_scores("reward", batch.rows(first))
-        scores = scores[send(which, scores.device)].view(-1, 2)
+    def margins(self, batch: Comparisons) -> Float[Tensor, "pairs"]:
+        """r(chosen) − r(rejected) of each comparison."""
+        scores = self.roles.last_token_scores("reward", batch.texts)
+        scores = scores[send(batch.sides, scores.device)]
         return scores[:, 0] - scores[:, 1]
 
-    def loss(self, batch: Sequences) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, batch: Comparisons) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """−log σ(margin) and the auxiliary losses, summed over the pairs, and how many pairs are ranked correctly."""
+        votes = send(batch.votes, self.roles.device)
         if not (self.reward.lm_coef or self.reward.token_coef):
             margins = self.margins(batch)
-            return -F.logsigmoid(self._explained(margins, batch)).sum(), {"right": (margins > 0).sum()}
-        first, which = distinct_texts(batch)
-        texts = batch.rows(first)
+            losses = -F.logsigmoid(self._explained(margins, batch))
+            return (votes * losses).sum(), {"right": (votes * (margins > 0)).sum()}
+        texts = batch.texts
         needed = texts.targets | texts.predicting
         states = self.roles.states("reward", texts, needed)
         on_host = texts.response_mask
-        mask, which = send(on_host, states.device), send(which, states.device)
+        mask, sides = send(on_host, states.device), send(batch.sides, states.device)
         # 1. The scores that count are those at the last tokens.
         responses = select(states, texts.targets[needed])
         by_token = unflatten(self.roles.heads["reward"](responses), on_host)
-        scores = by_token.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)[which].view(-1, 2)
+        scores = by_token.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)[sides]
         margins = scores[:, 0] - scores[:, 1]
         loss = -F.logsigmoid(self._explained(margins, batch))
         # 2. A score at every other token already predicts how its text will compare with the other one.
         if self.reward.token_coef:
             others = scores.detach().flip(1)[..., None]
             signs = torch.tensor([1.0, -1.0], device=scores.device)[:, None]
-            losses = -F.logsigmoid(signs * (by_token[which].view(len(margins), 2, -1) - others))
-            loss = loss + self.reward.token_coef * mean(losses, mask[which].view(losses.shape)).mean(1)
+            losses = -F.logsigmoid(signs * (by_token[sides] - others))
+            loss = loss + self.reward.token_coef * mean(losses, mask[sides]).mean(1)
         # 3. The language model goes on learning from both texts.
         if self.reward.lm_coef:
             predicting = select(states, texts.predicting[needed])
             logprobs = self.roles.token_stats("reward", predicting, texts.target_ids).logprobs
             nll = mean(-unflatten(logprobs, on_host), mask)
-            loss = loss + self.reward.lm_coef * nll[which].view(-1, 2).mean(1)
-        return loss.sum(), {"right": (margins > 0).sum()}
+            loss = loss + self.reward.lm_coef * nll[sides].mean(1)
+        return (votes * loss).sum(), {"right": (votes * (margins > 0)).sum()}
 
-    def _explained(self, margins: Float[Tensor, "pairs"], batch: Sequences) -> Float[Tensor, "pairs"]:
+    def _explained(self, margins: Float[Tensor, "pairs"], batch: Comparisons) -> Float[Tensor, "pairs"]:
         """The margins with what explains a preference besides the score (`rlhf.stages.reward_offsets`)."""
         if not (self.length_coef or self.reward.margin_coef):
             return margins
@@ -141,7 +141,7 @@ class RewardModeling(SupervisedStage):
         """Begin a measurement on the held-out comparisons."""
         self._margins = []
 
-    def validation_step(self, batch: Sequences, index: int) -> None:
+    def validation_step(self, batch: Comparisons, index: int) -> None:
         """Measure a batch of held-out comparisons."""
         if self.has_turn(index):
             self._margins.append((index, self.margins_of(batch).cpu()))
@@ -154,11 +154,10 @@ class RewardModeling(SupervisedStage):
         self.emit(held_out_metrics(margins), self.steps_done, bar=["reward/accuracy"])
 
     @torch.no_grad()
-    def margins_of(self, batch: Sequences) -> Float[Tensor, "pairs"]:
+    def margins_of(self, batch: Comparisons) -> Float[Tensor, "pairs"]:
         """`margins` of a batch of any size, in the order of its pairs."""
         groups = self.microbatches(batch)
-        order = (torch.cat(groups)[::2] // 2).tolist()
-        return concatenate([self.margins(batch.rows(rows)) for rows in groups], order)
+        return concatenate([self.margins(batch.rows(rows)) for rows in groups], torch.cat(groups).tolist())
 
     @torch.no_grad()
     def baseline(self, rows: Sequence[Demonstration]) -> float:

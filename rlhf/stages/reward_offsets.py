@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rlhf.data.records import Comparison
 from rlhf.errors import DataError
-from rlhf.models.sequences import Sequences
 from rlhf.settings import RewardSettings
 from rlhf.stages.cutting import Encoded
+from rlhf.stages.pairs import Comparisons
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]  # the ids of chosen and rejected, each with its prompt
 STEEPEST = 10.0  # nats per token that a fitted length coefficient may have: all longer answers are chosen
@@ -64,13 +64,14 @@ def fit_length_coef(pairs: Sequence[tuple[Encoded, Encoded]]) -> float:
 
 
 def offsets(
-    settings: RewardSettings, length_coef: float, margins: Mapping[Key, float], batch: Sequences
+    settings: RewardSettings, length_coef: float, margins: Mapping[Key, float], batch: Comparisons
 ) -> Float[Tensor, "pairs"]:
     """The offset of each pair of a batch, on the host; a pair without a margin has none."""
-    lengths = batch.response_lengths.view(-1, 2)
+    lengths = batch.texts.response_lengths[batch.sides]
     found = length_coef * (lengths[:, 0] - lengths[:, 1]).float()
     if settings.margin_coef:
-        texts = [tuple(ids[:end]) for ids, end in zip(batch.ids.tolist(), batch.lengths.tolist(), strict=True)]
-        keys = zip(texts[::2], texts[1::2], strict=True)
+        ends = batch.texts.lengths.tolist()
+        texts = [tuple(ids[:end]) for ids, end in zip(batch.texts.ids.tolist(), ends, strict=True)]
+        keys = [(texts[chosen], texts[rejected]) for chosen, rejected in batch.sides.tolist()]
         found = found - settings.margin_coef * torch.tensor([margins.get(key, 0.0) for key in keys])
     return found

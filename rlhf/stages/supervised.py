@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.distributed import collectives
 from rlhf.guards.base import SKIPPED
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences
 from rlhf.policy_settings import OptimizerSettings
 from rlhf.stages.base import Stage
 
@@ -38,15 +37,15 @@ class SupervisedStage(Stage):
         """Token ids of each row."""
         raise NotImplementedError
 
-    def collate(self, rows: list[Any]) -> Sequences:
-        """Encoded rows as a batch."""
+    def collate(self, rows: list[Any]) -> Any:
+        """Encoded rows as a batch, which has `rows` and `tensors` as `Sequences` have."""
         raise NotImplementedError
 
-    def count(self, batch: Sequences) -> int:
+    def count(self, batch: Any) -> int:
         """How many targets the loss of a batch is summed over."""
         raise NotImplementedError
 
-    def loss(self, batch: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the targets of a micro-batch, and other sums to report."""
         raise NotImplementedError
 

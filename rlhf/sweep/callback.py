@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -70,7 +69,8 @@ class SweepCallback(Callback):
         _check([without_hydra(config)] if is_search(config) else configs_of_all_values(config))
         if config.dry_run:
             with read_write(config.hydra):  # where Hydra writes multirun.yaml
-                config.hydra.sweep.dir = self.scratch = tempfile.mkdtemp()
+                self.scratch = tempfile.TemporaryDirectory()  # gone with this process
+                config.hydra.sweep.dir = self.scratch.name
             return
         if on_slurm(launcher):
             try:
@@ -109,7 +109,6 @@ class SweepCallback(Callback):
         """
         folder = self.folder
         if config.dry_run:
-            shutil.rmtree(self.scratch, ignore_errors=True)
             runs = [self._described_state(run) for run in states_of_plan(folder, plan_of_dry_run(config, folder), None)]
             seconds = expected_seconds(folder, config)
             line = progress_line(runs, parallel_jobs(config.hydra.launcher), seconds)
@@ -149,13 +148,10 @@ def _check(configs: Iterable[DictConfig]) -> None:
 def _report(folder: Path, config: DictConfig) -> None:
     """Make and publish the sweep's report; a failure is logged only."""
     # imported here, since most commands make no report
-    from rlhf.report.cli import make_report, show_front
+    from rlhf.report.cli import show_report
     from rlhf.report.log_report import log_report
 
     try:
-        page = make_report([folder])
-        show_front(folder)
-        log.info("report: %s", page)
-        log_report(page, folder, config)
+        log_report(show_report([folder]), folder, config)
     except Exception:  # the runs themselves are safe, and rlhf-report can be called again
         log.exception("the report could not be made; rlhf-report %s tries again", folder)

@@ -3,16 +3,15 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from rlhf.data.farm import Farm
 from rlhf.files import read_lines
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
 from tests.helpers.command_line import TINY, error_sentence, run_in_process
+from tests.helpers.composed_config import composed_plan
 
 # so small a model makes no sense: one of its answers is better than another only by where it ends
 FARM = ["preferences=simulated", "preferences.pairs=30", "preferences.max_new_tokens=40"]
@@ -69,24 +68,19 @@ def test_the_reward_model_learns_from_answers_that_the_farm_compares(
         assert {**pair, "preferred": again["preferred"]} == again  # the same answers and verdicts
 
 
-def plan(capsys: pytest.CaptureFixture, *arguments: str) -> Any:
-    assert run_in_process("dry_run=true", *arguments) == 0
-    return OmegaConf.create(capsys.readouterr().out)
+def test_what_is_cached_depends_on_the_preferences_only_where_they_are_used(tmp_path: Path) -> None:
+    def needed(*overrides: str) -> list[str]:
+        return [folder.name for folder in composed_plan(tmp_path, "debug=quick", *overrides).needed().values()]
 
-
-def test_what_is_cached_depends_on_the_preferences_only_where_they_are_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    sft, reward = plan(capsys).cached
-    assert list(plan(capsys, "scorer=gold", "preferences=simulated").cached) == [sft]
-    same_sft, comparisons, other_reward = plan(capsys, "preferences=simulated").cached
+    sft, reward = needed()
+    assert needed("scorer=gold", "preferences=simulated") == [sft]
+    same_sft, comparisons, other_reward = needed("preferences=simulated")
     assert (same_sft, comparisons.partition("-")[0]) == (sft, "preferences")
     assert other_reward != reward
     pool = ["preferences=simulated", "judge@preferences.judge=llm_pool", "preferences.judge.model=some"]
-    asked = plan(capsys, *pool).cached
-    assert list(asked)[1] != comparisons
-    assert plan(capsys, *pool, "preferences.judge.client.concurrency=1").cached == asked
+    asked = needed(*pool)
+    assert asked[1] != comparisons
+    assert needed(*pool, "preferences.judge.client.concurrency=1") == asked
 
 
 REFUSED = [

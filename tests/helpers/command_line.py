@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from rlhf.cli import main
 
@@ -23,6 +24,9 @@ def run_in_process(*arguments: str) -> int:
     """Run `rlhf` with these arguments in this process and the current folder; return the exit code."""
     with pytest.MonkeyPatch.context() as patch, own_log():
         patch.setattr(sys, "argv", ["rlhf", *arguments])
+        if not any("hydra.mode" in word for word in arguments):
+            # Hydra composes everything once more only to read `hydra.mode`, which no file of ours sets
+            patch.setattr(Hydra, "get_mode", lambda *args, **keys: None)
         try:
             main()
         except SystemExit as leaving:

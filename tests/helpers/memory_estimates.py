@@ -1,5 +1,7 @@
 """Estimates of a run's memory from overrides of the default configuration."""
 
+from functools import cache
+
 from rlhf.models.memory import Memory, Work, stage_memory
 from rlhf.models.sizes import Sizes
 from rlhf.settings import Settings
@@ -19,6 +21,12 @@ def sizes_of(settings: Settings, vocabulary: int = VOCABULARY) -> Sizes:
     return found
 
 
-def estimate_of(*overrides: str, stage: str = "ppo", reward: bool = True, shares: int = 1) -> Memory:
+@cache
+def estimated(*overrides: str) -> tuple[Settings, Sizes]:
+    """What an estimate reads, the same for all stages."""
     settings = composed_settings(*overrides)
-    return stage_memory(stage, settings, sizes_of(settings), Work((stage,), reward, shares=shares))
+    return settings, sizes_of(settings)
+
+
+def estimate_of(*overrides: str, stage: str = "ppo", reward: bool = True, shares: int = 1) -> Memory:
+    return stage_memory(stage, *estimated(*overrides), Work((stage,), reward, shares=shares))

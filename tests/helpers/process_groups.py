@@ -15,7 +15,9 @@ def run_in_two_processes(work: Callable, *arguments: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_member, (port, work, arguments), nprocs=2)
+    # a fork has imported everything already, but CUDA and autograd's threads for it do not survive one
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(_member, (port, work, arguments), nprocs=2, start_method=method)
 
 
 def _member(rank: int, port: int, work: Callable, arguments: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from rlhf.errors import ConfigError, Interrupted, ModelError
 from rlhf.files import BUDGET, read_json
 from rlhf.models.memory import Work, stage_memory
+from rlhf.models.sizes import Sizes
 from rlhf.pipeline import preflight as preview
 from rlhf.pipeline.fitting import AUTOMATIC, with_numbers
 from rlhf.pipeline.plan import Plan
@@ -25,24 +26,24 @@ GIB = 2**30
 GENERATING = ("generating", "evaluating")
 
 
-def peak(chosen: Settings, tokens: int) -> int:
+def peak(chosen: Settings, sizes: Sizes, tokens: int) -> int:
     chosen.ppo.microbatch_tokens = tokens
-    return stage_memory("ppo", chosen, sizes_of(chosen), Work()).peak_of("updating")
+    return stage_memory("ppo", chosen, sizes, Work()).peak_of("updating")
 
 
 @pytest.mark.parametrize("options", [(), ("ppo.minibatch_size=16", "lora=none"), ("model.max_prompt_tokens=200",)])
 def test_the_largest_fitting_budget_is_chosen(options: tuple[str, ...]) -> None:
     chosen = composed_settings("ppo.microbatch_tokens=auto", *options)
     text = chosen.model.max_prompt_tokens + chosen.generation.max_new_tokens
-    budgets = []
+    sizes, budgets = sizes_of(chosen), []
     for free in [0, *(int(GIB * 1.16**i / 2) for i in range(15))]:
         chosen.ppo.microbatch_tokens = "auto"
-        budget = with_numbers(chosen, sizes_of(chosen), Work(), free).ppo.microbatch_tokens
+        budget = with_numbers(chosen, sizes, Work(), free).ppo.microbatch_tokens
         budgets.append(budget)
         assert budget & (budget - 1) == 0
         least, most = budget // 2 < text, budget >= text * chosen.ppo.minibatch_size
-        assert least or peak(chosen, budget) <= AUTOMATIC * free
-        assert most or peak(chosen, 2 * budget) > AUTOMATIC * free
+        assert least or peak(chosen, sizes, budget) <= AUTOMATIC * free
+        assert most or peak(chosen, sizes, 2 * budget) > AUTOMATIC * free
     assert all(one <= other for one, other in pairwise(budgets))  # more memory never means fewer tokens
     assert budgets[0] // 2 < text <= budgets[0]  # at least one whole sequence, however little is free
     assert budgets[-1] // 2 < text * chosen.ppo.minibatch_size <= budgets[-1]  # and never more than a minibatch
@@ -177,28 +178,29 @@ def test_a_run_can_continue_where_less_memory_is_free(
     arguments = [*TINY, "ppo.microbatch_tokens=auto", "ppo.minibatch_size=8", f"output_dir={tmp_path}"]
     ample, scarce = 8, 0.75
 
-    def run(gib: float, *more: str) -> tuple[int, str]:
+    def run(gib: float, *more: str) -> int:
         monkeypatch.setattr(preview, "available", lambda _: int(gib * GIB))
-        code, output, error = command(*arguments, *more)
-        return code, output + error
+        return command(*arguments, *more)[0]
+
+    def shown(gib: float) -> int:
+        monkeypatch.setattr(preview, "available", lambda _: int(gib * GIB))
+        return preview.describe(composed_plan(tmp_path, *arguments), timed=False)["microbatch_tokens"]
 
     def leave(stage: PPO, *_: object) -> None:
         if stage.ppo_step == 2:
             raise Interrupted("enough")
 
-    shown = [run(gib, "dry_run=true") for gib in (ample, scarce)]
-    assert [code for code, _ in shown] == [0, 0]
-    picked, fewer = (int(said.partition("microbatch_tokens: ")[2].split()[0]) for _, said in shown)
+    picked, fewer = shown(ample), shown(scarce)
     assert fewer < picked
     assert not list(tmp_path.glob(f"rlhf/*/{BUDGET}"))
     with before_call(PPO, "training_step", leave):
-        assert run(ample, "name=stopped")[0] == 75
-    assert run(scarce, "name=stopped", "resume=must")[0] == 0
-    assert run(ample, "name=whole", "resume=never")[0] == 0
+        assert run(ample, "name=stopped") == 75
+    assert run(scarce, "name=stopped", "resume=must") == 0
+    assert run(ample, "name=whole", "resume=never") == 0
     stopped, whole = (next(tmp_path.glob(f"{name}/*")) for name in ("stopped", "whole"))
     assert read_json(stopped / "summary.json")["microbatch_tokens"] == picked
     assert_identical(collect_run_results([stopped]), collect_run_results([whole]))
-    assert run(scarce, "name=fewer", "resume=never")[0] == 0
+    assert run(scarce, "name=fewer", "resume=never") == 0
     other = next(tmp_path.glob("fewer/*"))
     assert read_json(other / "summary.json")["microbatch_tokens"] == fewer
     adapters = [(folder / "model/adapter_model.safetensors").read_bytes() for folder in (stopped, other)]

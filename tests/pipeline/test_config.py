@@ -168,15 +168,6 @@ def test_every_renamed_key_has_a_new_one_that_exists() -> None:
         assert (CONF / new_key).is_dir() or OmegaConf.select(config, new_key, default="absent") != "absent"
 
 
-def test_dry_run_says_what_would_be_built_and_builds_nothing(command: Callable) -> None:
-    code, out, err = command("dry_run=true")
-    assert code == 0, err
-    plan = OmegaConf.create(out)
-    assert list(plan.cached.values()) == [False, False]
-    assert plan.done is False
-    assert not Path("outputs/cache").exists()
-
-
 def test_folders_are_readable_and_safe() -> None:
     assert folder_name("") == "default"
     assert folder_name("divergence-kl_lora-r8") == "divergence-kl_lora-r8"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.tracking.metrics_file import read_metrics
 from rlhf.tracking.summary import read_summary
+from tests.helpers.command_line import run_in_process
 from tests.helpers.subprocess_runs import QUICK, run_in_subprocess
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,9 @@ EVAL_METRICS = [
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the quick pipeline has run once."""
     folder = tmp_path_factory.mktemp("work")
-    run_in_subprocess(folder, *QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_in_process(*QUICK, f"output_dir={folder}/outputs") == 0
     return folder
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import held_out_rows
+from rlhf.data.farm import Farm
+from rlhf.data.records import count_prompts, held_out_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.pipeline.rows import rows_of
 from tests.helpers.command_line import TINY, error_sentence
@@ -52,6 +53,17 @@ def test_rows_and_steps_by_hand(tmp_path: Path) -> None:
         rows_of(long, source, counts, "sft")  # type: ignore[arg-type]
 
 
+def test_steps_count_the_prompts_whose_comparisons_are_trained_on_together() -> None:
+    source = Farm(responses=4, comparisons=60)  # six pairs of the answers to each of ten prompts
+    counts = {split: len(source.load(split)) for split in ("preference", "preference_validation")}
+    grouped = composed_settings("reward=grouped", "reward.epochs=2", "reward.batch_size=4", "reward.warmup_steps=5")
+    rows = rows_of(grouped, source, counts, "reward", count_prompts(source.load("preference")))
+    assert str(rows) == "60 rows to train on (5 steps of 4 prompts), 500 held out"
+    long = composed_settings("reward=grouped", "reward.epochs=2", "reward.batch_size=4", "reward.warmup_steps=6")
+    with pytest.raises(ConfigError, match="longer than the training: 10 prompts make 5 steps"):
+        rows_of(long, source, counts, "reward", count_prompts(source.load("preference")))
+
+
 def test_no_model_is_trained_if_a_later_stage_cannot_read_its_rows(command: Callable, tmp_path: Path) -> None:
     write(tmp_path, preference=[{"prompt": "1?", "better": "yes", "worse": "no"}] * 40)
     code, out, err = command(*OWN)
@@ -66,6 +78,24 @@ def test_no_model_is_trained_if_a_warmup_is_longer_than_its_stage(command: Calla
     assert code == 2, out + err
     assert "reward.warmup_steps=9 is longer than the training: 32 rows make 1 step" in error_sentence(err)
     assert not list(Path("outputs").glob("cache/*sft*"))
+
+
+def test_a_dry_run_of_a_sweep_reads_the_rows_and_names_the_first_run_that_would_be_refused(
+    command: Callable, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    code, out, err = command("-m", *OWN, "dry_run=true", "scorer=gold,reward_model")
+    assert code == 2
+    assert "allowed: scorer=reward_model, scorer=function, or another scorer" in error_sentence(err)
+    code, out, err = command("-m", *OWN, "dry_run=true", "reward.warmup_steps=1,9")
+    assert code == 2
+    assert out.splitlines()[0].startswith("missing  ")
+    assert "reward.warmup_steps=1 " in out.splitlines()[0]
+    assert out.splitlines()[-1].startswith("refused  ")
+    assert "reward.warmup_steps=9" in out.splitlines()[-1]
+    assert "reward.warmup_steps=9 is longer than the training: 32 rows make 1 step" in error_sentence(err)
+    assert err.splitlines() == [error_sentence(err)], "no line of Hydra's, and no progress bar of another library"
+    assert not Path("outputs/rlhf").exists()
 
 
 @pytest.mark.slow

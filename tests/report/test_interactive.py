@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from rlhf.report import interactive
 from rlhf.report.cli import make_report
-from rlhf.report.interactive import SHOWN, interactive_view, view_metrics
+from rlhf.report.interactive import SHOWN, TITLE, interactive_view, view_metrics
 from rlhf.report.runs import Sweep
 from tests.helpers.made_up_sweeps import STEPS, write_sweep
 
@@ -56,7 +57,17 @@ def test_every_run_is_there_with_all_its_values(sweep: Sweep, view: dict[str, An
             )
             assert f"ppo {run.seeds.ppo}" in source["seeds"][lines[0]]
         assert source[SHOWN] == source[view_metrics(sweep)[0]]
+        assert set(source[TITLE]) == {"win rate (%)"}  # so that what is shown under the mouse has a name and a unit
     assert len(view["plots"]) == 2  # by step and by √KL
+
+
+def test_rows_have_colours_that_a_dark_page_does_not_swallow(sweep: Sweep, view: dict[str, Any]) -> None:
+    def luminance(color: str) -> float:
+        red, green, blue = to_rgb(color)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    assert min(luminance(row["dark"]) for row in view["rows"]) > 0.4
+    assert min(luminance(row["color"]) for row in view["rows"]) < 0.4
 
 
 def test_the_view_asks_nothing_of_the_network(view: dict[str, Any]) -> None:
@@ -72,7 +83,7 @@ def test_the_page_holds_the_view_if_its_library_is_there(tmp_path: Path, monkeyp
     folder = write_sweep(tmp_path / "s", layout, variants=["lora_kl"])
     text = make_report([folder]).read_text()
     assert "</script><b>x" not in text
-    assert text.count('<input type="checkbox" checked>') == 1
+    assert text.count('<input type="checkbox" checked ') == 1
     monkeypatch.setattr(interactive, "find_spec", lambda name: None)
     text = make_report([folder]).read_text()
     assert 'id="library"' not in text

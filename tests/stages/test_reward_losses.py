@@ -35,8 +35,8 @@ def gradients(stage: object, rows: list, folder: Path) -> tuple[dict[str, Tensor
 
 def test_comparisons_are_grouped_by_their_prompt(folders: SimpleNamespace) -> None:
     groups = grouped(reward_stage(folders).encode(ROWS))
-    assert [len(group) for group in groups] == [6, 6, 6]
-    assert [pair for group in groups for pair in group] == reward_stage(folders).encode(ROWS)
+    assert [group.votes for group in groups] == [[1] * 6] * 3
+    assert [pair for group in groups for pair in group.pairs] == reward_stage(folders).encode(ROWS)
 
 
 @pytest.mark.parametrize("budget", [20, 100000])
@@ -76,6 +76,37 @@ def test_the_losses_are_those_of_transformers(folders: SimpleNamespace, tmp_path
     for name, parameter in model.named_parameters():
         if f"roles.trunks.base.{name}" in found:
             torch.testing.assert_close(found[f"roles.trunks.base.{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("auxiliary", [{}, {"lm_coef": 2.0, "token_coef": 0.5}])
+def test_a_comparison_by_several_annotators_counts_as_often(
+    folders: SimpleNamespace, tmp_path: Path, auxiliary: dict[str, float]
+) -> None:
+    """Grouped, they are one comparison with votes: the same gradient as of as many separate comparisons."""
+    swapped = Comparison(ROWS[0].prompt, ROWS[0].rejected, ROWS[0].chosen)
+    rows = [ROWS[0], swapped, *ROWS[:6], ROWS[0], swapped, *ROWS[6:]]
+    stage = reward_stage(folders, log_every=1, group_prompts=True, **auxiliary)
+    groups = grouped(stage.encode(rows))
+    assert [group.votes for group in groups] == [[3, 2, 1, 1, 1, 1, 1], [1] * 6, [1] * 6]
+    found, loss = gradients(stage, groups, tmp_path / "grouped")
+    stage = reward_stage(folders, log_every=1, **auxiliary)
+    expected, separate = gradients(stage, stage.encode(rows), tmp_path / "separate")
+    assert loss == pytest.approx(separate, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_holds_every_text_once_and_its_rows_keep_their_order(folders: SimpleNamespace) -> None:
+    stage = reward_stage(folders)
+    pairs = stage.encode(ROWS)
+    batch = stage.collate([*grouped(pairs[:12]), pairs[12]])
+    assert (len(batch), len(batch.texts), stage.count(batch)) == (13, 10, 13)
+    part = batch.rows(torch.tensor([12, 4, 5]))
+    assert part.sides.tolist() == [[0, 1], [2, 3], [4, 3]]  # as they first occur
+    texts = [tuple(ids[:end]) for ids, end in zip(part.texts.ids.tolist(), part.texts.lengths.tolist(), strict=True)]
+    for sides, number in zip(part.sides.tolist(), (12, 4, 5), strict=True):
+        assert [texts[row] for row in sides] == [(*prompt, *response) for prompt, response in pairs[number]]
+    assert set(part.tensors()) == {"ids", "prompt_lengths", "lengths", "sides", "votes"}
 
 
 def test_accuracy_is_told_by_kind() -> None:

@@ -39,7 +39,7 @@ def test_the_loss_explains_what_is_said_to_be_explained(folders: SimpleNamespace
     plain, margins, batch = loss(**more)
     explained, again, _ = loss(length_coef=0.3, margin_coef=2.0, **more)
     torch.testing.assert_close(margins, again)
-    lengths = batch.response_lengths.view(-1, 2)
+    lengths = batch.texts.response_lengths[batch.sides]
     offsets = 0.3 * (lengths[:, 0] - lengths[:, 1]) - 2.0 * torch.tensor([margin or 0.0 for margin in MARGINS])
     expected = plain + F.logsigmoid(margins).sum() - F.logsigmoid(margins + offsets).sum()
     torch.testing.assert_close(explained, expected, rtol=1e-5, atol=1e-5)

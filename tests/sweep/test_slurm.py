@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +208,11 @@ def status(cluster: Cluster, study: Path) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def test_without_slurm_nothing_is_made(tmp_path: Path) -> None:
-    environment = {**os.environ, "PATH": str(Path(sys.executable).parent)}
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *SWEEP, "seed=1"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "rlhf: hydra/launcher=slurm needs a login node of a SLURM cluster, but there is no sbatch here\n"
-    )
+def test_without_slurm_nothing_is_made(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    code, _, said = command(*SWEEP, "seed=1")
+    assert code == 2
+    assert said == "rlhf: hydra/launcher=slurm needs a login node of a SLURM cluster, but there is no sbatch here\n"
     assert not (tmp_path / "outputs").exists()
 
 
@@ -270,13 +266,13 @@ def test_a_signal_before_the_start_is_refused() -> None:
         ["hydra.launcher.tasks_per_node=4", "trainer=ddp", "trainer.devices=2,4"],
     ],
 )
-def test_tasks_that_do_not_fit_the_trainer_are_refused_at_submission(arguments: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *SWEEP, "seed=1", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "does not fit trainer.num_nodes=" in done.stderr
+def test_tasks_that_do_not_fit_the_trainer_are_refused_at_submission(
+    arguments: list[str], command: Callable, tmp_path: Path
+) -> None:
+    code, _, said = command(*SWEEP, "seed=1", *arguments)
+    assert code == 2
+    assert len(said.splitlines()) == 1
+    assert "does not fit trainer.num_nodes=" in said
     assert not (tmp_path / "outputs").exists()
 
 

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from rlhf import import_from_here
 from rlhf.errors import RunError, missing_package
 from rlhf.errors.explaining import one_sentence_errors
 from rlhf.finished.run import FinishedRun
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from rlhf.pipeline.numerics import settle_numerics
         from rlhf.pipeline.quiet import quieten
 
+        import_from_here()
         quieten()
         settle_numerics()
         responders = open_responders(runs, options.score, options.seed)
@@ -58,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.web:
             from rlhf.finished.chat.web import page
 
-            page(responders, sampling, options.seed, examples(runs[0])).launch(server_name="127.0.0.1")
+            served = page(responders, sampling, options.seed, examples(runs[0]))
+            # quiet: no advertisement of a public link
+            _, address, _ = served.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True)
+            print(f"Ctrl-C ends the page at {address}", flush=True)
+            served.block_thread()
         else:
             talk(responders, sampling)
 

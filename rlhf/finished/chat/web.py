@@ -49,11 +49,11 @@ def page(responders: Sequence[Responder], sampling: Sampling, seed: int, example
         gr.Markdown(f"# rlhf-chat\n{', '.join(f'`{responder.label}`' for responder in responders)}")
         turns = gr.State([])
         with gr.Row():
-            columns = [gr.Chatbot(label=responder.label, height=420) for responder in responders]
+            columns = [gr.Chatbot(label=responder.label, height=420, min_width=320) for responder in responders]
         with gr.Row():
-            prompt = gr.Textbox(label="Prompt", autofocus=True, scale=8)
+            prompt = gr.Textbox(label="Prompt", autofocus=True, scale=8, min_width=320)
             send = gr.Button("Send", variant="primary", scale=1)
-            new = gr.Button("New conversation", scale=1)
+            new = gr.Button("New conversation", scale=1, min_width=220)
         with gr.Row():
             temperature = gr.Slider(0, max(2.0, start), value=start, label="Temperature (0 is greedy)")
             number = gr.Number(seed, precision=0, minimum=0, label="Seed")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import ConfigError, DataError, RunError
-from rlhf.finished.compare.cli import leaving
+from rlhf.finished.compare.cli import CONFIG_DIR, leaving
 
 AGREEMENT, PAGE, VERDICTS = "agreement.json", "agreement.md", "verdicts.jsonl"
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, help="judge only the first so many (default: all)")
     parser.add_argument("--out", type=Path, help="a new folder (default: agreements/<digest> among the outputs)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
+    parser.add_argument("--config-dir", type=Path, help=CONFIG_DIR)
     options = parser.parse_intermixed_args(arguments)  # options may stand among the words
     with leaving(parser.prog):
         # imported here so that a wrong option does not wait for torch
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise RunError(f"{len(named)} files of annotations are named; allowed: one")
         if options.pairs is not None and options.pairs < 1:
             raise RunError(f"--pairs {options.pairs} is not allowed; allowed: a whole number above 0")
-        print(measure(named[0], compose(overrides, None), options.pairs, options.out, options.dry_run))
+        config = compose(overrides, None, options.config_dir)
+        print(measure(named[0], config, options.pairs, options.out, options.dry_run))
 
 
 def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bool = False) -> str:

@@ -11,6 +11,8 @@ from rlhf.errors import INTERRUPTED, KEYBOARD, Interrupted, RunError
 from rlhf.errors.explaining import one_sentence_errors
 from rlhf.finished.policies import ALLOWED, Policy, RunPolicy, open_policy, place_of
 
+CONFIG_DIR = "a folder with options of your own, such as judge/mine.yaml"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`rlhf-compare PLAYER PLAYER… [judge=…] [KEY=VALUE…] [--out FOLDER] [--dry-run]`."""
@@ -23,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="+", metavar="PLAYER | KEY=VALUE")
     parser.add_argument("--out", type=Path, help="a new folder (default: comparisons/<digest> among the outputs)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
+    parser.add_argument("--config-dir", type=Path, help=CONFIG_DIR)
     options = parser.parse_intermixed_args(arguments)  # options may stand among the words
     with leaving(parser.prog):
         # imported here so that a wrong option does not wait for torch
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         named, overrides = split_words(options.words)
         players = open_players(named)
         run = next((player.run for player in players.values() if isinstance(player, RunPolicy)), None)
-        comparison = Comparison(players, compose(overrides, run), options.out)
+        comparison = Comparison(players, compose(overrides, run, options.config_dir), options.out)
         print(comparison.plan() if options.dry_run else comparison.run())
 
 

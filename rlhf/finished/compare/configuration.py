@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import rlhf.sweep.resolvers  # noqa: F401  (registers the resolvers that `conf` uses)
-from rlhf import root
+from rlhf import import_from_here, root
 from rlhf.data.records import DataSource
 from rlhf.errors import ConfigError
 from rlhf.finished.run import FinishedRun
@@ -27,14 +27,19 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
-def compose(overrides: Sequence[str], run: FinishedRun | None) -> DictConfig:
+def compose(overrides: Sequence[str], run: FinishedRun | None, options: Path | None = None) -> DictConfig:
     """The configuration with the overrides, for a run in its own data, evaluation, generation and judge.
 
-    A group that the command line chooses itself (`judge=llm_pool`) replaces the run's.
+    A group that the command line chooses itself (`judge=llm_pool`) replaces the run's. `options` is a folder with
+    further options (`--config-dir`).
 
     Raises:
+        ConfigError: there is no such folder.
         HydraException, OmegaConfBaseException: an override is wrong (`rlhf.errors.explaining` says how).
     """
+    if options and not options.is_dir():
+        raise ConfigError(f"--config-dir={options}: there is no such folder")
+    import_from_here()
     chosen = {word.partition("=")[0] for word in overrides}
     with tempfile.TemporaryDirectory() as folder:
         own = []
@@ -47,8 +52,9 @@ def compose(overrides: Sequence[str], run: FinishedRun | None) -> DictConfig:
         if run and "output_dir" not in chosen:
             own.append(f'output_dir="{outputs_of(run)}"')
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
-            places = f"hydra.searchpath=[file://{root()},file://{folder}]"
-            return hydra.compose("config", [places, *own, *overrides])
+            places = [root(), folder, *([options.resolve()] if options else [])]
+            searchpath = ",".join(f'"file://{place}"' for place in places)
+            return hydra.compose("config", [f"hydra.searchpath=[{searchpath}]", *own, *overrides])
 
 
 def outputs_of(run: FinishedRun) -> Path:
