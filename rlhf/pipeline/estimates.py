@@ -1,6 +1,6 @@
 """Memory and time of every stage that a run would do, in words (`dry_run=true`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from rlhf.data.records import Split
@@ -10,7 +10,7 @@ from rlhf.models.memory import Work, stage_memory
 from rlhf.models.sizes import Sizes
 from rlhf.pipeline import fetching
 from rlhf.pipeline.plan import Plan
-from rlhf.pipeline.rows import rows_of
+from rlhf.pipeline.rows import Rows, rows_of
 from rlhf.pipeline.speed import Speed
 from rlhf.pipeline.timing import Texts, Times, count_texts
 from rlhf.policy_settings import METHODS
@@ -50,11 +50,7 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         return {"stages": described, "time": f"unknown: {error}"}
     try:
         texts = count_texts(plan.source, tokenizer, plan.settings.reward.group_prompts)
-        counts = {split: found.rows for split, found in texts.items()}
-        prompts = texts["preference"].prompts if "preference" in texts else 0
-        known = {"sft"} if plan.preferences_folder else {"sft", "reward"}  # comparisons to be made are not counted yet
-        for stage in stages.keys() & known:
-            rows = rows_of(plan.settings, plan.source, counts, stage, prompts)
+        for stage, rows in _rows(plan, texts, stages.keys()).items():
             described[stage] |= {"rows": str(rows)} if rows else {}
     except (ConfigError, DataError) as error:
         return {"stages": described, "time": f"none, as the run would end early: {error}"}
@@ -78,6 +74,14 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
             described[name]["time"] += f"; {in_words(most)} if every answer has {longest} tokens"
     device = "GPU" if parts[0][2].on_gpu else "CPU"
     return {"stages": described, "time": f"about {in_words(total)} on this {device}, {BASIS}"}
+
+
+def _rows(plan: Plan, texts: Mapping[Split, Texts], stages: Set[str]) -> dict[str, Rows | None]:
+    """The rows of each supervised stage; comparisons that are still to be made are not counted."""
+    counts = {split: found.rows for split, found in texts.items()}
+    prompts = texts["preference"].prompts if "preference" in texts else 0
+    known = {"sft"} if plan.preferences_folder else {"sft", "reward"}
+    return {stage: rows_of(plan.settings, plan.source, counts, stage, prompts) for stage in stages & known}
 
 
 def _pairs(plan: Plan, texts: Mapping[Split, Texts]) -> int:

@@ -72,15 +72,13 @@ class Farm:
         Args:
             seed: Selects the world and the rows; unrelated to the seeds of training.
             people: Number of people, 2 to 144. Each has eight attributes, which a model has to memorise.
-            fame: Exponent of the power law by which demonstrations are about people: the weight of the person at rank
-                k is 1 / k^`fame`. With 0 all are alike.
+            fame: Demonstrations are about the person at rank k with a weight of 1 / k^`fame`. With 0 all are alike.
             demonstrations: Number of rows of `sft`.
             comparisons: Number of rows of `preference`.
             responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is a row. With
                 more than 2, every second response is an edit of the one before.
             annotations: Number of annotators who compare each pair of `preference`, each of whom gives a row.
-            edit_annotations: Number of them who compare a response with the edit of it, if that is more. More than 1
-                needs `responses` above 2.
+            edit_annotations: Number who compare a response with the edit of it, if more; 1 if `responses` is 2.
             held_out_comparisons: Number of rows of `preference_validation`.
             prompts: Number of rows of `prompts`.
             eval_prompts: Number of rows of `eval`, all of them different.
