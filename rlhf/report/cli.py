@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from rlhf.errors import MISTAKE, FigureError, NoRunsError
+from rlhf.files import write_json
 from rlhf.report import page
 from rlhf.report.column_differences import column_differences
 from rlhf.report.column_table import column_table
@@ -26,7 +27,9 @@ from rlhf.report.runs import Sweep, load
 from rlhf.report.tables import Table
 from rlhf.report.tuning import tuning_table
 from rlhf.report.variance_table import variance_table
-from rlhf.tracking.reading import printable
+from rlhf.tracking.reading import printable, try_object
+
+MADE = ".made.json"  # in a report's folder: the files of its tables and figures
 
 
 class Headed(NamedTuple):
@@ -132,7 +135,17 @@ def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> 
     sentences = [*told, *evaluation_shown(sweep.finished)]
     path = out / "report.html"
     path.write_text(page.render(sweep, sentences, list(tables.values()), figures, out / "figures"), encoding="utf-8")
+    # 4. What only an earlier report had must not lie beside it: it would be taken for a part of this one.
+    drawn = [f"figures/{figure['name']}.{suffix}" for figure in figures for suffix in ("png", "svg", "csv")]
+    _remove_stale(out, [*(f"{name}.{suffix}" for name in tables for suffix in ("md", "csv", "tex")), *drawn])
     return Made(path, {name: table for name, (_, table) in tables.items()}, sentences)
+
+
+def _remove_stale(out: Path, made: list[str]) -> None:
+    """Remove tables and figures that an earlier report has made in `out` and this one has not; note its own files."""
+    for name in set(try_object(out / MADE)[0].get("files", [])) - set(made):
+        (out / name).unlink(missing_ok=True)
+    write_json(out / MADE, {"files": made})
 
 
 def _differences(sweep: Sweep, compared: Sequence[Comparison]) -> dict[str, Headed]:

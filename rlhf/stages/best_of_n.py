@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.distributed import collectives
-from rlhf.files import ANSWERS, read_lines, write_lines
+from rlhf.errors import DamagedError
+from rlhf.files import ANSWERS, read_lines, tidy, write_lines
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences
 from rlhf.policy_settings import BestOfNSettings
@@ -109,7 +110,11 @@ class BestOfN(SupervisedPolicy):
     # -- the answers of a round ----------------------------------------------------------------------------------------
 
     def answers(self, number: int) -> list[BestAnswer]:
-        """The best answers of round `number`, counted from 0: read if they are there, else sampled and written."""
+        """The best answers of round `number`, counted from 0: read if they are there, else sampled and written.
+
+        Raises:
+            DamagedError: they are there, but not all.
+        """
         if self._answers[0] != number:
             path = self.folder / f"round-{number + 1:03d}.jsonl"
             if not collectives.on_rank_zero(path.exists):
@@ -117,7 +122,7 @@ class BestOfN(SupervisedPolicy):
                 with self.timed("generate"):
                     found = self._sampled(number)
                 collectives.on_rank_zero(lambda: _keep(path, found))
-            self._answers = number, [BestAnswer(**row) for row in read_lines(path)]
+            self._answers = number, _read(path, self.own.prompts_per_round)
         return self._answers[1]
 
     def _sampled(self, number: int) -> list[BestAnswer]:
@@ -174,6 +179,16 @@ class ExpertIteration(BestOfN):
         return config.expert_iteration
 
 
+def _read(path: Path, count: int) -> list[BestAnswer]:
+    rows = read_lines(path)
+    if len(rows) != count:  # they cannot be sampled again, as the policy has learnt since
+        raise DamagedError(
+            f"{path} is damaged: it holds {len(rows)} of {count} answers; allowed: resume=never, which starts over"
+        )
+    return [BestAnswer(**row) for row in rows]
+
+
 def _keep(path: Path, answers: Sequence[BestAnswer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    tidy(path.parent)  # half a file of a process that was killed
     write_lines(path, map(asdict, answers))

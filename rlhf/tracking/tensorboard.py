@@ -16,7 +16,7 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log the metrics of a step, and wait until they are in the file: a kill must not lose the last minutes."""
-        super().log_metrics(metrics, step)  # type: ignore[arg-type]
+        super().log_metrics(metrics, step)
         self.experiment.flush()
 
     @rank_zero_only

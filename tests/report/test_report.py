@@ -171,7 +171,7 @@ def test_a_report_has_all_its_files(report: Path) -> None:
     names = (*compared, "distance", "distance_differences", "table", "variance")
     tables = [f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")]
     files = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
-    assert files == sorted([*figures, *tables, "report.html"])
+    assert files == sorted([*figures, *tables, "report.html", ".made.json"])
     assert "| LoRA, KL | 3 |" in (report / "table.md").read_text()
     assert "Each row minus “LoRA, KL”" in (report / "differences.md").read_text()
     assert "Each row minus “SFT”" in (report / "gains.md").read_text()

@@ -1,6 +1,7 @@
 """No row mixes runs that were measured on other data or by another server, and every mean says what it lacks."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from rlhf.files import OUTCOMES, SUMMARY, read_lines, read_object, write_json
 from rlhf.report.checks import warnings
+from rlhf.report.cli import make_report
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
 from tests.helpers.made_up_sweeps import write_lines, write_sweep
@@ -92,3 +94,20 @@ def test_a_run_continued_by_another_commit_is_named(folder: Path) -> None:
     (told,) = said(load([folder]), "continued by another")
     assert told == "1 run begun by one commit and continued by another: “variant=lora_kl, seed=2”."
     assert said(load([folder]), "different commits")
+
+
+def test_no_table_or_figure_of_an_earlier_report_lies_beside_the_present_one(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", {"baseline": "variant=lora_kl"}, variants=["lora_kl", "lora_none"])
+    report = make_report([folder]).parent
+    (report / "mine.csv").write_text("kept\n")
+    old = {path.name for path in report.rglob("*.csv")}
+    for run in folder.glob("*variant-lora_none*"):
+        shutil.rmtree(run)
+    assert make_report([folder]).parent == report
+    gone = old - {path.name for path in report.rglob("*.csv")}
+    assert {"differences.csv"} <= gone
+    assert "mine.csv" not in gone
+    assert not (report / "differences.md").exists()
+    assert {path.stem for path in (report / "figures").iterdir()} == {
+        path.stem for path in (report / "figures").glob("*.svg")
+    }

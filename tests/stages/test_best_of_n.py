@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rlhf.data.records import Prompt
+from rlhf.errors import DamagedError
 from rlhf.files import read_lines
 from rlhf.models.assembly import policy_roles
 from rlhf.pipeline.train_policy import train_policy
@@ -118,9 +119,11 @@ def test_a_resumed_run_ends_with_the_same_bits(
         with pytest.raises(PowerCutError):
             train(stage, tmp_path / "broken")
     assert not (tmp_path / "broken" / "answers" / "round-002.jsonl").exists()
+    (tmp_path / "broken" / "answers" / ".round-002.jsonl.123").touch()  # of a process that was killed while it wrote
     train(resumed := best_of_n_stage(folders, tmp_path / "broken", rounds=2), tmp_path / "broken")
     for name, weight in copy_weights(resumed.roles).items():
         assert torch.equal(weight, copy_weights(straight.roles)[name]), name
+    assert {path.name for path in (tmp_path / "broken" / "answers").iterdir()} == {"round-001.jsonl", "round-002.jsonl"}
     for number in (1, 2):
         name = f"answers/round-00{number}.jsonl"
         assert (tmp_path / "straight" / name).read_text() == (tmp_path / "broken" / name).read_text()
@@ -129,3 +132,12 @@ def test_a_resumed_run_ends_with_the_same_bits(
         for name in ("straight", "broken")
     ]
     assert json.dumps(lines[0]) == json.dumps(lines[1])
+
+
+def test_answers_that_are_not_whole_are_not_learnt(folders: SimpleNamespace, tmp_path: Path) -> None:
+    train(best_of_n_stage(folders, tmp_path), tmp_path)
+    path = tmp_path / "answers" / "round-001.jsonl"
+    count = len(read_lines(path))
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(DamagedError, match=f"holds {count - 1} of {count} answers; allowed: resume=never"):
+        best_of_n_stage(folders, tmp_path).answers(0)
