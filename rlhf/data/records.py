@@ -4,6 +4,7 @@ A data set yields rows whose columns are the fields of its split's record. Stage
 `as_records`.
 """
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -220,7 +221,13 @@ def as_records(rows: Dataset, split: Split) -> list:
     kinds = {"chosen_ended": SampledComparison, "margin": ScoredComparison}
     record = next((kind for column, kind in kinds.items() if column in rows.column_names), RECORDS[split])
     names = [field.name for field in fields(record) if field.name in rows.column_names]
-    return [record(**row) for row in rows.select_columns(names)]
+    columns = [rows[name][:] for name in names]  # whole columns: row by row a data set takes ten times as long
+    return [record(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+
+
+def count_prompts(rows: Dataset) -> int:
+    """The number of prompts, where consecutive rows with the same one count once, as for `reward.group_prompts`."""
+    return sum(1 for _ in itertools.groupby(rows["prompt"][:]))
 
 
 def first_records(rows: Dataset, split: Split, count: int) -> list:

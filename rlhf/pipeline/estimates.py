@@ -49,10 +49,12 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
     except ModelError as error:
         return {"stages": described, "time": f"unknown: {error}"}
     try:
-        texts = count_texts(plan.source, tokenizer)
+        texts = count_texts(plan.source, tokenizer, plan.settings.reward.group_prompts)
         counts = {split: found.rows for split, found in texts.items()}
-        for stage in stages.keys() & {"sft", "reward"}:
-            rows = rows_of(plan.settings, plan.source, counts, stage)
+        prompts = texts["preference"].prompts if "preference" in texts else 0
+        known = {"sft"} if plan.preferences_folder else {"sft", "reward"}  # comparisons to be made are not counted yet
+        for stage in stages.keys() & known:
+            rows = rows_of(plan.settings, plan.source, counts, stage, prompts)
             described[stage] |= {"rows": str(rows)} if rows else {}
     except (ConfigError, DataError) as error:
         return {"stages": described, "time": f"none, as the run would end early: {error}"}

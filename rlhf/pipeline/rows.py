@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 
-from rlhf.data.records import DataSource, Split, held_out_rows, skipped_rows
+from rlhf.data.records import DataSource, Split, count_prompts, held_out_rows, skipped_rows
 from rlhf.errors import ConfigError
 from rlhf.pipeline import cache, fetching
 from rlhf.pipeline.builders import steps_of
@@ -26,7 +26,8 @@ STAGES: tuple[tuple[str, Split, Split], ...] = (
 class Rows:
     """How many rows of a split a supervised stage trains on and holds out, how many were skipped, and its steps.
 
-    `steps` is None if texts are joined, since their number is not known before.
+    `steps` is None if texts are joined, since their number is not known before. `unit` is what a batch counts: rows,
+    or the prompts of comparisons.
     """
 
     train: int
@@ -34,15 +35,21 @@ class Rows:
     skipped: int
     batch_size: int
     steps: int | None
+    unit: str = "rows"
 
     def __str__(self) -> str:
-        steps = "" if self.steps is None else f" ({self.steps} steps of {self.batch_size})"
+        of = f"{self.batch_size} prompts" if self.unit == "prompts" else str(self.batch_size)
+        steps = "" if self.steps is None else f" ({self.steps} steps of {of})"
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return f"{self.train} rows to train on{steps}, {self.held_out} held out{skipped}"
 
 
-def rows_of(settings: Settings, source: DataSource, counts: Mapping[Split, int], stage: str) -> Rows | None:
+def rows_of(
+    settings: Settings, source: DataSource, counts: Mapping[Split, int], stage: str, prompts: int = 0
+) -> Rows | None:
     """The rows of a stage, from the number of rows of each split; None if it reads none of them.
+
+    `prompts` is the number of prompts of the comparisons, which `reward.group_prompts` trains on together.
 
     Raises:
         DataError: none are left to train on.
@@ -57,14 +64,15 @@ def rows_of(settings: Settings, source: DataSource, counts: Mapping[Split, int],
     else:
         held_out = held_out_rows(counts[split], split, validation, own.validation_size)
         train = counts[split] - held_out
-    steps = None if getattr(own, "packing", False) == JOINED else steps_of(own, train)
+    units, unit = (prompts, "prompts") if getattr(own, "group_prompts", False) else (train, "rows")
+    steps = None if getattr(own, "packing", False) == JOINED else steps_of(own, units)
     if steps is not None and own.warmup_steps > steps:
         batches = f"{stage}.epochs={own.epochs:g}, {stage}.batch_size={own.batch_size}"
         raise ConfigError(
-            f"{stage}.warmup_steps={own.warmup_steps} is longer than the training: {train} rows make {steps} "
+            f"{stage}.warmup_steps={own.warmup_steps} is longer than the training: {units} {unit} make {steps} "
             f"step{'s' * (steps != 1)} ({batches}); allowed: at most {steps}, more epochs, or smaller batches"
         )
-    return Rows(train, held_out, sum(skipped_rows(source, split).values()), own.batch_size, steps)
+    return Rows(train, held_out, sum(skipped_rows(source, split).values()), own.batch_size, steps, unit)
 
 
 def read_rows(plan: Plan) -> None:
@@ -91,13 +99,18 @@ def check_rows(plan: Plan) -> None:
 def _count_rows(plan: Plan) -> dict[str, Rows]:
     """Read every split that the run will need; returns the rows of the supervised stages whose models are missing."""
     trained = {product for product, folder in plan.needed().items() if not cache.known(folder)} - set(plan.taken)
-    counts = {split: len(plan.source.load(split)) for split in _needed(plan, trained)}
+    rows_by_split = {split: plan.source.load(split) for split in _needed(plan, trained)}
+    counts = {split: len(rows) for split, rows in rows_by_split.items()}
+    grouped = plan.settings.reward.group_prompts and "preference" in rows_by_split
+    prompts = count_prompts(rows_by_split["preference"]) if grouped else 0
     for key in ("scorer.function", "evaluation.gold.function"):
         function = OmegaConf.select(plan.config, key)
         if function and plan.stage in (*METHODS, "evaluate"):
             try_scorer(key, function, plan.source)
     named = (("sft", "SFT"), ("reward", "reward model"))
-    found = {name: rows_of(plan.settings, plan.source, counts, stage) for stage, name in named if stage in trained}
+    found = {
+        name: rows_of(plan.settings, plan.source, counts, stage, prompts) for stage, name in named if stage in trained
+    }
     return {name: rows for name, rows in found.items() if rows}
 
 

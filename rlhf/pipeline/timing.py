@@ -1,11 +1,11 @@
 """Estimate how long every stage of a run takes, from timed passes of its model (`rlhf.pipeline.speed`) and its data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from rlhf.data.records import SPLITS, DataSource, Split, held_out_rows
+from rlhf.data.records import SPLITS, DataSource, Split, count_prompts, held_out_rows
 from rlhf.models.memory import Work
 from rlhf.models.roles import MOVING_REFERENCE
 from rlhf.models.tokenizing import encode, encode_texts
@@ -19,11 +19,16 @@ SAMPLE = 200  # rows of a split whose tokens are counted
 
 @dataclass(frozen=True)
 class Texts:
-    """How many rows a split has, and the mean tokens of a prompt and of a response (0 where it has none)."""
+    """How many rows a split has, and the mean tokens of a prompt and of a response (0 where it has none).
+
+    Of comparisons also `prompts`, as `reward.group_prompts` counts them, and `distinct`, the number of different texts.
+    """
 
     rows: int
     prompt: float
     response: float
+    prompts: int = 0
+    distinct: int = 0
 
     @property
     def length(self) -> float:
@@ -31,8 +36,8 @@ class Texts:
         return self.prompt + self.response
 
 
-def count_texts(source: DataSource, tokenizer: Any) -> dict[Split, Texts]:
-    """Count the rows of each split, and the tokens of its first ones."""
+def count_texts(source: DataSource, tokenizer: Any, grouped: bool = False) -> dict[Split, Texts]:
+    """Count the rows of each split, the tokens of its first ones, and if asked for the prompts of comparisons."""
     found: dict[Split, Texts] = {}
     for split in [name for name in SPLITS if name in source.splits]:
         rows = source.load(split)
@@ -43,6 +48,9 @@ def count_texts(source: DataSource, tokenizer: Any) -> dict[Split, Texts]:
         prompts = [len(ids) for ids in encode(tokenizer, list(sample["prompt"]))]
         responses = [len(ids) + 1 for ids in encode_texts(tokenizer, answers)] or [0]  # and EOS
         found[split] = Texts(len(rows), fmean(prompts), fmean(responses))
+        if split == "preference" and grouped:
+            sides = ({*zip(rows["prompt"][:], rows[side][:], strict=True)} for side in ("chosen", "rejected"))
+            found[split] = replace(found[split], prompts=count_prompts(rows), distinct=len(set.union(*sides)))
     return found
 
 
@@ -74,12 +82,15 @@ class Times:
         return self._supervised(sft, rows, length, words=True)
 
     def reward(self) -> float:
-        """Both texts of every comparison."""
+        """Both texts of every comparison, or every text of a prompt once."""
         reward = self.settings.reward
         split: Split = "preference" if "preference" in self.texts else "sft"  # of simulated ones it is not known
         texts = self.texts[split]
         rows = self.pairs or self._training_rows(split, "preference_validation", reward.validation_size)
-        return 2 * self._supervised(reward, rows, min(texts.length, reward.max_length), words=reward.lm_coef > 0)
+        units, each = (
+            (rows, 2.0) if self.pairs or not texts.prompts else (texts.prompts, texts.distinct / texts.prompts)
+        )
+        return self._supervised(reward, units, min(texts.length, reward.max_length), reward.lm_coef > 0, each)
 
     def preferences(self) -> float:
         """Two answers to each prompt."""
@@ -166,14 +177,17 @@ class Times:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _supervised(self, own: SFTSettings | RewardSettings, rows: int, length: float, words: bool) -> float:
-        """Training on texts and measuring held-out ones, before and after."""
-        tokens = steps_of(own, rows) * own.batch_size * length
+    def _supervised(
+        self, own: SFTSettings | RewardSettings, units: int, length: float, words: bool, each: float = 1
+    ) -> float:
+        """Training on units of so many texts each, and measuring held-out rows, before and after."""
+        tokens = steps_of(own, units) * own.batch_size * each * length
+        held_out = own.validation_size * length * (2 if isinstance(own, RewardSettings) else 1)
         learn, read = (
             self.speed.per_token(own.lora, own.microbatch_tokens, max(round(length), 2), learning, words)
             for learning in (True, False)
         )
-        return tokens * learn + 2 * own.validation_size * length * read
+        return tokens * learn + 2 * held_out * read
 
     def _pass(self, lora: LoraSettings, length: int, learn: bool, words: bool = True) -> float:
         return self.speed.per_token(lora, self.settings.ppo.microbatch_tokens, max(length, 2), learn, words)

@@ -95,10 +95,25 @@ def test_several_annotators_compare_a_response_with_its_edit():
     assert any(labels[a, b] and labels[b, a] for a, b in map(tuple, often))  # annotators disagree
 
 
+def test_several_annotators_compare_every_pair():
+    once = Farm(comparisons=50).load("preference").to_list()
+    rows = Farm(comparisons=3 * 50, annotations=3).load("preference").to_list()
+    assert {row["prompt"] for row in rows} <= {row["prompt"] for row in once}  # fewer prompts, if any, for as many rows
+    for start in range(0, len(rows), 3):
+        assert len({frozenset((row["chosen"], row["rejected"])) for row in rows[start : start + 3]}) == 1
+    assert len({(row["chosen"], row["rejected"]) for row in rows}) > 50  # annotators disagree
+    grouped = Farm(responses=8, comparisons=20 * 72, annotations=2, edit_annotations=6).load("preference").to_list()
+    whole = [row for row in grouped if row["prompt"] != grouped[-1]["prompt"]]  # the last prompt's rows may be cut off
+    counts = Counter(frozenset((row["chosen"], row["rejected"])) for row in whole)
+    assert set(counts.values()) == {2, 6}
+
+
 @pytest.mark.parametrize(("responses", "annotations"), [(2, 2), (8, 0)])
 def test_annotations_that_cannot_be_are_refused(responses: int, annotations: int):
     with pytest.raises(ValueError, match=f"edit_annotations={annotations} with responses={responses}.*; allowed: 1"):
         Farm(responses=responses, edit_annotations=annotations)
+    with pytest.raises(ValueError, match=r"^annotations=0 is not allowed; allowed: a number above 0"):
+        Farm(annotations=0)
 
 
 def test_the_kind_of_a_comparison_says_how_its_responses_differ():

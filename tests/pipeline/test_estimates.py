@@ -9,11 +9,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from rlhf.data.farm import Farm
 from rlhf.models.memory import Work
 from rlhf.pipeline import fetching
 from rlhf.pipeline.estimates import in_words
 from rlhf.pipeline.speed import Speed
-from rlhf.pipeline.timing import Texts, Times
+from rlhf.pipeline.timing import Texts, Times, count_texts
 from tests.helpers.command_line import TINY, error_sentence
 from tests.helpers.composed_config import composed, composed_settings
 from tests.helpers.memory_estimates import sizes_of
@@ -48,6 +49,21 @@ def test_times_of_supervised_stages_by_hand() -> None:
     assert seconds("sft", *joined, "sft.validation_size=200") == 2 * 400 * 60 * 3 + 2 * 200 * 60
     reward = ("reward.epochs=1", "reward.batch_size=10", "reward.validation_size=100")
     assert seconds("reward", *reward) == 2 * (500 * 30 * 3 + 2 * 100 * 30)  # two texts to a comparison
+
+
+def test_texts_that_are_compared_together_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 600 comparisons of 100 prompts with 4 texts each
+    monkeypatch.setitem(LENGTHS, "preference", Texts(600, 10, 20, prompts=100, distinct=400))
+    reward = ("reward=grouped", "reward.epochs=2", "reward.batch_size=5", "reward.validation_size=100")
+    monkeypatch.setitem(LENGTHS, "preference_validation", Texts(100, 10, 20))
+    assert seconds("reward", *reward) == 2 * 400 * 30 * 3 + 2 * 100 * 2 * 30
+
+
+def test_prompts_and_texts_are_counted_where_they_are_compared_together() -> None:
+    source = Farm(responses=4, comparisons=60)
+    counted = count_texts(source, source.tokenizer(), grouped=True)["preference"]
+    assert (counted.rows, counted.prompts, counted.distinct) == (60, 10, 40)
+    assert count_texts(source, source.tokenizer())["preference"].prompts == 0
 
 
 def test_times_of_ppo_by_hand() -> None:

@@ -111,7 +111,7 @@ def test_the_farm_says_which_keys_concern_which_splits() -> None:
     small = {"demonstrations": 6, "comparisons": 6, "prompts": 6, "eval_prompts": 6, "responses": 4}
     changed = {"demonstrations": 7, "comparisons": 7, "prompts": 7, "eval_prompts": 7,
                "label_noise": 0.9, "max_response_tokens": 3, "fame": 1.5, "responses": 3,
-               "edit_annotations": 2, "held_out_comparisons": 7}  # fmt: skip
+               "annotations": 2, "edit_annotations": 2, "held_out_comparisons": 7}  # fmt: skip
     assert Farm.concerns.keys() == changed.keys()
     before = {split: Farm(**small).load(split).to_list() for split in Farm.splits}
     for key, value in changed.items():

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import held_out_rows
+from rlhf.data.farm import Farm
+from rlhf.data.records import count_prompts, held_out_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.pipeline.rows import rows_of
 from tests.helpers.command_line import TINY, error_sentence
@@ -50,6 +51,17 @@ def test_rows_and_steps_by_hand(tmp_path: Path) -> None:
     long = composed_settings("sft.epochs=2", "sft.batch_size=100", "sft.warmup_steps=9")
     with pytest.raises(ConfigError, match=r"^sft\.warmup_steps=9 is longer than the training: 400 rows make 8 steps"):
         rows_of(long, source, counts, "sft")  # type: ignore[arg-type]
+
+
+def test_steps_count_the_prompts_whose_comparisons_are_trained_on_together() -> None:
+    source = Farm(responses=4, comparisons=60)  # six pairs of the answers to each of ten prompts
+    counts = {split: len(source.load(split)) for split in ("preference", "preference_validation")}
+    grouped = composed_settings("reward=grouped", "reward.epochs=2", "reward.batch_size=4", "reward.warmup_steps=5")
+    rows = rows_of(grouped, source, counts, "reward", count_prompts(source.load("preference")))
+    assert str(rows) == "60 rows to train on (5 steps of 4 prompts), 500 held out"
+    long = composed_settings("reward=grouped", "reward.epochs=2", "reward.batch_size=4", "reward.warmup_steps=6")
+    with pytest.raises(ConfigError, match="longer than the training: 10 prompts make 5 steps"):
+        rows_of(long, source, counts, "reward", count_prompts(source.load("preference")))
 
 
 def test_no_model_is_trained_if_a_later_stage_cannot_read_its_rows(command: Callable, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class Farm:
         "demonstrations": ("sft",),
         "comparisons": ("preference",),
         "responses": ("preference",),
+        "annotations": ("preference",),
         "edit_annotations": ("preference",),
         "held_out_comparisons": ("preference_validation",),
         "label_noise": ("preference",),
@@ -58,6 +59,7 @@ class Farm:
         demonstrations: int = 16000,
         comparisons: int = 8000,
         responses: int = 2,
+        annotations: int = 1,
         edit_annotations: int = 1,
         held_out_comparisons: int = 500,
         prompts: int = 2000,
@@ -76,8 +78,9 @@ class Farm:
             comparisons: Number of rows of `preference`.
             responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is a row. With
                 more than 2, every second response is an edit of the one before.
-            edit_annotations: Number of annotators who compare a response with the edit of it, each of whom gives a row.
-                Other pairs have one. More than 1 needs `responses` above 2.
+            annotations: Number of annotators who compare each pair of `preference`, each of whom gives a row.
+            edit_annotations: Number of them who compare a response with the edit of it, if that is more. More than 1
+                needs `responses` above 2.
             held_out_comparisons: Number of rows of `preference_validation`.
             prompts: Number of rows of `prompts`.
             eval_prompts: Number of rows of `eval`, all of them different.
@@ -86,13 +89,13 @@ class Farm:
             max_response_tokens: Length to which the responses of comparisons are truncated, in tokens.
 
         Raises:
-            ValueError: `people`, `fame`, `responses` or `edit_annotations` is out of range.
+            ValueError: `people`, `fame`, `responses`, `annotations` or `edit_annotations` is out of range.
         """
-        _check(responses, edit_annotations)
+        _check(responses, annotations, edit_annotations)
         self.seed = seed
         self.world = World(seed, people)
         self.tasks = Tasks(self.world, seed, fame)
-        self.responses, self.edit_annotations = responses, edit_annotations
+        self.responses, self.annotations, self.edit_annotations = responses, annotations, edit_annotations
         self.label_noise, self.max_response_tokens = label_noise, max_response_tokens
         self.sizes: dict[Split, int] = {
             "sft": demonstrations, "sft_validation": 400, "preference": comparisons,
@@ -147,15 +150,15 @@ class Farm:
                 yield task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction
 
     def _comparisons(self, task: Task, rng: Random) -> Iterator[tuple[str, ...]]:
-        """Every pair of some responses to a task, in random order, each labelled with noise."""
+        """Every pair of some responses to a task, for each of its annotators, in random order, with noisy labels."""
         edits: list[tuple[int, int]] = []
         if self.responses == 2:
             texts = list(write_pair(self.world, task, self.max_response_tokens, rng)[:2])
         else:
             texts, edits = write_responses(self.world, task, self.responses, self.max_response_tokens, rng)
         answers = [(text, analyze(self.world, task, text)) for text in texts]
-        pairs = list(itertools.combinations(answers, 2))
-        for _ in range(self.edit_annotations - 1):
+        pairs = list(itertools.combinations(answers, 2)) * self.annotations
+        for _ in range(self.edit_annotations - self.annotations):
             pairs += [(answers[response], answers[edit]) for response, edit in edits]
         rng.shuffle(pairs)
         for (first, ours), (second, theirs) in pairs:
@@ -183,7 +186,7 @@ class Farm:
             return rng, self.tasks.sample_distinct(split, rng, size)
         part = "validation" if split.endswith("validation") else "train"
         if split == "preference":  # the fewest rows of a task: an edit may be the same text as another response
-            size = math.ceil(size / math.comb(self.responses, 2))
+            size = math.ceil(size / math.comb(self.responses, 2) / self.annotations)
         return rng, self.tasks.sample(part, rng, size, by_fame=split in ("sft", "sft_validation"))
 
     def _task(self, prompt: str) -> Task:
@@ -243,10 +246,12 @@ class Farm:
         return word_tokenizer(texts)
 
 
-def _check(responses: int, edit_annotations: int) -> None:
+def _check(responses: int, annotations: int, edit_annotations: int) -> None:
     """Raise `ValueError` unless so many responses can be compared by so many annotators."""
     if not 2 <= responses <= 16:
         raise ValueError(f"responses={responses} is not allowed; allowed: 2 to 16")
+    if annotations < 1:
+        raise ValueError(f"annotations={annotations} is not allowed; allowed: a number above 0")
     if edit_annotations < 1 or (edit_annotations > 1 and responses == 2):
         raise ValueError(
             f"edit_annotations={edit_annotations} with responses={responses} is not allowed; allowed: 1, or more if"
