@@ -61,13 +61,17 @@ def test_the_tutorial_ends_in_a_report_and_in_policies_to_use(
     (code,) = [text for kind, text in BLOCKS if kind == "python" and "rlhf.results" in text]
     exec(code, {"rlhf": rlhf})
     assert len(rlhf.results("outputs/brevity").runs) == 2
-    # 2. The finished policies, under the names that the page's own runs have.
+    # 2. The finished policies, by another judge; then under the names that the page's own runs have.
+    assert run_in_process(*evaluated[1:], *SMALL, *few) == 0
+    assert "win rate" in Path("outputs/judged/report/table.md").read_text()
+    assert "win rate" not in Path("outputs/brevity/report/table.md").read_text()
     for divergence in ("none", "capped_kl"):
         (folder,) = Path("outputs/brevity").glob(f"*divergence-{divergence}_*")
         folder.rename(f"outputs/brevity/divergence-{divergence}_replicate-1")
-    assert run_in_process(*evaluated[1:]) == 0
     (path,) = Path("outputs/brevity/divergence-none_replicate-1").glob(f"evaluations/*/{SUMMARY}")
     assert "eval/win_rate" in read_json(path)["metrics"]
+    one = ["stage=evaluate", "policy=outputs/brevity/divergence-none_replicate-1", "judge=more_words"]
+    assert run_in_process("--config-dir", "mine/conf", *one) == 0
     assert "  rlhf-report outputs/brevity/divergence-none_replicate-1" in capsys.readouterr().out.splitlines()
     assert called(compare.main, compared[1:]) == 0
     assert len(list(Path("outputs/comparisons").glob("*/comparison.md"))) == 1

@@ -29,7 +29,7 @@ ROWS = {
 }
 
 
-TITLES = {"ppo": "PPO", "dpo": "DPO", "sft": "SFT", "reward": "reward model"}
+TITLES = {"ppo": "PPO", "dpo": "DPO", "sft": "SFT", "reward": "reward model", "evaluate": "measured"}
 
 
 def show_plan(description: dict[str, Any], overrides: list[str], sweeping: bool) -> dict[str, Any] | None:
@@ -82,13 +82,12 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     if plateau := summary.get("plateau"):
         console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")
     # 2. Where it is, and what can be done with it: lines to copy, which no wrapping breaks.
-    place = _from_here(folder)
+    place = run = _from_here(folder)
     if summary["stage"] == "evaluate" and (measured := summary.get("same_as")):
         # the results lie beside the run that was measured, whose report shows them
         place = _from_here((folder / measured).resolve())
-        console.print(str(place), soft_wrap=True, highlight=False, markup=False)
-        place = place.parent.parent
-    for line in (str(place), *next_commands(summary["stage"], place)):
+        run = place.parent.parent
+    for line in (str(place), *next_commands(summary["stage"], run)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
