@@ -22,7 +22,8 @@ COMMANDS = [
 # LLaMA-7B and Alpaca's data are larger than a test
 INSTEAD = {"recipe=paper": "model.max_prompt_tokens=64", "data=alpaca_farm": "data=farm",
            "model=llama_7b": "model=custom model.name_or_path=huggyllama/llama-7b"}  # fmt: skip
-SMALL_DATA = ["data.demonstrations=200", "data.comparisons=120", "data.people=12"]
+SMALL_DATA = ["data.demonstrations=200", "data.comparisons=120", "data.people=12", "data.eval_prompts=8",
+              "sft.warmup_steps=1", "reward.warmup_steps=1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
