@@ -55,7 +55,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_a_command_of_the_page_is_understood(command: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert run_in_process(*command) == 0
+    few = [f"{stage}.{size}" for stage in ("sft", "reward") for size in ("validation_size=5", "batch_size=4")]
+    assert run_in_process(*command, "debug=quick", *few) == 0
     assert "done: false" in capsys.readouterr().out
 
 
