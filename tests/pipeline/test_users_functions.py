@@ -110,3 +110,12 @@ def test_a_reward_that_fails_is_found_before_anything_is_trained(command: Callab
     assert code == 2, out + err
     assert said in error_sentence(err)
     assert not list(Path("outputs").glob("cache/*sft*"))
+
+
+def test_a_bug_of_ours_ends_in_its_traceback(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("rlhf.pipeline.checks.check", broken)
+    with pytest.raises(ZeroDivisionError):
+        command(*TINY, "dry_run=true")
