@@ -105,6 +105,7 @@ def attempt(config: DictConfig, folder: Path, sweeping: bool) -> Result:
         if sweeping:  # a dry run names the first run that would be refused
             print(f"refused  {' '.join(_overrides())}")
         exit_with_sentence("rlhf", error)  # here, or Hydra would add its own account of the error
+        raise
 
 
 def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> Result:

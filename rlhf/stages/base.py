@@ -17,7 +17,6 @@ from rlhf.distributed import collectives, lockstep
 from rlhf.errors import ConfigError
 from rlhf.guards import Guards
 from rlhf.models.roles import Roles
-from rlhf.models.sequences import Sequences
 from rlhf.policy_settings import OptimizerSettings
 
 
@@ -136,7 +135,7 @@ class Stage(lightning.LightningModule):
             self.settings.schedule
         ]
 
-    def microbatches(self, batch: Sequences) -> list[Tensor]:
+    def microbatches(self, batch: Any) -> list[Tensor]:
         """Row indices of `batch` in groups of at most `microbatch_tokens` tokens, with padding where there is any."""
         groups = self.roles.groups(batch.lengths.tolist(), self.settings.microbatch_tokens)
         return [torch.tensor(group) for group in groups]

@@ -71,7 +71,8 @@ class Comparisons:
             for group in groups for pair in group.pairs for prompt, response in pair
         ]  # fmt: skip
         votes = [float(count) for group in groups for count in group.votes]
-        texts = Sequences.from_lists(*zip(*places, strict=True))
+        prompts, responses = zip(*places, strict=True)
+        texts = Sequences.from_lists(prompts, responses)
         return cls(texts, torch.tensor(sides).view(-1, 2), torch.tensor(votes))
 
     def __len__(self) -> int:

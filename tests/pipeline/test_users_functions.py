@@ -110,3 +110,9 @@ def test_a_reward_that_fails_is_found_before_anything_is_trained(command: Callab
     assert code == 2, out + err
     assert said in error_sentence(err)
     assert not list(Path("outputs").glob("cache/*sft*"))
+
+
+def test_a_bug_of_ours_ends_in_its_traceback(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.pipeline.checks.check", len)  # which takes other arguments
+    with pytest.raises(TypeError):
+        command(*TINY, "dry_run=true")

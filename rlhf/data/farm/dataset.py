@@ -10,7 +10,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data.farm import judge
-from rlhf.data.farm.judge import GOLD, Facts, analyze, count_facts, prefers_first
+from rlhf.data.farm.judge import (
+    GOLD,
+    Facts,
+    analyze,
+    count_facts,
+    is_preferred,
+    perceived_utility,
+    prefers_first,
+    settled_utility,
+)
 from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
 from rlhf.data.farm.world import World
@@ -157,14 +166,22 @@ class Farm:
             texts = list(write_pair(self.world, task, self.max_response_tokens, rng)[:2])
         else:
             texts, edits = write_responses(self.world, task, self.responses, self.max_response_tokens, rng)
-        answers = [(text, analyze(self.world, task, text)) for text in texts]
-        pairs = list(itertools.combinations(answers, 2)) * self.annotations
+        analyses = [analyze(self.world, task, text) for text in texts]
+        settled = [settled_utility(task, analysis) for analysis in analyses]
+
+        def perceived(place: int) -> float:
+            known = settled[place]
+            return perceived_utility(task, analyses[place], rng) if known is None else known
+
+        pairs = list(itertools.combinations(range(len(texts)), 2)) * self.annotations
         for _ in range(self.edit_annotations - self.annotations):
-            pairs += [(answers[response], answers[edit]) for response, edit in edits]
+            pairs += edits
         rng.shuffle(pairs)
-        for (first, ours), (second, theirs) in pairs:
-            first_is_chosen = prefers_first(task, ours, theirs, rng) != (rng.random() < self.label_noise)
-            yield task.prompt, *((first, second) if first_is_chosen else (second, first))
+        for pair in pairs:
+            first_is_chosen = is_preferred(perceived(pair[0]), perceived(pair[1]), rng)
+            first_is_chosen ^= rng.random() < self.label_noise
+            chosen, rejected = pair if first_is_chosen else pair[::-1]
+            yield task.prompt, texts[chosen], texts[rejected]
 
     def _held_out(self, task: Task, rng: Random) -> tuple[str, str, str, str]:
         """One comparison for validation: prompt, chosen, rejected and kind. Its label is never flipped."""

@@ -153,15 +153,28 @@ def utility(task: Task, analysis: Analysis, weights: Weights, detects: Callable[
     return coverage + other_terms + weights.per_token * analysis.tokens
 
 
-def prefers_first(task: Task, first: Analysis, second: Analysis, rng: Random, sharpness: float = 4.0) -> bool:
-    """Whether a simulated annotator prefers `first` to `second`.
+def settled_utility(task: Task, response: Analysis) -> float | None:
+    """The utility that every annotator perceives; None if there is a false fact, which some of them overlook."""
+    if all(task.subject.holds(fact) for fact in response.facts):
+        return utility(task, response, ANNOTATOR)
+    return None
 
-    The choice is drawn from a Bradley–Terry model whose log-odds are `sharpness` times the difference of the utilities
-    that the annotator perceives. At 4, a difference of 0.5 (half a fact) is judged correctly 88 % of the time.
+
+def perceived_utility(task: Task, response: Analysis, rng: Random) -> float:
+    """The utility that an annotator perceives, who notices each false fact with the probability of `ANNOTATOR`."""
+    return utility(task, response, ANNOTATOR, lambda: rng.random() < ANNOTATOR.detection)
+
+
+def is_preferred(first: float, second: float, rng: Random, sharpness: float = 4.0) -> bool:
+    """Whether a simulated annotator prefers a response to another, from the utilities that this annotator perceives.
+
+    The choice is drawn from a Bradley–Terry model whose log-odds are `sharpness` times the difference of the
+    utilities. At 4, a difference of 0.5 (half a fact) is judged correctly 88 % of the time.
     """
-
-    def perceived(response: Analysis) -> float:
-        return utility(task, response, ANNOTATOR, lambda: rng.random() < ANNOTATOR.detection)
-
-    log_odds = sharpness * (perceived(first) - perceived(second))
+    log_odds = sharpness * (first - second)
     return rng.random() < 1 / (1 + math.exp(-max(-50.0, min(50.0, log_odds))))  # clamped: exp would overflow
+
+
+def prefers_first(task: Task, first: Analysis, second: Analysis, rng: Random) -> bool:
+    """Whether a simulated annotator prefers `first` to `second`."""
+    return is_preferred(perceived_utility(task, first, rng), perceived_utility(task, second, rng), rng)
