@@ -279,13 +279,10 @@ def main() -> None:
     import_from_here()
     logging.raiseExceptions = False  # a full disk must not print a traceback for every logged line
     if "dry_run=true" in sys.argv and {"-m", "--multirun"} & set(sys.argv):
-        # list the jobs in order, from one process
+        # list the jobs in order, from one process, without Hydra's lines on what it starts
         launching = ("hydra/launcher=", "hydra.launcher.", "cluster=")
         sys.argv = [word for word in sys.argv if not word.startswith(launching)]
-        sys.argv += [
-            "hydra/launcher=basic",
-            "hydra.hydra_logging.root.level=WARNING",
-        ]  # whose lines say what they start
+        sys.argv += ["hydra/launcher=basic", "hydra.hydra_logging.root.level=WARNING"]
     with one_sentence_errors("rlhf"):
         told = reference.asked(sys.argv[1:])
         if told is not None:

@@ -1,6 +1,7 @@
 """Pairs of texts: encoded, laid out as a batch that holds every text once, and split into passes that read it once."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,10 +43,10 @@ def grouped(pairs: Sequence[Pair]) -> list[Group]:
     """Consecutive pairs with the same prompt as one group."""
     groups = []
     for _, of_prompt in itertools.groupby(pairs, key=lambda pair: pair[0][0]):
-        counted: dict[tuple[int, int], list] = {}
-        for chosen, rejected in of_prompt:  # equal texts are one object (`encode_comparisons`)
-            counted.setdefault((id(chosen), id(rejected)), [(chosen, rejected), 0])[1] += 1
-        groups.append(Group([pair for pair, _ in counted.values()], [votes for _, votes in counted.values()]))
+        members = [((id(chosen), id(rejected)), (chosen, rejected)) for chosen, rejected in of_prompt]
+        votes = Counter(key for key, _ in members)  # equal texts are one object (`encode_comparisons`)
+        different = dict(members)
+        groups.append(Group(list(different.values()), [votes[key] for key in different]))
     return groups
 
 
@@ -96,9 +97,11 @@ class Comparisons:
         With `group_prompts`, consecutive comparisons with the same prompt stay together, as they share texts.
         """
         sides, lengths = self.sides.tolist(), self.texts.lengths.tolist()
-        ids, ends = self.texts.ids.tolist(), self.texts.prompt_lengths.tolist()
-        prompts = [ids[chosen][: ends[chosen]] if group_prompts else [pair] for pair, (chosen, _) in enumerate(sides)]
-        groups = [list(group) for _, group in itertools.groupby(range(len(self)), key=lambda pair: prompts[pair])]
+        groups = [[pair] for pair in range(len(self))]
+        if group_prompts:
+            ids, ends = self.texts.ids.tolist(), self.texts.prompt_lengths.tolist()
+            prompts = [ids[chosen][: ends[chosen]] for chosen, _ in sides]
+            groups = [list(group) for _, group in itertools.groupby(range(len(self)), key=lambda pair: prompts[pair])]
         read = [{row for pair in group for row in sides[pair]} for group in groups]
         sizes = [len(rows) * max(lengths[row] for row in rows) for rows in read]
         return [

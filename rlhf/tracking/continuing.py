@@ -5,8 +5,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.loggers import Logger
 
-from rlhf.tracking.metrics_file import NOT_METRICS
-
 Line = Mapping[str, Any]
 
 
@@ -23,8 +21,3 @@ def continue_loggers(loggers: Iterable[Logger], kept: Sequence[Line], forgotten:
     for logger in loggers:
         if isinstance(logger, Continued):
             logger.continue_from(kept, forgotten)
-
-
-def metrics_of(line: Line) -> dict[str, float]:
-    """The metrics of a line of metrics.jsonl, as they were logged."""
-    return {key: value for key, value in line.items() if key not in NOT_METRICS}

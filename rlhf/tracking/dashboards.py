@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rlhf.errors import first_line
 from rlhf.files import MODEL, SUMMARY, read_json
-from rlhf.tracking.continuing import Line, metrics_of
+from rlhf.tracking.continuing import Line
+from rlhf.tracking.metrics_file import metrics_of
 
 log = logging.getLogger(__name__)
 STEP = "step"  # the x axis: the stage's own step, as in metrics.jsonl

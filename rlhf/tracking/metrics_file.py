@@ -12,23 +12,23 @@ from lightning.pytorch.loggers import Logger
 from rlhf.errors.machine import writing
 from rlhf.files import LINE_FILES, METRICS, keep_lines, read_lines
 
+NOT_METRICS = ("step", "time")  # what a line says beside its metrics
 # Keys that only lines of an evaluation have: in PPO's metrics.jsonl, samples.jsonl and outcomes.jsonl, in SFT's and in
 # the reward model's metrics.jsonl.
-NOT_METRICS = ("step", "time")  # what a line says beside its metrics
 EVALUATION_KEYS = ("time/evaluate", "response", "tokens", "sft/validation_loss", "reward/validation_loss")
 
 
-class JsonLines(Logger):
-    """A Lightning logger that appends one JSON object per call, with `step` and `time` (seconds since 1970)."""
+class FileLogger(Logger):
+    """A Lightning logger that writes the metrics of a run into the file `path`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, path: Path):
         super().__init__()
-        self.path = folder / METRICS
+        self.path = path
 
     @property
     def name(self) -> str:
         """Required by Lightning."""
-        return "jsonl"
+        return self.path.suffix.removeprefix(".")
 
     @property
     def version(self) -> str:
@@ -37,6 +37,13 @@ class JsonLines(Logger):
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the configuration is in summary.json and .hydra already."""
+
+
+class JsonLines(FileLogger):
+    """Appends one JSON object per call to `metrics.jsonl`, with `step` and `time` (seconds since 1970)."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder / METRICS)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a line with the metrics of a step."""
@@ -75,6 +82,11 @@ def evaluated_at(folder: Path, step: int) -> dict[str, float]:
     return numbers(found[-1]) if found else {}
 
 
+def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of `metrics.jsonl`, as they were logged."""
+    return {key: value for key, value in line.items() if key not in NOT_METRICS}
+
+
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a line of `metrics.jsonl`, without its step, time and the values of guards."""
-    return {k: v for k, v in line.items() if k not in ("step", "time") and not k.startswith("guard/")}
+    """The metrics of a line of `metrics.jsonl` without the values of guards."""
+    return {key: value for key, value in metrics_of(line).items() if not key.startswith("guard/")}

@@ -1,21 +1,19 @@
 """`metrics.csv`: the lines of metrics.jsonl as a table, with a row per step and a column per metric."""
 
 import csv
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-
 from rlhf.errors.machine import writing
 from rlhf.files import aside
-from rlhf.tracking.continuing import Line, metrics_of
+from rlhf.tracking.continuing import Line
+from rlhf.tracking.metrics_file import FileLogger, metrics_of
 
 TABLE = "metrics.csv"
 
 
-class MetricsTable(Logger):
+class MetricsTable(FileLogger):
     """Writes `metrics.csv` into the folder `save_dir`, with the steps in order.
 
     The row of a new step is appended. The whole table is written anew, atomically, when a column appears, when a step
@@ -23,23 +21,9 @@ class MetricsTable(Logger):
     """
 
     def __init__(self, save_dir: str):
-        super().__init__()
-        self.path = Path(save_dir) / TABLE
+        super().__init__(Path(save_dir) / TABLE)
         self.columns = ["step"]
         self.rows: dict[int, dict[str, Any]] = {}
-
-    @property
-    def name(self) -> str:
-        """Required by Lightning."""
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        """Required by Lightning."""
-        return ""
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the configuration is in summary.json and .hydra already."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add the metrics of a step to its row."""

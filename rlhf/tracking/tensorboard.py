@@ -7,7 +7,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from rlhf.tracking.continuing import Line, metrics_of
+from rlhf.tracking.continuing import Line
+from rlhf.tracking.metrics_file import metrics_of
 
 
 class TensorBoard(TensorBoardLogger):
