@@ -9,13 +9,14 @@ from typing import Any
 from datasets import Dataset, Value, concatenate_datasets
 
 from rlhf.data.options import first_rows, parse_max_rows, parse_template
-from rlhf.data.records import SPLITS, DataSource, Split, columns, skipped_rows
+from rlhf.data.records import SPLITS, VOTES, DataSource, Split, columns, skipped_rows
 from rlhf.data.reports import reasons_and_counts
 from rlhf.data.split_sources import TRAINING_SPLITS, normalized
 from rlhf.errors import DataError
 
 log = logging.getLogger(__name__)
 
+OPTIONAL = {"margin": (None, Value("float64")), VOTES: (1, Value("int64"))}  # for rows of parts that have none
 VALIDATION: dict[Split, Split] = {"sft": "sft_validation", "preference": "preference_validation"}
 
 
@@ -175,17 +176,16 @@ def _order(numbers: Sequence[int], sizes: Sequence[int]) -> list[int]:
 
 
 def _with_same_columns(parts: list[Dataset], split: Split) -> list[Dataset]:
-    """The parts with the columns of the split, and with `margin` if one of them has it."""
+    """The parts with the columns of the split, and with `margin` and `votes` if one of them has it."""
     names = columns(split)
-    if not any("margin" in rows.column_names for rows in parts):
-        return [rows.select_columns(names) for rows in parts]
-    scored = [
-        rows
-        if "margin" in rows.column_names
-        else rows.add_column("margin", [None] * len(rows), feature=Value("float64"))
-        for rows in parts
-    ]
-    return [rows.select_columns([*names, "margin"]) for rows in scored]
+    for name, (missing, feature) in OPTIONAL.items():
+        if any(name in rows.column_names for rows in parts):
+            names.append(name)
+            parts = [
+                rows if name in rows.column_names else rows.add_column(name, [missing] * len(rows), feature=feature)
+                for rows in parts
+            ]
+    return [rows.select_columns(names) for rows in parts]
 
 
 def _parse_parts(parts: Any) -> dict[str, DataSource]:

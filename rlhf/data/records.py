@@ -94,7 +94,7 @@ class DataSource(Protocol):
 
     - `sft`, `sft_validation` (supervised fine-tuning): `prompt`, `response`.
     - `preference`, `preference_validation` (reward model): `prompt`, `chosen`, `rejected`, and optionally `margin`, a
-      number or null.
+      number or null. A row of `preference` may count several times: `votes` says how many annotators made it.
     - `prompts` (PPO rollouts): `prompt`, `reference_output`, `instruction`; the last two may be "".
     - `eval` (evaluation): the same; without a reference output there is no win rate.
 
@@ -164,8 +164,8 @@ class DataSource(Protocol):
 
         Returns:
             A dataset of at least one row with exactly the columns `columns(split)`, all of them strings and none null.
-            Rows of comparisons may also have the column `margin`, and rows of `prompts` and `eval` any others, which a
-            function that rewards the answers may ask for (`rlhf.scorers.columns`).
+            Rows of comparisons may also have the columns `margin` and `votes`, and rows of `prompts` and `eval` any
+            others, which a function that rewards the answers may ask for (`rlhf.scorers.columns`).
 
         Raises:
             DataError: `split` is not in `splits`, cannot be read, or has no rows.
@@ -173,6 +173,7 @@ class DataSource(Protocol):
         ...
 
 
+VOTES = "votes"
 MOST_HELD_OUT = 0.2  # of the rows of a split without validation
 
 
@@ -217,12 +218,27 @@ def skipped_rows(source: DataSource, split: Split) -> dict[str, int]:
 
 
 def as_records(rows: Dataset, split: Split) -> list:
-    """The rows as instances of the split's record class, or of the kind of comparison that has all their columns."""
+    """The rows as instances of the split's record class, or of the kind of comparison that has all their columns.
+
+    A comparison is there as often as it has votes, as the same object.
+    """
     kinds = {"chosen_ended": SampledComparison, "margin": ScoredComparison}
     record = next((kind for column, kind in kinds.items() if column in rows.column_names), RECORDS[split])
     names = [field.name for field in fields(record) if field.name in rows.column_names]
     columns = [rows[name][:] for name in names]  # whole columns: row by row a data set takes ten times as long
-    return [record(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    records = [record(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    if not _has_votes(rows, split):
+        return records
+    return [each for each, votes in zip(records, rows[VOTES][:], strict=True) for _ in range(votes)]
+
+
+def count_rows(rows: Dataset, split: Split) -> int:
+    """The number of rows, each counted as often as it has votes."""
+    return sum(rows[VOTES][:]) if _has_votes(rows, split) else len(rows)
+
+
+def _has_votes(rows: Dataset, split: Split) -> bool:
+    return split == "preference" and VOTES in rows.column_names
 
 
 def count_prompts(rows: Dataset) -> int:
@@ -232,4 +248,4 @@ def count_prompts(rows: Dataset) -> int:
 
 def first_records(rows: Dataset, split: Split, count: int) -> list:
     """The first `count` rows as records, or all where there are fewer."""
-    return as_records(rows.select(range(min(count, len(rows)))), split)
+    return as_records(rows.select(range(min(count, len(rows)))), split)[:count]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import OmegaConf
 
-from rlhf.data.records import DataSource, Split, count_prompts, held_out_rows, skipped_rows
+from rlhf.data.records import DataSource, Split, count_prompts, count_rows, held_out_rows, skipped_rows
 from rlhf.errors import ConfigError
 from rlhf.pipeline import cache, fetching
 from rlhf.pipeline.builders import steps_of
@@ -100,7 +100,7 @@ def _count_rows(plan: Plan) -> dict[str, Rows]:
     """Read every split that the run will need; returns the rows of the supervised stages whose models are missing."""
     trained = {product for product, folder in plan.needed().items() if not cache.known(folder)} - set(plan.taken)
     rows_by_split = {split: plan.source.load(split) for split in _needed(plan, trained)}
-    counts = {split: len(rows) for split, rows in rows_by_split.items()}
+    counts = {split: count_rows(rows, split) for split, rows in rows_by_split.items()}
     grouped = plan.settings.reward.group_prompts and "preference" in rows_by_split
     prompts = count_prompts(rows_by_split["preference"]) if grouped else 0
     for key in ("scorer.function", "evaluation.gold.function"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from rlhf.data.records import SPLITS, DataSource, Split, count_prompts, held_out_rows
+from rlhf.data.records import SPLITS, DataSource, Split, count_prompts, count_rows, held_out_rows
 from rlhf.models.memory import Work
 from rlhf.models.roles import MOVING_REFERENCE
 from rlhf.models.tokenizing import encode, encode_texts
@@ -47,7 +47,7 @@ def count_texts(source: DataSource, tokenizer: Any, grouped: bool = False) -> di
         ]
         prompts = [len(ids) for ids in encode(tokenizer, list(sample["prompt"]))]
         responses = [len(ids) + 1 for ids in encode_texts(tokenizer, answers)] or [0]  # and EOS
-        found[split] = Texts(len(rows), fmean(prompts), fmean(responses))
+        found[split] = Texts(count_rows(rows, split), fmean(prompts), fmean(responses))
         if split == "preference" and grouped:
             sides = ({*zip(rows["prompt"][:], rows[side][:], strict=True)} for side in ("chosen", "rejected"))
             found[split] = replace(found[split], prompts=count_prompts(rows), distinct=len(set.union(*sides)))

@@ -29,14 +29,17 @@ class Group(NamedTuple):
 
 def encode_comparisons(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Comparison], max_length: int) -> list[Pair]:
     """(chosen, rejected) of each comparison, both as (prompt ids, response ids), cut to `max_length` tokens."""
+    different = {id(row): row for row in rows}  # one with several votes is there as often
     sides = [
-        [(row.prompt, getattr(row, side), getattr(row, f"{side}_ended", None)) for row in rows]
+        [(row.prompt, getattr(row, side), getattr(row, f"{side}_ended", None)) for row in different.values()]
         for side in ("chosen", "rejected")
     ]
     texts = list(dict.fromkeys(itertools.chain(*sides)))  # each text once, however many comparisons it is in
     prompts, responses, ended = map(list, zip(*texts, strict=True))
     ids = dict(zip(texts, encode_pairs(tokenizer, prompts, responses, max_length, ended), strict=True))
-    return [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
+    pairs = [(ids[chosen], ids[rejected]) for chosen, rejected in zip(*sides, strict=True)]
+    by_row = dict(zip(different, pairs, strict=True))
+    return [by_row[id(row)] for row in rows]
 
 
 def grouped(pairs: Sequence[Pair]) -> list[Group]:
@@ -64,28 +67,28 @@ class Comparisons:
 
     @classmethod
     def of(cls, rows: Sequence[Pair | Group]) -> "Comparisons":
-        """A batch of single comparisons or of groups of them."""
+        """A batch of single comparisons or of groups of them, its longest texts first.
+
+        Attention on a CPU reads adjacent texts of equal length at once (`rlhf.models.isolated_attention`).
+        """
         groups = [row if isinstance(row, Group) else Group([row], [1]) for row in rows]
-        places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        sides = [
-            places.setdefault((tuple(prompt), tuple(response)), len(places))
-            for group in groups for pair in group.pairs for prompt, response in pair
-        ]  # fmt: skip
+        both = [
+            (tuple(prompt), tuple(response)) for group in groups for pair in group.pairs for prompt, response in pair
+        ]
+        texts = sorted(dict.fromkeys(both), key=lambda text: -len(text[0]) - len(text[1]))
+        places = {text: place for place, text in enumerate(texts)}
         votes = [float(count) for group in groups for count in group.votes]
-        prompts, responses = zip(*places, strict=True)
-        texts = Sequences.from_lists(prompts, responses)
-        return cls(texts, torch.tensor(sides).view(-1, 2), torch.tensor(votes))
+        sides = torch.tensor([places[text] for text in both]).view(-1, 2)
+        prompts, responses = zip(*texts, strict=True)
+        return cls(Sequences.from_lists(prompts, responses), sides, torch.tensor(votes))
 
     def __len__(self) -> int:
         return len(self.sides)
 
     def rows(self, index: Int[Tensor, "rows"]) -> "Comparisons":
-        """A batch of these comparisons, with their texts in the order in which they first occur."""
-        sides = self.sides[index].flatten()
-        places, which = sides.unique(return_inverse=True)
-        first = torch.full((len(places),), len(sides)).scatter_reduce(0, which, torch.arange(len(sides)), "amin")
-        order = first.argsort()
-        return Comparisons(self.texts.rows(places[order]), order.argsort()[which].view(-1, 2), self.votes[index])
+        """A batch of these comparisons, with the texts that occur in them."""
+        places, sides = self.sides[index].unique(return_inverse=True)
+        return Comparisons(self.texts.rows(places), sides, self.votes[index])
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that define the comparisons, by name, to be saved."""

@@ -10,8 +10,9 @@ from rlhf.data.farm import Farm
 from rlhf.data.farm.dataset import GROUPS
 from rlhf.data.farm.judge import analyze
 from rlhf.data.farm.writers import EDITS
-from rlhf.data.records import Split
+from rlhf.data.records import Split, as_records, count_rows
 from rlhf.errors import DataError
+from rlhf.stages.pairs import encode_comparisons, grouped
 
 COMPARISONS = 560
 FARM = Farm(people=144, fame=0.85, responses=8, comparisons=COMPARISONS, held_out_comparisons=1000)
@@ -83,29 +84,42 @@ def test_all_responses_to_a_prompt_are_compared_one_pair_after_the_other(respons
         assert len({frozenset((row["chosen"], row["rejected"])) for row in group}) == pairs
 
 
+def votes_by_pair(farm: Farm) -> Counter[tuple[str, frozenset[str]]]:
+    """How many annotators compared each pair of responses to a prompt."""
+    votes: Counter[tuple[str, frozenset[str]]] = Counter()
+    for row in farm.load("preference").to_list():
+        votes[row["prompt"], frozenset((row["chosen"], row["rejected"]))] += row["votes"]
+    return votes
+
+
 def test_several_annotators_compare_a_response_with_its_edit():
-    """Each gives a row, with a label of their own; all other pairs have one, and the responses stay what they were."""
-    rows = Farm(responses=8, comparisons=20 * 44, edit_annotations=5).load("preference").to_list()
-    whole = [row for row in rows if row["prompt"] != rows[-1]["prompt"]]  # the last prompt's rows may be cut off
-    pairs = Counter(frozenset((row["chosen"], row["rejected"])) for row in whole)
-    often = [pair for pair, count in pairs.items() if count == 5]
-    assert set(pairs.values()) == {1, 5}
-    assert len(whole) // 44 * 3 <= len(often) <= 20 * 4  # at most four edits to a prompt; some change nothing
-    labels = Counter((row["chosen"], row["rejected"]) for row in whole)
-    assert any(labels[a, b] and labels[b, a] for a, b in map(tuple, often))  # annotators disagree
+    """Each has a verdict of their own; all other pairs have one."""
+    farm = Farm(people=144, responses=8, comparisons=20 * 28, edit_annotations=5)
+    votes = votes_by_pair(farm)
+    assert len(votes) == 20 * 28
+    assert set(votes.values()) == {1, 5}
+    assert 20 * 3 <= sum(count == 5 for count in votes.values()) <= 20 * 4  # some edits change nothing
+    verdicts = {(row["prompt"], row["chosen"], row["rejected"]) for row in farm.load("preference").to_list()}
+    assert any((prompt, rejected, chosen) in verdicts for prompt, chosen, rejected in verdicts)  # annotators disagree
 
 
 def test_several_annotators_compare_every_pair():
-    once = Farm(comparisons=50).load("preference").to_list()
-    rows = Farm(comparisons=3 * 50, annotations=3).load("preference").to_list()
-    assert {row["prompt"] for row in rows} <= {row["prompt"] for row in once}  # fewer prompts, if any, for as many rows
-    for start in range(0, len(rows), 3):
-        assert len({frozenset((row["chosen"], row["rejected"])) for row in rows[start : start + 3]}) == 1
-    assert len({(row["chosen"], row["rejected"]) for row in rows}) > 50  # annotators disagree
-    grouped = Farm(responses=8, comparisons=20 * 72, annotations=2, edit_annotations=6).load("preference").to_list()
-    whole = [row for row in grouped if row["prompt"] != grouped[-1]["prompt"]]  # the last prompt's rows may be cut off
-    counts = Counter(frozenset((row["chosen"], row["rejected"])) for row in whole)
-    assert set(counts.values()) == {2, 6}
+    votes = votes_by_pair(Farm(people=144, comparisons=50, annotations=3))
+    assert len(votes) == 50
+    assert set(votes.values()) == {3}
+    votes = votes_by_pair(Farm(people=144, responses=8, comparisons=20 * 28, annotations=2, edit_annotations=6))
+    assert len(votes) == 20 * 28
+    assert set(votes.values()) == {2, 6}
+
+
+def test_a_verdict_is_a_record_for_each_of_its_votes():
+    rows = Farm(responses=8, comparisons=10 * 28, annotations=4).load("preference")
+    records = as_records(rows, "preference")
+    assert len(records) == count_rows(rows, "preference") == 10 * 28 * 4 > len(rows)
+    counted = Counter((record.prompt, record.chosen, record.rejected) for record in records)
+    assert counted == {(row["prompt"], row["chosen"], row["rejected"]): row["votes"] for row in rows.to_list()}
+    pairs = encode_comparisons(FARM.tokenizer(), records, 64)
+    assert [len(pairs), sum(map(len, (group.pairs for group in grouped(pairs))))] == [len(records), len(rows)]
 
 
 @pytest.mark.parametrize(("responses", "annotations"), [(2, 2), (8, 0)])

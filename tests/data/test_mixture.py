@@ -2,9 +2,10 @@
 
 import pytest
 
+from rlhf.data.farm import Farm
 from rlhf.data.imdb import Imdb
 from rlhf.data.mixture import Mixture
-from rlhf.data.records import DataSource, ScoredComparison, as_records, columns
+from rlhf.data.records import DataSource, ScoredComparison, as_records, columns, count_rows
 from rlhf.errors import DataError
 from tests.helpers.data_readers import TEMPLATE
 from tests.helpers.hub_rows import hub
@@ -72,6 +73,13 @@ def test_comparisons_with_and_without_a_margin_go_together(tmp_path):
     records = as_records(mixture.load("preference_validation"), "preference_validation")
     assert records == [ScoredComparison("Q: ?\nA:", "a", "b", 2.0), ScoredComparison("Q: !\nA:", "a", "b", None)]
     assert mixture.kinds() == ["a", "b"]
+
+
+def test_comparisons_with_and_without_votes_go_together(tmp_path):
+    farm = Farm(responses=8, comparisons=28, annotations=3)
+    pair = {"prompt": "?", "chosen": "a", "rejected": "b"}
+    rows = Mixture(parts={"farm": farm, "b": hub(tmp_path, preference=[pair])}).load("preference")
+    assert count_rows(rows, "preference") == len(as_records(rows, "preference")) == 28 * 3 + 1
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path):

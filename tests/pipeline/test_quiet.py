@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.command_line import TINY
 from tests.helpers.subprocess_runs import run_tiny, stop_after_a_step
 
-NOISE = ("Warning", "warn(", "bitsandbytes", "unreliable", "deprecated", "Traceback")
+NOISE = ("Warning", "warn(", "bitsandbytes", "unreliable", "deprecated", "Traceback", "LOAD REPORT")
 
 
 def entry(module: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -96,13 +96,15 @@ def test_a_comparison_by_several_annotators_counts_as_often(
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_holds_every_text_once_and_its_rows_keep_their_order(folders: SimpleNamespace) -> None:
+def test_a_batch_holds_every_text_once_the_longest_first(folders: SimpleNamespace) -> None:
     stage = reward_stage(folders)
     pairs = stage.encode(ROWS)
     batch = stage.collate([*grouped(pairs[:12]), pairs[12]])
     assert (len(batch), len(batch.texts), stage.count(batch)) == (13, 10, 13)
     part = batch.rows(torch.tensor([12, 4, 5]))
-    assert part.sides.tolist() == [[0, 1], [2, 3], [4, 3]]  # as they first occur
+    assert len(part.texts) == 5
+    for lengths in (batch.texts.lengths.tolist(), part.texts.lengths.tolist()):
+        assert lengths == sorted(lengths, reverse=True)
     texts = [tuple(ids[:end]) for ids, end in zip(part.texts.ids.tolist(), part.texts.lengths.tolist(), strict=True)]
     for sides, number in zip(part.sides.tolist(), (12, 4, 5), strict=True):
         assert [texts[row] for row in sides] == [(*prompt, *response) for prompt, response in pairs[number]]

@@ -2,9 +2,10 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from random import Random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +25,7 @@ from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
 from rlhf.data.farm.world import World
 from rlhf.data.farm.writers import DAVINCI, sample_crowd_worker, write_pair, write_response, write_responses
-from rlhf.data.records import SPLITS, Split, columns
+from rlhf.data.records import SPLITS, VOTES, Split, columns
 from rlhf.errors import DataError
 
 GROUPS = ("famous", "known", "obscure")  # the most famous third of the people, the next, the last
@@ -83,10 +84,11 @@ class Farm:
             people: Number of people, 2 to 144. Each has eight attributes, which a model has to memorise.
             fame: Demonstrations are about the person at rank k with a weight of 1 / k^`fame`. With 0 all are alike.
             demonstrations: Number of rows of `sft`.
-            comparisons: Number of rows of `preference`.
-            responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is a row. With
+            comparisons: Number of pairs of responses that `preference` compares.
+            responses: Number of responses to a prompt of `preference`, 2 to 16, every pair of which is compared. With
                 more than 2, every second response is an edit of the one before.
-            annotations: Number of annotators who compare each pair of `preference`, each of whom gives a row.
+            annotations: Number of annotators who compare each pair of `preference`. With several, a row is a verdict
+                on a pair with its `votes`, and all prompts have all of their pairs.
             edit_annotations: Number who compare a response with the edit of it, if more; 1 if `responses` is 2.
             held_out_comparisons: Number of rows of `preference_validation`.
             prompts: Number of rows of `prompts`.
@@ -131,9 +133,10 @@ class Farm:
         if self.sizes[split] < 1:
             raise DataError(f"the split {split!r} of the farm is empty: its configured size is {self.sizes[split]}")
         if split not in self._loaded:
-            rows = itertools.islice(self._rows(split), self.sizes[split])
-            texts = map(list, zip(*rows, strict=True))
-            self._loaded[split] = Dataset.from_dict(dict(zip(columns(split), texts, strict=True)))
+            voted = split == "preference" and self._several
+            rows = self._rows(split) if voted else itertools.islice(self._rows(split), self.sizes[split])
+            names = columns(split) + [VOTES] * voted
+            self._loaded[split] = Dataset.from_dict(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
         return self._loaded[split]
 
     def probes(self) -> list[tuple[str, str, str]]:
@@ -146,12 +149,19 @@ class Farm:
                 found.append((task.prompt, f"{subject.opening} {clause.removesuffix(value)}".strip(), value))
         return found
 
-    def _rows(self, split: Split) -> Iterator[tuple[str, ...]]:
+    @property
+    def _several(self) -> bool:
+        """Whether several annotators compare a pair."""
+        return max(self.annotations, self.edit_annotations) > 1
+
+    def _rows(self, split: Split) -> Iterator[tuple[Any, ...]]:
         """The fields of each record of `split`, in the order of its columns."""
         rng, tasks = self._tasks(split)
         for task in tasks:
             if split in ("sft", "sft_validation"):
                 yield task.prompt, write_response(self.world, task, sample_crowd_worker(rng), rng)
+            elif split == "preference" and self._several:
+                yield from ((*verdict, votes) for verdict, votes in Counter(self._comparisons(task, rng)).items())
             elif split == "preference":
                 yield from self._comparisons(task, rng)
             elif split == "preference_validation":
@@ -159,7 +169,7 @@ class Farm:
             else:
                 yield task.prompt, self.reference(task.prompt) if split == "eval" else "", task.instruction
 
-    def _comparisons(self, task: Task, rng: Random) -> Iterator[tuple[str, ...]]:
+    def _comparisons(self, task: Task, rng: Random) -> Iterator[tuple[str, str, str]]:
         """Every pair of some responses to a task, for each of its annotators, in random order, with noisy labels."""
         edits: list[tuple[int, int]] = []
         if self.responses == 2:
@@ -203,8 +213,8 @@ class Farm:
         if split == "eval":
             return rng, self.tasks.sample_distinct(split, rng, size)
         part = "validation" if split.endswith("validation") else "train"
-        if split == "preference":  # the fewest rows of a task: an edit may be the same text as another response
-            size = math.ceil(size / math.comb(self.responses, 2) / self.annotations)
+        if split == "preference":
+            size = math.ceil(size / math.comb(self.responses, 2))
         return rng, self.tasks.sample(part, rng, size, by_fame=split in ("sft", "sft_validation"))
 
     def _task(self, prompt: str) -> Task:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf.data.records import Comparison, first_records, skipped_rows, train_and_held_out
 from rlhf.data.saved_preferences import SavedPreferences
@@ -155,9 +156,11 @@ def _save(site: Site, roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Pa
 
 def save_full_reward(roles: Roles, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
     """Save a whole reward model as transformers' sequence classifier, with the architecture of the model at `base`."""
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-    model.base_model.load_state_dict(roles.trunk("reward").base_model.state_dict())
-    model.score.weight.data.copy_(roles.heads["reward"].weight.data)
+    config = AutoConfig.from_pretrained(base, num_labels=1)
+    with torch.device("meta"):  # nothing is read or drawn: all weights follow
+        model = AutoModelForSequenceClassification.from_config(config)
+    weights, head = roles.trunk("reward").base_model.state_dict(), roles.heads["reward"].state_dict()["weight"]
+    model.base_model.load_state_dict({name: weight.to(config.dtype) for name, weight in weights.items()}, assign=True)
+    model.score.weight = torch.nn.Parameter(head.to(config.dtype))
     save_model(model, tokenizer, folder)
-    # the float32 head itself, beside its copy in the model's dtype
-    save_file({"score.weight": roles.heads["reward"].state_dict()["weight"].cpu()}, folder / HEAD)
+    save_file({"score.weight": head.cpu()}, folder / HEAD)  # the float32 head, beside its copy in the model's dtype
