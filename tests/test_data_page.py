@@ -69,7 +69,7 @@ def test_a_reward_model_learns_from_scored_conversations(folder: Path) -> None:
     ]  # fmt: skip
     for name, rows in (("scored", scored), ("known", scored[:10])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"chosen": "x"}]))
-    tiny = [word for word in TINY if not word.startswith("data.")]
+    tiny = [word for word in TINY if not word.startswith("data")]
     files = ["data.sft=demonstrations.jsonl", "data.preference=scored.jsonl", "data.preference_validation=known.jsonl"]
     assert run_in_process(*tiny, "data=hub", "data/template=short", *files, "stage=reward") == 0
     (summary,) = [read_summary(path.parent) for path in folder.glob("outputs/**/reward-*/summary.json")]

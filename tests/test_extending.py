@@ -46,7 +46,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 def run(chosen: str) -> Path:
     """Run the page's command that ends with `chosen` at the smallest size; returns the new run's folder."""
     (words,) = [words for words in COMMANDS if " ".join(words).endswith(chosen)]
-    tiny = [word for word in TINY if not word.startswith("data.") or "data=" not in chosen]
+    tiny = [word for word in TINY if not word.startswith("data") or "data=" not in chosen]
     before = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}"))
     assert run_in_process(*words, *tiny) == 0
     (made,) = set(Path("outputs/rlhf").glob(f"*/{SUMMARY}")) - before

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 PAGE = (root() / "docs" / "first_study.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True) for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-OF_THE_FARM = [word for word in TINY if word.startswith("data.")]
+OF_THE_FARM = [word for word in TINY if word.startswith("data")]
 SMALL = [word for word in TINY if word not in (*OF_THE_FARM, "ppo.steps=3", "ppo.eval_every=3")]
 
 

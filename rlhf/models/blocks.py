@@ -40,7 +40,9 @@ def checkpoint_activations(model: PreTrainedModel, layers: Sequence[LoraLayer]) 
         # in the backward pass, when another adapter may be selected.
         return nullcontext(), selected(layers, selection(layers))
 
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    # the name since transformers 5.24, which warns of the older one
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "context_fn": contexts})
     for block in model.modules():
         if (checkpoint := getattr(block, "_gradient_checkpointing_func", None)) is not None:
             # torch.compile would trace the checkpoint without `contexts`, so passes with gradients run uncompiled.

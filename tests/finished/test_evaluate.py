@@ -42,7 +42,7 @@ from tests.helpers.run_results import without_times
 pytestmark = pytest.mark.slow
 ARGUMENTS = [*TINY, "logger=csv", "ppo.eval_every=1", "ppo.lr=0.05", "ppo.keep_evaluated=true"]
 # What the runs read and how they answer, for policies that have no configuration of their own.
-DATA = [argument for argument in TINY if argument.startswith(("debug", "data.", "evaluation.", "generation.max"))]
+DATA = [argument for argument in TINY if argument.startswith(("debug", "data", "evaluation.", "generation.max"))]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hydra._internal.hydra import Hydra
 from rlhf.cli import main
 
 TINY = [
-    "debug=quick", "model.config.num_hidden_layers=1", "model.config.hidden_size=32",
+    "debug=quick", "data=farm", "model.config.num_hidden_layers=1", "model.config.hidden_size=32",
     "data.demonstrations=200", "data.comparisons=120", "data.prompts=40", "data.eval_prompts=8", "data.people=12",
     "sft.epochs=0.3", "sft.batch_size=10", "sft.warmup_steps=1", "sft.checkpoint_every=2", "sft.log_every=1",
     "sft.validation_size=10", "reward.epochs=0.3", "reward.batch_size=10", "reward.warmup_steps=1",

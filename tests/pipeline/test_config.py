@@ -51,7 +51,7 @@ BAD = [
     ("ppo.lr=-1", "ppo.lr=-1", "above 0"),
     ("ppo.gamma=1.5", "ppo.gamma=1.5", "from 0 to 1"),
     ("ppo.minibatch_size=7", "ppo.minibatch_size=7", "divisor"),
-    ("ppo.warmup_steps=60", "ppo.warmup_steps=60", "below ppo.steps=40"),
+    ("ppo.warmup_steps=60", "ppo.warmup_steps=60", "below ppo.steps=60"),
     ("ppo.schedule_steps=30", "ppo.schedule_steps=30", "as many steps or more"),
     ("ppo.eval_every=0", "ppo.eval_every=0", "or a list of them"),
     ("ppo.eval_every=[10,a]", "ppo.eval_every=[10, 'a']", "a whole number above 0"),

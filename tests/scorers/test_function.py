@@ -175,7 +175,7 @@ def test_a_run_is_rewarded_by_a_column_of_its_file(
     )
     rows = [{"instruction": f"say {i}", "output": f"{i} it is", "answer": str(i)} for i in range(40)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = [word for word in TINY if not word.startswith("data.")]
+    own = [word for word in TINY if not word.startswith("data")]
     files = ["data=hub", 'data.sft="rows.jsonl[:30]"', 'data.prompts="rows.jsonl[:30]"', 'data.eval="rows.jsonl[30:]"',
              "data.keep=[answer]", "judge=none", "scorer=function"]  # fmt: skip
     assert run_in_process(*own, *files, "scorer.function=checked.other") == 2
