@@ -15,7 +15,13 @@ from rlhf.files import read_lines
 from rlhf.tracking.summary import read_summary
 from tests.helpers.openai_server import serving, text_of
 
-QUICK = ["debug=quick", "ppo.checkpoint_every=50", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"]
+QUICK = [
+    "debug=quick",
+    "ppo.checkpoint_every=50",
+    "model.config.num_hidden_layers=1",
+    "model.config.hidden_size=32",
+    "data=farm",
+]
 
 
 def rlhf(folder: Path, *overrides: str, code: int = 0) -> str:

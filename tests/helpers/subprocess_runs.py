@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers.command_line import TINY
 
-QUICK = ["debug=quick", "logger=csv", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"]
+QUICK = ["debug=quick", "logger=csv", "model.config.num_hidden_layers=1", "model.config.hidden_size=32", "data=farm"]
 
 
 def run_in_subprocess(folder: Path, *arguments: str, code: int = 0) -> str:
