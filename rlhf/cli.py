@@ -117,7 +117,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     from rlhf.pipeline.config import data_source, settings_of
     from rlhf.pipeline.plan import Plan
     from rlhf.pipeline.preflight import describe
-    from rlhf.pipeline.rows import check_rows
+    from rlhf.pipeline.rows import read_if_missing
 
     quieten()
     launcher, workers = HydraConfig.get().launcher, processes.local_world_size(config.trainer)
@@ -133,9 +133,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     check(config, settings, source)
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
-        described = show_plan(describe(plan, timed=not sweeping), overrides, sweeping)
-        check_rows(plan)
-        return described
+        return show_plan(describe(plan, read_if_missing(plan), timed=not sweeping), overrides, sweeping)
     # 2. Do the run, in this process or in several.
     if workers > 1 and processes.cluster_environment() is None:
         summary = _launch(plan, workers)
@@ -191,7 +189,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     from rlhf.distributed import collectives
     from rlhf.pipeline import cache, measuring
     from rlhf.pipeline.preflight import check_memory, keep_budget, settle_budget
-    from rlhf.pipeline.rows import read_rows
+    from rlhf.pipeline.rows import announce_rows
     from rlhf.pipeline.run import Run
 
     folder = plan.folder
@@ -200,7 +198,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     if found is None:
         settle_budget(plan, fresh=resume == "never", jobs=jobs)
         check_memory(plan)
-        collectives.on_rank_zero(lambda: read_rows(plan))
+        collectives.on_rank_zero(lambda: announce_rows(plan))
     # 2. The folder may hold a run of another configuration.
     noted = collectives.on_rank_zero(lambda: plan.noted)
     complete = (folder / SUMMARY).exists() and earlier.identity_of(folder) in (plan.identity, noted)
