@@ -133,7 +133,9 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     check(config, settings, source)
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
-        return show_plan(describe(plan, read_if_missing(plan), timed=not sweeping), overrides, sweeping)
+        described = describe(plan, read_if_missing(plan), timed=not sweeping)
+        show_plan(described, overrides, sweeping)
+        return described
     # 2. Do the run, in this process or in several.
     if workers > 1 and processes.cluster_environment() is None:
         summary = _launch(plan, workers)
@@ -175,7 +177,9 @@ def _evaluate_policy(config: DictConfig, folder: Path, overrides: list[str], wor
         raise ConfigError(f"trainer.devices={workers}: policy={config.policy} is measured by one process; allowed: 1")
     given, objectives = HydraConfig.get().overrides.task, objectives_of(config)
     if config.dry_run:
-        return show_plan(evaluate(config, folder, given, overrides), overrides, sweeping)
+        described = evaluate(config, folder, given, overrides)
+        show_plan(described, overrides, sweeping)
+        return described
     with cache.locked(folder / ".lock", f"another process works in {folder}"):
         summary = evaluate(config, folder, given, overrides)
     return _shown(summary, folder, sweeping, objectives)

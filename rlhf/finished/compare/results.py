@@ -110,11 +110,6 @@ def _percent(rate: float, low: float, high: float) -> Cell:
     return NOTHING if math.isnan(rate) else WithInterval(100 * rate, 100 * low, 100 * high)
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """Both tables in Markdown."""
-    return f"{ranking_table(found).markdown()}\n{win_rate_table(found).markdown()}"
-
-
 def write(
     folder: Path,
     found: Mapping[str, Any],
@@ -124,9 +119,10 @@ def write(
     duels: Sequence[Duel],
 ) -> None:
     """Write all results into an empty folder: tables, numbers, answers, and the verdict of each comparison."""
-    for name, table in (("ranking", ranking_table(found)), ("win_rates", win_rate_table(found))):
+    tables = {"ranking": ranking_table(found), "win_rates": win_rate_table(found)}
+    for name, table in tables.items():
         (folder / f"{name}.csv").write_text(table.csv(), encoding="utf-8")
-    (folder / PAGE).write_text(page(found), encoding="utf-8")
+    (folder / PAGE).write_text("\n".join(table.markdown() for table in tables.values()), encoding="utf-8")
     said = dict(zip(labels, answers, strict=True))
     rows = (
         {
