@@ -18,7 +18,7 @@ from rlhf.finished.export.cli import atomic_folder
 from rlhf.pipeline.cache import locked
 from rlhf.report.ranking import RESAMPLES, Outcomes, Rank, WinRate, misfits, rank_players, unanimous, win_rate
 from rlhf.report.tables import NOTHING, Cell, Number, Table, WithInterval
-from rlhf.report.text import quoted
+from rlhf.report.text import listing, quoted
 
 log = logging.getLogger(__name__)
 COMPARISON, ANSWERS, VERDICTS = "comparison.json", "answers.jsonl", "verdicts.jsonl"
@@ -77,7 +77,7 @@ def _caption(found: Mapping[str, Any]) -> str:
         "they do not cover another training run. “first”: how often a resample puts the player first."
     )
     if found["unanimous"]:
-        text += f" The strength of {quoted(found['unanimous'])}, who won or lost every comparison, is only a bound."
+        text += f" {listing(found['unanimous'])} won or lost every comparison, so that the strength is only a bound."
     if found["misfits"]:
         pairs = quoted([f"{one['first']} – {one['second']}" for one in found["misfits"]])
         text += f" The strengths do not explain the win rates of {pairs}."
