@@ -1,5 +1,6 @@
 """Results on the terminal: those of a run, tables of a report or a comparison, and in a dry run what would be done."""
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -138,8 +139,11 @@ def drawn(table: Table, width: int) -> RichTable:
     if excess > 0:
         sizes[words] = max(min(sizes[words], NARROW), sizes[words] - excess)
     fitting = sum(used <= width for used in accumulate((size + 3 for size in sizes), initial=1)) - 1
-    left_out = ", ".join(table.header[fitting:])
-    shown = RichTable(caption=f"Columns that do not fit: {left_out}." if left_out else None, caption_justify="left")
+    left_out, footnote = ", ".join(table.header[fitting:]), re.search("† [^.]+[.]", table.caption)
+    notes = [f"Columns that do not fit: {left_out}."] if left_out else []
+    if footnote and any("†" in cell for row in texts for cell in row[:fitting]):
+        notes.append(footnote[0])
+    shown = RichTable(caption="\n".join(notes) or None, caption_justify="left")
     for name, right, size in zip(titles[:fitting], numeric, sizes, strict=False):
         shown.add_column(name, justify="right" if right else "left", width=size, overflow="fold")
     for row, marks in zip(texts, table.best(), strict=True):

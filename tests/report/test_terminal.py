@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rlhf.report.tables import Number, Table
+from rlhf.report.tables import Interval, Number, Table
 from rlhf.report.terminal import drawn, show_tables
 
 TABLE = Table(
@@ -41,3 +41,10 @@ def test_names_become_narrower_before_a_column_is_left_out() -> None:
     assert [column.width for column in narrow.columns] == [20, 4]
     assert narrow.caption is None
     assert drawn(TABLE, 30).caption == "Columns that do not fit: win rate."
+
+
+def test_the_footnote_of_a_mark_stands_under_the_drawn_table() -> None:
+    rows = [["a", Interval(0.0, 1.0, mark="†")]]
+    table = Table(["row", "95 % interval"], rows, "Means over seeds. † One seed only: nothing else counts. And more.")
+    assert drawn(table, 80).caption == "† One seed only: nothing else counts."
+    assert drawn(table, 12).caption == "Columns that do not fit: 95 % interval."
