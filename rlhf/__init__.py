@@ -35,6 +35,9 @@ os.environ["RLHF_ROOT"] = str(root())
 # peft imports bitsandbytes, which tells of each kernel that it could not download, even if nothing is quantized.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+# torchmetrics imports matplotlib, which lists the fonts when a machine first needs it, and says so.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+
 # In a notebook tqdm, which datasets imports, advises to install ipywidgets; without it there are no bars.
 warnings.filterwarnings("ignore", message="IProgress not found")
 

@@ -117,7 +117,7 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     from rlhf.pipeline.config import data_source, settings_of
     from rlhf.pipeline.plan import Plan
     from rlhf.pipeline.preflight import describe
-    from rlhf.pipeline.rows import check_rows
+    from rlhf.pipeline.rows import read_if_missing
 
     quieten()
     launcher, workers = HydraConfig.get().launcher, processes.local_world_size(config.trainer)
@@ -133,8 +133,8 @@ def job(config: DictConfig, folder: Path, sweeping: bool, bars: bool = True) -> 
     check(config, settings, source)
     plan = Plan(config, settings, source, folder, overrides)
     if config.dry_run:
-        described = show_plan(describe(plan, timed=not sweeping), overrides, sweeping)
-        check_rows(plan)
+        described = describe(plan, read_if_missing(plan), timed=not sweeping)
+        show_plan(described, overrides, sweeping)
         return described
     # 2. Do the run, in this process or in several.
     if workers > 1 and processes.cluster_environment() is None:
@@ -177,7 +177,9 @@ def _evaluate_policy(config: DictConfig, folder: Path, overrides: list[str], wor
         raise ConfigError(f"trainer.devices={workers}: policy={config.policy} is measured by one process; allowed: 1")
     given, objectives = HydraConfig.get().overrides.task, objectives_of(config)
     if config.dry_run:
-        return show_plan(evaluate(config, folder, given, overrides), overrides, sweeping)
+        described = evaluate(config, folder, given, overrides)
+        show_plan(described, overrides, sweeping)
+        return described
     with cache.locked(folder / ".lock", f"another process works in {folder}"):
         summary = evaluate(config, folder, given, overrides)
     return _shown(summary, folder, sweeping, objectives)
@@ -191,7 +193,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     from rlhf.distributed import collectives
     from rlhf.pipeline import cache, measuring
     from rlhf.pipeline.preflight import check_memory, keep_budget, settle_budget
-    from rlhf.pipeline.rows import read_rows
+    from rlhf.pipeline.rows import announce_rows
     from rlhf.pipeline.run import Run
 
     folder = plan.folder
@@ -200,7 +202,7 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     if found is None:
         settle_budget(plan, fresh=resume == "never", jobs=jobs)
         check_memory(plan)
-        collectives.on_rank_zero(lambda: read_rows(plan))
+        collectives.on_rank_zero(lambda: announce_rows(plan))
     # 2. The folder may hold a run of another configuration.
     noted = collectives.on_rank_zero(lambda: plan.noted)
     complete = (folder / SUMMARY).exists() and earlier.identity_of(folder) in (plan.identity, noted)

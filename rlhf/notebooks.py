@@ -175,7 +175,7 @@ class LoadedPolicy:
     def answer(
         self, prompt: str, temperature: float | None = None, max_new_tokens: int | None = None, seed: int = 0
     ) -> "Answer":
-        """An answer with its scores: by the reward model it was trained against, and the data's utility, if any.
+        """An answer with its scores: by the reward model or function it was trained against, and the data's utility.
 
         Args:
             prompt: an instruction; the run's own template is put around it.

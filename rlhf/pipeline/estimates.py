@@ -1,16 +1,16 @@
 """Memory and time of every stage that a run would do, in words (`dry_run=true`)."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.data.records import Split
-from rlhf.errors import ConfigError, DataError, ModelError
+from rlhf.errors import DataError, ModelError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.memory import Work, stage_memory
 from rlhf.models.sizes import Sizes
 from rlhf.pipeline import fetching
 from rlhf.pipeline.plan import Plan
-from rlhf.pipeline.rows import Rows, rows_of
+from rlhf.pipeline.rows import RowsRead
 from rlhf.pipeline.speed import Speed
 from rlhf.pipeline.timing import Texts, Times, count_texts
 from rlhf.policy_settings import METHODS
@@ -26,11 +26,11 @@ TIMED = frozenset({"sft", "preferences", "reward", *METHODS, "evaluate"})  # not
 Part = tuple[Settings, Sizes, Work]  # what a run does with one of its models
 
 
-def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
+def stage_estimates(plan: Plan, parts: Sequence[Part], read: RowsRead | None) -> dict[str, Any]:
     """For each stage that is still to be done its memory and its time, and what the times are based on.
 
     `parts` are first what the run does with the policy's model, then with a reward model's own; none of them if the
-    sizes of the models are not known.
+    sizes of the models are not known. `read` are the rows; None if they are on the Hub.
     """
     if not parts:
         name = plan.settings.model.name_or_path
@@ -41,19 +41,18 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
         for stage in part[2].stages
     }
     described = {name: {"memory": str(stage_memory(stage, *part))} for name, (part, stage) in stages.items()}
-    if remote := fetching.data_sets(plan.plain["data"]):
-        why = f"a dry run does not download {', '.join(remote)}, whose rows decide it"
-        return {"stages": described, "time": f"unknown: {why}"}
+    if read is None:
+        remote = ", ".join(fetching.data_sets(plan.plain["data"]))
+        return {"stages": described, "time": f"unknown: a dry run does not download {remote}, whose rows decide it"}
+    for stage in described.keys() & read.stages.keys():
+        described[stage]["rows"] = str(read.stages[stage])
     try:
+        # other rows than those that the run reads tell how long answers and comparisons are
+        others = {split: plan.source.load(split) for split in plan.source.splits if split not in read.splits}
         tokenizer = load_tokenizer(plan.settings.model, plan.source)
-    except ModelError as error:
+        texts = count_texts({**read.splits, **others}, tokenizer, read.prompts)
+    except (DataError, ModelError) as error:
         return {"stages": described, "time": f"unknown: {error}"}
-    try:
-        texts = count_texts(plan.source, tokenizer, plan.settings.reward.group_prompts)
-        for stage, rows in _rows(plan, texts, stages.keys()).items():
-            described[stage] |= {"rows": str(rows)} if rows else {}
-    except (ConfigError, DataError) as error:
-        return {"stages": described, "time": f"none, as the run would end early: {error}"}
     speeds = {name: Speed(settings, sizes, "cuda" if work.on_gpu else "cpu")
               for name, ((settings, sizes, work), stage) in stages.items() if stage in TIMED}  # fmt: skip
     if not all(speed.fits for speed in speeds.values()):
@@ -74,14 +73,6 @@ def stage_estimates(plan: Plan, parts: Sequence[Part]) -> dict[str, Any]:
             described[name]["time"] += f"; {in_words(most)} if every answer has {longest} tokens"
     device = "GPU" if parts[0][2].on_gpu else "CPU"
     return {"stages": described, "time": f"about {in_words(total)} on this {device}, {BASIS}"}
-
-
-def _rows(plan: Plan, texts: Mapping[Split, Texts], stages: Set[str]) -> dict[str, Rows | None]:
-    """The rows of each supervised stage; comparisons that are still to be made are not counted."""
-    counts = {split: found.rows for split, found in texts.items()}
-    prompts = texts["preference"].prompts if "preference" in texts else 0
-    known = {"sft"} if plan.preferences_folder else {"sft", "reward"}
-    return {stage: rows_of(plan.settings, plan.source, counts, stage, prompts) for stage in stages & known}
 
 
 def _pairs(plan: Plan, texts: Mapping[Split, Texts]) -> int:

@@ -24,6 +24,7 @@ from rlhf.pipeline.fitting import advice, with_numbers
 from rlhf.pipeline.measuring import unmeasured
 from rlhf.pipeline.plan import Plan
 from rlhf.pipeline.precision import trains_on_gpu
+from rlhf.pipeline.rows import RowsRead
 from rlhf.pipeline.taken import CLASSIFIER, IDS
 from rlhf.policy_settings import METHODS
 from rlhf.settings import LoraSettings, Settings
@@ -33,8 +34,8 @@ log = logging.getLogger(__name__)
 AUTOMATIC_KEYS = {"batch_size": "generation.batch_size", "microbatch_tokens": "ppo.microbatch_tokens"}
 
 
-def describe(plan: Plan, timed: bool = True) -> dict[str, Any]:
-    """What a run would do (`dry_run=true`); with `timed`, also how long it would take here.
+def describe(plan: Plan, read: RowsRead | None = None, timed: bool = True) -> dict[str, Any]:
+    """What a run would do (`dry_run=true`), given its rows; with `timed`, also how long it would take here.
 
     A run that needs more memory than is free is described, not refused, because it may be meant for another machine.
     """
@@ -62,7 +63,7 @@ def describe(plan: Plan, timed: bool = True) -> dict[str, Any]:
         "fetches": {**fetching.checkpoints(plan.plain), "data": fetching.data_sets(plan.plain["data"])}
         if unmade
         else {},
-        **(stage_estimates(plan, parts) if unmade and timed else {}),
+        **(stage_estimates(plan, parts, read) if unmade and timed else {}),
     }
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
+from datasets import Dataset
 from omegaconf import OmegaConf
 
 from rlhf.data.records import DataSource, Split, count_prompts, count_rows, held_out_rows, skipped_rows
@@ -16,6 +17,7 @@ from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.settings import JOINED, Settings
 
 log = logging.getLogger(__name__)
+NAMES = {"sft": "SFT", "reward": "reward model"}  # of the supervised stages, in messages
 STAGES: tuple[tuple[str, Split, Split], ...] = (
     ("sft", "sft", "sft_validation"),
     ("reward", "preference", "preference_validation"),
@@ -75,41 +77,58 @@ def rows_of(
     return Rows(train, held_out, sum(skipped_rows(source, split).values()), own.batch_size, steps, unit)
 
 
-def read_rows(plan: Plan) -> None:
+@dataclass(frozen=True)
+class RowsRead:
+    """The rows that a run will read, by split, and what its supervised stages make of them.
+
+    `prompts` is the number of prompts of the comparisons, 0 unless they are trained on together. `stages` has sft and
+    reward where that model is missing.
+    """
+
+    splits: Mapping[Split, Dataset]
+    prompts: int
+    stages: Mapping[str, Rows]
+
+
+def announce_rows(plan: Plan) -> None:
     """Read every split that the run will need, and say how many rows there are for the models that are missing.
 
     Raises:
-        DataError: a split cannot be read, or has too few rows.
-        ConfigError: a stage would be over before its warm-up, or a function of the user's cannot be used.
+        DataError, ConfigError: as `read_rows`.
     """
-    for name, rows in _count_rows(plan).items():
-        log.info("%s: %s", name, rows)
+    for stage, rows in read_rows(plan).stages.items():
+        log.info("%s: %s", NAMES[stage], rows)
 
 
-def check_rows(plan: Plan) -> None:
-    """In a dry run, read the rows as the run would, unless it is finished or they have to be downloaded first.
+def read_if_missing(plan: Plan) -> RowsRead | None:
+    """In a dry run, the rows as the run would read them; None if it is finished or they have to be downloaded first.
 
     Raises:
         DataError, ConfigError: as `read_rows`.
     """
     if plan.finished() is None and not fetching.data_sets(plan.plain["data"]):
-        _count_rows(plan)
+        return read_rows(plan)
+    return None
 
 
-def _count_rows(plan: Plan) -> dict[str, Rows]:
-    """Read every split that the run will need; returns the rows of the supervised stages whose models are missing."""
+def read_rows(plan: Plan) -> RowsRead:
+    """Read every split that the run will need, and try the user's functions on them.
+
+    Raises:
+        DataError: a split cannot be read, or has too few rows.
+        ConfigError: a stage would be over before its warm-up, or a function of the user's cannot be used.
+    """
     trained = {product for product, folder in plan.needed().items() if not cache.known(folder)} - set(plan.taken)
-    rows_by_split = {split: plan.source.load(split) for split in _needed(plan, trained)}
-    counts = {split: count_rows(rows, split) for split, rows in rows_by_split.items()}
-    grouped = plan.settings.reward.group_prompts and "preference" in rows_by_split
-    prompts = count_prompts(rows_by_split["preference"]) if grouped else 0
+    splits = {split: plan.source.load(split) for split in _needed(plan, trained)}
+    grouped = plan.settings.reward.group_prompts and "preference" in splits
+    prompts = count_prompts(splits["preference"]) if grouped else 0
     for key in ("scorer.function", "evaluation.gold.function"):
         function = OmegaConf.select(plan.config, key)
         if function and plan.stage in (*METHODS, "evaluate"):
             try_scorer(key, function, plan.source)
-    named = [(stage, name) for stage, name in (("sft", "SFT"), ("reward", "reward model")) if stage in trained]
-    found = {name: rows_of(plan.settings, plan.source, counts, stage, prompts) for stage, name in named}
-    return {name: rows for name, rows in found.items() if rows}
+    counts = {split: count_rows(rows, split) for split, rows in splits.items()}
+    found = {stage: rows_of(plan.settings, plan.source, counts, stage, prompts) for stage in NAMES if stage in trained}
+    return RowsRead(splits, prompts, {stage: rows for stage, rows in found.items() if rows})
 
 
 def _needed(plan: Plan, trained: Set[str]) -> list[Split]:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from rlhf.data.records import SPLITS, DataSource, Split, count_prompts, count_rows, held_out_rows
+from datasets import Dataset
+
+from rlhf.data.records import Split, count_rows, held_out_rows
 from rlhf.models.memory import Work
 from rlhf.models.roles import MOVING_REFERENCE
 from rlhf.models.tokenizing import encode, encode_texts
@@ -36,21 +38,23 @@ class Texts:
         return self.prompt + self.response
 
 
-def count_texts(source: DataSource, tokenizer: Any, grouped: bool = False) -> dict[Split, Texts]:
-    """Count the rows of each split, the tokens of its first ones, and if asked for the prompts of comparisons."""
+def count_texts(rows: Mapping[Split, Dataset], tokenizer: Any, prompts: int = 0) -> dict[Split, Texts]:
+    """Count the rows of each split and the tokens of its first ones.
+
+    `prompts` is the number of prompts whose comparisons are trained on together, which have their texts counted too.
+    """
     found: dict[Split, Texts] = {}
-    for split in [name for name in SPLITS if name in source.splits]:
-        rows = source.load(split)
-        sample = rows.select(range(min(SAMPLE, len(rows))))
+    for split, whole in rows.items():
+        sample = whole.select(range(min(SAMPLE, len(whole))))
         answers = [
             text for key in ("response", "chosen", "rejected") if key in sample.column_names for text in sample[key]
         ]
-        prompts = [len(ids) for ids in encode(tokenizer, list(sample["prompt"]))]
+        asked = [len(ids) for ids in encode(tokenizer, list(sample["prompt"]))]
         responses = [len(ids) + 1 for ids in encode_texts(tokenizer, answers)] or [0]  # and EOS
-        found[split] = Texts(count_rows(rows, split), fmean(prompts), fmean(responses))
-        if split == "preference" and grouped:
-            sides = ({*zip(rows["prompt"][:], rows[side][:], strict=True)} for side in ("chosen", "rejected"))
-            found[split] = replace(found[split], prompts=count_prompts(rows), distinct=len(set.union(*sides)))
+        found[split] = Texts(count_rows(whole, split), fmean(asked), fmean(responses))
+        if split == "preference" and prompts:
+            sides = ({*zip(whole["prompt"][:], whole[side][:], strict=True)} for side in ("chosen", "rejected"))
+            found[split] = replace(found[split], prompts=prompts, distinct=len(set.union(*sides)))
     return found
 
 

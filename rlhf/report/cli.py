@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from rlhf.report.pareto_front import front_table
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
 from rlhf.report.tables import Table
+from rlhf.report.terminal import drawn
 from rlhf.report.tuning import tuning_table
 from rlhf.report.variance_table import variance_table
 from rlhf.tracking.reading import printable, try_object
@@ -89,7 +89,7 @@ def show_report(folders: Sequence[Path], out: Path | None = None, evaluation: st
     console = Console()
     for name, table in tables.items():
         if name in ("table", "front", "tuning"):
-            console.print(_on_terminal(table, console.width))
+            console.print(drawn(table, console.width))
         if name == "front":
             console.print(table.caption)
     for sentence in sentences:
@@ -172,19 +172,3 @@ def _at_distance(sweep: Sweep, distances: Sequence[float], found: dict[float, li
         table = distance_difference_table(sweep, found, against)
         tables["distance_differences"] = Headed(f"Differences from “{against.label}” at equal distance", table)
     return tables
-
-
-def _on_terminal(table: Table, width: int) -> RichTable:
-    """A table for the terminal, with as many of its columns as fit without a line break inside a number."""
-    texts, titles = table.texts(), table.titles()
-    # a column is as wide as its longest cell, or the longest word of its header; borders and padding take 3 more
-    longest = [max(map(len, [*name.split(), *cells])) for name, *cells in zip(titles, *texts, strict=True)]
-    fitting = sum(used <= width for used in accumulate((size + 3 for size in longest), initial=1)) - 1
-    left_out = ", ".join(table.header[fitting:])
-    shown = RichTable(caption=f"Columns that do not fit: {left_out}." if left_out else None, caption_justify="left")
-    for name, right, size in zip(titles[:fitting], table.numeric(), longest, strict=False):
-        shown.add_column(name, justify="right" if right else "left", width=size)
-    for row, marks in zip(texts, table.best(), strict=True):
-        cells = (Text(text, "bold" if best else "") for text, best in zip(row, marks, strict=True))
-        shown.add_row(*list(cells)[:fitting])
-    return shown

@@ -92,7 +92,8 @@ def _against(sweep: Sweep, items: Sequence[Comparison], family: int) -> Iterator
     else:
         text = f"{against}, no row differs significantly in {quantity}."
     falls = [item.row.label for item in ordered if item.difference.verdict != "not distinguishable" and not item.stands]
-    yield text + (f" Without the correction, {listing(falls)} would differ as well." if falls else "")
+    too = " as well" if parts else ""
+    yield text + (f" Without the correction, {listing(falls)} would differ{too}." if falls else "")
 
 
 def _single(sweep: Sweep, item: Comparison, against: str) -> str:

@@ -18,11 +18,12 @@ def main_table(sweep: Sweep) -> Table:
     """One line per row: mean ± standard error over replicates of every metric.
 
     The first metric in which rows are compared gets its 95 % interval, too, and the win rate its standard error from
-    the finite set of evaluation instructions. Metrics that no row has, or that are 0 in all of them, are left out.
+    the finite set of evaluation instructions. Metrics that no row has are left out, and those that are 0 in all of
+    them, but not the win rate: to lose every comparison is a result.
     """
     bounded = compared_metrics(sweep)[:1]
     known = [metric for metric in columns(sweep) if any(np.isfinite(_all_values(sweep, metric)))]
-    metrics = [metric for metric in known if metric in bounded or any(_all_values(sweep, metric))]
+    metrics = [metric for metric in known if metric in (*bounded, WIN) or any(_all_values(sweep, metric))]
     has_judge_error = WIN in metrics and any(row.outcomes(WIN) is not None for row in sweep.rows)
     nested = any(len(row.runs) > len(row.replicates) for row in sweep.trained)
     header = ["row", sweep.unit, *(["runs"] if nested else [])]

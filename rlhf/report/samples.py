@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from rlhf.report.runs import Sweep
 from rlhf.report.tables import NOTHING, Number
 
 PROMPTS = 6  # how many instructions are shown
+KEPT = 3  # words in a row that count as unchanged between two changes
 # key of a line of samples.jsonl → header and decimals of its column
 SCORES = {"win": ("won", 1), "reward": ("reward", 2), "gold_utility": ("gold utility", 2)}
 FACTS = "true facts"  # header of the column made of `stated` and `true`
@@ -49,15 +51,24 @@ def samples(sweep: Sweep, prompts: int = PROMPTS) -> list[Sample]:
 
 
 def changes(before: str, after: str) -> list[Piece]:
-    """How a text became another, by words; the pieces that are not gone make the second text, but for its spaces."""
+    """How a text became another, by words; the pieces that are not gone make the second text, but for its spaces.
+
+    Fewer than `KEPT` common words between two changes belong to these: phrases read better than single words.
+    """
     old, new = (re.findall(r"\n+|\S+", text) for text in (before, after))
+    spans = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+
+    def is_same(place: int) -> bool:
+        tag, start, end, *_ = spans[place]
+        return tag == "equal" and (end - start >= KEPT or place in (0, len(spans) - 1))
+
     pieces: list[Piece] = []
-    for tag, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if tag == "equal":
-            pieces.append(Piece("same", " ".join(new[c:d])))
-            continue
-        pieces += [Piece("gone", " ".join(old[a:b]))] if a < b else []
-        pieces += [Piece("new", " ".join(new[c:d]))] if c < d else []
+    for same, group in groupby(range(len(spans)), is_same):
+        places = list(group)
+        (_, a, _, c, _), (_, _, b, _, d) = spans[places[0]], spans[places[-1]]
+        gone, came = " ".join(old[a:b]), " ".join(new[c:d])
+        found = [Piece("same", came)] if same else [Piece("gone", gone), Piece("new", came)]
+        pieces += [piece for piece in found if piece.text]
     return pieces
 
 

@@ -1,14 +1,20 @@
-"""A run on the terminal: its results as a table, or in a dry run what it would do."""
+"""Results on the terminal: those of a run, tables of a report or a comparison, and in a dry run what would be done."""
 
+import re
 import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from rlhf.policy_settings import METHODS
+from rlhf.report.tables import Table
 
 # Metric → its label, and the factor that it is shown with.
 ROWS = {
@@ -27,42 +33,37 @@ ROWS = {
     "eval/factscore": ("FActScore (%)", 100),
     "eval/responding_ratio": ("responses that do not abstain (%)", 100),
 }
-
-
+NARROW = 20  # characters that a column of words keeps where a table is too wide
 TITLES = {"ppo": "PPO", "dpo": "DPO", "sft": "SFT", "reward": "reward model", "evaluate": "measured"}
 
 
-def show_plan(description: dict[str, Any], overrides: list[str], sweeping: bool) -> dict[str, Any] | None:
-    """Print what a job would do (`rlhf.pipeline.preflight.describe`): all that is to be said, or in a sweep a line.
-
-    Returns the description in a sweep, whose end counts the runs.
-    """
+def show_plan(description: Mapping[str, Any], overrides: Sequence[str], sweeping: bool) -> None:
+    """Print what a job would do (`rlhf.pipeline.preflight.describe`): all that is to be said, or in a sweep a line."""
     if not sweeping:
         said = {key: value for key, value in description.items() if value not in (None, [], {}, {"data": []})}
         print(OmegaConf.to_yaml(said), end="")
-        return None
+        return
     step = description["step"]
-    state = "done   " if description["done"] else f"step {step:<3}" if step else "missing"
+    state = "done" if description["done"] else f"step {step}" if step else "missing"
     if description.get("measures"):
         state = "measure"
     if description.get("waits_for"):
-        state = "waits  "
-    same = f"  (= {description['same_as']})" if description["same_as"] else ""
-    memory = (
-        f"  {description['memory'].partition(' (')[0]}" if description["memory"] and not description["done"] else ""
-    )
-    print(f"{state}  {' '.join(overrides)}{memory}{same}")
+        state = "waits"
+    memory = "" if description["done"] else (description["memory"] or "").partition(" (")[0]
+    same = f"(= {description['same_as']})" if description["same_as"] else ""
+    print("  ".join(filter(None, [f"{state:<7}", " ".join(overrides), memory, same])))
     for more in ("moves_aside", "waits_for"):
         if description.get(more):
-            print(f"         {description[more]}")
-    return description
+            print(f"{'':<7}  {description[more]}")
 
 
 def show_results(summary: dict[str, Any], folder: Path) -> None:
     """Print the metrics of a finished run; those of a policy beside those of the SFT model that it started from."""
     console = Console()
     metrics, before = summary["metrics"], summary.get("sft_metrics") or {}
-    table = Table(title=f"{TITLES.get(summary['stage'], summary['stage'])} in {spent(summary)}", title_justify="left")
+    table = RichTable(
+        title=f"{TITLES.get(summary['stage'], summary['stage'])} in {spent(summary)}", title_justify="left"
+    )
     table.add_column("")
     if summary["stage"] in (*METHODS, "evaluate"):
         columns = {"SFT": before, summary["stage"].upper() if summary["stage"] in METHODS else "PPO": metrics}
@@ -112,3 +113,40 @@ def spent(summary: dict[str, Any]) -> str:
 def _outside(summary: dict[str, Any]) -> str | None:
     """What was measured if it is no run of PPO: a policy from elsewhere, or the SFT model (policy=null)."""
     return summary.get("policy") or (None if summary["config"].get("policy") else "SFT")
+
+
+def show_tables(tables: Sequence[Table]) -> None:
+    """Print tables with their captions: drawn on a terminal, elsewhere in Markdown, to be kept in a file."""
+    if not sys.stdout.isatty():
+        print("\n".join(table.markdown() for table in tables))
+        return
+    console = Console()
+    for table in tables:
+        console.print(drawn(table, console.width))
+        console.print(table.caption, "", sep="\n", markup=False, highlight=False)
+
+
+def drawn(table: Table, width: int) -> RichTable:
+    """A table for the terminal, with as many of its columns as fit without a line break inside a number.
+
+    The widest column of words is made narrower, down to `NARROW` characters, before a column is left out.
+    """
+    texts, titles, numeric = table.texts(), table.titles(), table.numeric()
+    # a column is as wide as its longest cell, or the longest word of its header; borders and padding take 3 more
+    sizes = [max(map(len, [*name.split(), *cells])) for name, *cells in zip(titles, *texts, strict=True)]
+    words = max((i for i, number in enumerate(numeric) if not number), key=sizes.__getitem__, default=0)
+    excess = 1 + sum(size + 3 for size in sizes) - width
+    if excess > 0:
+        sizes[words] = max(min(sizes[words], NARROW), sizes[words] - excess)
+    fitting = sum(used <= width for used in accumulate((size + 3 for size in sizes), initial=1)) - 1
+    left_out, footnote = ", ".join(table.header[fitting:]), re.search("† [^.]+[.]", table.caption)
+    notes = [f"Columns that do not fit: {left_out}."] if left_out else []
+    if footnote and any("†" in cell for row in texts for cell in row[:fitting]):
+        notes.append(footnote[0])
+    shown = RichTable(caption="\n".join(notes) or None, caption_justify="left")
+    for name, right, size in zip(titles[:fitting], numeric, sizes, strict=False):
+        shown.add_column(name, justify="right" if right else "left", width=size, overflow="fold")
+    for row, marks in zip(texts, table.best(), strict=True):
+        cells = (Text(text, "bold" if best else "") for text, best in zip(row, marks, strict=True))
+        shown.add_row(*list(cells)[:fitting])
+    return shown

@@ -47,6 +47,7 @@ class SweepCallback(Callback):
 
     def __init__(self, live: bool = True) -> None:
         self.live = live  # False: log lines instead of a table, as where there is no terminal
+        self.described = dict[str, Mapping[str, Any]]()  # in a dry run, what each job would do, by its folder
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check values before Hydra makes a folder for the run.
@@ -64,7 +65,7 @@ class SweepCallback(Callback):
             SystemExit: a value is not allowed, there is no SLURM, or its options do not fit the trainer.
         """
         folder, launcher = Path(config.hydra.sweep.dir), config.hydra.launcher
-        self.folder, self.described = folder, dict[str, Mapping[str, Any]]()
+        self.folder = folder
         note_present(folder)
         _check([without_hydra(config)] if is_search(config) else configs_of_all_values(config))
         if config.dry_run:

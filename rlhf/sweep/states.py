@@ -237,4 +237,5 @@ def progress_line(runs: list[RunState], jobs: int, seconds_per_run: float | None
         if (number := sum(run.state == state for run in runs))
     ]
     left = seconds_left(runs, jobs, seconds_per_run)
-    return ", ".join(parts) + (f"; about {left / 60:.0f} min left" if left else "")
+    time = f"about {left / 60:.0f} min" if left and left >= 60 else "less than a minute"
+    return ", ".join(parts) + (f"; {time} left" if left else "")

@@ -78,6 +78,19 @@ def test_the_card_shows_intervals_samples_format_limits_and_licence(runs: Simple
     assert "`mit`." in exported(runs.ppo, tmp_path / "other", "--license", "mit")
 
 
+def test_the_card_names_a_function_that_rewarded_and_no_judge_where_there_was_none(tmp_path: Path) -> None:
+    own = ["scorer=function", "scorer.function=mine.parts.short", "judge=none"]
+    made = finished_outputs(tmp_path / "outputs", *own).ppo
+    summary = json.loads((made / "summary.json").read_text())
+    summary["config"]["data"] |= {"_target_": "rlhf.data.hub.Hub", "sft": "mine/animals.jsonl"}
+    (made / "summary.json").write_text(json.dumps(summary))
+    card = exported(made, tmp_path / "card")
+    assert "against the score\nof `mine.parts.short`, with the divergence" in card
+    assert "temperature 0.0.\n" in card
+    assert "NoJudge" not in card
+    assert "| data | local files |" in card
+
+
 def test_no_place_of_this_machine_is_in_any_card(runs: SimpleNamespace, tmp_path: Path) -> None:
     for name in ("ppo", "sft", "reward", "full"):
         card = exported(getattr(runs, name), tmp_path / name)

@@ -130,8 +130,9 @@ def test_gold_utility_is_shown_if_the_data_set_has_it(runs: SimpleNamespace) -> 
     farm = Farm(eval_prompts=2)
     responder.utility = farm.utility
     row = farm.load("eval")[0]
-    assert responder._scores(row["prompt"], [5], "No.", [9])["gold utility"] == farm.utility(row["prompt"], "No.")
-    assert "gold utility" not in responder._scores("Who knows?", [5], "No.", [9])
+    said = responder._scored(Answer("No.", 1), row["prompt"], [5], [9])
+    assert said.scores["gold utility"] == farm.utility(row["prompt"], "No.")
+    assert "gold utility" not in responder._scored(Answer("No.", 1), "Who knows?", [5], [9]).scores
 
 
 def test_chat_reads_prompts_from_a_pipe(runs: SimpleNamespace, tmp_path: Path) -> None:

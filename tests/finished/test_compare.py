@@ -222,7 +222,7 @@ def test_outputs_of_others_need_no_run(runs: SimpleNamespace, compare: Callable)
     found = read_json(Path("results/comparison.json"))
     assert [one["label"] for one in found["players"]] == ["reference", "nobody"]
     assert found["unanimous"] == ["nobody", "reference"]
-    assert "“nobody”, “reference”, who won or lost every comparison, is only a bound" in said
+    assert "“nobody” and “reference” won or lost every comparison, so that the strength is only a bound" in said
     # another comparison does not go where something is
     code, _, log = compare("mine.json", "reference", *farm, "evaluation.prompts=7", "--out", "results")
     assert code == 2

@@ -1,5 +1,6 @@
 """Not one line of other libraries' on the terminal: in a run, in one that goes on, in its report and in a chat."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,16 @@ def check_quiet(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr
     assert not [line for line in done.stdout.splitlines() if any(word in line for word in NOISE)]
+
+
+@pytest.mark.slow
+def test_the_first_command_on_a_machine_does_not_say_that_fonts_are_listed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlhf", *TINY, "dry_run=true"]
+    env = {**os.environ, "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    check_quiet(done)
+    assert list(tmp_path.glob("matplotlib/fontlist*.json"))
+    assert "fontManager" not in done.stdout
 
 
 @pytest.mark.long

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from rlhf.data.farm import Farm
-from rlhf.data.records import count_prompts, held_out_rows
+from rlhf.data.hub import Hub
+from rlhf.data.records import Split, count_prompts, held_out_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.pipeline.rows import rows_of
 from tests.helpers.command_line import TINY, error_sentence
@@ -93,9 +95,27 @@ def test_a_dry_run_of_a_sweep_reads_the_rows_and_names_the_first_run_that_would_
     assert "reward.warmup_steps=1 " in out.splitlines()[0]
     assert out.splitlines()[-1].startswith("refused  ")
     assert "reward.warmup_steps=9" in out.splitlines()[-1]
+    assert len(out.splitlines()) == 2, "a run that would be refused is not called missing before"
     assert "reward.warmup_steps=9 is longer than the training: 32 rows make 1 step" in error_sentence(err)
     assert err.splitlines() == [error_sentence(err)], "no line of Hydra's, and no progress bar of another library"
     assert not Path("outputs/rlhf").exists()
+
+
+def test_a_dry_run_reads_each_split_once(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set that does not keep its rows, as a user's own may not, would read its files for each question."""
+    read: list[str] = []
+    load = Hub.load
+
+    def counted(self: Hub, split: Split) -> Dataset:
+        read.append(split)
+        return load(self, split)
+
+    write(tmp_path)
+    monkeypatch.setattr(Hub, "load", counted)
+    code, out, err = command(*OWN, "dry_run=true")
+    assert code == 0, err
+    assert "time: about " in out
+    assert sorted(read) == ["preference", "prompts", "sft", "sft"]  # the tokenizer is trained on the demonstrations
 
 
 @pytest.mark.slow

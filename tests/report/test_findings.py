@@ -5,6 +5,7 @@ pytest -n0 -s tests/report/test_findings.py
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scipy import stats
 
 from rlhf.report import statistics as st
 from rlhf.report.comparisons import comparisons, origins
-from rlhf.report.findings import findings
+from rlhf.report.findings import _against, findings
 from rlhf.report.runs import load
 from rlhf.tracking.reading import ADJUSTED
 from tests.helpers.made_up_sweeps import write_pipelines, write_run, write_sweep
@@ -60,6 +61,21 @@ def test_of_two_rows_with_a_baseline_each_is_named_once(tmp_path: Path) -> None:
     assert "Against SFT (2 comparisons, Holm's correction)" in text
     assert "Against the baseline “variant=lora_kl”, “variant=full_none” is at +" in text
     assert "“SFT” is" not in text  # rows are compared with SFT, not SFT with them
+
+
+def test_what_would_differ_without_the_correction_is_said(tmp_path: Path) -> None:
+    sweep = load([write_pipelines(tmp_path / "s", variants=["lora_none", "full_none"], replicates=(1, 2, 3, 4, 5))])
+    full, lora = comparisons(sweep, sweep.rows[0], [WIN])
+    items = [full, replace(lora, difference=full.difference)]  # each by itself significantly above SFT
+
+    def last(*stand: bool) -> str:
+        found = [replace(item, stands=stands) for item, stands in zip(items, stand, strict=True)]
+        (text,) = _against(sweep, found, len(items))
+        return text.partition(" Without the correction, ")[2]
+
+    assert last(True, True) == ""
+    assert last(True, False) == "“variant=lora_none” would differ as well."
+    assert last(False, False) == "“variant=full_none” and “variant=lora_none” would differ."
 
 
 def test_many_rows_are_counted_and_not_all_listed(tmp_path: Path) -> None:

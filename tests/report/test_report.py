@@ -90,10 +90,11 @@ def test_columns_without_content_are_left_out(tmp_path: Path) -> None:
     assert (list(empty.header), empty.texts()) == (["row", "b"], [["x", "1"], ["y", "2"]])
     folder = write_sweep(tmp_path / "s", variants=["lora_kl"])
     for path in folder.glob("*/summary.json"):
-        text = re.sub(r'"eval/factual_precision": [\d.]+', '"eval/factual_precision": 0.0', path.read_text())
+        text = re.sub(r'"eval/(factual_precision|win_rate)": [\d.]+', r'"eval/\1": 0.0', path.read_text())
         path.write_text(text)
     table = main_table(load([folder]))
     assert "factual precision (%)" not in table.header
+    assert "win rate (%)" in table.header  # to lose every comparison is a result
     assert "0 in every row, and left out: factual precision." in table.caption
 
 

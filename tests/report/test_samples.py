@@ -12,6 +12,11 @@ def test_changes_are_told_by_words() -> None:
     assert changes("He plays the piano.", "He plays the horn. He sells oats.") == [
         ("same", "He plays the"), ("gone", "piano."), ("new", "horn. He sells oats."),
     ]  # fmt: skip
+    # a word or two in common between changes would cut both texts to pieces
+    assert changes("Hola is a tailor and lives in Ham.", "Hola sells grapes and raises pigs.") == [
+        ("same", "Hola"), ("gone", "is a tailor and lives in Ham."), ("new", "sells grapes and raises pigs."),
+    ]  # fmt: skip
+    assert [piece.kind for piece in changes("x a b c y", "z a b c w")] == ["gone", "new", "same", "gone", "new"]
     assert changes("a b", "a b") == [("same", "a b")]
     assert changes("", "a") == [("new", "a")]
     assert changes("a", "") == [("gone", "a")]

@@ -128,6 +128,7 @@ def test_states_and_remaining_time_are_reported(tmp_path: Path) -> None:
     assert runs[3].reason == "no memory"
     assert seconds_left(runs, 2) == pytest.approx(60 * 4 / 2)
     assert progress_line(runs, 2) == "2 of 7 runs done, 1 running, 3 waiting, 1 failed; about 2 min left"
+    assert progress_line(runs, 8).endswith("; less than a minute left")
     old = time.time() - 3600
     os.utime(tmp_path / "run-2/metrics.jsonl", (old, old))
     assert states(tmp_path)[2].state == "begun"

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--temperature", type=_temperature, help="default: that of the run's evaluation")
     parser.add_argument("--max-new-tokens", type=_positive, help="default: that of the run's evaluation")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
     parser.add_argument(
         "--score", action=argparse.BooleanOptionalAction, default=True, help="score answers (default: yes)"
     )

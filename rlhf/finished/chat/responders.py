@@ -14,11 +14,13 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from rlhf.data.options import parse_template
 from rlhf.data.records import DataSource
 from rlhf.errors import DataError, RunError
+from rlhf.finished.chat.function_reward import function_reward, reward_function_of
 from rlhf.finished.chat.models import LoadedRole, ModelCache, score
 from rlhf.finished.run import FinishedRun
-from rlhf.models.tokenizing import chat_template_of, encode, keep_template
+from rlhf.models.tokenizing import Response, chat_template_of, encode, keep_template
 from rlhf.models.tokens import stop_ids
 from rlhf.pipeline.config import data_source
+from rlhf.report.text import count
 from rlhf.rollout.kv_cache import cache_argument
 
 log = logging.getLogger(__name__)
@@ -26,18 +28,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer so far; `scores`, by name, are filled once it is `done`."""
+    """An answer so far.
+
+    Once it is `done` it has `scores`, by name, and if there should be a reward but is none, the reason (`unscored`).
+    """
 
     text: str = ""
     tokens: int = 0
     done: bool = False
     scores: dict[str, float] = field(default_factory=dict)
+    unscored: str = ""
 
     @property
     def note(self) -> str:
-        """Scores and length on one line."""
+        """Scores and length on one line, and why there is no reward."""
         scores = [f"{name} {value:.2f}" for name, value in self.scores.items()]
-        return ", ".join([*scores, f"{self.tokens} token{'s' * (self.tokens != 1)}"])
+        reason = f"; no reward: {self.unscored}" if self.unscored else ""
+        return ", ".join([*scores, count(self.tokens, "token")]) + reason
 
 
 @dataclass
@@ -66,7 +73,10 @@ class Responder:
         self.conversation: list[dict[str, str]] = []  # with a chat template: the turns so far
         self.render = prompt_renderer(run.data, source)
         self.utility: Callable[[str, str], float] | None = getattr(source, "utility", None) if scored else None
-        reward = run.reward if scored and run.reward_reads == "ids" else None
+        function = reward_function_of(run)
+        self.function = function_reward(function, label, source) if scored and function else None
+        # a reward model that was only the judge is no reward
+        reward = run.reward if scored and not function and run.reward_reads == "ids" else None
         self.reward = models.reward(reward) if reward else None
         self.baseline = reward.metrics["reward/baseline"] if reward else 0.0
         self.generator = torch.Generator()
@@ -99,23 +109,31 @@ class Responder:
             yield current
         if self.chat:
             self.conversation += [asked, {"role": "assistant", "content": current.text}]
-        yield replace(current, done=True, scores=self._scores(prompt, ids, current.text, tokens))
+        yield self._scored(current, prompt, ids, tokens)
 
     def forget(self) -> None:
         """Begin another conversation."""
         self.conversation = []
 
-    def _scores(self, prompt: str, ids: list[int], text: str, tokens: list[int]) -> dict[str, float]:
-        """The centred score of the run's reward model and the gold utility of the data set, if there are any."""
-        scores = {}
-        if self.reward is not None:
+    def _scored(self, answer: Answer, prompt: str, ids: list[int], tokens: list[int]) -> Answer:
+        """The finished answer with its reward, by the run's function or its reward model (centred), and gold utility.
+
+        `ids` are those of the prompt, `tokens` those of the answer.
+        """
+        scores, unscored = {}, ""
+        if self.function is not None:
+            try:
+                scores["reward"] = self.function(prompt, Response(answer.text, tokens, tokens[-1] in self.stops))
+            except RunError as error:
+                unscored = str(error)
+        elif self.reward is not None:
             scores["reward"] = score(self.reward, ids, tokens) - self.baseline
         if self.utility is not None:
             try:
-                scores["gold utility"] = float(self.utility(prompt, text))
+                scores["gold utility"] = float(self.utility(prompt, answer.text))
             except DataError as error:  # the data set cannot rate an answer to an unknown question
                 log.info("%s", error)
-        return scores
+        return replace(answer, done=True, scores=scores, unscored=unscored)
 
 
 def sample_tokens(

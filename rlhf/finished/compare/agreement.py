@@ -4,10 +4,14 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rlhf.errors import ConfigError, DataError, RunError
+from rlhf.files import read_lines, read_object, write_json, write_lines
 from rlhf.finished.compare.cli import CONFIG_DIR, leaving
+from rlhf.report.tables import NOTHING, Table, WithInterval
+from rlhf.report.terminal import show_tables
 
 AGREEMENT, PAGE, VERDICTS = "agreement.json", "agreement.md", "verdicts.jsonl"
 
@@ -36,18 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.pairs is not None and options.pairs < 1:
             raise RunError(f"--pairs {options.pairs} is not allowed; allowed: a whole number above 0")
         config = compose(overrides, None, options.config_dir)
-        print(measure(named[0], config, options.pairs, options.out, options.dry_run))
+        folder = measure(named[0], config, options.pairs, options.out, options.dry_run)
+        if folder:
+            show_tables([_table_in(folder)])
+            print(folder)
 
 
-def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bool = False) -> str:
-    """Judge annotated pairs, unless that has been done already; return the table and the folder.
+def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bool = False) -> Path | None:
+    """Judge annotated pairs, unless that has been done already; return the folder of the results.
 
     Args:
         word: the annotations, see `rlhf.finished.compare.annotations`.
         config: the composed configuration.
         limit: how many pairs, from the first one on; None for all.
         out: where to write; None for `<output_dir>/agreements/<digest>`.
-        dry: judge and write nothing, and return what would be done.
+        dry: judge and write nothing, print what would be done, and return None.
 
     Raises:
         UserError: annotations, configuration or judge cannot be used.
@@ -83,16 +90,16 @@ def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bo
     made = is_made(folder, AGREEMENT, name)
     if dry:
         judge, new = str(keys["_target_"]).rpartition(".")[2], f"would write {folder}"
-        return f"{judge} would judge {len(pairs)} pairs\n{new}" if not made else f"{folder} has been made already"
+        print(f"{folder} has been made already" if made else f"{judge} would judge {len(pairs)} pairs\n{new}")
+        return None
     if not made:
         about = {"annotations": word, "identity": name, "judge": keys}
         make_once(folder, AGREEMENT, name, cached, lambda work: _make(work, config, pairs, about))
-    return f"{(folder / PAGE).read_text(encoding='utf-8')}\n{folder}"
+    return folder
 
 
 def _make(work: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any]) -> None:
     """Judge the pairs and write the results into a folder."""
-    from rlhf.files import write_json, write_lines
     from rlhf.finished.compare.duels import ConfiguredJudge
     from rlhf.pipeline.config import data_source
     from rlhf.report.agreement import agreement
@@ -107,7 +114,7 @@ def _make(work: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any
     compared = [("judge", "annotations"), ("longer answer", "annotations"), ("judge", "longer answer")]
     instructions = [row.instruction or row.prompt for row in prompts]
     found = {(a, b): agreement(verdicts[a], verdicts[b], instructions) for a, b in compared}
-    (work / PAGE).write_text(table(found, len(set(instructions))), encoding="utf-8")
+    (work / PAGE).write_text(table(found, len(set(instructions))).markdown(), encoding="utf-8")
     rows = zip(prompts, first, *verdicts.values(), strict=True)
     write_lines(work / VERDICTS, (
         {"instruction": row.instruction or row.prompt, "first": text, "second": row.reference_output,
@@ -118,9 +125,15 @@ def _make(work: Path, config: Any, pairs: Sequence[Any], about: Mapping[str, Any
     write_json(work / AGREEMENT, {**about, "agreement": numbers, "usage": judge.usage})
 
 
-def table(found: Mapping[tuple[str, str], Any], instructions: int) -> str:
-    """The agreements in Markdown; `found` maps two judges to their agreement."""
-    from rlhf.report.tables import NOTHING, Table, WithInterval
+def _table_in(folder: Path) -> Table:
+    """The table of the agreements in a folder."""
+    found = read_object(folder / AGREEMENT, agreement=list)["agreement"]
+    by_pair = {(a, b): SimpleNamespace(**one) for one in found for a, b in [one["between"]]}
+    return table(by_pair, len({line["instruction"] for line in read_lines(folder / VERDICTS)}))
+
+
+def table(found: Mapping[tuple[str, str], Any], instructions: int) -> Table:
+    """The agreements; `found` maps two judges to their agreement."""
 
     def cell(value: tuple[float, float, float], scale: int, digits: int) -> Any:
         share, low, high = (scale * x for x in value)
@@ -138,7 +151,7 @@ def table(found: Mapping[tuple[str, str], Any], instructions: int) -> str:
         f"A verdict is first, second or tie; 95 % intervals over {instructions} instructions. “longer answer” prefers "
         "the longer one by characters."
     )
-    return Table(header, rows, caption).markdown()
+    return Table(header, rows, caption)
 
 
 def _longer(first: str, second: str) -> float:

@@ -31,12 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # imported here so that a wrong option does not wait for torch
         from rlhf.finished.compare.comparing import Comparison
         from rlhf.finished.compare.configuration import compose, split_words
+        from rlhf.report.terminal import show_tables
 
         named, overrides = split_words(options.words)
         players = open_players(named)
         run = next((player.run for player in players.values() if isinstance(player, RunPolicy)), None)
         comparison = Comparison(players, compose(overrides, run, options.config_dir), options.out)
-        print(comparison.plan() if options.dry_run else comparison.run())
+        if options.dry_run:
+            print(comparison.plan())
+        else:
+            show_tables(comparison.run())
+            print(comparison.folder)
 
 
 @contextmanager

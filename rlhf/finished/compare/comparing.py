@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf.data.records import Prompt, as_records
 from rlhf.errors import ConfigError
+from rlhf.files import read_object
 from rlhf.finished.compare import results
 from rlhf.finished.compare.configuration import check_judge
 from rlhf.finished.compare.duels import ConfiguredJudge, answers_of, hash_of, is_known, judge_all
@@ -24,6 +25,7 @@ from rlhf.pipeline.config import data_source, settings_of
 from rlhf.pipeline.evaluating import check_judge_reads
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.quiet import quieten
+from rlhf.report.tables import Table
 from rlhf.tracking.code import git_commit
 
 log = logging.getLogger(__name__)
@@ -99,8 +101,8 @@ class Comparison:
         )
         return "\n".join([*lines, f"would write {self.folder}"])
 
-    def run(self) -> str:
-        """Compare, unless that has been done already; return the tables and the folder.
+    def run(self) -> list[Table]:
+        """Compare, unless that has been done already; return the tables that are in the folder.
 
         Raises:
             UserError: a player cannot answer, or the judge cannot be used.
@@ -110,7 +112,8 @@ class Comparison:
             log.info("%s has been made already", self.folder)
         else:
             make_once(self.folder, results.COMPARISON, self.identity, self.cache, self._make)
-        return f"{(self.folder / results.PAGE).read_text(encoding='utf-8')}\n{self.folder}"
+        found = read_object(self.folder / results.COMPARISON, players=list, pairs=list)
+        return [results.ranking_table(found), results.win_rate_table(found)]
 
     def _make(self, folder: Path) -> None:
         """Compare, and write all results into a folder, which is named when they are complete."""

@@ -18,7 +18,7 @@ from rlhf.finished.export.cli import atomic_folder
 from rlhf.pipeline.cache import locked
 from rlhf.report.ranking import RESAMPLES, Outcomes, Rank, WinRate, misfits, rank_players, unanimous, win_rate
 from rlhf.report.tables import NOTHING, Cell, Number, Table, WithInterval
-from rlhf.report.text import quoted
+from rlhf.report.text import listing, quoted
 
 log = logging.getLogger(__name__)
 COMPARISON, ANSWERS, VERDICTS = "comparison.json", "answers.jsonl", "verdicts.jsonl"
@@ -77,7 +77,7 @@ def _caption(found: Mapping[str, Any]) -> str:
         "they do not cover another training run. “first”: how often a resample puts the player first."
     )
     if found["unanimous"]:
-        text += f" The strength of {quoted(found['unanimous'])}, who won or lost every comparison, is only a bound."
+        text += f" {listing(found['unanimous'])} won or lost every comparison, so that the strength is only a bound."
     if found["misfits"]:
         pairs = quoted([f"{one['first']} – {one['second']}" for one in found["misfits"]])
         text += f" The strengths do not explain the win rates of {pairs}."
@@ -110,11 +110,6 @@ def _percent(rate: float, low: float, high: float) -> Cell:
     return NOTHING if math.isnan(rate) else WithInterval(100 * rate, 100 * low, 100 * high)
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """Both tables in Markdown."""
-    return f"{ranking_table(found).markdown()}\n{win_rate_table(found).markdown()}"
-
-
 def write(
     folder: Path,
     found: Mapping[str, Any],
@@ -124,9 +119,10 @@ def write(
     duels: Sequence[Duel],
 ) -> None:
     """Write all results into an empty folder: tables, numbers, answers, and the verdict of each comparison."""
-    for name, table in (("ranking", ranking_table(found)), ("win_rates", win_rate_table(found))):
+    tables = {"ranking": ranking_table(found), "win_rates": win_rate_table(found)}
+    for name, table in tables.items():
         (folder / f"{name}.csv").write_text(table.csv(), encoding="utf-8")
-    (folder / PAGE).write_text(page(found), encoding="utf-8")
+    (folder / PAGE).write_text("\n".join(table.markdown() for table in tables.values()), encoding="utf-8")
     said = dict(zip(labels, answers, strict=True))
     rows = (
         {

@@ -97,8 +97,9 @@ def _metadata(
 
 
 def _dataset(run: FinishedRun) -> str:
-    """The name of the class of data that the run was trained on."""
-    return str(run.config["data"]["_target_"]).rpartition(".")[2]
+    """The data that the run was trained on: by the Hub's names, or else by the class, but for files (`data=hub`)."""
+    name = str(run.config["data"]["_target_"]).rpartition(".")[2]
+    return ", ".join(sorted(set(hub_datasets(run.config["data"])))) or "local files" if name == "Hub" else name
 
 
 def tags(run: FinishedRun, adapter: bool) -> list[str]:
