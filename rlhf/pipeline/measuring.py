@@ -34,7 +34,7 @@ from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.kept_policies import kept_policies
 from rlhf.pipeline.plan import IGNORED_GROUPS, Plan
 from rlhf.policy_settings import METHODS
-from rlhf.tracking import evaluations
+from rlhf.tracking import evaluations, sessions
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
@@ -258,6 +258,7 @@ def copy_aside(run: Path, digest: str) -> None:
 def _add_lines(run: Path, target: Path) -> dict[str, list[dict[str, Any]]]:
     """Add the lines of a run's evaluations to the files in `target`; returns them by the name of their file."""
     target.mkdir(parents=True, exist_ok=True)
+    sessions.copy(run, target)
     added = {}
     for name in LINE_FILES:
         found = [line for line in read_lines(run / name, "step") if name != METRICS or "time/evaluate" in line]

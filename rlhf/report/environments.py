@@ -19,10 +19,9 @@ def mixed(sweep: Sweep) -> Iterator[str]:
     """One sentence per difference between runs, or within one, that no configuration shows."""
     yield from _continued(sweep)
     yield from _differing("The runs", [env for run in sweep.finished for env in environments(run.summary)])
-    later = [run.summary.get("measured_in") for run in sweep.finished]
-    if any(later):
-        ends = (environments(run.summary)[-1] for run in sweep.finished)
-        yield from _differing("The evaluations", [env or end for env, end in zip(later, ends, strict=True)])
+    measured = [run.summary.get("measured_in") or environments(run.summary) for run in sweep.finished]
+    if any("measured_in" in run.summary for run in sweep.finished):
+        yield from _differing("The evaluations", [env for envs in measured for env in envs])
     for stage, keys in (("SFT", ("sft_model",)), ("reward", ("reward_model", "reward_members"))):
         yield from _differing(f"The {stage} models of the runs", _models(sweep.finished, keys))
 

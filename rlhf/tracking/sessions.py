@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import SESSIONS, write_json
+from rlhf.files import ANSWERS, METRICS, SESSIONS, SUMMARY, read_lines, write_json
 from rlhf.tracking.reading import try_object
 
 log = logging.getLogger(__name__)
@@ -22,21 +22,46 @@ UNKNOWN = "perhaps another environment than before, of which nothing was noted"
 def begin(folder: Path, step: int, environment: Mapping[str, Any]) -> None:
     """Note that this process trains the run in `folder` from `step` on; warn if it computes with something else.
 
-    What was trained after `step` by others is trained again, so that it does not count.
+    What others have trained after `step` is trained again, so that it does not count.
     """
-    noted = try_object(folder / SESSIONS)[0] if step else {}
-    sessions = [entry for entry in noted.get("sessions", []) if entry["from_step"] <= step]
-    if step and not sessions:  # a version that noted nothing has begun it
-        sessions = [{"from_step": 0}]
-    changed = differences(sessions[-1], environment) if sessions else []
+    learning = step > 0 or (folder / ANSWERS).is_dir()  # from answers that were sampled before the first step
+    earlier = [entry for entry in _noted(folder) if entry["from_step"] <= step] if learning else []
+    _note(folder, step, environment, earlier)
+
+
+def begin_measuring(folder: Path, step: int, environment: Mapping[str, Any]) -> None:
+    """The same for an evaluation in `folder`, which may have measured other steps before it comes to `step`."""
+    _note(folder, step, environment, _noted(folder) if read_lines(folder / METRICS) else [])
+
+
+def copy(run: Path, evaluation: Path) -> None:
+    """Note in the folder of an evaluation, which takes over what the training of `run` has measured, by what that was.
+
+    Time and memory stay those of the training.
+    """
+    if (run / SESSIONS).exists() and not (evaluation / SESSIONS).exists():
+        write_json(evaluation / SESSIONS, {"sessions": _noted(run)})
+
+
+def _noted(folder: Path) -> list[Mapping[str, Any]]:
+    """The sessions of what has begun in `folder`; versions that noted none may have left a summary."""
+    found = try_object(folder / SESSIONS)[0].get("sessions")
+    return found or [{"from_step": 0, **environments(try_object(folder / SUMMARY)[0])[-1]}]
+
+
+def _note(folder: Path, step: int, environment: Mapping[str, Any], earlier: list[Mapping[str, Any]]) -> None:
+    """Write the sessions `earlier` and this one, and the time and memory of the earlier ones."""
+    changed = differences(earlier[-1], environment) if earlier else []
     if changed:
         said = "from step %d on, the bits are not those of a run without a break, as it now has %s"
         log.warning(said, step, ", ".join(changed))
-    if changed or not sessions:
-        sessions.append({"from_step": step, **environment})
-    seconds = noted.get("seconds", 0.0)
-    spent = {"before": seconds, "seconds": seconds, "peak_memory_bytes": noted.get("peak_memory_bytes", 0)}
-    write_json(folder / SESSIONS, {"sessions": sessions, **spent})
+    sessions = [*earlier, {"from_step": step, **environment}] if changed or not earlier else earlier
+    spent = try_object(folder / SESSIONS)[0] if earlier else {}
+    seconds, peak = spent.get("seconds", 0.0), spent.get("peak_memory_bytes", 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / SESSIONS, {"sessions": sessions, "before": seconds, "seconds": seconds, "peak_memory_bytes": peak}
+    )
 
 
 def extend(folder: Path, seconds: float, peak: int) -> None:
@@ -59,13 +84,15 @@ def told(folder: Path, seconds: float, peak: int) -> dict[str, Any]:
     return {**found, "sessions": sessions} if len(sessions) > 1 else found
 
 
-def environments(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def environments(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The environments of a run's sessions, by its summary: the only one, or those that differ, in order.
 
     Early versions recorded no sessions, but the `commits`.
     """
+    sessions = [entry for entry in summary.get("sessions") or [] if isinstance(entry, Mapping)]
     earlier = [{"git_commit": commit} for commit in summary.get("commits") or []]
-    return [entry for entry in summary.get("sessions") or [] if isinstance(entry, Mapping)] or [*earlier[:-1], summary]
+    found = sessions or [*earlier[:-1], summary]
+    return [{key: entry[key] for key in ENVIRONMENT if key in entry} for entry in found]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.files import SESSIONS, read_json
+from rlhf.files import ANSWERS, METRICS, SESSIONS, SUMMARY, read_json, write_json, write_lines
 from rlhf.tracking import sessions
 from rlhf.tracking.summary import environment
 from tests.helpers import killed_runs
@@ -52,6 +52,44 @@ def test_a_run_that_an_earlier_version_began_says_so(tmp_path: Path, caplog: pyt
     sessions.begin(tmp_path, 4, HERE)
     assert steps(tmp_path) == [0, 4]
     assert "of which nothing was noted" in caplog.text
+
+
+def test_answers_that_a_policy_learns_from_count_before_its_first_step(tmp_path: Path) -> None:
+    """They are sampled by one process; another one finds them, and trains from the first step on."""
+    sessions.begin(tmp_path, 0, HERE)
+    (tmp_path / ANSWERS).mkdir()
+    sessions.begin(tmp_path, 0, {**HERE, "threads": 2})
+    assert [entry["threads"] for entry in read_json(tmp_path / SESSIONS)["sessions"]] == [1, 2]
+
+
+def test_an_evaluation_notes_what_has_measured_its_steps(tmp_path: Path) -> None:
+    """In any order; one that measured nothing does not count; that of an earlier version has left a summary."""
+    sessions.begin_measuring(tmp_path, 3, {**HERE, "threads": 3})
+    sessions.begin_measuring(tmp_path, 3, HERE)
+    write_lines(tmp_path / METRICS, [{"step": 3, "time/evaluate": 1.0}])
+    sessions.begin_measuring(tmp_path, 0, {**HERE, "threads": 2})
+    told = sessions.told(tmp_path, 1.0, 1)
+    assert [entry["threads"] for entry in sessions.environments(told)] == [1, 2]
+    (tmp_path / SESSIONS).unlink()
+    write_json(tmp_path / SUMMARY, {"metrics": {}, **HERE})
+    sessions.begin_measuring(tmp_path, 0, {**HERE, "threads": 2})
+    assert [entry["threads"] for entry in read_json(tmp_path / SESSIONS)["sessions"]] == [1, 2]
+
+
+def test_an_evaluation_that_takes_over_what_the_training_measured_notes_its_environment_and_not_its_time(
+    tmp_path: Path,
+) -> None:
+    run, evaluation = tmp_path / "run", tmp_path / "evaluation"
+    for folder in (run, evaluation):
+        folder.mkdir()
+        write_lines(folder / METRICS, [{"step": 3, "time/evaluate": 1.0}])
+    sessions.begin(run, 0, HERE)
+    sessions.extend(run, 100.0, 100)
+    sessions.copy(run, evaluation)
+    sessions.begin_measuring(evaluation, 0, {**HERE, "threads": 2})
+    told = sessions.told(evaluation, 1.0, 1)
+    assert [entry["threads"] for entry in told["sessions"]] == [1, 2]
+    assert (told["wall_seconds"], told["peak_memory_bytes"]) == (1.0, 1)
 
 
 def test_threads_count_only_where_they_compute() -> None:
