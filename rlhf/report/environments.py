@@ -1,6 +1,7 @@
 """Whether what a report compares was computed alike: with one commit, the same versions, on the same processor."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rlhf.files import SUMMARY
@@ -18,7 +19,8 @@ NAMES = {"device": "device", "processor": "processor", "threads": "number of thr
 def mixed(sweep: Sweep) -> Iterator[str]:
     """One sentence per difference between runs, or within one, that no configuration shows."""
     yield from _continued(sweep)
-    yield from _differing("The runs", [env for run in sweep.finished for env in environments(run.summary)])
+    if len(sweep.finished) > 1:
+        yield from _differing("The runs", [env for run in sweep.finished for env in environments(run.summary)])
     measured = [run.summary.get("measured_in") or environments(run.summary) for run in sweep.finished]
     if any("measured_in" in run.summary for run in sweep.finished):
         yield from _differing("The evaluations", [env for envs in measured for env in envs])
@@ -65,9 +67,9 @@ def _name(key: str) -> str:
 
 def _models(runs: Iterable[RecordedRun], keys: Iterable[str]) -> list[Mapping[str, Any]]:
     """The environments of the models that runs name under these keys of their summaries, as far as they are there."""
-    named = {}
+    found = dict[Path, None]()  # as an ordered set
     for run in runs:
-        for value in (run.summary.get(key) or [] for key in keys):
-            for name in [value] if isinstance(value, str) else value:
-                named |= {parent / "cache" / name / SUMMARY: None for parent in run.folder.resolve().parents}
-    return [env for path in named if path.exists() for env in environments(try_summary(path)[0])]
+        values = [run.summary.get(key) or [] for key in keys]
+        names = [name for value in values for name in ([value] if isinstance(value, str) else value)]
+        found |= {parent / "cache" / name / SUMMARY: None for parent in run.folder.resolve().parents for name in names}
+    return [env for path in found if path.exists() for env in environments(try_summary(path)[0])]

@@ -68,7 +68,10 @@ def extend(folder: Path, seconds: float, peak: int) -> None:
     """Note at a checkpoint the seconds that this session has taken, and its peak memory in bytes."""
     noted, _ = try_object(folder / SESSIONS)
     if noted:
-        spent = {"seconds": noted["before"] + seconds, "peak_memory_bytes": max(noted["peak_memory_bytes"], peak)}
+        spent = {
+            "seconds": round(noted["before"] + seconds, 2),
+            "peak_memory_bytes": max(noted["peak_memory_bytes"], peak),
+        }
         write_json(folder / SESSIONS, {**noted, **spent})
 
 
