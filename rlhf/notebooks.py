@@ -4,6 +4,7 @@ Nothing is written into the current folder but below `output_dir`, and no logger
 of `rlhf.errors` with the sentence that the command line would show.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ from rlhf import root
 from rlhf.errors import ConfigError
 from rlhf.errors.explaining import explain
 from rlhf.finished.run import FinishedRun, located
+from rlhf.report.checks import left_out
+from rlhf.report.environments import mixed
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.runs import Sweep, load
 from rlhf.sweep.plan import run_folder
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from rlhf.finished.chat.responders import Answer
+
+log = logging.getLogger(__name__)
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -79,10 +84,15 @@ def run(config: DictConfig) -> "Results":
 def results(folder: str | Path) -> "Results":
     """What a run or the runs of a study recorded, as tables.
 
+    Runs that are left out, and differences in what has computed the others, are warned of.
+
     Raises:
         NoRunsError: the folder has no finished run.
     """
-    return Results(load([Path(folder)]))
+    sweep = load([Path(folder)])
+    for sentence in (*left_out(sweep), *mixed(sweep)):
+        log.warning("%s", sentence)
+    return Results(sweep)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ SUMMARY, FAILED, METRICS = "summary.json", "failed.json", "metrics.jsonl"
 PLAN = "plan.json"  # in a sweep's folder: its runs, and `jobs`, how many run at once
 OUTCOMES, SAMPLES = "outcomes.jsonl", "samples.jsonl"  # results per instruction, and some of the answers
 LINE_FILES = (METRICS, OUTCOMES, SAMPLES)  # JSON lines, to which a run appends
+SESSIONS = "sessions.json"  # what computed a run, from which step on (`rlhf.tracking.sessions`)
 BUDGET = "budget.json"  # the number that ppo.microbatch_tokens=auto was settled to, and for which run
 MODEL, BEST_MODEL = "model", "model_best"  # the last policy, and the best one if it is another
 ALPACA_EVAL, ALPACA_EVAL_REFERENCE = "alpaca_eval.json", "alpaca_eval_reference.json"  # of the last evaluation

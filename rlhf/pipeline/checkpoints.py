@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from rlhf.distributed import collectives
 from rlhf.files import METRICS, aside, read_lines
 from rlhf.files.digests import sha256
 from rlhf.stages.base import Stage
+from rlhf.tracking import sessions
+from rlhf.tracking.summary import environment, peak_memory
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +86,14 @@ class StepCheckpoints(Callback):
         evaluates: Callable[[int], bool] = lambda step: False,
     ):
         self.folder, self.every, self.keep, self.best, self.evaluates = folder, every, keep, best, evaluates
+        self.start, self.started, self.noted = 0, time.monotonic(), False
 
     def setup(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Replace Lightning's way of writing checkpoints."""
+        """Replace Lightning's way of writing checkpoints; note, once, what computes from here on."""
         trainer.strategy.checkpoint_io = DirectCheckpointIO()
+        if not self.noted:
+            self.noted, found = True, environment()
+            collectives.on_rank_zero(lambda: sessions.begin(self.folder.parent, self.start, found))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *args: Any) -> None:
         """Save at a step boundary."""
@@ -113,6 +120,7 @@ class StepCheckpoints(Callback):
             # the checksum first, so that a checkpoint under its final name always has one
             with aside(_checksum_file(path)) as note:
                 note.write_text(sha256(temporary), encoding="utf-8")
+        sessions.extend(self.folder.parent, time.monotonic() - self.started, peak_memory())
         self.prune()
         return step
 
@@ -142,6 +150,7 @@ class StepCheckpoints(Callback):
             torn.unlink()
         for path in reversed(self._all()):
             if _sound(path):
+                self.start = self.step_of(path)
                 return path
             log.warning("%s is damaged: using the one before it", path)
             self._remove(path)

@@ -34,8 +34,7 @@ from rlhf.pipeline.checkpoints import StepCheckpoints
 from rlhf.pipeline.kept_policies import kept_policies
 from rlhf.pipeline.plan import IGNORED_GROUPS, Plan
 from rlhf.policy_settings import METHODS
-from rlhf.tracking import evaluations
-from rlhf.tracking.code import git_commit
+from rlhf.tracking import evaluations, sessions
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
@@ -44,13 +43,11 @@ log = logging.getLogger(__name__)
 
 
 def noted(plan: Plan) -> dict[str, Any]:
-    """What the summary of a run says of its reward models, of the files that it has read, and of the code.
+    """What the summary of a run says of its reward models, and of the files that it has read.
 
-    The files are as they were when the run began or was continued; commits are told if there were several.
+    The files are as they were when the run began or was continued.
     """
-    note = earlier.read_note(plan.folder)
-    several = {"commits": note["commits"]} if len(note.get("commits", [])) > 1 else {}
-    return {**members.noted(plan), "files": note.get("files", {}), **several}
+    return {**members.noted(plan), "files": earlier.read_note(plan.folder).get("files", {})}
 
 
 def files_of(plan: Plan) -> dict[str, Any]:
@@ -74,9 +71,7 @@ def begin(plan: Plan) -> None:
         measured = before.get("evaluation") or plan.evaluation_of(renamed_config(before["config"]))
         if measured != plan.evaluation:
             set_aside(plan.folder, measured)
-    trained = before.get("commits", []) if StepCheckpoints.reached(plan.folder / "checkpoints") else []
-    commits = list(dict.fromkeys([*trained, git_commit()]))
-    more = {"evaluation": plan.evaluation, "files": files_of(plan), "commits": commits}
+    more = {"evaluation": plan.evaluation, "files": files_of(plan)}
     earlier.note(plan.folder, plan.identity, plan.plain, plan.overrides, **more)
 
 
@@ -263,6 +258,7 @@ def copy_aside(run: Path, digest: str) -> None:
 def _add_lines(run: Path, target: Path) -> dict[str, list[dict[str, Any]]]:
     """Add the lines of a run's evaluations to the files in `target`; returns them by the name of their file."""
     target.mkdir(parents=True, exist_ok=True)
+    sessions.copy(run, target)
     added = {}
     for name in LINE_FILES:
         found = [line for line in read_lines(run / name, "step") if name != METRICS or "time/evaluate" in line]

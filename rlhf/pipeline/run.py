@@ -25,7 +25,7 @@ from rlhf.models.export import save_adapter, save_model
 from rlhf.models.loading import DTYPES
 from rlhf.models.roles import Roles
 from rlhf.models.sharding import shard
-from rlhf.pipeline import cache, members
+from rlhf.pipeline import cache, measuring, members
 from rlhf.pipeline.allocation import keep_freed_memory
 from rlhf.pipeline.bars import with_displays
 from rlhf.pipeline.builders import Site
@@ -40,7 +40,6 @@ from rlhf.pipeline.extras import with_extras
 from rlhf.pipeline.interruption import Interruption
 from rlhf.pipeline.kept_policies import KeptPolicies
 from rlhf.pipeline.loggers import Loggers
-from rlhf.pipeline.measuring import check_sound, evaluation_results, has_later, make_ready, noted, tokenizer_of
 from rlhf.pipeline.methods import load_roles, make_stage, training_rows
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.plan import Plan
@@ -52,8 +51,9 @@ from rlhf.policy_settings import METHODS
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
 from rlhf.stages.evaluation import PolicyEvaluation
+from rlhf.tracking import sessions
 from rlhf.tracking.metrics_file import evaluated_at
-from rlhf.tracking.summary import read_summary, run_id, write_summary
+from rlhf.tracking.summary import environment, read_summary, run_id, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,15 @@ class Run:
         those of other steps may be already; it is not the run's own, which has those of its training.
         """
         started, plan = time.monotonic(), self.plan
-        collectives.on_rank_zero(lambda: check_sound(plan.folder, folder))
+        collectives.on_rank_zero(lambda: measuring.check_sound(plan.folder, folder))
         collectives.on_rank_zero(lambda: ping(self.config))
         self._build()
         lightning.seed_everything(self.settings.seed, verbose=False)
-        stage, evaluation = self._load(folder, exports=not has_later(folder, max(todo)))
+        stage, evaluation = self._load(folder, exports=not measuring.has_later(folder, max(todo)))
         stage.guards = Guards()  # they watch the training, and could stop nothing here
-        collectives.on_rank_zero(lambda: make_ready(folder))
+        collectives.on_rank_zero(lambda: measuring.make_ready(folder))
+        found = environment()
+        collectives.on_rank_zero(lambda: sessions.begin_measuring(folder, min(todo), found))
         trainer = self._evaluation_trainer(folder)
         for step, model in sorted(todo.items()):
             if model is not None:
@@ -107,17 +109,9 @@ class Run:
             stage.steps_done = step
             trainer.validate(stage, evaluation, verbose=False)
         self.loggers.hand_over(f"evaluate-{plan.identity}-{plan.evaluation}", folder)
-        results = collectives.on_rank_zero(lambda: evaluation_results(plan, folder))
-        return write_summary(
-            folder,
-            results.pop("metrics"),
-            plan.plain,
-            started,
-            **results,
-            stage="evaluate",
-            evaluation=plan.evaluation,
-            overrides=plan.overrides,
-        )
+        results = collectives.on_rank_zero(lambda: measuring.evaluation_results(plan, folder))
+        more = {**results, "stage": "evaluate", "evaluation": plan.evaluation, "overrides": plan.overrides}
+        return write_summary(folder, more.pop("metrics"), plan.plain, started, **more)
 
     def _build(self) -> None:
         """Build the models and comparisons that this run shares with others, where they are missing."""
@@ -181,7 +175,7 @@ class Run:
             stage=plan.stage,
             sft_metrics=before,
             sft_model=plan.sft_folder.name,
-            **noted(plan),
+            **measuring.noted(plan),
             guards=stage.guards.summary(),
             microbatch_tokens=method.microbatch_tokens,
             generation_batch_size=settings.generation.batch_size,
@@ -198,7 +192,7 @@ class Run:
         """
         plan, cached = self.plan, self.plan.outputs / "cache"
         # 1. The models.
-        tokenizer, base = tokenizer_of(plan), plan.sft_folder / MODEL
+        tokenizer, base = measuring.tokenizer_of(plan), plan.sft_folder / MODEL
         reward = plan.reward_folder if plan.needs_reward_model else None
         role = reward / MODEL if reward and plan.reward_reads == IDS else None
         others = members.scoring(plan)

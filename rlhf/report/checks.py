@@ -1,10 +1,11 @@
 """The warnings of a report: missing runs, suspicious numbers, findings of guards, mixed origins."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from rlhf.files import OUTCOMES
+from rlhf.report.environments import commits, mixed
 from rlhf.report.metric_info import metric_info
 from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.results import columns
@@ -20,10 +21,10 @@ CUT_OFF = 0.2  # share of responses without an end of sequence above which a war
 
 def warnings(sweep: Sweep) -> list[str]:
     """One sentence per warning, the most serious first."""
-    return [text for find in (_left_out, _incomplete, _numbers, _guards, _replicates, _origin) for text in find(sweep)]
+    return [text for find in (left_out, _incomplete, _numbers, _guards, _replicates, _origin) for text in find(sweep)]
 
 
-def _left_out(sweep: Sweep) -> Iterator[str]:
+def left_out(sweep: Sweep) -> Iterator[str]:
     """Runs that failed, are missing or do not count, rows whose runs do not belong together, keys without effect."""
     for run in sweep.runs:
         if run.state == "failed":
@@ -139,26 +140,9 @@ def _replicates(sweep: Sweep) -> Iterator[str]:
             return
 
 
-def _commits(run: RecordedRun) -> Sequence[Any]:
-    """The commits that have trained a run: several if the code changed between its beginning and its end."""
-    return run.summary.get("commits") or [run.summary.get("git_commit")]
-
-
 def _origin(sweep: Sweep) -> Iterator[str]:
-    """Runs of different commits, of uncommitted code, or with different versions of a package."""
-    several = [sweep.names[run.folder] for run in sweep.finished if run.summary.get("commits")]
-    if several:
-        yield f"{count(len(several), 'run')} begun by one commit and continued by another: {listing(several)}."
-    commits = sorted({str(name) for run in sweep.finished for name in _commits(run)})
-    if len(commits) > 1:
-        yield f"The runs were made by different commits ({', '.join(commits)})."
-    dirty = [commit for commit in commits if commit.endswith("+")]
+    """Runs that were not computed alike, or by uncommitted code."""
+    yield from mixed(sweep)
+    dirty = [commit for commit in commits(sweep.finished) if commit.endswith("+")]
     if dirty:
         yield f"The checkout had uncommitted changes ({', '.join(dirty)}): these numbers belong to no commit."
-    versions: dict[str, set[str]] = {}
-    for run in sweep.finished:
-        for package, version in (run.summary.get("versions") or {}).items():
-            versions.setdefault(package, set()).add(str(version))
-    for package, found in versions.items():
-        if len(found) > 1:
-            yield f"The runs used different versions of {package} ({', '.join(sorted(found))})."

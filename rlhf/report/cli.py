@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rlhf.errors import MISTAKE, FigureError, NoRunsError
 from rlhf.files import write_json
-from rlhf.report import page
+from rlhf.report import checks, page
 from rlhf.report.column_differences import column_differences
 from rlhf.report.column_table import column_table
 from rlhf.report.comparisons import Comparison, baseline, compared_metrics, comparisons, difference_table, origins
@@ -40,11 +40,12 @@ class Headed(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A report: its page, its tables by the names of their files, and the sentences that say what was found."""
+    """A report: its page, its tables by the names of their files, the sentences of what was found, and warnings."""
 
     page: Path
     tables: dict[str, Table]
     sentences: list[str]
+    warnings: list[str]
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None, evaluation: str | None = None) -> Path:
@@ -84,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def show_report(folders: Sequence[Path], out: Path | None = None, evaluation: str | None = None) -> Path:
-    """`make_report`, and on the terminal its main tables, its sentences and where the page is."""
-    path, tables, sentences = _make(folders, out, evaluation)
+    """`make_report`, and on the terminal its main tables, its sentences, its warnings and where the page is."""
+    path, tables, sentences, warnings = _make(folders, out, evaluation)
     console = Console()
     for name, table in tables.items():
         if name in ("table", "front", "tuning"):
@@ -94,14 +95,16 @@ def show_report(folders: Sequence[Path], out: Path | None = None, evaluation: st
             console.print(table.caption)
     for sentence in sentences:
         console.print(_bullet(sentence))
+    for sentence in warnings:
+        console.print(_bullet(sentence, "!"), style="yellow")
     console.print(str(path), soft_wrap=True, highlight=False)
     return path
 
 
-def _bullet(sentence: str) -> RichTable:
+def _bullet(sentence: str, mark: str = "•") -> RichTable:
     """A sentence behind a bullet, below which its further lines do not begin."""
     grid = RichTable.grid(padding=(0, 1, 0, 0))
-    grid.add_row("•", Text(sentence))
+    grid.add_row(mark, Text(sentence))
     return grid
 
 
@@ -138,7 +141,7 @@ def _make(folders: Sequence[Path], out: Path | None, evaluation: str | None) -> 
     # 4. What only an earlier report had must not lie beside it: it would be taken for a part of this one.
     drawn = [f"figures/{figure['name']}.{suffix}" for figure in figures for suffix in ("png", "svg", "csv")]
     _remove_stale(out, [*(f"{name}.{suffix}" for name in tables for suffix in ("md", "csv", "tex")), *drawn])
-    return Made(path, {name: table for name, (_, table) in tables.items()}, sentences)
+    return Made(path, {name: table for name, (_, table) in tables.items()}, sentences, checks.warnings(sweep))
 
 
 def _remove_stale(out: Path, made: list[str]) -> None:

@@ -6,6 +6,7 @@ from itertools import groupby
 import numpy as np
 
 from rlhf.report.comparisons import Comparison, needed
+from rlhf.report.environments import commits
 from rlhf.report.further_findings import at_common_distance, differences_at_distance, length_disagreements
 from rlhf.report.metric_info import metric_info
 from rlhf.report.runs import Sweep
@@ -134,5 +135,5 @@ def _cost(sweep: Sweep) -> Iterator[str]:
     yield text + (f", {taken} of them taken over from other sweeps." if taken else ".")
     seconds = sum(float(run.summary.get("wall_seconds") or 0) for run in made)
     peak = max((float(run.summary.get("peak_memory_bytes") or 0) for run in sweep.finished), default=0.0)
-    commits = sorted({str(run.summary.get("git_commit") or "unknown") for run in sweep.finished})
-    yield f"Total run time {duration(seconds)}; peak memory {peak / 2**30:.1f} GiB; commit {', '.join(commits)}."
+    made_by = ", ".join(commits(sweep.finished))
+    yield f"Total run time {duration(seconds)}; peak memory {peak / 2**30:.1f} GiB; commit {made_by}."

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.files import EVALUATIONS, SUMMARY, read_object, write_json
 from rlhf.tracking.reading import try_object
+from rlhf.tracking.sessions import environments
 
 log = logging.getLogger(__name__)
 SHOWN = "shown.json"  # in `evaluations/`: the digest of the evaluation that was asked for last
@@ -65,9 +66,10 @@ def shown_summary(run: Path) -> dict[str, Any] | None:
 
 
 def merged(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary of a run with what another evaluation has found in place of its own."""
+    """The summary of a run with what another evaluation has found in place of its own; `measured_in`: by what."""
     own = {key: value for key, value in run.items() if key not in MEASURED}
-    return {**own, **{key: evaluation[key] for key in MEASURED if key in evaluation}}
+    found = {key: evaluation[key] for key in MEASURED if key in evaluation}
+    return {**own, **found, "measured_in": environments(evaluation)}
 
 
 def foreign(folder: Path) -> str:

@@ -49,7 +49,8 @@ def try_summary(path: Path) -> tuple[dict[str, Any], str]:
     """Read a `summary.json` like `try_object`; its configuration, overrides and metrics have their present names."""
     summary, fault = try_object(path)
     # 1. Reject values that later code could not work with.
-    shapes = {"metrics": dict, "sft_metrics": dict, "config": dict, "guards": dict, "versions": dict, "overrides": list}
+    shapes = {"metrics": dict, "sft_metrics": dict, "config": dict, "guards": dict, "versions": dict, "overrides": list,
+              "sessions": list}  # fmt: skip
     for key, shape in shapes.items():
         if summary.get(key) is not None and not isinstance(summary[key], shape):
             return {}, f"{path.name}: {key} is {summary[key]!r:.40}"

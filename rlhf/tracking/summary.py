@@ -14,9 +14,11 @@ from rlhf import __version__
 from rlhf.distributed import collectives
 from rlhf.files import SUMMARY, read_object, write_json
 from rlhf.files.checksums import seal
+from rlhf.tracking import sessions
 from rlhf.tracking.code import git_commit
 
-PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets", "hydra-core", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "lightning", "datasets", "numpy", "hydra-core",
+            "bitsandbytes", "vllm")  # fmt: skip
 
 
 def write_summary(
@@ -37,16 +39,10 @@ def write_summary(
     summary = {
         "metrics": dict(metrics),
         **extra,
-        "wall_seconds": round(time.monotonic() - started, 2),
-        "peak_memory_bytes": peak_memory(),
-        "threads": torch.get_num_threads(),  # the last bits of sums depend on their number
-        "deterministic": torch.are_deterministic_algorithms_enabled(),  # on a GPU they vary without it
-        "versions": {"rlhf": __version__, "python": platform.python_version(), **_versions()},
-        "git_commit": git_commit(),
+        **sessions.told(folder, time.monotonic() - started, peak_memory()),
+        **environment(),
         "config": config,
     }
-    if collectives.size() > 1:
-        summary["processes"] = collectives.size()
     collectives.on_rank_zero(lambda: seal(folder))
     collectives.on_rank_zero(lambda: write_json(folder / SUMMARY, summary))
     return summary
@@ -67,11 +63,37 @@ def run_id(summary: Mapping[str, Any]) -> str:
     return f"{summary['stage']}-{summary['identity']}"
 
 
+def environment() -> dict[str, Any]:
+    """What this process computes with (`rlhf.tracking.sessions.ENVIRONMENT`); call it once the models are in place."""
+    gpu = _uses_gpu()
+    return {
+        "device": "cuda" if gpu else "cpu",
+        "processor": torch.cuda.get_device_name() if gpu else _processor(),
+        "threads": torch.get_num_threads(),  # the last bits of sums depend on their number
+        "processes": collectives.size(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),  # on a GPU they vary without it
+        "versions": {"rlhf": __version__, "python": platform.python_version(), **_versions()},
+        "git_commit": git_commit(),
+    }
+
+
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: allocations on the GPU if there is one, else the resident set size."""
-    if torch.cuda.is_available():
+    """Peak memory of this process in bytes: allocations on the GPU if it uses one, else the resident set size."""
+    if _uses_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def _uses_gpu() -> bool:
+    """Whether this process has put anything on a GPU; with `trainer=cpu` it leaves one that is there alone."""
+    return torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The name of the CPU, and the instructions for which torch chooses its kernels."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _versions() -> dict[str, str]:

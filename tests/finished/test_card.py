@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 from rlhf.finished.export import cli
 from rlhf.finished.export.card import fenced, shareable
 from rlhf.report.statistics import mean_of
+from rlhf.tracking.summary import environment
 from tests.helpers.finished_runs import finished_outputs
 from tests.helpers.made_up_sweeps import write_lines
 
@@ -89,6 +91,26 @@ def test_the_card_names_a_function_that_rewarded_and_no_judge_where_there_was_no
     assert "temperature 0.0.\n" in card
     assert "NoJudge" not in card
     assert "| data | local files |" in card
+
+
+def test_the_card_says_what_computed_the_run_and_what_moved_its_reference(
+    runs: SimpleNamespace, tmp_path: Path
+) -> None:
+    card = exported(runs.ppo, tmp_path / "plain")
+    assert f"Computed on: {environment()['processor']}." in card
+    assert "Continued" not in card
+    assert "from the SFT model" in card
+    shutil.copytree(runs.ppo, runs.ppo.with_name("continued"))
+    path = runs.ppo.with_name("continued") / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["config"]["reference"] = {"_target_": "rlhf.stages.reference.EMA", "decay": 0.75}
+    entries = [{"from_step": step, "device": "cpu", "threads": 1 + step} for step in (0, 4)]
+    path.write_text(json.dumps({**summary, "sessions": entries}))
+    card = exported(path.parent, tmp_path / "continued")
+    assert "Continued from step 4 on with threads=5 instead of 1." in card
+    assert "from the reference of `rlhf.stages.reference.EMA`" in card
+    assert "decay: 0.75" in card
+    assert "name: gae" in card  # the estimate of advantages
 
 
 def test_no_place_of_this_machine_is_in_any_card(runs: SimpleNamespace, tmp_path: Path) -> None:

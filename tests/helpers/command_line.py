@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 from hydra._internal.hydra import Hydra
 
 from rlhf.cli import main
@@ -32,6 +33,18 @@ def run_in_process(*arguments: str) -> int:
         except SystemExit as leaving:
             return int(leaving.code or 0)
     return 0
+
+
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """Let commands in this process compute with two threads, where the suite has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
 
 
 @contextmanager

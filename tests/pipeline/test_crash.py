@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -73,35 +74,55 @@ MOMENTS: list[tuple[str, str, int, float]] = [
     ("the report: figures", "rlhf.report.cli:make_figures", 1, 0.2),
     ("the report: its page", "write */report/report.html", 1, 0),
 ]  # fmt: skip
+# what else a run has with several reward models and a reference that moves
+MORE = ["scorer=ensemble", "scorer.members=2", "reference=reset", "reference.every=2", "kl=adaptive"]
+MORE_MOMENTS: list[tuple[str, str, int, float]] = [
+    ("the first member: into the cache", "rename */cache/reward-*", 1, 0),
+    ("the second member: an update", "rlhf.stages.base:Stage.accumulate", 1, 0.005),
+    ("the second member: a checkpoint", f"rename {REWARD}/checkpoints/step-*.ckpt", 1, 0),
+    ("the second member: its summary", f"rename {REWARD}/summary.json", 1, 0),
+    ("both are there", "rlhf.pipeline.run:load_roles", 1, 0),
+    ("what computes is noted", f"rename {RUN}/sessions.json", 1, 0),
+    ("the first average", "rlhf.stages.reference:Weights.blend", 1, 0),
+    ("a checkpoint: its time", f"rename {RUN}/sessions.json", 2, 0),
+    ("a reset", "rlhf.stages.reference:Weights.reset", 1, 0),
+    ("after a checkpoint, an evaluation", "rlhf.stages.ppo:PPO.on_validation_epoch_start", 1, 0),
+    ("half of it", "rlhf.stages.ppo:PPO.on_validation_epoch_end", 1, 0),
+    ("after a reset", "rlhf.stages.ppo:PPO.update", 2, 0.01),
+    ("after the last evaluation", "rlhf.pipeline.checkpoints:StepCheckpoints.prune", 1, 0),
+    ("before the summary", "rlhf.pipeline.run:write_summary", 1, 0),
+]  # fmt: skip
 KILLED = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (-signal.SIGTERM, 75), signal.SIGUSR1: (75,)}
 
 
-def arguments(folder: Path) -> list[str]:
-    return ["-m", *COMMAND, f"output_dir={folder}/outputs"]
+def arguments(folder: Path, more: Sequence[str] = ()) -> list[str]:
+    return ["-m", *COMMAND, *more, f"output_dir={folder}/outputs"]
 
 
-def to_the_end(folder: Path) -> str:
+def to_the_end(folder: Path, more: Sequence[str] = ()) -> str:
     """Run the command in the usual way to its end; return its output."""
-    command = [sys.executable, "-m", "rlhf", *arguments(folder)]
+    command = [sys.executable, "-m", "rlhf", *arguments(folder, more)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def kill_at(folder: Path, where: str, nth: int, seconds: float, number: signal.Signals) -> bool:
+def kill_at(
+    folder: Path, where: str, nth: int, seconds: float, number: signal.Signals, more: Sequence[str] = ()
+) -> bool:
     """Run the command and kill it at a moment; False if the run ended before."""
     log = folder / "died.log"
     log.unlink(missing_ok=True)
-    process = killed_runs.start(folder, arguments(folder), where, nth, seconds, number)
+    process = killed_runs.start(folder, arguments(folder, more), where, nth, seconds, number)
     process.join()
     expected = KILLED[number] if log.exists() else (0,)
     assert process.exitcode in expected, (where, number, process.exitcode, (folder / "said.log").read_text())
     return log.exists()
 
 
-def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
+def kill_after(folder: Path, seconds: float, number: signal.Signals, more: Sequence[str] = ()) -> bool:
     """Run the command and kill it after `seconds`; False if the run ended before."""
-    process = killed_runs.start(folder, arguments(folder))
+    process = killed_runs.start(folder, arguments(folder, more))
     process.join(seconds)
     if process.is_alive():
         os.kill(process.pid or 0, number)
@@ -114,8 +135,8 @@ def kill_after(folder: Path, seconds: float, number: signal.Signals) -> bool:
 class Lives:
     """Runs one after another, each killed repeatedly; when one ends, it is compared with an undisturbed run."""
 
-    def __init__(self, folder: Path, undisturbed: dict[str, Any]):
-        self.root, self.undisturbed = folder, undisturbed
+    def __init__(self, folder: Path, undisturbed: dict[str, Any], more: Sequence[str] = ()):
+        self.root, self.undisturbed, self.more = folder, undisturbed, more
         self.kills: Counter[str] = Counter()
         self.compared = 0
         self._begin()
@@ -136,7 +157,7 @@ class Lives:
         self._begin()
 
     def end(self) -> None:
-        assert not kill_after(self.folder, 9999, signal.SIGKILL)
+        assert not kill_after(self.folder, 9999, signal.SIGKILL, self.more)
         self.ended()
         print(f"\n{self.kills.total()} kills, {self.compared} runs compared, no difference")
         for what, times in sorted(self.kills.items()):
@@ -168,13 +189,28 @@ def test_killed_at_every_moment_a_run_ends_with_the_same_bits(
     """All moments in order, alternately with SIGKILL and SIGTERM; with the other parameter the other way round."""
     lives = Lives(tmp_path, undisturbed)
     signals = sorted((signal.SIGKILL, signal.SIGTERM), key=lambda number: number != first)
-    for i, (what, where, nth, seconds) in enumerate(MOMENTS):
-        number = signals[i % 2]
-        if not kill_at(lives.folder, where, nth, seconds, number):  # the run is past this moment already
+    kill_at_each(lives, MOMENTS, signals)
+
+
+def kill_at_each(
+    lives: Lives, moments: Sequence[tuple[str, str, int, float]], signals: Sequence[signal.Signals]
+) -> None:
+    """Kill a run at all moments in order, with one signal after the other."""
+    for i, (what, where, nth, seconds) in enumerate(moments):
+        number = signals[i % len(signals)]
+        if not kill_at(lives.folder, where, nth, seconds, number, lives.more):  # the run is past this moment already
             lives.ended()
-            assert kill_at(lives.folder, where, nth, seconds, number), f"this moment never comes: {what}"
+            assert kill_at(lives.folder, where, nth, seconds, number, lives.more), f"this moment never comes: {what}"
         lives.killed(what, number)
     lives.end()
+
+
+def test_killed_with_several_reward_models_and_a_reference_that_moves_a_run_ends_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "undisturbed").mkdir()
+    to_the_end(tmp_path / "undisturbed", MORE)
+    kill_at_each(Lives(tmp_path, collect_results(tmp_path / "undisturbed"), MORE), MORE_MOMENTS, [signal.SIGKILL])
 
 
 @pytest.mark.skipif(not KILLS, reason="RLHF_KILLS is not set")

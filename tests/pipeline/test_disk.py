@@ -148,7 +148,7 @@ def test_a_checkpoint_is_written_beside_what_it_becomes(tmp_path: Path, monkeypa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # a $TMPDIR that cannot be written
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, max_epochs=1, callbacks=[StepCheckpoints(tmp_path / "checkpoints", 1)],
+        enable_model_summary=False, max_epochs=1, callbacks=[StepCheckpoints(tmp_path / "run" / "checkpoints", 1)],
     )  # fmt: skip
     trainer.strategy.connect(lightning.LightningModule())
     checkpoints = trainer.callbacks[-1]  # type: ignore[attr-defined]
@@ -164,7 +164,7 @@ def test_a_checkpoint_is_written_beside_what_it_becomes(tmp_path: Path, monkeypa
     ):
         trainer.strategy.checkpoint_io.save_checkpoint(content, to)
     assert machine_failure(failure.value).startswith(f"File too large: {tmp_path / 'big.ckpt'} (")
-    assert sorted(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "run", path]
 
 
 def test_a_failure_says_which_file_it_is_about(tmp_path: Path) -> None:

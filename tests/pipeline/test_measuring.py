@@ -17,7 +17,7 @@ from rlhf.report.cli import main as report
 from rlhf.stages.ppo import PPO
 from rlhf.tracking import evaluations
 from rlhf.tracking.metrics_file import evaluated_at, read_metrics
-from tests.helpers.command_line import TINY, error_sentence, run_in_process
+from tests.helpers.command_line import TINY, error_sentence, run_in_process, two_threads
 from tests.helpers.composed_config import composed_plan
 from tests.helpers.run_results import without_times
 
@@ -143,7 +143,7 @@ def test_a_run_under_another_name_is_taken_over_and_measured(workplace: Path) ->
 
 
 @pytest.mark.usefixtures("trained_nothing")
-def test_an_interrupted_evaluation_continues(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_evaluation_continues_and_says_by_what(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emit = PPO.emit
 
     def dying(stage: PPO, metrics: Mapping[str, Any], step: int, **more: Any) -> Any:
@@ -154,10 +154,13 @@ def test_an_interrupted_evaluation_continues(workplace: Path, monkeypatch: pytes
     monkeypatch.setattr(PPO, "emit", dying)
     assert command(workplace, "first", "evaluation.max_new_tokens=6") == 75
     monkeypatch.setattr(PPO, "emit", emit)
-    assert command(workplace, "first", "evaluation.max_new_tokens=6") == 0
+    with two_threads():
+        assert command(workplace, "first", "evaluation.max_new_tokens=6") == 0
     place = evaluations.shown_folder(workplace / "outputs/first/run")
     assert steps_of(place) == [0, 3]
     assert [line["step"] for line in read_lines(place / "outcomes.jsonl")] == [0, 3]
+    sessions = read_json(place / SUMMARY)["sessions"]
+    assert [(entry["from_step"], entry["threads"]) for entry in sessions] == [(0, 1), (3, 2)]
 
 
 def test_an_unfinished_run_goes_on_under_another_judge(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,31 +1,8 @@
-"""What a run notes when it begins: by what code it was trained, and the content of the files that it reads."""
+"""What a run notes when it begins: the content of the files that it reads."""
 
 from pathlib import Path
 
-import pytest
-
-from rlhf.files import METRICS
-from rlhf.pipeline import identity, measuring
-from tests.helpers.composed_config import composed_plan
-
-
-def test_a_run_that_is_continued_by_other_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = composed_plan(tmp_path)
-    plan.folder.mkdir(parents=True)
-
-    def began_with(commit: str) -> list[str] | None:
-        monkeypatch.setattr(measuring, "git_commit", lambda: commit)
-        measuring.begin(plan)
-        return measuring.noted(plan).get("commits")
-
-    assert began_with("one") is None
-    assert began_with("two") is None  # nothing was left by the first, so that all is trained by the second
-    (plan.folder / "checkpoints").mkdir()
-    (plan.folder / "checkpoints" / "step-000003.ckpt").touch()
-    (plan.folder / METRICS).touch()
-    assert began_with("two") is None
-    assert began_with("three") == ["two", "three"]
-    assert began_with("three") == ["two", "three"]
+from rlhf.pipeline import identity
 
 
 def test_the_content_of_named_files_is_noted(tmp_path: Path) -> None:

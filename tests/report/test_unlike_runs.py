@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from rlhf.files import OUTCOMES, SUMMARY, read_lines, read_object, write_json
+import rlhf
+from rlhf.files import EVALUATIONS, OUTCOMES, SUMMARY, read_lines, read_object, write_json
 from rlhf.report.checks import warnings
-from rlhf.report.cli import make_report
+from rlhf.report.cli import main, make_report
+from rlhf.report.findings import findings
 from rlhf.report.results import main_table
 from rlhf.report.runs import Sweep, load
 from tests.helpers.made_up_sweeps import write_lines, write_sweep
@@ -88,12 +90,92 @@ def test_results_per_instruction_count_only_if_they_are_those_of_the_figure(fold
     assert json.loads((folder / "variant-lora_kl_seed-2" / SUMMARY).read_text())["metrics"]["eval/win_rate"] > 0
 
 
-def test_a_run_continued_by_another_commit_is_named(folder: Path) -> None:
-    assert not said(load([folder]), "continued by another")
-    change(folder / "variant-lora_kl_seed-2", lambda run: run.update(commits=["one", "two"]))
-    (told,) = said(load([folder]), "continued by another")
-    assert told == "1 run begun by one commit and continued by another: “variant=lora_kl, seed=2”."
-    assert said(load([folder]), "different commits")
+def continued(folder: Path, **other: Any) -> list[str]:
+    """What is said of a run that was continued in an environment with `other` facts than it began with."""
+    change(folder / "variant-lora_kl_seed-2", lambda run: run.update(sessions=[
+        {"from_step": 0, "threads": 1, "versions": {"torch": "2.13"}, "git_commit": "abc"},
+        {"from_step": 4, "threads": 1, "versions": {"torch": "2.13"}, "git_commit": "abc", **other},
+    ]))  # fmt: skip
+    return said(load([folder]), "Continued with another")
+
+
+def test_a_run_continued_with_something_else_is_named(folder: Path) -> None:
+    assert not said(load([folder]), "Continued with another")
+    assert continued(folder, git_commit="two", versions={"torch": "2.14"}) == [
+        "Continued with another commit and version of torch than begun: “variant=lora_kl, seed=2”."
+    ]
+    assert said(load([folder]), "different commits (abc, two)")
+    assert said(load([folder]), "different versions of torch (2.13, 2.14)")
+    assert continued(folder, threads=2) == [
+        "Continued with another number of threads than begun: “variant=lora_kl, seed=2”."
+    ]
+    assert "commit abc." in "".join(findings(load([folder]), [], None))
+
+
+def test_an_earlier_versions_run_continued_by_another_commit_is_named(folder: Path) -> None:
+    change(folder / "variant-lora_kl_seed-2", lambda run: run.update(commits=["one", "abc"]))
+    assert said(load([folder]), "Continued with another commit than begun: “variant=lora_kl, seed=2”.")
+    assert said(load([folder]), "different commits (abc, one)")
+
+
+@pytest.mark.parametrize(
+    ("fact", "words"),
+    [
+        ({"device": "cuda"}, "devices (cpu, cuda)"), ({"processor": "B"}, "processors (A, B)"),
+        ({"threads": 2}, "numbers of threads (1, 2)"), ({"processes": 2}, "numbers of processes (1, 2)"),
+        ({"deterministic": True}, "values of trainer.deterministic (False, True)"),
+    ],
+)  # fmt: skip
+def test_runs_that_were_not_computed_alike_are_no_table_without_a_word(
+    folder: Path, fact: dict[str, Any], words: str
+) -> None:
+    alike = {"device": "cpu", "processor": "A", "threads": 1, "processes": 1, "deterministic": False}
+    for run in folder.iterdir():
+        change(run, lambda summary: summary.update(alike))
+    assert not said(load([folder]), "were made with different")
+    change(folder / "variant-lora_kl_seed-2", lambda summary: summary.update(fact))
+    assert said(load([folder]), "were made with different") == [f"The runs were made with different {words}."]
+
+
+@pytest.mark.parametrize(("key", "model"), [("sft_model", "SFT"), ("reward_model", "reward")])
+def test_models_that_were_not_computed_alike_are_named(folder: Path, key: str, model: str) -> None:
+    for number, run in enumerate(sorted(folder.iterdir())):
+        built = folder.parent / "cache" / f"model-{number % 2}"
+        built.mkdir(parents=True, exist_ok=True)
+        (built / SUMMARY).write_text(json.dumps({"metrics": {}, "versions": {"torch": f"2.{number % 2}"}}))
+        change(run, lambda summary, name=built.name: summary.update({key: name}))
+    assert said(load([folder]), "models of the runs") == [
+        f"The {model} models of the runs were made with different versions of torch (2.0, 2.1)."
+    ]
+
+
+def test_evaluations_that_were_not_computed_alike_are_named(folder: Path) -> None:
+    """The runs were trained alike, and one of them is measured anew with another version."""
+    run = folder / "variant-lora_kl_seed-2"
+    shutil.copytree(run, run / EVALUATIONS / "anew")
+    write_json(run / EVALUATIONS / "shown.json", {"evaluation": "anew"})
+    assert not said(load([folder]), "made with different")
+    change(run / EVALUATIONS / "anew", lambda summary: summary.update(versions={"torch": "2.14"}))
+    assert said(load([folder]), "made with different") == [
+        "The evaluations were made with different versions of torch (2.13, 2.14)."
+    ]
+
+
+def test_terminal_and_notebook_warn_as_the_page_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rlhf.results(folder)
+    main([str(folder)])
+    assert not caplog.messages
+    assert "different versions" not in capsys.readouterr().out
+    change(folder / "variant-lora_kl_seed-2", lambda run: run.update(versions={"torch": "2.14"}))
+    change(folder / "variant-lora_kl_seed-3", lambda run: run["config"].update(lora={"r": 9}))
+    rlhf.results(folder)
+    main([str(folder)])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text, words in ((caplog.text, "is left out"), (caplog.text, "of torch (2.13, 2.14)"),
+                        (shown, "is left out"), (shown, "of torch (2.13, 2.14)")):  # fmt: skip
+        assert words in text
 
 
 def test_no_table_or_figure_of_an_earlier_report_lies_beside_the_present_one(tmp_path: Path) -> None:

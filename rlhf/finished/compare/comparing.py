@@ -26,7 +26,7 @@ from rlhf.pipeline.evaluating import check_judge_reads
 from rlhf.pipeline.numerics import settle_numerics
 from rlhf.pipeline.quiet import quieten
 from rlhf.report.tables import Table
-from rlhf.tracking.code import git_commit
+from rlhf.tracking.summary import environment
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Comparison:
                 key: json.loads(json.dumps(OmegaConf.to_container(self.config[key], resolve=True)))
                 for key in ("data", "evaluation", "generation", "judge")
             },
-            "git_commit": git_commit(),
+            **environment(),
             "wall_seconds": round(time.monotonic() - started, 2),
         }
         # 3. The results.

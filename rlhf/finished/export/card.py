@@ -12,7 +12,7 @@ from rlhf.data.options import as_list
 from rlhf.data.sources import Source
 from rlhf.data.templates import Template
 from rlhf.errors import DataError
-from rlhf.finished.export.evidence import Result, bare_format, found_by_guards, results, samples
+from rlhf.finished.export.evidence import Result, bare_format, continued, found_by_guards, results, samples
 from rlhf.finished.run import FinishedRun
 from rlhf.policy_settings import METHODS
 from rlhf.report.metric_info import metric_info
@@ -21,7 +21,7 @@ TRAINED_BY = {  # stage → the config groups that determined its model
     "sft": ("model", "data", "quantization", "sft"),
     "reward": ("model", "data", "quantization", "sft", "preferences", "reward"),
     "ppo": ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", "ppo", "divergence", "kl",
-            "scorer", "generation", "evaluation"),
+            "reference", "advantages", "loss_terms", "scorer", "generation", "evaluation"),
     "dpo": ("seed", "model", "data", "quantization", "sft", "preferences", "lora", "dpo", "generation", "evaluation"),
     **{method: ("seed", "model", "data", "quantization", "sft", "preferences", "reward", "lora", method, "scorer",
                 "generation", "evaluation") for method in ("best_of_n", "expert_iteration")},
@@ -62,6 +62,8 @@ def model_card(run: FinishedRun, name: str, licence: str | None, dtype: str, bas
         results=found,
         samples=[{key: fenced(text) for key, text in sample.items()} for sample in samples(run)],
         guards=found_by_guards(run),
+        reference=_reference(run.config),
+        continued=continued(run),
         licence=data.license,
         dtype=dtype,
         settings=OmegaConf.to_yaml(
@@ -107,6 +109,12 @@ def tags(run: FinishedRun, adapter: bool) -> list[str]:
     lora = run.config["lora"] if run.stage in METHODS else run.config[run.stage]["lora"]
     found = ["rlhf", run.stage, *(["lora"] if lora["r"] else []), *(["adapter"] if adapter else [])]
     return [*found, "reward-model"] if run.stage == "reward" else found
+
+
+def _reference(config: dict[str, Any]) -> str | None:
+    """The rule by which the penalty's reference or the policy moves; None if neither does, as before there were any."""
+    rule = (config.get("reference") or {}).get("_target_")
+    return None if rule == "rlhf.stages.reference.Fixed" else rule
 
 
 def hub_id(name_or_path: str | None) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from rlhf.report.recorded_run import RecordedRun
 from rlhf.report.rows import per_prompt
 from rlhf.report.statistics import mean_of
 from rlhf.report.tables import Number, WithInterval
+from rlhf.tracking.sessions import differences
 
 SHOWN = {"reward/accuracy", "reward/longer_accuracy", "reward/margin", "reward/validation_loss", "reward/baseline",
          "sft/validation_loss", "sft/perplexity"}  # fmt: skip
@@ -78,6 +80,14 @@ def found_by_guards(run: FinishedRun) -> list[str]:
     """What guards found in the training, a sentence each."""
     found = run.summary.get("guards") or {}
     return [f"{name} (from step {each['first_step']} on): {each['message']}" for name, each in found.items()]
+
+
+def continued(run: FinishedRun) -> list[str]:
+    """How its training was continued in another environment than before, if it was: `from step 4 on with …`."""
+    return [
+        f"from step {now['from_step']} on with {', '.join(differences(before, now))}"
+        for before, now in pairwise(run.summary.get("sessions") or [])
+    ]
 
 
 def _recorded(run: FinishedRun) -> RecordedRun:
