@@ -132,3 +132,5 @@ def test_a_run_that_is_continued_with_other_threads_says_so(tmp_path: Path) -> N
     made: dict[str, Any] = json.loads(summary.read_text())
     assert [(entry["from_step"], entry["threads"]) for entry in made["sessions"]] == [(0, 1), (2, 2)]
     assert made["threads"] == 2
+    noted = read_json(summary.parent / SESSIONS)
+    assert 0 < noted["before"] < noted["seconds"] < made["wall_seconds"]
