@@ -41,7 +41,8 @@ def as_trained(config: DictConfig, run: FinishedRun, given: Sequence[str]) -> Di
     found = OmegaConf.create({**newer, **run.config, **{key: config[key] for key in HOW if key in config}})
     for key in ("model", "lora", "sft", "reward", *METHODS, "generation", "evaluation"):
         if key in run.config and key in config:
-            found[key] = OmegaConf.merge(config[key], run.config[key])
+            defaults = OmegaConf.create(OmegaConf.to_container(config[key]))  # an option may lack keys of the run's
+            found[key] = OmegaConf.merge(defaults, run.config[key])
         elif key in run.config or key in config:
             found[key] = run.config[key] if key in run.config else config[key]
     found.stage, found.policy = {"name": run.stage}, None
