@@ -24,7 +24,7 @@ def sizes_of(settings: Settings, vocabulary: int = VOCABULARY) -> Sizes:
 @cache
 def estimated(*overrides: str) -> tuple[Settings, Sizes]:
     """What an estimate reads, the same for all stages."""
-    settings = composed_settings(*overrides)
+    settings = composed_settings("data=farm", *overrides)
     return settings, sizes_of(settings)
 
 

@@ -21,7 +21,7 @@ from tests.helpers.composed_config import composed_data
 from tests.helpers.tiny_tokenizers import llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-DATA = [word for word in TINY if word.startswith("data")]
+DATA = [word for word in TINY if word.startswith("data.")]
 # the smallest run, but for the shape of the model
 SMALL = [word for word in TINY if not word.startswith("model.")]
 

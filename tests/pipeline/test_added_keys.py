@@ -15,7 +15,7 @@ OTHERS = ["advantages=rloo", "generation.samples_per_prompt=2", "ppo.clip_range_
 
 def test_a_run_from_before_a_key_was_added_is_still_the_same_run(tmp_path: Path) -> None:
     """A configuration that a run recorded then has none of the keys, and means their defaults."""
-    plan = composed_plan(tmp_path)
+    plan = composed_plan(tmp_path, "data=farm")  # the other farm has values of its own
     recorded = deepcopy(plan.plain)
     for name in identity.OFF:
         *groups, key = name.split(".")
