@@ -76,10 +76,10 @@ def test_the_keys_of_a_method_that_is_not_chosen_are_not_checked_against_each_ot
 def test_the_page_names_every_method_and_says_how_much_is_sampled() -> None:
     assert all(f"`{method}`" in PAGE for method in METHODS)
     settings = composed_settings()
-    assert settings.ppo.steps * settings.ppo.rollout_batch_size == 2560
+    assert settings.ppo.steps * settings.ppo.rollout_batch_size == 3840
     assert settings.best_of_n.n * settings.best_of_n.prompts_per_round == 40960
     own = settings.expert_iteration
     assert own.rounds * own.prompts_per_round == settings.best_of_n.prompts_per_round
-    equal = composed_settings("best_of_n.n=4", "best_of_n.steps=10")
+    equal = composed_settings("best_of_n.n=4", "best_of_n.steps=15")
     check_best_of_n(equal, "best_of_n")
-    assert equal.best_of_n.n * equal.best_of_n.prompts_per_round == 2560
+    assert equal.best_of_n.n * equal.best_of_n.prompts_per_round == 3840

@@ -214,7 +214,7 @@ def test_two_halves_stop_and_continue_to_the_same_bits(runs: dict[str, Path], tm
     ],
 )
 def test_settings_that_shards_cannot_serve_are_refused(command: Callable, arguments: list[str], words: str) -> None:
-    code, _, said = command("debug=quick", "trainer=fsdp", *CPU, "lora@sft.lora=r8", *arguments)
+    code, _, said = command("debug=quick", "data=farm", "trainer=fsdp", *CPU, "lora@sft.lora=r8", *arguments)
     assert code == 2
     assert words in error_sentence(said)
 

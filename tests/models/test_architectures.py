@@ -99,7 +99,7 @@ def test_positions_are_as_many_as_the_model_can_read(tmp_path: Path, kind: str) 
 
 CUSTOM = ["model=custom", "model.max_prompt_tokens=64"]
 GPT2 = "model.config={model_type:gpt2,n_embd:32,n_layer:2,n_head:2,n_positions:200}"
-HERE = [GPT2, "lora.target_modules=[c_attn]", "reward.lora.target_modules=[c_proj]"]
+HERE = [GPT2, "data=farm", "lora.target_modules=[c_attn]", "reward.lora.target_modules=[c_proj]"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ REFUSED = [
     ("lora.init=OLoRA", "moves a part of the base's weights"),
     ("lora.init=loftq", "moves a part of the base's weights"),
     ("lora.init=eva", "lora.init=eva is not allowed; allowed: default or gaussian"),
-    ("reward.lora.init=corda", "reward.lora.init=corda moves a part"),
+    ("data=farm reward.lora.init=corda", "reward.lora.init=corda moves a part"),
     ("lora@sft.lora=r8 sft.lora.init=pissa", "sft.lora.init=pissa moves a part"),
     ("lora.modules_to_save=[embed_tokens]", "allowed: null, or lora=none, which trains everything"),
     ("lora.target_modules=all", "=all is not allowed; allowed: a list of names of linear layers, or all-linear"),
@@ -29,7 +29,10 @@ REFUSED = [
     ("lora.lr_ratio=0", "lora.lr_ratio=0.0 is not allowed; allowed: a number above 0"),
     ("lora.dora=true quantization=int8", "lora.dora=true: DoRA cannot be merged into rounded weights; allowed: quant"),
     ("lora.dora=true model.compile=true", "untested with model.compile=true; allowed: model.compile=false"),
-    ("reward.lora.dora=true trainer=fsdp trainer.devices=2", "untested with trainer=fsdp; allowed: trainer=ddp"),
+    (
+        "data=farm reward.lora.dora=true trainer=fsdp trainer.devices=2",
+        "untested with trainer=fsdp; allowed: trainer=ddp",
+    ),
 ]
 
 
@@ -51,10 +54,10 @@ def test_an_option_has_the_rank_of_its_name_and_one_scale(lora: str) -> None:
 
 def test_every_option_decides_the_run(tmp_path: Path) -> None:
     chosen = ["rslora=true", "dora=true", "lr_ratio=16", "init=gaussian"]
-    plans = [composed_plan(tmp_path), *(composed_plan(tmp_path, f"lora.{key}") for key in chosen)]
+    plans = [composed_plan(tmp_path, "data=farm", *key) for key in ([], *([f"lora.{key}"] for key in chosen))]
     assert len({plan.identity for plan in plans}) == len(plans)
     assert len({(plan.sft_folder, plan.reward_folder) for plan in plans}) == 1
-    other = composed_plan(tmp_path, "reward.lora.dora=true")
+    other = composed_plan(tmp_path, "data=farm", "reward.lora.dora=true")
     assert (other.reward_folder != plans[0].reward_folder, other.sft_folder) == (True, plans[0].sft_folder)
 
 

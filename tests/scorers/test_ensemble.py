@@ -89,6 +89,6 @@ def test_members_change_no_other_weight(folders: SimpleNamespace, members: list[
 )
 def test_what_cannot_be_an_ensemble_is_refused(chosen: str, said: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        compose_and_check("scorer=ensemble", chosen)
+        compose_and_check("data=farm", "scorer=ensemble", chosen)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
