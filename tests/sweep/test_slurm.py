@@ -36,8 +36,9 @@ def score(prompts, responses):
         time.sleep(0.05)
     return [len(response) / 100 for response in responses]
 """
+SHORT = [word for word in QUICK if "hidden_size" not in word]  # the folder of a run has its name, not cut off
 SWEEP = [
-    "-m", *QUICK, "scorer=function", "scorer.function=mine.score", "ppo.steps=10", "ppo.eval_every=5",
+    "-m", *SHORT, "scorer=function", "scorer.function=mine.score", "ppo.steps=10", "ppo.eval_every=5",
     "ppo.checkpoint_every=4", "hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.mem_gb=1",
     "hydra.launcher.timeout_min=10", "hydra.launcher.signal_delay_s=115", "output_dir=outputs",
 ]  # fmt: skip
