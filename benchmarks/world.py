@@ -43,6 +43,7 @@ def llama(layers: int, hidden: int, heads: int, intermediate: int, vocabulary: i
 
 SHAPES = {
     "toy": llama(2, 64, 4, 128, 200),
+    "farm": llama(4, 96, 4, 256, 400),
     "3.7M": llama(4, 256, 4, 544, 2000),
     "16M": llama(6, 384, 6, 1024, 8000),
     "110M": llama(12, 768, 12, 2048, 16000),

@@ -20,9 +20,15 @@ from rlhf import root
 SCRIPTS = {
     "decode.py": ["--toy"],
     "scale.py": ["--toy"],
+    "passes.py": ["--toy"],
     "gpu.py": ["--toy"],
 }
-COLUMNS = {"decode.py": "native is faster by", "scale.py": "peak of a step (MiB)", "gpu.py": "predicted (GiB)"}
+COLUMNS = {
+    "decode.py": "native is faster by",
+    "scale.py": "peak of a step (MiB)",
+    "passes.py": "read states only is faster by",
+    "gpu.py": "predicted (GiB)",
+}
 
 
 @pytest.mark.long

@@ -49,10 +49,12 @@ class Roles(nn.Module):
         self.table = {"reference": Role("base", None)}
         self.compute_dtype = compute_dtype
         self.compiled: dict[str, Any] | None = None  # the arguments of torch.compile, once `compile_blocks` ran
+        self.recomputed = False  # whether activations are recomputed, after `checkpoint_activations`
         self.sharded = False  # whether the base is spread over processes (`rlhf.models.sharding`)
         self._compiled_blocks: list[nn.Module] = []
         self._layers: dict[str, list[LoraLayer]] = {"base": []}  # the LoRA layers of each trunk
         self._unpadded: dict[str, bool] = {}  # whether a trunk can run without padding, for the trunks tried so far
+        self._row_modules: dict[str, list[str]] = {}  # what of their last blocks may run on the marked tokens alone
 
     # -- properties --------------------------------------------------------------------------------------------------
 
@@ -148,6 +150,7 @@ class Roles(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of storing them."""
+        self.recomputed = True
         for name, trunk in self.trunks.items():
             checkpoint_activations(trunk, self._layers[name])
 
@@ -236,14 +239,14 @@ class Roles(nn.Module):
     def states(self, role: str, batch: Sequences, where: Bool[Tensor, "batch time"]) -> Float[Tensor, "marked hidden"]:
         """Last hidden states at the marked positions (a mask on the host), row after row, without padding if possible.
 
-        Batches without padding take the same path if blocks are compiled, since the shape [rows, time] would be
-        compiled separately, and on a GPU, since transformers would wait for it to say that no row is packed.
+        The last block then computes no more than these need, unless blocks are compiled, of which this would make
+        further variants, or recomputed.
         """
-        same_path = self.compiled or self.device.type == "cuda"
-        if not ((batch.ragged or same_path) and self.unpadded):
+        if not self.unpadded:
             return select(self.hidden(role, batch), where)
+        alone = () if self.compiled or self.recomputed else self._row_modules[self.table[role].trunk]
         with self.using_adapter(role) as model, self.autocast():
-            return unpadded.hidden_states(model, batch, where)
+            return unpadded.hidden_states(model, batch, where, alone)
 
     @property
     def unpadded(self) -> bool:
@@ -253,6 +256,8 @@ class Roles(nn.Module):
         for name in self.trunks.keys() - self._unpadded.keys():
             with adapters.selected(self._layers[name], None):
                 self._unpadded[name] = unpadded.allow(self.trunks[name])
+                if self._unpadded[name]:
+                    self._row_modules[name] = unpadded.agreeing_row_modules(self.trunks[name])
         return all(self._unpadded.values())
 
     def groups(self, lengths: Sequence[int], budget: int, frozen: bool = False) -> list[list[int]]:

@@ -5,6 +5,8 @@ be run this way gets padded rows of similar length instead (`rlhf.models.sequenc
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.isolated_attention import Bounds, isolated_attention
-from rlhf.models.sequences import Sequences, select, send, spans
+from rlhf.models.last_block import WORTHWHILE, only_rows, row_modules
+from rlhf.models.sequences import Sequences, send, spans
 
 ATTENTION = "rlhf_unpadded"
 TRIED = 4  # tokens per sequence in the trial of a model
@@ -62,13 +65,29 @@ def takes_visible(model: PreTrainedModel, tokens: int) -> bool:
 
 
 def hidden_states(
-    model: PreTrainedModel, batch: Sequences, where: Bool[Tensor, "batch time"]
+    model: PreTrainedModel, batch: Sequences, where: Bool[Tensor, "batch time"], row_modules: Sequence[str] = ()
 ) -> Float[Tensor, "marked hidden"]:
-    """Last hidden states at the marked positions, row after row."""
+    """Last hidden states at the marked positions, row after row.
+
+    Sequences of equal length come to lie side by side, where the CPU's attention takes them as one batch. If the marked
+    positions are few enough, the `row_modules` of the last block run on them alone (`rlhf.models.last_block`).
+    """
     time = batch.ids.shape[1]
     is_token = spans(torch.zeros_like(batch.lengths), batch.lengths, time)
     positions = torch.arange(time).expand_as(batch.ids) if batch.position_ids is None else batch.position_ids
-    return select(_run(model, batch.ids[is_token], positions[is_token]), where[is_token])
+    ids, positions, read = batch.ids[is_token], positions[is_token], where[is_token]
+    order = _by_length(positions)
+    rows = send(order.argsort()[read], model.device)
+    few = len(rows) <= WORTHWHILE * len(ids)
+    with only_rows(model, row_modules if few else (), rows):
+        return _run(model, ids[order], positions[order]).index_select(0, rows)
+
+
+def _by_length(positions: Int[Tensor, "tokens"]) -> Int[Tensor, "tokens"]:
+    """The order in which sequences of equal length, each of which starts at a position 0, are side by side."""
+    starts = (positions == 0).nonzero().squeeze(1)
+    lengths = torch.cat([starts, starts.new_tensor([len(positions)])]).diff()
+    return lengths.repeat_interleave(lengths).argsort(stable=True)
 
 
 def _run(
@@ -98,20 +117,51 @@ def allow(model: PreTrainedModel) -> bool:
         return True
     if before != "sdpa":
         return False
+    with _evaluating(model):
+        try:
+            model.set_attn_implementation(ATTENTION)
+            if model.config._attn_implementation == ATTENTION and not _has_window(model) and _isolates(model):
+                return True
+        except (TypeError, ValueError, RuntimeError):  # the model's code may not accept the additional arguments
+            pass
+    model.set_attn_implementation(before)
+    return False
+
+
+@torch.no_grad()
+def agreeing_row_modules(model: PreTrainedModel) -> list[str]:
+    """The `row_modules` of a model that runs without padding; none if its states at some tokens are others with them.
+
+    The trial is in evaluation mode and leaves the model as it was.
+    """
+    paths = row_modules(model)
+    ids = torch.arange(2 * TRIED) % model.config.vocab_size
+    positions, rows = torch.arange(TRIED).repeat(2), torch.tensor([1, TRIED - 1, TRIED], device=model.device)
+    with _evaluating(model):
+        try:
+            everywhere = _run(model, ids, positions)[rows]
+            with only_rows(model, paths, rows):
+                found = _run(model, ids, positions)[rows]
+        except (AttributeError, IndexError, TypeError, RuntimeError):  # a module takes or gives something else
+            return []
+    return paths if _close(found, everywhere) else []
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = (TOLERANCE if expected.dtype.itemsize > 2 else TOLERANCE_IN_16_BITS) * expected.abs().max()
+    return bool((found - expected).abs().max() <= tolerance)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode, and back one by one: those of one model may be in different modes."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        model.set_attn_implementation(ATTENTION)
-        if model.config._attn_implementation == ATTENTION and not _has_window(model) and _isolates(model):
-            return True
-    except (TypeError, ValueError, RuntimeError):  # the model's code may not accept the additional arguments
-        pass
+        yield
     finally:
-        # One by one, because modules of the same model may be in different modes.
         for module, training in modes:
             module.training = training
-    model.set_attn_implementation(before)
-    return False
 
 
 def _has_window(model: PreTrainedModel, tokens: float = math.inf) -> bool:
@@ -134,5 +184,4 @@ def _isolates(model: PreTrainedModel) -> bool:
     positions = torch.arange(TRIED).repeat(2)
     alone = model.base_model(input_ids=second[None].to(model.device), use_cache=False).last_hidden_state[0]
     behind = [_run(model, torch.cat([before, second]), positions)[TRIED:] for before in (first, other)]
-    tolerance = (TOLERANCE if alone.dtype.itemsize > 2 else TOLERANCE_IN_16_BITS) * alone.abs().max()
-    return all(bool((found - alone).abs().max() <= tolerance) for found in behind)
+    return all(_close(found, alone) for found in behind)

@@ -71,7 +71,7 @@ def _train(site: Site, folder: Path, sft: Path, preferences: Path | None) -> Non
     compared = list(itertools.zip_longest(held_out, kinds[: len(held_out)]))
     compared, measured, _ = distinct(compared, stage.encode(held_out), "preference, held out", limit)
     held_out = [row for row, _ in compared]
-    texts = [text for pair in pairs for text in pair]
+    texts = list({id(text): text for pair in pairs for text in pair}.values())  # equal ones are one object
     (prompt, chosen), (_, rejected) = pairs[0]
     first = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     collectives.on_rank_zero(lambda: show_rendered(folder, "reward", tokenizer, first))
