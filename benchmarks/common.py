@@ -3,6 +3,7 @@
 Uses the standard library only, because `peer_trl.py` imports it where this project is not installed.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -191,6 +192,15 @@ def isolated(function: Callable[..., T], *arguments: Any, method: str = "fork", 
 def _send(sender: Connection, function: Callable[..., T], arguments: Sequence[Any]) -> None:
     sender.send(function(*arguments))
     sender.close()
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every script that measures on this machine."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--toy", action="store_true", help="takes seconds; the figures mean nothing")
+    parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
+    return parser
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,6 @@ including EOS.
 
 import argparse
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import isolated, report, spread, table
+from common import isolated, parser_of, report, spread, table
 from stage import make_stage
 from world import NEVER, SHAPES, make_world
 
@@ -35,16 +34,13 @@ ENGINES = ("native", "generate", "generate, merged")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["3.7M", "110M"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt", type=int, nargs=2, default=(16, 32), help="shortest and longest, in tokens")
     parser.add_argument("--tokens", type=int, default=64, help="maximum length of a response")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--toy", action="store_true", help="takes seconds; the figures mean nothing")
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md")
     options = parser.parse_args()
     if options.toy:
         toy = {"shapes": ["toy"], "batch": 4, "prompt": (4, 8), "tokens": 8, "repeats": 1, "threads": 1}

@@ -9,13 +9,12 @@ gradients and once without. Times are of the processor, of a forward pass and of
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import isolated, report, spread, table
+from common import isolated, parser_of, report, spread, table
 from transformers import AutoConfig, AutoModelForCausalLM
 from world import EOS, PAD, SHAPES, UNK
 
@@ -27,15 +26,12 @@ WAYS = ("padded", "end to end", "read states only")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["farm", "3.7M"])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--prompt", type=int, nargs=2, default=(6, 12), help="shortest and longest, in tokens")
     parser.add_argument("--response", type=int, nargs=2, default=(8, 30), help="shortest and longest, in tokens")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--toy", action="store_true", help="takes seconds; the figures mean nothing")
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md")
     options = parser.parse_args()
     if options.toy:
         options = argparse.Namespace(**{**vars(options), "shapes": ["toy"], "rows": 4, "repeats": 2, "threads": 1})

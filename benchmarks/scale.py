@@ -9,13 +9,12 @@ resident set size minus that after the imports.
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, Spread, isolated, peak_rss, report, spread, table
+from common import MIB, Spread, isolated, parser_of, peak_rss, report, spread, table
 from stage import make_stage, train
 from world import SHAPES, make_world
 
@@ -29,12 +28,9 @@ ROLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a point")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--large", action="store_true", help="include the 110M model")
-    parser.add_argument("--toy", action="store_true", help="takes seconds; the figures mean nothing")
-    parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
     options = parser.parse_args()
     base, sizes, big = BASE, ["3.7M", "16M"], "110M" if options.large else "16M"
     factors = (1, 2, 4)

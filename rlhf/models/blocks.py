@@ -81,6 +81,18 @@ def _warn_of_variants() -> None:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode, and back one by one: those of one model may be in different modes."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def uncompiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Run compiled blocks uncompiled; restore their compiled code on exit."""
     calls = [block._compiled_call_impl for block in blocks]

@@ -26,6 +26,12 @@ _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+def sequence_starts(positions: Int[Tensor, "tokens"]) -> Int[Tensor, "bounds"]:
+    """The start of each sequence, whose positions each begin at 0, and the end of the last."""
+    first = (positions == 0).nonzero().squeeze(1)
+    return torch.cat([first, first.new_tensor([len(positions)])])
+
+
 class Bounds(NamedTuple):
     """Where sequences begin: `starts` holds the start of each and the end of the last; `longest` is in tokens."""
 
@@ -35,8 +41,7 @@ class Bounds(NamedTuple):
     @classmethod
     def of(cls, positions: Int[Tensor, "tokens"], device: torch.device) -> "Bounds":
         """The bounds of sequences whose positions, on the host, each begin at 0; `starts` is sent to the device."""
-        first = (positions == 0).nonzero().squeeze(1)
-        starts = torch.cat([first, first.new_tensor([len(positions)])])
+        starts = sequence_starts(positions)
         kernels_take = torch.int32 if device.type == "cuda" else torch.int64
         return cls(send(starts.to(kernels_take), device), int(starts.diff().max()))
 

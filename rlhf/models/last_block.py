@@ -6,7 +6,7 @@ attention's output and the MLP run on the marked tokens alone, without a second 
 hooks take the marked rows of what such a module is given, and put its results back between zeros.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,29 +44,21 @@ def row_modules(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def only_rows(model: PreTrainedModel, paths: Sequence[str], rows: Int[Tensor, "marked"]) -> Iterator[None]:
-    """Run the modules at `paths` on these rows of [1, time, width] alone; their results are zero elsewhere.
+def only_rows(model: PreTrainedModel, paths: Sequence[str], rows: Int[Tensor, "marked"], tokens: int) -> Iterator[None]:
+    """Run the modules at `paths` on these rows of [1, tokens, width] alone; their results are zero elsewhere.
 
     A recomputation in the backward pass, when the hooks are gone, would differ.
     """
+
+    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0].index_select(1, rows), *args[1:]
+
+    def put_back(_: nn.Module, __: tuple[Any, ...], result: Tensor) -> Tensor:
+        return result.new_zeros(1, tokens, result.shape[-1]).index_copy(1, rows, result)
+
     with ExitStack() as stack:
         for path in paths:
             module = model.get_submodule(path)
-            before, after = _hooks(rows)
-            stack.enter_context(module.register_forward_pre_hook(before))
-            stack.enter_context(module.register_forward_hook(after))
+            stack.enter_context(module.register_forward_pre_hook(take))
+            stack.enter_context(module.register_forward_hook(put_back))
         yield
-
-
-def _hooks(rows: Tensor) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
-    """A hook that takes the rows of the first argument, and one that puts the result's rows back between zeros."""
-    times: list[int] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        times.append(args[0].shape[1])
-        return args[0].index_select(1, rows), *args[1:]
-
-    def after(_: nn.Module, __: tuple[Any, ...], result: Tensor) -> Tensor:
-        return result.new_zeros(1, times.pop(), result.shape[-1]).index_copy(1, rows, result)
-
-    return before, after

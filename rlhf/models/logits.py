@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import ModelError
+from rlhf.models.blocks import evaluating
 
 TRIED = 4  # tokens in the comparison of a head with the model
 LARGE = 300.0  # size of logits at which a cap shows: those of a new model are far below any cap
@@ -96,9 +97,7 @@ def transforms_logits(model: PreTrainedModel) -> bool:
     """
     output = model.get_output_embeddings()
     ids = torch.arange(TRIED, device=model.device)[None]
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         states = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
         expected = model(input_ids=ids, use_cache=False).logits
         if output is not None and states is not None:
@@ -109,9 +108,6 @@ def transforms_logits(model: PreTrainedModel) -> bool:
                 return not _same(output, large, own(large))
             if _same(output, states, expected):
                 return False
-    finally:
-        for module in was_training:
-            module.training = True
     raise ModelError(
         f"{type(model).__name__} computes its logits from more than its last hidden states, so log-probs would be "
         "those of another distribution; allowed: a model with a language-model head on its layers"

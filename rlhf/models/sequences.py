@@ -72,11 +72,6 @@ class Sequences:
         return [row[start:end] for row, (start, end) in zip(self.ids.tolist(), bounds, strict=True)]
 
     @property
-    def ragged(self) -> bool:
-        """Whether there is padding, or a row holds several sequences."""
-        return self.position_ids is not None or int(self.lengths.min()) < self.ids.shape[1]
-
-    @property
     def predicting(self) -> Bool[Tensor, "batch time"]:
         """Marks the positions whose hidden states predict a target: one to the left of each target."""
         shifted = torch.zeros_like(self.targets)

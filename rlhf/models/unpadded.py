@@ -5,8 +5,7 @@ be run this way gets padded rows of similar length instead (`rlhf.models.sequenc
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.models.isolated_attention import Bounds, isolated_attention
+from rlhf.models.blocks import evaluating
+from rlhf.models.isolated_attention import Bounds, isolated_attention, sequence_starts
 from rlhf.models.last_block import WORTHWHILE, only_rows, row_modules
 from rlhf.models.sequences import Sequences, send, spans
 
@@ -79,14 +79,13 @@ def hidden_states(
     order = _by_length(positions)
     rows = send(order.argsort()[read], model.device)
     few = len(rows) <= WORTHWHILE * len(ids)
-    with only_rows(model, row_modules if few else (), rows):
+    with only_rows(model, row_modules if few else (), rows, len(ids)):
         return _run(model, ids[order], positions[order]).index_select(0, rows)
 
 
 def _by_length(positions: Int[Tensor, "tokens"]) -> Int[Tensor, "tokens"]:
     """The order in which sequences of equal length, each of which starts at a position 0, are side by side."""
-    starts = (positions == 0).nonzero().squeeze(1)
-    lengths = torch.cat([starts, starts.new_tensor([len(positions)])]).diff()
+    lengths = sequence_starts(positions).diff()
     return lengths.repeat_interleave(lengths).argsort(stable=True)
 
 
@@ -117,7 +116,7 @@ def allow(model: PreTrainedModel) -> bool:
         return True
     if before != "sdpa":
         return False
-    with _evaluating(model):
+    with evaluating(model):
         try:
             model.set_attn_implementation(ATTENTION)
             if model.config._attn_implementation == ATTENTION and not _has_window(model) and _isolates(model):
@@ -137,10 +136,10 @@ def agreeing_row_modules(model: PreTrainedModel) -> list[str]:
     paths = row_modules(model)
     ids = torch.arange(2 * TRIED) % model.config.vocab_size
     positions, rows = torch.arange(TRIED).repeat(2), torch.tensor([1, TRIED - 1, TRIED], device=model.device)
-    with _evaluating(model):
+    with evaluating(model):
         try:
             everywhere = _run(model, ids, positions)[rows]
-            with only_rows(model, paths, rows):
+            with only_rows(model, paths, rows, len(ids)):
                 found = _run(model, ids, positions)[rows]
         except (AttributeError, IndexError, TypeError, RuntimeError):  # a module takes or gives something else
             return []
@@ -150,18 +149,6 @@ def agreeing_row_modules(model: PreTrainedModel) -> list[str]:
 def _close(found: Tensor, expected: Tensor) -> bool:
     tolerance = (TOLERANCE if expected.dtype.itemsize > 2 else TOLERANCE_IN_16_BITS) * expected.abs().max()
     return bool((found - expected).abs().max() <= tolerance)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode, and back one by one: those of one model may be in different modes."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _has_window(model: PreTrainedModel, tokens: float = math.inf) -> bool:

@@ -5,21 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.models import isolated_attention, unpadded
 from rlhf.models.sequences import Sequences, spans
-
-SMALL = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
-    "initializer_range": 0.25,
-}  # fmt: skip
+from tests.helpers.small_models import small
 
 
-def small(kind: str, **options: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **options})).eval()
+def allowed(kind: str, **options: object) -> PreTrainedModel:
+    model = small(kind, **options)
     assert unpadded.allow(model)
     return model
 
@@ -35,7 +29,7 @@ def small(kind: str, **options: object) -> PreTrainedModel:
     ],
 )
 def test_architectures_name_these_modules_and_read_the_same_states(kind: str, options: dict, names: set[str]) -> None:
-    model = small(kind, **options)
+    model = allowed(kind, **options)
     paths = unpadded.agreeing_row_modules(model)
     assert {path.partition(".1.")[2] for path in paths} == names
     batch = Sequences.from_lists([[3, 4, 5], [6, 7], [8]], [[9, 10], [11, 12, 13], [14]])
@@ -82,7 +76,7 @@ def test_recomputed_blocks_are_left_whole(make_roles: Callable, make_texts: Call
 
 
 def test_a_module_that_mixes_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small("llama")
+    model = allowed("llama")
     mlp = model.model.layers[-1].mlp
     forward = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda states: forward(states) + states.mean(1, keepdim=True))
@@ -92,7 +86,7 @@ def test_a_module_that_mixes_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_module_that_returns_more_than_states_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small("llama")
+    model = allowed("llama")
     mlp = model.model.layers[-1].mlp
     forward = mlp.forward
 

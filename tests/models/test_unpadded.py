@@ -7,22 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.models import unpadded
 from rlhf.models.last_block import WORTHWHILE
 from rlhf.models.sequences import Sequences, filled, pack, spans
-
-SMALL = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "use_cache": True,
-    "initializer_range": 0.25,
-}  # fmt: skip
-
-
-def small(kind: str, **options: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **options})).eval()
+from tests.helpers.small_models import small
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
