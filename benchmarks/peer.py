@@ -2,6 +2,7 @@
 
     python benchmarks/peer.py                        the cases of 3.7M parameters, about 10 minutes on two cores
     python benchmarks/peer.py --cases large          110M parameters, about 10 minutes
+    python benchmarks/peer.py --dtype bfloat16       both in bfloat16: TRL by autocast, which is its own default
     python benchmarks/peer.py --write                also append the tables to RESULTS.md
 
 The systems themselves differ: TRL trains a full value model (it has no adapter for it), ours an adapter on the shared
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--ours", nargs="*", default=(), help="further overrides of our configuration, such as ppo.value_model=full"
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products")
     parser.add_argument("--write", action="store_true", help="append the tables to RESULTS.md")
     options = parser.parse_args()
     python = trl_environment(options.venv)
@@ -97,7 +99,7 @@ def main() -> None:
         rates.append(rate_row(CASES[name], ours, trl))
         phases += [phase_row(CASES[name], side, rounds) for side, rounds in (("ours", ours), ("TRL", trl))]
         print(table(rates[-1:]), table(phases[-2:]), sep="\n\n", flush=True)
-    title = f"Against TRL {TRL}, {options.threads} threads each"
+    title = f"Against TRL {TRL}, {options.threads} threads each, {options.dtype}"
     report(title, f"{table(rates)}\n\n{table(phases)}", options.write)
 
 
@@ -127,9 +129,9 @@ def compare(case: Case, python: Path, options: argparse.Namespace) -> tuple[Side
         "lora=r8", "divergence=kl", "kl.coef=0.05", "ppo.lr=1e-5", "ppo.whiten_rewards=false",
         f"ppo.rollout_batch_size={case.rollouts}", f"ppo.minibatch_size={case.minibatch}",
         f"ppo.epochs={case.epochs}", f"generation.max_new_tokens={case.tokens}",
-        f"generation.batch_size={case.rollouts}", *case.ours, *options.ours,
+        f"generation.batch_size={case.rollouts}", f"model.dtype={options.dtype}", *case.ours, *options.ours,
     ]  # fmt: skip
-    shape = [str(n) for n in (case.rollouts, case.minibatch, case.epochs, case.tokens)]
+    shape = [str(n) for n in (case.rollouts, case.minibatch, case.epochs, case.tokens)] + [options.dtype]
     how = {"threads": options.threads, "timeout": TIMEOUT}
     with tempfile.TemporaryDirectory() as folder:
         eos = [] if case.eos is None else [str(case.eos)]

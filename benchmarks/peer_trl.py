@@ -110,7 +110,7 @@ def ppo_config(options: argparse.Namespace, folder: str) -> PPOConfig:
         lam=0.95,
         num_sample_generations=0,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=options.dtype == "bfloat16",
         use_cpu=True,
         report_to="none",
         save_strategy="no",
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("world", type=Path)
     for name in ("steps", "rollouts", "minibatch", "epochs", "tokens"):
         parser.add_argument(name, type=int)
+    parser.add_argument("dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--lr", type=float, default=1e-5)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.world / "sft", padding_side="left")

@@ -31,9 +31,9 @@ from rlhf.stages.ppo import PPO, make_ppo
 from rlhf.tracking.metrics_file import JsonLines, read_metrics
 
 FIXED = (
-    "model=custom", "ppo.eval_every=1000000", "ppo.schedule=constant", "ppo.warmup_steps=0",
-    "ppo.missing_eos_penalty=0", "ppo.reference_every=1000000", "generation.batch_size=256",
-    "model.dtype=float32",
+    "model=custom", "model.dtype=float32", "data=farm", "generation.batch_size=256", "generation.temperature=1",
+    "ppo.eval_every=1000000", "ppo.schedule=constant", "ppo.warmup_steps=0", "ppo.missing_eos_penalty=0",
+    "ppo.reference_every=1000000",
 )  # fmt: skip
 
 

@@ -57,6 +57,14 @@ def benchmarks() -> Path:
     return root() / "benchmarks"
 
 
+def test_stages_sample_at_a_temperature_of_1_as_trl_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length of answers, and with it every time, depends on it; the default data chooses another one."""
+    monkeypatch.syspath_prepend(str(benchmarks()))
+    import stage
+
+    assert stage.composed(stage.FIXED)[1].generation.temperature == 1
+
+
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(benchmarks()))
