@@ -17,9 +17,8 @@ from rlhf.data.farm.judge import (
     analyze,
     count_facts,
     is_preferred,
-    perceived_utility,
+    perception,
     prefers_first,
-    settled_utility,
 )
 from rlhf.data.farm.tasks import Task, Tasks
 from rlhf.data.farm.tokenizer import word_tokenizer
@@ -176,19 +175,13 @@ class Farm:
             texts = list(write_pair(self.world, task, self.max_response_tokens, rng)[:2])
         else:
             texts, edits = write_responses(self.world, task, self.responses, self.max_response_tokens, rng)
-        analyses = [analyze(self.world, task, text) for text in texts]
-        settled = [settled_utility(task, analysis) for analysis in analyses]
-
-        def perceived(place: int) -> float:
-            known = settled[place]
-            return perceived_utility(task, analyses[place], rng) if known is None else known
-
+        perceived = [perception(task, analyze(self.world, task, text)) for text in texts]
         pairs = list(itertools.combinations(range(len(texts)), 2)) * self.annotations
         for _ in range(self.edit_annotations - self.annotations):
             pairs += edits
         rng.shuffle(pairs)
         for pair in pairs:
-            first_is_chosen = is_preferred(perceived(pair[0]), perceived(pair[1]), rng)
+            first_is_chosen = is_preferred(perceived[pair[0]](rng), perceived[pair[1]](rng), rng)
             first_is_chosen ^= rng.random() < self.label_noise
             chosen, rejected = pair if first_is_chosen else pair[::-1]
             yield task.prompt, texts[chosen], texts[rejected]

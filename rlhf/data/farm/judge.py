@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 from typing import NamedTuple
 
@@ -153,16 +154,22 @@ def utility(task: Task, analysis: Analysis, weights: Weights, detects: Callable[
     return coverage + other_terms + weights.per_token * analysis.tokens
 
 
-def settled_utility(task: Task, response: Analysis) -> float | None:
-    """The utility that every annotator perceives; None if there is a false fact, which some of them overlook."""
-    if all(task.subject.holds(fact) for fact in response.facts):
-        return utility(task, response, ANNOTATOR)
-    return None
+def perception(task: Task, response: Analysis) -> Callable[[Random], float]:
+    """The utility that an annotator perceives, from a random stream of theirs.
 
+    They notice each false fact with the probability of `ANNOTATOR`. Each combination is worked out once, because many
+    annotators read the same response.
+    """
+    false = sum(not task.subject.holds(fact) for fact in response.facts)
+    if not false:
+        known = utility(task, response, ANNOTATOR)
+        return lambda _: known
 
-def perceived_utility(task: Task, response: Analysis, rng: Random) -> float:
-    """The utility that an annotator perceives, who notices each false fact with the probability of `ANNOTATOR`."""
-    return utility(task, response, ANNOTATOR, lambda: rng.random() < ANNOTATOR.detection)
+    @cache
+    def with_noticed(noticed: tuple[bool, ...]) -> float:
+        return utility(task, response, ANNOTATOR, iter(noticed).__next__)
+
+    return lambda rng: with_noticed(tuple(rng.random() < ANNOTATOR.detection for _ in range(false)))
 
 
 def is_preferred(first: float, second: float, rng: Random, sharpness: float = 4.0) -> bool:
@@ -177,4 +184,4 @@ def is_preferred(first: float, second: float, rng: Random, sharpness: float = 4.
 
 def prefers_first(task: Task, first: Analysis, second: Analysis, rng: Random) -> bool:
     """Whether a simulated annotator prefers `first` to `second`."""
-    return is_preferred(perceived_utility(task, first, rng), perceived_utility(task, second, rng), rng)
+    return is_preferred(perception(task, first)(rng), perception(task, second)(rng), rng)
