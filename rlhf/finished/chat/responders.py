@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from rlhf.data.options import parse_template
 from rlhf.data.records import DataSource
 from rlhf.errors import DataError, RunError
-from rlhf.finished.chat.function_reward import function_reward, reward_function_of
-from rlhf.finished.chat.models import LoadedRole, ModelCache, score
+from rlhf.finished.chat.models import LoadedRole, ModelCache
+from rlhf.finished.chat.rewards import reward_of
 from rlhf.finished.run import FinishedRun
 from rlhf.models.tokenizing import Response, chat_template_of, encode, keep_template
 from rlhf.models.tokens import stop_ids
@@ -73,12 +73,7 @@ class Responder:
         self.conversation: list[dict[str, str]] = []  # with a chat template: the turns so far
         self.render = prompt_renderer(run.data, source)
         self.utility: Callable[[str, str], float] | None = getattr(source, "utility", None) if scored else None
-        function = reward_function_of(run)
-        self.function = function_reward(function, label, source) if scored and function else None
-        # a reward model that was only the judge is no reward
-        reward = run.reward if scored and not function and run.reward_reads == "ids" else None
-        self.reward = models.reward(reward) if reward else None
-        self.baseline = reward.metrics["reward/baseline"] if reward else 0.0
+        self.reward = reward_of(run, label, source, models) if scored else None
         self.generator = torch.Generator()
 
     def answer(self, text: str, sampling: Sampling) -> Iterator[Answer]:
@@ -116,18 +111,17 @@ class Responder:
         self.conversation = []
 
     def _scored(self, answer: Answer, prompt: str, ids: list[int], tokens: list[int]) -> Answer:
-        """The finished answer with its reward, by the run's function or its reward model (centred), and gold utility.
+        """The finished answer with its reward, by what rewarded the run, and its gold utility.
 
         `ids` are those of the prompt, `tokens` those of the answer.
         """
         scores, unscored = {}, ""
-        if self.function is not None:
+        if self.reward is not None:
             try:
-                scores["reward"] = self.function(prompt, Response(answer.text, tokens, tokens[-1] in self.stops))
+                response = Response(answer.text, tokens, tokens[-1] in self.stops)
+                scores[self.reward.name] = self.reward(prompt, ids, response)
             except RunError as error:
                 unscored = str(error)
-        elif self.reward is not None:
-            scores["reward"] = score(self.reward, ids, tokens) - self.baseline
         if self.utility is not None:
             try:
                 scores["gold utility"] = float(self.utility(prompt, answer.text))
