@@ -2,6 +2,7 @@
 
     python benchmarks/passes.py                      the farm's model and 3.7M parameters on this machine
     python benchmarks/passes.py --shapes 110M --threads 2
+    python benchmarks/passes.py --dtype bfloat16     with matrix products in bfloat16
     python benchmarks/passes.py --toy
 
 A whole model is trained to score texts by their last token, or reads the states that predict the responses, once with
@@ -32,18 +33,19 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs=2, default=(6, 12), help="shortest and longest, in tokens")
     parser.add_argument("--response", type=int, nargs=2, default=(8, 30), help="shortest and longest, in tokens")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products")
     options = parser.parse_args()
     if options.toy:
         options = argparse.Namespace(**{**vars(options), "shapes": ["toy"], "rows": 4, "repeats": 2, "threads": 1})
     rows = [row for shape in options.shapes for row in isolated(measure, shape, options)]
-    title = f"Passes: {options.rows} texts, prompts of {options.prompt}, responses of {options.response} tokens"
-    report(title, table(rows), options.write)
+    lengths = f"prompts of {options.prompt}, responses of {options.response} tokens"
+    report(f"Passes: {options.rows} texts, {lengths}, {options.dtype}", table(rows), options.write)
 
 
 def measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table for one shape."""
     torch.set_num_threads(options.threads)
-    roles, batch = scorer(shape), random_batch(SHAPES[shape]["vocab_size"], options)
+    roles, batch = scorer(shape, options.dtype), random_batch(SHAPES[shape]["vocab_size"], options)
     assert roles.unpadded
     known = roles._row_modules["base"]
     rows = []
@@ -67,11 +69,11 @@ def ratio(slow: list[float], fast: list[float]) -> str:
     return f"{spread(one / other for one, other in zip(slow, fast, strict=True)).median:.2f}x"
 
 
-def scorer(shape: str) -> Roles:
-    """A whole model with a scalar head, with random weights."""
+def scorer(shape: str, dtype: str) -> Roles:
+    """A whole model with a scalar head, with random weights in float32 and products in `dtype`."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**SHAPES[shape], pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
-    roles = Roles(AutoModelForCausalLM.from_config(config).eval())
+    roles = Roles(AutoModelForCausalLM.from_config(config).eval(), getattr(torch, dtype))
     roles.table["reward"] = Role("base", None)
     roles.add_head("reward", zero=False)
     roles.train_only("reward")
