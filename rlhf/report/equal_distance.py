@@ -2,7 +2,8 @@
 
 At equal steps, a penalty that merely slows training down looks different from none. At equal distance it does not.
 Values are interpolated, linearly in √KL, between the evaluations of a run before and after it first gets to a distance,
-and never extrapolated: a row has a value only as far as all its runs went.
+and never extrapolated: a row has a value only as far as all its runs went. Where a run's first evaluation after that of
+SFT is already beyond a distance, its value there assumes a straight line from SFT, and is marked.
 """
 
 import math
@@ -36,6 +37,11 @@ METRICS = (
 )  # shown in any case
 COLUMNS = 4  # distances that are chosen if the layout does not name any
 GRID = 40  # points of a curve in a figure
+STRAIGHT = "°"  # the mark of values that assume a straight line from SFT
+STRAIGHT_NOTE = (
+    f" {STRAIGHT}: some run's first evaluation is beyond that distance, so the value assumes a straight line from SFT;"
+    " evaluate earlier (ppo.eval_every takes a list of steps, too)."
+)
 ROUND = (1, 2, 2.5, 5, 10)  # a distance is one of these times a power of ten
 
 
@@ -44,6 +50,12 @@ class RowAtDistance(Row):
     """A row, all of whose runs reach `distance` (√nats per token), at that distance."""
 
     distance: float = 0.0
+
+    @property
+    def straight(self) -> bool:
+        """Whether a run has no evaluation up to the distance but that of SFT."""
+        found = [_crossing(run, self.distance) for run in self.runs]
+        return any(before == 0 and 0 < share < 1 for (before, _), share in found)
 
     def value_of(self, run: RecordedRun, metric: str) -> float | None:
         """The metric of a run at the distance."""
@@ -112,7 +124,7 @@ def distance_table(sweep: Sweep, distances: Sequence[float]) -> Table:
         " at the head of the column, interpolated between evaluations. –: not all its runs got that far; “reach” is how"
         " far all of them got. Distance is measured per token, at the training temperature."
     )
-    caption += single_note(sweep)
+    caption += _straight_note(lines) + single_note(sweep)
     return Table(["metric", "row", "reach", *(f"√KL {at:g}" for at in distances)], lines, caption)
 
 
@@ -155,17 +167,28 @@ def distance_difference_table(sweep: Sweep, found: dict[float, list[Comparison]]
         " first got to the same √KL; 95 % intervals as in the table of differences at equal steps. *: significant after"
         f" Holm's correction for all {len(every)} comparisons of this table."
     )
-    caption += single_note(sweep)
+    caption += _straight_note(lines) + single_note(sweep)
     header = [*(["metric"] if len(metrics) > 1 else []), "row"]
     return Table([*header, *(f"√KL {at:g}" for at in found)], lines, caption)
+
+
+def assumes_straight(item: Comparison) -> bool:
+    """Whether a comparison at a distance has a row whose value there assumes a straight line from SFT."""
+    return any(isinstance(row, RowAtDistance) and row.straight for row in (item.row, item.other))
+
+
+def _straight_note(lines: Sequence[Sequence[Cell]]) -> str:
+    marked = any(isinstance(cell, WithInterval) and STRAIGHT in cell.mark for line in lines for cell in line)
+    return STRAIGHT_NOTE if marked else ""
 
 
 def _mean_cell(row: Row, metric: str, distance: float) -> Cell:
     """The mean of a row at a distance with its interval, in display units."""
     here, info = at_distance(row, distance), metric_info(metric)
-    mean, mark = mean_over(here, metric) if here else None, "†" if row.single else ""
-    if mean is None:
+    mean = mean_over(here, metric) if here else None
+    if here is None or mean is None:
         return NOTHING
+    mark = ("†" if row.single else "") + (STRAIGHT if here.straight else "")
     return WithInterval(info.scale * mean.mean, info.scale * mean.low, info.scale * mean.high, info.digits, mark)
 
 
@@ -173,7 +196,7 @@ def _difference_cell(item: Comparison) -> WithInterval:
     """A difference with its interval, in display units."""
     info, gap = metric_info(item.metric), item.difference
     value, low, high = (info.scale * number for number in (gap.mean, gap.low, gap.high))
-    mark = ("*" if item.stands else "") + ("†" if item.single else "")
+    mark = ("*" if item.stands else "") + ("†" if item.single else "") + (STRAIGHT if assumes_straight(item) else "")
     return WithInterval(value, low, high, info.digits, mark, signed=True)
 
 

@@ -5,13 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from rlhf.report.comparisons import WIN, Comparison
-from rlhf.report.equal_distance import at_distance, common_distances, reach
+from rlhf.report.equal_distance import assumes_straight, at_distance, common_distances, reach
 from rlhf.report.metric_info import metric_info
 from rlhf.report.rows import Row
 from rlhf.report.runs import Sweep
 from rlhf.report.text import joined, listing
 from rlhf.report.verdicts import best_of, listing_with_gaps, rivals_of, told_from_best, value
 from rlhf.tracking.reading import ADJUSTED, CONTROLLED
+
+# Where a value at a distance is interpolated between SFT and a run's first evaluation
+STRAIGHT = " This assumes that runs go there in a straight line from SFT: some have no evaluation before it."
 
 
 def at_common_distance(sweep: Sweep, metric: str) -> Iterator[str]:
@@ -30,7 +33,8 @@ def at_common_distance(sweep: Sweep, metric: str) -> Iterator[str]:
         f"At equal distance from SFT (√KL {far:g}, the farthest of the table's that all rows reach), “{best.label}” has"
     )
     told = f". {told_from_best(rivals, worse)}" if rivals else ""
-    yield f"{text} the {superlative} {metric_info(metric).name}, {value(best, metric)}{told}."
+    note = STRAIGHT if any(row.straight for row in rows) else ""
+    yield f"{text} the {superlative} {metric_info(metric).name}, {value(best, metric)}{told}.{note}"
 
 
 def differences_at_distance(
@@ -54,7 +58,9 @@ def differences_at_distance(
     ]
     family = f" (Holm's correction for {len(every)} comparisons)" if len(every) > 1 else ""
     if parts:
-        yield f"Against “{baseline}” at equal distance, {name} is significantly {', and '.join(parts)}{family}."
+        told = [item for item in items if item.stands]
+        note = STRAIGHT if any(map(assumes_straight, told)) else ""
+        yield f"Against “{baseline}” at equal distance, {name} is significantly {', and '.join(parts)}{family}.{note}"
         return
     text = f"Against “{baseline}” at equal distance ({where}), no row differs significantly in {name}{family}."
     rows = {item.row.label for item in items}

@@ -79,6 +79,27 @@ def test_the_first_time_at_a_distance_counts(two: Sweep) -> None:
     assert b.values(WIN) == pytest.approx([0.5, 0.5])
 
 
+def test_values_before_the_first_evaluation_are_marked_as_a_straight_line_from_sft(tmp_path: Path) -> None:
+    """Row a is evaluated at 0.4 and 0.8, row b at 0.1 first; both have a second pipeline on the same path."""
+    for replicate in (1, 2):
+        wins = [[0, 0], [0, 1], [1, 1]]
+        write_path(tmp_path / "s", "a", replicate, list(zip((0, 0.4, 0.8), wins, strict=True)))
+        write_path(tmp_path / "s", "b", replicate, list(zip((0, 0.1, 0.8), wins, strict=True)))
+    sweep = load([tmp_path / "s"])
+    a, b = sweep.trained
+    marked = [[at_distance(row, at).straight for at in (0.05, 0.1, 0.2, 0.4, 0.6)] for row in (a, b)]  # type: ignore[union-attr]
+    assert marked == [[True, True, True, False, False], [True, False, False, False, False]]
+    table = distance_table(sweep, [0.2, 0.6])
+    cells = {line["row"]: (line["√KL 0.2"], line["√KL 0.6"]) for line in table_lines(table)}
+    assert [cell.endswith("°") for row in (a, b) for cell in cells[row.label]] == [True, False, False, False]
+    assert "assumes a straight line from SFT" in table.caption
+    assert "straight" not in distance_table(sweep, [0.6]).caption
+    differences = distance_difference_table(sweep, compared_at(sweep, a, [WIN], [0.2, 0.6]), a)
+    (line,) = table_lines(differences)
+    assert [line[at].endswith("°") for at in ("√KL 0.2", "√KL 0.6")] == [True, False]
+    assert "assumes a straight line from SFT" in differences.caption
+
+
 def test_runs_without_a_start_have_no_reach(tmp_path: Path) -> None:
     folder = tmp_path / "s" / "variant-a"
     write_run(folder, "a", 1)
@@ -163,17 +184,22 @@ def test_rows_are_compared_at_equal_distance_in_the_metrics_in_which_they_are_co
     assert float(differences[1]["√KL 0.2"]) == pytest.approx(gap.difference.mean)
 
 
-def test_the_summary_names_the_best_row_where_all_rows_got_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("between", [[], [(0.2, [0.0] * 30)]], ids=["straight", "evaluated before"])
+def test_the_summary_names_the_best_row_where_all_rows_got_to(
+    tmp_path: Path, between: list[tuple[float, list[float]]]
+) -> None:
+    """It says so where “far” has no evaluation but that of SFT up to there."""
     for replicate in (1, 2, 3):
         bad, good = [0.0] * 30, [1.0] * 30
         write_path(tmp_path / "s", "near", replicate, [(0, bad), (0.4, [*good[:27], 0, 0, replicate % 2])])
-        write_path(tmp_path / "s", "far", replicate, [(0, bad), (0.8, [*good[:29], replicate % 2])])
+        write_path(tmp_path / "s", "far", replicate, [(0, bad), *between, (0.8, [*good[:29], replicate % 2])])
     sweep = load([tmp_path / "s"])
     told = " ".join(findings(sweep, [], WIN))
     assert (
         "At equal distance from SFT (√KL 0.4, the farthest of the table's that all rows reach), “variant=near”" in told
     )
     assert "has the highest win rate, 92.2 %. The only other row, “variant=far”, is significantly lower." in told
+    assert ("This assumes that runs go there in a straight line from SFT" in told) is (not between)
 
 
 def test_the_figure_draws_what_the_rows_have_at_each_distance(tmp_path: Path) -> None:
