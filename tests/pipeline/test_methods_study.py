@@ -20,7 +20,7 @@ def test_every_method_is_a_row_and_passes_the_checks() -> None:
         row = composed("experiments=methods", f"variant={name}")
         check(row, settings_of(row), data_source(row))
         assert row.stage.name == ("ppo" if name in ADVANTAGES else name)
-        assert row[row.stage.name].eval_every == 10
+        assert row[row.stage.name].eval_every == study.ppo.eval_every
 
 
 def test_methods_are_compared_at_equal_samples_from_the_policy() -> None:
