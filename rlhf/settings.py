@@ -127,6 +127,7 @@ class RewardSettings(SupervisedSettings):
     length_coef: Any = number_or_auto(0.0, whole=False)
     lm_coef: float = at_least_zero(0.0)
     token_coef: float = at_least_zero(0.0)
+    center_coef: float = at_least_zero(0.0)
 
 
 @dataclass

@@ -51,6 +51,7 @@ from rlhf.policy_settings import METHODS
 from rlhf.rollout.trial import try_out
 from rlhf.scorers import Context
 from rlhf.stages.evaluation import PolicyEvaluation
+from rlhf.stages.reward import warn_of_spread
 from rlhf.tracking import sessions
 from rlhf.tracking.metrics_file import evaluated_at
 from rlhf.tracking.summary import environment, read_summary, run_id, write_summary
@@ -199,7 +200,9 @@ class Run:
         roles = load_roles(plan, tokenizer, base, role, others)
         self._place_models(roles)
         # 2. All that scores and judges what they say.
-        baseline = read_summary(reward)["metrics"]["reward/baseline"] if reward else 0.0  # type: ignore[index]
+        measured: dict[str, float] = read_summary(reward)["metrics"] if reward else {}  # type: ignore[index]
+        warn_of_spread("the reward model", measured)
+        baseline = measured.get("reward/baseline", 0.0)
         budget = self.settings.method(plan.stage).microbatch_tokens
         context = Context(self.source, tokenizer, roles, baseline, budget, cached)
         context.reward, context.members = reward_scorer(context, plan) if reward else None, members.baselines(others)

@@ -1,5 +1,7 @@
 """Reward modelling: a scalar head on the supervised model, trained on pairwise preferences."""
 
+import logging
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,10 @@ from rlhf.settings import RewardSettings
 from rlhf.stages.pairs import Comparisons, Group, Pair, encode_comparisons
 from rlhf.stages.reward_offsets import Key, margins_of, offsets
 from rlhf.stages.supervised import SupervisedStage
+
+log = logging.getLogger(__name__)
+
+MOST_SPREAD = 5.0  # of `reward/prompt_spread` without a warning; the farm's reward models have 0.2 to 0.5
 
 
 def longer_accuracy(rows: Sequence[Comparison]) -> float:
@@ -54,10 +60,12 @@ class RewardModeling(SupervisedStage):
     log-likelihood per response token of both texts, in nats. With `reward.token_coef` a score at every response token
     has the same loss, against the other text's last score, which gets no gradient from it (in the spirit of Cobbe et
     al. 2021's token-level verifiers). `reward.length_coef` and `reward.margin_coef` explain part of a preference by the
-    lengths of the answers and by the data's margins.
+    lengths of the answers and by the data's margins. `reward.center_coef` times (r(chosen) + r(rejected))² keeps the
+    scores of different prompts together (Eisenstein et al. 2023, arXiv 2312.09244): comparisons say nothing about what
+    all answers to a prompt have in common, which is otherwise free to drift.
 
-    `roles` needs a role `reward` with a head. On held-out comparisons it logs `reward/validation_loss`,
-    `reward/accuracy` (a tie counts ½) and `reward/margin`. Chosen and rejected go through the model together.
+    `roles` needs a role `reward` with a head. On held-out comparisons it logs what `held_out_metrics` says. Chosen and
+    rejected go through the model together.
     """
 
     prefix = "reward"
@@ -65,7 +73,7 @@ class RewardModeling(SupervisedStage):
     def __init__(self, settings: RewardSettings, roles: Roles, tokenizer: PreTrainedTokenizerBase, total_steps: int):
         super().__init__(settings, roles, tokenizer, total_steps)
         self.reward, self.lr_ratio = settings, settings.lora.lr_ratio
-        self._margins: list[tuple[int, Tensor]] = []
+        self._scores: list[tuple[int, Tensor]] = []
         self.held_out_margins: list[float] = []
         self.length_coef = 0.0 if settings.length_coef == "auto" else float(settings.length_coef)
         self.data_margins: dict[Key, float] = {}
@@ -89,19 +97,17 @@ class RewardModeling(SupervisedStage):
         """The number of comparisons, each as often as annotators made it."""
         return int(batch.votes.sum())
 
-    def margins(self, batch: Comparisons) -> Float[Tensor, "pairs"]:
-        """r(chosen) − r(rejected) of each comparison."""
+    def scores(self, batch: Comparisons) -> Float[Tensor, "pairs 2"]:
+        """r(chosen) and r(rejected) of each comparison."""
         scores = self.roles.last_token_scores("reward", batch.texts)
-        scores = scores[send(batch.sides, scores.device)]
-        return scores[:, 0] - scores[:, 1]
+        return scores[send(batch.sides, scores.device)]
 
     def loss(self, batch: Comparisons) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """−log σ(margin) and the auxiliary losses, summed over the pairs, and how many pairs are ranked correctly."""
         votes = send(batch.votes, self.roles.device)
         if not (self.reward.lm_coef or self.reward.token_coef):
-            margins = self.margins(batch)
-            losses = -F.logsigmoid(self._explained(margins, batch))
-            return (votes * losses).sum(), {"right": (votes * (margins > 0)).sum()}
+            scores = self.scores(batch)
+            return (votes * self._preference_loss(scores, batch)).sum(), _right(votes, scores)
         texts = batch.texts
         needed = texts.targets | texts.predicting
         states = self.roles.states("reward", texts, needed)
@@ -111,8 +117,7 @@ class RewardModeling(SupervisedStage):
         responses = select(states, texts.targets[needed])
         by_token = unflatten(self.roles.heads["reward"](responses), on_host)
         scores = by_token.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)[sides]
-        margins = scores[:, 0] - scores[:, 1]
-        loss = -F.logsigmoid(self._explained(margins, batch))
+        loss = self._preference_loss(scores, batch)
         # 2. A score at every other token already predicts how its text will compare with the other one.
         if self.reward.token_coef:
             others = scores.detach().flip(1)[..., None]
@@ -125,13 +130,15 @@ class RewardModeling(SupervisedStage):
             logprobs = self.roles.token_stats("reward", predicting, texts.target_ids).logprobs
             nll = mean(-unflatten(logprobs, on_host), mask)
             loss = loss + self.reward.lm_coef * nll[sides].mean(1)
-        return (votes * loss).sum(), {"right": (votes * (margins > 0)).sum()}
+        return (votes * loss).sum(), _right(votes, scores)
 
-    def _explained(self, margins: Float[Tensor, "pairs"], batch: Comparisons) -> Float[Tensor, "pairs"]:
-        """The margins with what explains a preference besides the score (`rlhf.stages.reward_offsets`)."""
-        if not (self.length_coef or self.reward.margin_coef):
-            return margins
-        return margins + send(offsets(self.reward, self.length_coef, self.data_margins, batch), margins.device)
+    def _preference_loss(self, scores: Float[Tensor, "pairs 2"], batch: Comparisons) -> Float[Tensor, "pairs"]:
+        """−log σ(margin), with what explains a preference besides the score, and the penalty on uncentred scores."""
+        margins = scores[:, 0] - scores[:, 1]
+        if self.length_coef or self.reward.margin_coef:
+            margins = margins + send(offsets(self.reward, self.length_coef, self.data_margins, batch), margins.device)
+        loss = -F.logsigmoid(margins)
+        return loss + self.reward.center_coef * scores.sum(1).square() if self.reward.center_coef else loss
 
     def training_metrics(self, sums: Mapping[str, Tensor], count: Tensor) -> dict[str, Tensor]:
         """The accuracy on the batch itself."""
@@ -139,25 +146,25 @@ class RewardModeling(SupervisedStage):
 
     def on_validation_epoch_start(self) -> None:
         """Begin a measurement on the held-out comparisons."""
-        self._margins = []
+        self._scores = []
 
     def validation_step(self, batch: Comparisons, index: int) -> None:
         """Measure a batch of held-out comparisons."""
         if self.has_turn(index):
-            self._margins.append((index, self.margins_of(batch).cpu()))
+            self._scores.append((index, self.scores_of(batch).cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, accuracy and margin over all held-out comparisons; keep their margins, in order."""
-        parts = [part for process in collectives.all_gather(self._margins) for part in process]
-        margins = torch.cat([part for _, part in sorted(parts, key=itemgetter(0))])
-        self.held_out_margins = margins.tolist()
-        self.emit(held_out_metrics(margins), self.steps_done, bar=["reward/accuracy"])
+        """Log the measures of all held-out comparisons; keep their margins, in order."""
+        parts = [part for process in collectives.all_gather(self._scores) for part in process]
+        scores = torch.cat([part for _, part in sorted(parts, key=itemgetter(0))])
+        self.held_out_margins = (scores[:, 0] - scores[:, 1]).tolist()
+        self.emit(held_out_metrics(scores), self.steps_done, bar=["reward/accuracy"])
 
     @torch.no_grad()
-    def margins_of(self, batch: Comparisons) -> Float[Tensor, "pairs"]:
-        """`margins` of a batch of any size, in the order of its pairs."""
+    def scores_of(self, batch: Comparisons) -> Float[Tensor, "pairs 2"]:
+        """`scores` of a batch of any size, in the order of its pairs."""
         groups = self.microbatches(batch)
-        return concatenate([self.margins(batch.rows(rows)) for rows in groups], torch.cat(groups).tolist())
+        return concatenate([self.scores(batch.rows(rows)) for rows in groups], torch.cat(groups).tolist())
 
     @torch.no_grad()
     def baseline(self, rows: Sequence[Demonstration]) -> float:
@@ -173,13 +180,41 @@ class RewardModeling(SupervisedStage):
         return total / len(pairs)
 
 
-def held_out_metrics(margins: Float[Tensor, "pairs"]) -> dict[str, float]:
-    """Loss, accuracy and mean of the margins of held-out comparisons, as metrics."""
+def held_out_metrics(scores: Float[Tensor, "pairs 2"]) -> dict[str, float]:
+    """Measures of held-out comparisons from the scores of chosen and rejected answers.
+
+    `reward/validation_loss` is the mean of −log σ(margin), `reward/accuracy` the share of positive margins (a tie
+    counts ½), `reward/margin` their mean, and `reward/prompt_spread` the standard deviation of the comparisons' mean
+    scores in units of the margins' root mean square: how much more scores differ between prompts than between answers
+    to one.
+    """
+    margins, means = scores[:, 0] - scores[:, 1], scores.double().mean(1)
+    typical = float(margins.double().square().mean().sqrt())
+    spread = float(means.std(correction=0))
     return {
         "reward/validation_loss": float(-F.logsigmoid(margins).mean()),
         "reward/accuracy": float(accuracy(margins)),
         "reward/margin": float(margins.mean()),
+        "reward/prompt_spread": spread / typical if typical else math.nan,
     }
+
+
+def warn_of_spread(name: str, metrics: Mapping[str, float]) -> None:
+    """Warn of a reward model whose scores say more about prompts than about answers."""
+    spread = metrics.get("reward/prompt_spread", 0.0)
+    if spread > MOST_SPREAD:
+        log.warning(
+            "the scores of %s differ %.0f times as much between prompts as between answers to one, so that little of"
+            " the reward is about answers; usual cause: comparisons of answers to one prompt leave its level free to"
+            " drift; try reward.center_coef=0.01",
+            name,
+            spread,
+        )
+
+
+def _right(votes: Float[Tensor, "pairs"], scores: Float[Tensor, "pairs 2"]) -> dict[str, Tensor]:
+    """How many comparisons are ranked correctly."""
+    return {"right": (votes * (scores[:, 0] > scores[:, 1])).sum()}
 
 
 def accuracy(margins: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:

@@ -1,6 +1,7 @@
 """The reward model's loss over the comparisons of a prompt, its auxiliary losses, and its accuracy by kind."""
 
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.data.records import Comparison
 from rlhf.stages.batches import SeededBatches
 from rlhf.stages.pairs import grouped
-from rlhf.stages.reward import accuracy_by_kind
+from rlhf.stages.reward import accuracy_by_kind, held_out_metrics, warn_of_spread
 from tests.helpers.calls import record_calls
 from tests.helpers.supervised_stages import reward_stage, words
 from tests.helpers.training import fit, quiet_trainer, record_gradients
@@ -51,8 +52,11 @@ def test_each_text_of_a_prompt_goes_through_the_model_once(
 
 @pytest.mark.parametrize("budget", [20, 100000])
 def test_the_losses_are_those_of_transformers(folders: SimpleNamespace, tmp_path: Path, budget: int) -> None:
-    """−log σ of the last scores, plus 0.5 times that of every token's score, plus 2 times the log-likelihood."""
-    stage = reward_stage(folders, microbatch_tokens=budget, log_every=1, lm_coef=2.0, token_coef=0.5)
+    """−log σ of the last scores, plus 0.5 times that of every token's score, plus 2 times the log-likelihood, plus 0.3
+    times the square of the last scores' sum.
+    """
+    coefs = {"lm_coef": 2.0, "token_coef": 0.5, "center_coef": 0.3}
+    stage = reward_stage(folders, microbatch_tokens=budget, log_every=1, **coefs)
     model = AutoModelForCausalLM.from_pretrained(folders.sft).eval()
     head = stage.roles.heads["reward"].weight.detach().clone().requires_grad_()
 
@@ -68,6 +72,7 @@ def test_the_losses_are_those_of_transformers(folders: SimpleNamespace, tmp_path
         (ours, our_nll), (theirs, their_nll) = read(row.prompt, row.chosen), read(row.prompt, row.rejected)
         at_tokens = F.softplus(theirs[-1].detach() - ours).mean() + F.softplus(theirs - ours[-1].detach()).mean()
         losses.append(F.softplus(theirs[-1] - ours[-1]) + 0.5 * at_tokens / 2 + 2.0 * (our_nll + their_nll) / 2)
+        losses[-1] = losses[-1] + 0.3 * (ours[-1] + theirs[-1]) ** 2
     expected = torch.stack(losses).mean()
     expected.backward()
     found, loss = gradients(stage, grouped(stage.encode(ROWS)), tmp_path)
@@ -78,7 +83,24 @@ def test_the_losses_are_those_of_transformers(folders: SimpleNamespace, tmp_path
             torch.testing.assert_close(found[f"roles.trunks.base.{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("auxiliary", [{}, {"lm_coef": 2.0, "token_coef": 0.5}])
+def test_a_penalty_on_the_sum_of_both_scores_holds_what_comparisons_leave_free(
+    folders: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Without it the loss has no gradient for a level that all scores have in common."""
+    rows, found = [Comparison("w1", "w2 w3", "w4"), Comparison("w5", "w6", "w7 w8")], []
+    for coef in (0.0, 0.3):
+        stage = reward_stage(folders, log_every=1, group_prompts=True, center_coef=coef)
+        batch = stage.collate(stage.encode(rows))
+        level = torch.tensor(2.5, requires_grad=True)
+        scores = stage.scores(batch).detach()
+        losses = stage._preference_loss(scores + level, batch)
+        (gradient,) = torch.autograd.grad(losses.sum(), level)
+        found.append((float(gradient), float(4 * coef * (scores + 2.5).sum())))
+    assert found[0][0] == pytest.approx(0, abs=1e-6)
+    assert found[1][0] == pytest.approx(found[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("auxiliary", [{}, {"center_coef": 0.3}, {"lm_coef": 2.0, "token_coef": 0.5}])
 def test_a_comparison_by_several_annotators_counts_as_often(
     folders: SimpleNamespace, tmp_path: Path, auxiliary: dict[str, float]
 ) -> None:
@@ -132,3 +154,29 @@ def test_held_out_margins_are_in_the_order_of_the_rows(folders: SimpleNamespace,
 
     expected = [score(row.prompt, row.chosen) - score(row.prompt, row.rejected) for row in ROWS]
     assert stage.held_out_margins == pytest.approx(expected, abs=1e-5)
+
+
+def test_measures_of_held_out_comparisons() -> None:
+    """Margins 3, −4 and 0; means of the pairs 1, 2 and 6, whose standard deviation is √(14/3)."""
+    found = held_out_metrics(torch.tensor([[2.5, -0.5], [0.0, 4.0], [6.0, 6.0]]))
+    losses = [math.log1p(math.exp(-margin)) for margin in (3, -4, 0)]
+    assert found == pytest.approx(
+        {
+            "reward/validation_loss": sum(losses) / 3, "reward/accuracy": 0.5, "reward/margin": -1 / 3,
+            "reward/prompt_spread": math.sqrt(14 / 3) / math.sqrt(25 / 3),
+        }
+    )  # fmt: skip
+    assert math.isnan(held_out_metrics(torch.ones(2, 2))["reward/prompt_spread"])
+
+
+def test_a_reward_model_that_tells_prompts_apart_and_not_answers_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As one of the farm's was: 825 for the answers about crafts, −93 for all others."""
+    good, drifted = torch.tensor([[0.4, -0.6], [0.1, 0.5]]), torch.tensor([[-93.0, -94.0], [825.0, 824.0]])
+    warn_of_spread("the reward model", held_out_metrics(good))
+    assert not caplog.messages
+    warn_of_spread("the reward model", held_out_metrics(drifted))
+    (message,) = caplog.messages
+    assert message.startswith("the scores of the reward model differ 459 times as much between prompts")
+    assert message.endswith("try reward.center_coef=0.01")
