@@ -45,7 +45,8 @@ OFF: Mapping[str, Any] = {
     "reward.center_coef": 0, "reward.average_of": 1, "sft.max_grad_norm": 1.0, "reward.max_grad_norm": 1.0,
     "data.keep": None, "data.annotations": 1, "data.edit_annotations": 1, "loss_terms": {}, "ppo.entropy_coef": 0,
     "ppo.ptx_coef": 0, "ppo.ptx_batch_size": None, "ppo.ptx_texts": None, "evaluation.demonstrations": 100,
-    "evaluation.texts": None, "evaluation.diversity_samples": 0, "reference": {"_target_": "rlhf.stages.reference.Fixed"},
+    "evaluation.texts": None, "evaluation.diversity_samples": 0,
+    "reference": {"_target_": "rlhf.stages.reference.Fixed"},
     **{
         f"{adapter}.{key}": value
         for adapter in ("lora", "sft.lora", "reward.lora")
