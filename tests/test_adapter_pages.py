@@ -23,7 +23,7 @@ def test_a_command_of_the_pages_would_run(words: list[str]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "count"), [("reference", 24), ("lora_regret", 105)], ids=["reference", "lora_regret"])
+@pytest.mark.parametrize(("name", "count"), [("reference", 24), ("lora_regret", 84)], ids=["reference", "lora_regret"])
 def test_a_study_of_the_pages_is_planned(
     name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
