@@ -159,3 +159,9 @@ def test_a_scorer_of_whole_rollouts_is_said_to_have_no_reward_here(
     own = {"_target_": f"{__name__}.Whole"}
     assert not last(chat_with(tmp_path, config=run_config() | {"scorer": own}, reward_model=None)).scores
     assert f"ppo: no reward: scorer._target_={__name__}.Whole scores whole rollouts" in caplog.messages
+
+
+def test_a_run_that_needed_no_reward_model_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """DPO's configuration has the scorer of the others, and no reward model."""
+    assert not last(chat_with(tmp_path, stage="dpo", reward_model=None)).scores
+    assert not [message for message in caplog.messages if "no reward" in message]

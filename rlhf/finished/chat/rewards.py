@@ -108,6 +108,6 @@ def reward_of(run: FinishedRun, label: str, source: DataSource, models: ModelCac
         return None
     if run.reward_reads == "ids" and run.reward:  # a reward model that was only the judge is no reward
         return ModelReward(run, run.reward, models)
-    if scorer:
+    if scorer and not getattr(target_class(scorer, "scorer"), "needs_reward_model", False):
         log.warning("%s: no reward: scorer._target_=%s scores whole rollouts", label, scorer["_target_"])
     return None
