@@ -1,7 +1,6 @@
 """Reward modelling: a scalar head on the supervised model, trained on pairwise preferences."""
 
 import logging
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from rlhf.stages.supervised import SupervisedStage
 
 log = logging.getLogger(__name__)
 
-MOST_SPREAD = 5.0  # of `reward/prompt_spread` without a warning; the farm's reward models have 0.2 to 0.5
+MOST_SPREAD = 5.0  # of `reward/prompt_spread` without a warning; the main job's reward models have 0.55 to 0.65
 
 
 def longer_accuracy(rows: Sequence[Comparison]) -> float:
@@ -186,17 +185,17 @@ def held_out_metrics(scores: Float[Tensor, "pairs 2"]) -> dict[str, float]:
     `reward/validation_loss` is the mean of −log σ(margin), `reward/accuracy` the share of positive margins (a tie
     counts ½), `reward/margin` their mean, and `reward/prompt_spread` the standard deviation of the comparisons' mean
     scores in units of the margins' root mean square: how much more scores differ between prompts than between answers
-    to one.
+    to one. It is absent while all margins are 0, as those of a new head are.
     """
     margins, means = scores[:, 0] - scores[:, 1], scores.double().mean(1)
     typical = float(margins.double().square().mean().sqrt())
     spread = float(means.std(correction=0))
-    return {
+    found = {
         "reward/validation_loss": float(-F.logsigmoid(margins).mean()),
         "reward/accuracy": float(accuracy(margins)),
         "reward/margin": float(margins.mean()),
-        "reward/prompt_spread": spread / typical if typical else math.nan,
     }
+    return found | ({"reward/prompt_spread": spread / typical} if typical else {})
 
 
 def warn_of_spread(name: str, metrics: Mapping[str, float]) -> None:
@@ -206,7 +205,7 @@ def warn_of_spread(name: str, metrics: Mapping[str, float]) -> None:
         log.warning(
             "the scores of %s differ %.0f times as much between prompts as between answers to one, so that little of"
             " the reward is about answers; usual cause: comparisons of answers to one prompt leave its level free to"
-            " drift; try reward.center_coef=0.01",
+            " drift; try reward.center_coef=0.001",
             name,
             spread,
         )

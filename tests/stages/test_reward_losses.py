@@ -166,7 +166,7 @@ def test_measures_of_held_out_comparisons() -> None:
             "reward/prompt_spread": math.sqrt(14 / 3) / math.sqrt(25 / 3),
         }
     )  # fmt: skip
-    assert math.isnan(held_out_metrics(torch.ones(2, 2))["reward/prompt_spread"])
+    assert "reward/prompt_spread" not in held_out_metrics(torch.ones(2, 2))
 
 
 def test_a_reward_model_that_tells_prompts_apart_and_not_answers_is_warned_of(
@@ -179,4 +179,4 @@ def test_a_reward_model_that_tells_prompts_apart_and_not_answers_is_warned_of(
     warn_of_spread("the reward model", held_out_metrics(drifted))
     (message,) = caplog.messages
     assert message.startswith("the scores of the reward model differ 459 times as much between prompts")
-    assert message.endswith("try reward.center_coef=0.01")
+    assert message.endswith("try reward.center_coef=0.001")

@@ -34,7 +34,7 @@ def test_the_loss_explains_what_is_said_to_be_explained(folders: SimpleNamespace
         stage = reward_stage(folders, **options)
         batch = stage.collate(stage.encode(SCORED))
         with torch.no_grad():
-            return stage.loss(batch)[0], stage.margins(batch), batch  # type: ignore[return-value]
+            return stage.loss(batch)[0], -stage.scores(batch).diff()[:, 0], batch  # type: ignore[return-value]
 
     plain, margins, batch = loss(**more)
     explained, again, _ = loss(length_coef=0.3, margin_coef=2.0, **more)
@@ -72,7 +72,7 @@ def test_a_length_coefficient_takes_length_out_of_the_score(folders: SimpleNames
         pairs = stage.encode(rows)
         fit(stage, pairs, SeededBatches(len(rows), len(rows), 0, 8), tmp_path / str(coef))
         with torch.no_grad():
-            found[coef] = float(stage.margins(stage.collate(pairs)).mean())
+            found[coef] = -float(stage.scores(stage.collate(pairs)).diff().mean())
     assert found[1.0] < found[0.0] - 0.1
 
 
