@@ -79,7 +79,7 @@ def test_the_tour_names_real_files_and_functions() -> None:
     ("old", "new"),
     [
         ("PPO.training_step", "PPO.train_a_batch"),
-        ("RewardModeling.margins", "RewardModeling.differences"),
+        ("RewardModeling.scores", "RewardModeling.differences"),
         ("`gae`", "`advantages`"),
         ("`ppo.clip_range`", "`ppo.clip`"),
         ("rlhf/stages/reward.py", "rlhf/stages/reward_model.py"),
