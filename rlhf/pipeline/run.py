@@ -202,7 +202,7 @@ class Run:
         # 2. All that scores and judges what they say.
         measured: dict[str, float] = read_summary(reward)["metrics"] if reward else {}  # type: ignore[index]
         warn_of_spread("the reward model", measured)
-        baseline = measured.get("reward/baseline", 0.0)
+        baseline = measured["reward/baseline"] if reward else 0.0
         budget = self.settings.method(plan.stage).microbatch_tokens
         context = Context(self.source, tokenizer, roles, baseline, budget, cached)
         context.reward, context.members = reward_scorer(context, plan) if reward else None, members.baselines(others)

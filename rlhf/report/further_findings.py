@@ -14,7 +14,7 @@ from rlhf.report.verdicts import best_of, listing_with_gaps, rivals_of, told_fro
 from rlhf.tracking.reading import ADJUSTED, CONTROLLED
 
 # Where a value at a distance is interpolated between SFT and a run's first evaluation
-STRAIGHT = " This assumes that runs go there in a straight line from SFT: some have no evaluation before it."
+ASSUMED = " This assumes that runs go there in a straight line from SFT: some have no evaluation before it."
 
 
 def at_common_distance(sweep: Sweep, metric: str) -> Iterator[str]:
@@ -33,7 +33,7 @@ def at_common_distance(sweep: Sweep, metric: str) -> Iterator[str]:
         f"At equal distance from SFT (√KL {far:g}, the farthest of the table's that all rows reach), “{best.label}” has"
     )
     told = f". {told_from_best(rivals, worse)}" if rivals else ""
-    note = STRAIGHT if any(row.straight for row in rows) else ""
+    note = ASSUMED if any(row.straight for row in rows) else ""
     yield f"{text} the {superlative} {metric_info(metric).name}, {value(best, metric)}{told}.{note}"
 
 
@@ -59,7 +59,7 @@ def differences_at_distance(
     family = f" (Holm's correction for {len(every)} comparisons)" if len(every) > 1 else ""
     if parts:
         told = [item for item in items if item.stands]
-        note = STRAIGHT if any(map(assumes_straight, told)) else ""
+        note = ASSUMED if any(map(assumes_straight, told)) else ""
         yield f"Against “{baseline}” at equal distance, {name} is significantly {', and '.join(parts)}{family}.{note}"
         return
     text = f"Against “{baseline}” at equal distance ({where}), no row differs significantly in {name}{family}."

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.errors import ModelError, first_line
+from rlhf.models.blocks import evaluating
 from rlhf.models.roles import Roles
 from rlhf.models.sequences import Sequences, pack
 from rlhf.rollout.engine import GenerationRequest
@@ -40,7 +41,7 @@ def try_out(roles: Roles, role: str, engine: str = "", packing: bool = False) ->
     """
     compiled, roles.compiled = roles.compiled, None  # do not compile a decoding step for the trial alone
     try:
-        with _eval_mode(roles), roles.uncompiled_blocks():
+        with evaluating(roles), roles.uncompiled_blocks():
             _try_out(roles, role, engine, packing)
     finally:
         roles.compiled = compiled
@@ -149,15 +150,3 @@ def _refusing(failure: str, allowed: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"{failure} ({reason}); allowed: {allowed}") from error
-
-
-@contextmanager
-def _eval_mode(roles: Roles) -> Iterator[None]:
-    """Put all modules into eval mode (no dropout); on exit, restore the mode of each."""
-    training = [module for module in roles.modules() if module.training]
-    roles.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
