@@ -53,8 +53,9 @@ class Roles(nn.Module):
         self.sharded = False  # whether the base is spread over processes (`rlhf.models.sharding`)
         self._compiled_blocks: list[nn.Module] = []
         self._layers: dict[str, list[LoraLayer]] = {"base": []}  # the LoRA layers of each trunk
-        self._unpadded: dict[str, bool] = {}  # whether a trunk can run without padding, for the trunks tried so far
-        self._row_modules: dict[str, list[str]] = {}  # what of their last blocks may run on the marked tokens alone
+        # For the trunks tried so far: None where one cannot run without padding, or else the paths of those modules of
+        # its last block that may run on the marked tokens alone.
+        self._unpadded: dict[str, list[str] | None] = {}
 
     # -- properties --------------------------------------------------------------------------------------------------
 
@@ -244,9 +245,9 @@ class Roles(nn.Module):
         """
         if not self.unpadded:
             return select(self.hidden(role, batch), where)
-        alone = () if self.compiled or self.recomputed else self._row_modules[self.table[role].trunk]
+        alone = None if self.compiled or self.recomputed else self._unpadded[self.table[role].trunk]
         with self.using_adapter(role) as model, self.autocast():
-            return unpadded.hidden_states(model, batch, where, alone)
+            return unpadded.hidden_states(model, batch, where, alone or ())
 
     @property
     def unpadded(self) -> bool:
@@ -255,10 +256,9 @@ class Roles(nn.Module):
             return False
         for name in self.trunks.keys() - self._unpadded.keys():
             with adapters.selected(self._layers[name], None):
-                self._unpadded[name] = unpadded.allow(self.trunks[name])
-                if self._unpadded[name]:
-                    self._row_modules[name] = unpadded.agreeing_row_modules(self.trunks[name])
-        return all(self._unpadded.values())
+                possible = unpadded.allow(self.trunks[name])
+                self._unpadded[name] = unpadded.agreeing_row_modules(self.trunks[name]) if possible else None
+        return None not in self._unpadded.values()
 
     def groups(self, lengths: Sequence[int], budget: int, frozen: bool = False) -> list[list[int]]:
         """Split rows into groups for passes of at most `budget` tokens each, counting padding where there is any.

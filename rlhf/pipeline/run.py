@@ -126,6 +126,8 @@ class Run:
             lockstep.disable()
             gc.collect()  # a stage and its trainer refer to each other, and hold models on the device
             self.loggers.hand_over(folder.name, folder)
+            if members.stage_of(product) == "reward":
+                warn_of_spread(folder.name, (read_summary(folder) or {}).get("metrics", {}))
 
     def _builder(self, product: str) -> Callable[[Path], None]:
         """The function that builds a product of the cache into a folder."""
@@ -201,7 +203,6 @@ class Run:
         self._place_models(roles)
         # 2. All that scores and judges what they say.
         measured: dict[str, float] = read_summary(reward)["metrics"] if reward else {}  # type: ignore[index]
-        warn_of_spread("the reward model", measured)
         baseline = measured["reward/baseline"] if reward else 0.0
         budget = self.settings.method(plan.stage).microbatch_tokens
         context = Context(self.source, tokenizer, roles, baseline, budget, cached)

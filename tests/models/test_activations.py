@@ -36,7 +36,7 @@ def peak(settings: Settings, folder: Path) -> int:
     roles.train_only("policy")
     if settings.model.gradient_checkpointing:
         roles.checkpoint_activations()
-    roles._unpadded = {"base": False}
+    roles._unpadded = {"base": None}
     roles.train()
     batch = Sequences.from_lists([[5]] * ROWS, [[6] * (TIME - 1)] * ROWS)
 

@@ -28,9 +28,9 @@ def test_states_and_gradients_are_those_of_padded_rows(
     if checkpointed:
         roles.checkpoint_activations()
         roles.train()
-    for end_to_end in (True, False):
-        assert roles.unpadded
-        roles._unpadded["base"] = end_to_end
+    assert roles.unpadded
+    for row_modules in (roles._unpadded["base"], None):
+        roles._unpadded["base"] = row_modules
         states = roles.states("policy", batch, batch.predicting)
         values = roles.states("value", batch, batch.predicting)
         (states.sin().sum() + values.square().sum()).backward()

@@ -1,5 +1,6 @@
 """The reward models of an ensemble and of an average: which are needed, under which names, and a run with each."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_a_key_at_the_value_that_does_nothing_is_as_good_as_absent() -> None:
     """So a run of a version without the key is the same run."""
     old, new = {"reward": {"lr": 1}}, {"reward": {"lr": 1, "average_of": 1}}
     assert decisive(new) == old != decisive({"reward": {"lr": 1, "average_of": 2}})
+
+
+@pytest.mark.slow
+def test_every_reward_model_that_tells_prompts_apart_is_warned_of_once_per_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the command trains it or finds it made, and the members of an ensemble, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf.stages.reward.MOST_SPREAD", 0.0)
+    for name, lr, reward_models in (("a", 1e-3, 1), ("b", 1e-3, 2), ("c", 1e-4, 2)):
+        ensemble = ["scorer=ensemble", "scorer.members=2"] if reward_models > 1 else []
+        assert run_in_process(*TINY, f"ppo.lr={lr}", f"hydra.run.dir={name}", *ensemble) == 0
+        warned = re.findall(r"the scores of (\S+) differ", Path(name, "cli.log").read_text())
+        assert len(warned) == len(set(warned)) == reward_models
+    assert set(warned) == {path.parent.name for path in Path("outputs/cache").glob("reward-*/summary.json")}
 
 
 @pytest.mark.slow

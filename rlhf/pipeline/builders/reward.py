@@ -30,7 +30,7 @@ from rlhf.pipeline.rendered import show_rendered
 from rlhf.pipeline.train_supervised import train_supervised
 from rlhf.stages.cutting import count_short, distinct
 from rlhf.stages.pairs import Pair, grouped
-from rlhf.stages.reward import RewardModeling, accuracy_by_kind, held_out_metrics, longer_accuracy, warn_of_spread
+from rlhf.stages.reward import RewardModeling, accuracy_by_kind, held_out_metrics, longer_accuracy
 from rlhf.stages.reward_offsets import fit_length_coef
 from rlhf.tracking.summary import read_summary, write_summary
 
@@ -84,7 +84,6 @@ def _train(site: Site, folder: Path, sft: Path, preferences: Path | None) -> Non
     metrics |= {"reward/baseline": _baseline(site, stage), "reward/longer_accuracy": longer_accuracy(held_out)}
     log.info("right on %.1f %% of %d held-out comparisons; always preferring the longer answer is right on %.1f %%",
              100 * metrics["reward/accuracy"], len(held_out), 100 * metrics["reward/longer_accuracy"])  # fmt: skip
-    warn_of_spread("the reward model", metrics)
     by_kind = _by_kind(compared, stage.held_out_margins) if kinds else {}
     collectives.on_rank_zero(lambda: _save(site, roles, tokenizer, base, folder / MODEL))
     counts = {"rows": {"preference": len(train)}, "skipped": skipped_rows(source, "preference") | equal, "cut": short}
@@ -117,7 +116,6 @@ def _average(site: Site, folder: Path, sft: Path, preferences: Path | None, memb
     each = [(read_summary(member) or {})["metrics"]["reward/accuracy"] for member in members]
     log.info("right on %.1f %% of %d held-out comparisons; its members on %s %%", 100 * metrics["reward/accuracy"],
              len(rows), ", ".join(f"{100 * accuracy:.1f}" for accuracy in each))  # fmt: skip
-    warn_of_spread("the average of reward models", metrics)
     of = {"members": [member.name for member in members], **({"preferences": preferences.name} if preferences else {})}
     write_summary(folder, metrics, site.plain, started, stage="reward", **of)
 
