@@ -16,6 +16,7 @@ PAGES = [
     root() / "experiments" / "README.md",
     root() / "benchmarks" / "RESULTS.md",
     *sorted((root() / "docs").glob("*.md")),
+    *sorted((root() / "experiments" / "results").glob("*.md")),
 ]
 FOLDERS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
 
@@ -128,8 +129,9 @@ def test_the_tour_lists_every_single_file() -> None:
 
 def test_the_site_has_every_page() -> None:
     """A page that is in no menu is found by nobody; those that are made when the site is built have no file here."""
-    listed = re.findall(r": (\w+\.md)$", (root() / "mkdocs.yml").read_text(), re.MULTILINE)
-    made = {"index.md", "results.md", "speed.md", "configuration.md", "notebook.md"}
+    listed = re.findall(r": ([\w/]+\.md)$", (root() / "mkdocs.yml").read_text(), re.MULTILINE)
+    made = {"index.md", "results/index.md", "speed.md", "configuration.md", "notebook.md"}
+    made |= {f"results/{page.name}" for page in (root() / "experiments" / "results").glob("*.md")}
     assert sorted(listed) == sorted(made | {page.name for page in (root() / "docs").glob("*.md")})
 
 

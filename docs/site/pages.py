@@ -4,26 +4,29 @@ Run by mkdocs (`gen-files` in mkdocs.yml).
 """
 
 import json
+import posixpath
 import re
-from pathlib import Path
 
 import mkdocs_gen_files
 
 from rlhf import reference, root
 
+RESULTS = sorted((root() / "experiments" / "results").glob("*.md"))
 # file → page
-COPIED = {"README.md": "index.md", "experiments/README.md": "results.md", "benchmarks/RESULTS.md": "speed.md"}
+COPIED = {"README.md": "index.md", "experiments/README.md": "results/index.md", "benchmarks/RESULTS.md": "speed.md"}
+COPIED |= {str(path.relative_to(root())): f"results/{path.name}" for path in RESULTS}
 
 
-def relinked(text: str, folder: str) -> str:
+def relinked(text: str, file: str) -> str:
     """Links to files of the repository as links to pages of the site; those to other files become plain text."""
 
     def page(match: re.Match[str]) -> str:
         label, target, anchor = match[1], match[2], match[3] or ""
-        path = str((root() / folder / target).resolve().relative_to(root()))
-        if path in COPIED:
-            return f"[{label}]({COPIED[path]}{anchor})"
-        return f"[{label}]({path.removeprefix('docs/')}{anchor})" if path.startswith("docs/") else label
+        path = str((root() / file).parent.joinpath(target).resolve().relative_to(root()))
+        if path not in COPIED and not path.startswith("docs/"):
+            return label
+        linked = COPIED.get(path, path.removeprefix("docs/"))
+        return f"[{label}]({posixpath.relpath(linked, posixpath.dirname(COPIED[file]))}{anchor})"
 
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)]+)?\)", page, text)
 
@@ -73,7 +76,7 @@ def notebook() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-pages = {page: relinked((root() / file).read_text(), str(Path(file).parent)) for file, page in COPIED.items()}
+pages = {page: relinked((root() / file).read_text(), file) for file, page in COPIED.items()}
 pages |= {"configuration.md": configuration(), "notebook.md": notebook()}
 for name, text in pages.items():
     with mkdocs_gen_files.open(name, "w") as page:
