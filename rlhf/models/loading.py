@@ -24,10 +24,13 @@ from transformers import (
 from rlhf.data.records import DataSource
 from rlhf.errors import ModelError, explained
 from rlhf.models.architecture import check_decoder
+from rlhf.models.language_part import RENAMED, language_part
 from rlhf.models.logits import head_of
 from rlhf.models.tokenizing import keep_template
 from rlhf.models.tokens import give_pad, stops_of
 from rlhf.settings import ModelSettings
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BPE_VOCABULARY = 4096  # entries of a tokenizer that is trained here
@@ -99,7 +102,11 @@ def load_causal_lm(
         lm = _new_model(model, tokenizer, dtype)
     else:
         options = _loading_options(model, path, quantization, dtype)
-        lm = load_whole(AutoModelForCausalLM, where, "causal language model", **options)
+        with explained(f"{where}: no causal language model could be loaded"):
+            renaming = _language_part_options(model, where)
+        lm = load_whole(AutoModelForCausalLM, where, "causal language model", **options, **renaming)
+        if renaming:
+            lm._weight_conversions = None  # or `save_pretrained` would rename the weights back
 
     # 2. Check that every token has an embedding.
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -150,6 +157,18 @@ def _loading_options(
     return options
 
 
+def _language_part_options(model: ModelSettings, where: str | Path) -> dict[str, Any]:
+    """What loads the language model alone of a checkpoint that reads more than text (`language_part`)."""
+    if model.gguf_file is not None:
+        return {}
+    config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
+    text = language_part(config)
+    if text is config:
+        return {}
+    log.info("%s reads more than text (%s); its language model is loaded alone", where, config.model_type)
+    return {"config": text, "key_mapping": RENAMED}
+
+
 def load_whole(kind: Any, where: str | Path, what: str, **options: Any) -> PreTrainedModel:
     """`kind.from_pretrained(where)`, which must find every weight: none may be left at random values.
 
@@ -198,7 +217,7 @@ def skeleton(model: ModelSettings, vocabulary: int | None = None) -> PreTrainedM
 
 
 def config_of(model: ModelSettings) -> PreTrainedConfig:
-    """The configuration of a model that is loaded or made.
+    """The configuration of a model that is loaded or made: of its language model, if it reads more than text.
 
     Raises:
         OSError: it cannot be downloaded now.
@@ -206,7 +225,9 @@ def config_of(model: ModelSettings) -> PreTrainedConfig:
     if model.name_or_path is None:
         return AutoConfig.for_model(**(model.config or {}))
     gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
-    return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code, **gguf)
+    return language_part(
+        AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code, **gguf)
+    )
 
 
 def _declared(model: ModelSettings) -> tuple[PreTrainedConfig | None, GenerationConfig | None]:

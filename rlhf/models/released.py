@@ -15,7 +15,10 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from rlhf.errors import ConfigError, DamagedError, first_line
 from rlhf.files import ADAPTER_CONFIG, MODEL, NOTE, SUMMARY, read_object
@@ -107,11 +110,8 @@ class Checkpoint:
         names = self.config.get("architectures") or []
         if any(name.endswith("ForSequenceClassification") for name in names):
             return True
-        known = {
-            part
-            for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-            for part in ([name] if isinstance(name, str) else name)
-        }
+        classes = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+        known = {part for name in classes for part in ([name] if isinstance(name, str) else name)}
         if names and known.isdisjoint(names) and not self.config.get("auto_map"):
             raise ConfigError(
                 f"{self} is a {names[0]}; allowed: a causal language model or a sequence classifier of transformers"
