@@ -20,7 +20,8 @@ def shape(
 
 
 # option of conf/model → the published shape, the number of parameters in millions that follows from it, a relative in
-# the zoo. The numbers of parameters are those of the model cards (of Qwen3 and Gemma 3: with embeddings, once if tied).
+# the zoo. The numbers of parameters are those of the model cards (of Qwen3 and Gemma 3: with embeddings, once if tied;
+# of gemma3_4b: KerasHub's 3,880,099,328 of the text model, and the 64 further rows of the Hub's embedding).
 PUBLISHED = {
     "qwen3_0_6b": (shape("qwen3", 1024, 3072, 28, 16, 8, 151936, True, head_dim=128), 596, "qwen3"),
     "qwen3_1_7b": (shape("qwen3", 2048, 6144, 28, 16, 8, 151936, True, head_dim=128), 1721, "qwen3"),
@@ -28,6 +29,8 @@ PUBLISHED = {
     "llama3_2_1b": (shape("llama", 2048, 8192, 16, 32, 8, 128256, True, head_dim=64), 1236, "llama3"),
     "llama3_1_8b": (shape("llama", 4096, 14336, 32, 32, 8, 128256, False), 8030, "llama3"),
     "gemma3_1b": (shape("gemma3_text", 1152, 6912, 26, 4, 1, 262144, True, head_dim=256, sliding_window=512), 1000,
+                  "gemma3"),
+    "gemma3_4b": (shape("gemma3_text", 2560, 10240, 34, 8, 4, 262208, True, head_dim=256, sliding_window=1024), 3880,
                   "gemma3"),
     "smollm2_135m": (shape("llama", 576, 1536, 30, 9, 3, 49152, True), 135, "smollm2"),
     "smollm2_360m": (shape("llama", 960, 2560, 32, 15, 5, 49152, True), 362, "smollm2"),
