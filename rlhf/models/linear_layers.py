@@ -19,7 +19,8 @@ def linear_names(lm: PreTrainedModel) -> set[str]:
     Left out are names that something else has too. Outside of the base model that is the language-model head, where an
     adapter would have no effect on hidden states and could not be merged without changing tied embeddings. Inside it
     that is a number in a list of layers, or the experts of a mixture (`_means_experts`). Nor can `out_proj` beside a
-    recurrent state have an adapter: its kernels read the weight themselves, and peft refuses it.
+    recurrent state have an adapter: its kernels read the weight themselves, and peft refuses it. A router can be a
+    linear layer that returns more than its products (Phi-3.5-MoE), to which no adapter's can be added.
     """
     inside, elsewhere = set[str](), set[str]()
     adapted = [module for module in lm.modules() if isinstance(module, LoraLayer)]
@@ -27,7 +28,8 @@ def linear_names(lm: PreTrainedModel) -> set[str]:
     layers = set(lm.base_model.modules()) - {lm.get_output_embeddings()}
     for path, module in lm.named_modules():
         if module not in parts:
-            linear = isinstance(module, (*LINEAR, LoraLayer)) and module in layers
+            router = "router" in type(module).__name__.lower()
+            linear = isinstance(module, (*LINEAR, LoraLayer)) and module in layers and not router
             (inside if linear else elsewhere).add(path.rpartition(".")[2])
     unfit = {"out_proj"} if lm._is_stateful else set()
     return {name for name in inside - elsewhere - unfit if not (name.isdigit() or _means_experts(lm, name))}

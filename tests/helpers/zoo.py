@@ -22,6 +22,10 @@ GEMMA_3N = {
     "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 261, "intermediate_size": [64, 64],
     "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0],
 }  # fmt: skip
+GEMMA_4 = {
+    "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 261,
+    "num_kv_shared_layers": 0,
+}  # fmt: skip
 LINEAR_HEADS = {
     "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -108,6 +112,10 @@ ZOO = {
     "gpt_oss": Kind("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, **HALF},
                     partial(chat_tokenizer, "channels")),
     "gemma3n": Kind("gemma3n_text", {**GEMMA_3N, **HALF}, partial(chat_tokenizer, "model"), classifier=False),
+    "gemma4": Kind("gemma4_text", {**GEMMA_4, **HALF}, partial(chat_tokenizer, "model"), classifier=False),
+    "phimoe": Kind("phimoe", {"num_local_experts": 3, "num_experts_per_tok": 2}, llama),
+    "qwen3_5": Kind("qwen3_5_text", {**LINEAR_HEADS, "layer_types": ["linear_attention", "full_attention"]},
+                    partial(chat_tokenizer, "thinking"), "transformers"),
     "qwen3_next": Kind("qwen3_next", {**LINEAR_HEADS, "layer_types": ["linear_attention", "full_attention"],
                                       "num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
                        partial(chat_tokenizer, "thinking"), "transformers"),
