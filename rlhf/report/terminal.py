@@ -83,16 +83,16 @@ def show_results(summary: dict[str, Any], folder: Path) -> None:
     if plateau := summary.get("plateau"):
         console.print(f"ended at step {plateau['step']} of {summary['config'][method]['steps']}: {plateau['reason']}")
     # 2. Where it is, and what can be done with it: lines to copy, which no wrapping breaks.
-    place = run = _from_here(folder)
+    place = run = from_here(folder)
     if summary["stage"] == "evaluate" and (measured := summary.get("same_as")):
         # the results lie beside the run that was measured, whose report shows them
-        place = _from_here((folder / measured).resolve())
+        place = from_here((folder / measured).resolve())
         run = place.parent.parent
     for line in (str(place), *next_commands(summary["stage"], run)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _from_here(folder: Path) -> Path:
+def from_here(folder: Path) -> Path:
     """The folder as a command from the current one names it."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 

@@ -81,6 +81,7 @@ def test_two_runs_their_sft_model_and_the_references_are_ranked(runs: SimpleName
     cached = sorted(Path("outputs/cache").glob("*-*/"))
     code, said, log = compare(runs.one, runs.two, f"{runs.one}@sft", "reference")
     assert code == 0, log
+    assert folder_of(said).parent == Path("outputs/comparisons")  # as the next command from here would name it
     found = read_json(folder_of(said) / "comparison.json")
     rows = read_lines(folder_of(said) / "answers.jsonl")
     labels = ["one", "two", "one@sft", "reference"]

@@ -11,7 +11,7 @@ from rlhf.errors import ConfigError, DataError, RunError
 from rlhf.files import read_lines, read_object, write_json, write_lines
 from rlhf.finished.compare.cli import CONFIG_DIR, leaving
 from rlhf.report.tables import NOTHING, Table, WithInterval
-from rlhf.report.terminal import show_tables
+from rlhf.report.terminal import from_here, show_tables
 
 AGREEMENT, PAGE, VERDICTS = "agreement.json", "agreement.md", "verdicts.jsonl"
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = measure(named[0], config, options.pairs, options.out, options.dry_run)
         if folder:
             show_tables([_table_in(folder)])
-            print(folder)
+            print(from_here(folder))
 
 
 def measure(word: str, config: Any, limit: int | None, out: Path | None, dry: bool = False) -> Path | None:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # imported here so that a wrong option does not wait for torch
         from rlhf.finished.compare.comparing import Comparison
         from rlhf.finished.compare.configuration import compose, split_words
-        from rlhf.report.terminal import show_tables
+        from rlhf.report.terminal import from_here, show_tables
 
         named, overrides = split_words(options.words)
         players = open_players(named)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(comparison.plan())
         else:
             show_tables(comparison.run())
-            print(comparison.folder)
+            print(from_here(comparison.folder))
 
 
 @contextmanager
