@@ -217,10 +217,10 @@ def _run_or_reuse(plan: "Plan", resume: str, jobs: int, progress: bool) -> dict[
     if found in (folder, earlier.place(folder, noted)):
         collectives.on_rank_zero(lambda: cache.register_run(plan.outputs, plan.identity, folder))
         log.info("%s is finished already; resume=never would start over", folder)
-        collectives.on_rank_zero(lambda: measuring.warn_of_what_was_not_kept(plan, folder))
     else:
         log.info("%s is the same run as %s and taken over from it", folder.name, found)
         collectives.on_rank_zero(lambda: measuring.take_over(plan, found))
+    collectives.on_rank_zero(lambda: measuring.warn_of_what_is_missing(plan, folder))
     # 4. Measure it as asked, without a training step.
     todo = collectives.on_rank_zero(lambda: measuring.unmeasured(plan, folder))
     if todo:

@@ -35,7 +35,7 @@ from rlhf.pipeline.kept_policies import kept_policies
 from rlhf.pipeline.plan import IGNORED_GROUPS, Plan
 from rlhf.policy_settings import METHODS
 from rlhf.tracking import evaluations, sessions
-from rlhf.tracking.metrics_file import evaluated_at
+from rlhf.tracking.metrics_file import evaluated_at, evaluated_steps
 from rlhf.tracking.reading import renamed_config
 from rlhf.tracking.summary import read_summary
 
@@ -100,16 +100,21 @@ def last_step(summary: Mapping[str, Any]) -> int:
     return int(plateau.get("step", summary["config"][method]["steps"]))
 
 
-def warn_of_what_was_not_kept(plan: Plan, run: Path) -> None:
-    """Warn where the configuration asks a finished run for policies that it has not kept."""
-    own = plan.settings.method(plan.stage)
-    asked = {step for step in range(1, own.steps) if own.evaluates(step)} if own.keep_evaluated else set()
-    missing = sorted(asked - kept_policies(run).keys())
-    if missing:
-        log.warning(
-            "%s.keep_evaluated=true: %s is finished, without its policy of step %s; resume=never trains it again",
-            plan.stage, run, ", ".join(map(str, missing)),
-        )  # fmt: skip
+def warn_of_what_is_missing(plan: Plan, run: Path) -> None:
+    """Warn where the configuration asks a finished run for evaluations that it has not made, or policies not kept."""
+    if plan.stage not in METHODS:
+        return
+    own, summary = plan.settings.method(plan.stage), read_summary(run) or {}
+    asked = {step for step in range(1, last_step(summary)) if own.evaluates(step)}
+    lacking = {"eval_every": ("an evaluation at", asked - evaluated_steps(run))}
+    if own.keep_evaluated:
+        lacking["keep_evaluated"] = ("its policy of", asked - kept_policies(run).keys())
+    for key, (what, steps) in lacking.items():
+        if steps:
+            log.warning(
+                "%s.%s: %s is finished, without %s step %s; resume=never trains it again",
+                plan.stage, key, run, what, ", ".join(map(str, sorted(steps))),
+            )  # fmt: skip
 
 
 def policies(run: Path, summary: Mapping[str, Any], steps: str) -> dict[int, Path | None]:

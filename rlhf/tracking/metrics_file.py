@@ -82,6 +82,11 @@ def evaluated_at(folder: Path, step: int) -> dict[str, float]:
     return numbers(found[-1]) if found else {}
 
 
+def evaluated_steps(folder: Path) -> set[int]:
+    """The steps whose evaluation was completed."""
+    return {line["step"] for line in read_metrics(folder) if "time/evaluate" in line}
+
+
 def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a line of `metrics.jsonl`, as they were logged."""
     return {key: value for key, value in line.items() if key not in NOT_METRICS}

@@ -278,6 +278,17 @@ def test_a_finished_run_says_which_policies_it_has_not_kept(
     assert "without its policy of step 2; resume=never trains it again" in " ".join((said.out + said.err).split())
 
 
+@pytest.mark.usefixtures("trained_nothing")
+@pytest.mark.parametrize("name", ["first", "under_another_name"])
+def test_a_finished_run_says_at_which_steps_it_was_not_evaluated(
+    workplace: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it is taken over by a study that asks for more evaluations than the one that made it."""
+    assert command(workplace, name, "ppo.eval_every=[1,2]") == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "is finished, without an evaluation at step 1; resume=never trains it again" in said
+
+
 def test_the_curve_is_measured_again_from_the_kept_policies(workplace: Path) -> None:
     """The policies of all evaluated steps, in one command; each gives the answers that it gave during the training."""
     assert command(workplace, "again") == 0
