@@ -270,23 +270,12 @@ def test_a_finished_run_of_an_earlier_version_is_found(workplace: Path, name: st
 
 
 @pytest.mark.usefixtures("trained_nothing")
-def test_a_finished_run_says_which_policies_it_has_not_kept(
-    workplace: Path, trained_nothing: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(workplace, "first", "ppo.keep_evaluated=true") == 0
-    said = capsys.readouterr()
-    assert "without its policy of step 2; resume=never trains it again" in " ".join((said.out + said.err).split())
-
-
-@pytest.mark.usefixtures("trained_nothing")
-@pytest.mark.parametrize("name", ["first", "under_another_name"])
-def test_a_finished_run_says_at_which_steps_it_was_not_evaluated(
-    workplace: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also where it is taken over by a study that asks for more evaluations than the one that made it."""
-    assert command(workplace, name, "ppo.eval_every=[1,2]") == 0
+@pytest.mark.parametrize("name", ["first", "taken_over"])
+def test_a_finished_run_says_what_it_lacks(workplace: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(workplace, name, "ppo.keep_evaluated=true", "ppo.eval_every=[1,2]") == 0
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "is finished, without an evaluation at step 1; resume=never trains it again" in said
+    for lacking in ("an evaluation at step 1", "its policy of step 1, 2"):
+        assert f"is finished, without {lacking}; resume=never trains it again" in said
 
 
 def test_the_curve_is_measured_again_from_the_kept_policies(workplace: Path) -> None:
