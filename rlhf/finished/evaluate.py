@@ -32,7 +32,7 @@ from rlhf.pipeline.preflight import settle_budget
 from rlhf.pipeline.run import Run
 from rlhf.policy_settings import FROM_COMPARISONS, METHODS
 from rlhf.tracking import evaluations
-from rlhf.tracking.metrics_file import evaluated_at
+from rlhf.tracking.metrics_file import evaluated_at, evaluated_steps
 from rlhf.tracking.run_folder import begin
 from rlhf.tracking.summary import read_summary
 
@@ -65,7 +65,7 @@ class RunEvaluation:
     @property
     def place(self) -> Path:
         """The folder of the results: the run's own if the training has measured all of them, else one beside."""
-        measured = self.own and all(evaluated_at(self.run.folder, step) for step in self._wanted())
+        measured = self.own and self._wanted().keys() <= evaluated_steps(self.run.folder)
         return self.run.folder if measured else evaluations.place(self.run.folder, self.plan.evaluation)
 
     @property
@@ -78,7 +78,8 @@ class RunEvaluation:
         """The policies that are not measured yet: step → folder of its weights, None for the SFT model."""
         place, wanted = self.place, self._wanted()
         if self.own and place != self.run.folder:  # what the training has measured is copied there
-            wanted = {step: model for step, model in wanted.items() if not evaluated_at(self.run.folder, step)}
+            measured = evaluated_steps(self.run.folder)
+            wanted = {step: model for step, model in wanted.items() if step not in measured}
         return measuring.missing_in(place, wanted)
 
     def results(self) -> dict[str, Any]:

@@ -172,13 +172,14 @@ def missing_in(folder: Path, wanted: Mapping[int, Path | None]) -> dict[int, Pat
     """
     if evaluations.foreign(folder):
         return dict(wanted)
-    missing = {step: model for step, model in wanted.items() if not evaluated_at(folder, step)}
+    measured = evaluated_steps(folder)
+    missing = {step: model for step, model in wanted.items() if step not in measured}
     return missing if missing or (folder / SUMMARY).exists() else {max(wanted): wanted[max(wanted)]}
 
 
 def has_later(folder: Path, step: int) -> bool:
     """Whether a later step than `step` is measured in `folder`, whose exported answers are those of the last one."""
-    return any(line["step"] > step and "time/evaluate" in line for line in read_lines(folder / METRICS, "step"))
+    return any(measured > step for measured in evaluated_steps(folder))
 
 
 def check_sound(run: Path, place: Path) -> None:
@@ -233,7 +234,7 @@ def make_ready(folder: Path) -> None:
     """
     evaluations.make_room(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    complete = {line["step"] for line in read_lines(folder / METRICS, "step") if "time/evaluate" in line}
+    complete = evaluated_steps(folder)
     for name in LINE_FILES:
         if (folder / name).exists():
             keep_lines(folder / name, lambda line: line["step"] in complete, "step")
